@@ -1,0 +1,70 @@
+"""Which Lightning this process uses: ``lightning.pytorch`` or ``pytorch_lightning``.
+
+The two packages hold the same code under two names, and a callback of one does not belong in a Trainer of the other.
+Whichever the user imported first is taken; ``LIGHTNING_SPARSE_BACKEND`` overrides the choice.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from typing import TYPE_CHECKING
+
+__all__ = [
+    "BaseFinetuning",
+    "Callback",
+    "DDPStrategy",
+    "LightningModule",
+    "MisconfigurationException",
+    "SingleDeviceStrategy",
+    "Trainer",
+    "check_trainer",
+    "rank_zero_info",
+    "rank_zero_warn",
+]
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _choose() -> str:
+    """Name the package to build on."""
+    forced = os.environ.get("LIGHTNING_SPARSE_BACKEND")
+    if forced is not None:
+        if forced not in _PACKAGES:
+            raise ImportError(f"LIGHTNING_SPARSE_BACKEND must be one of {_PACKAGES}, got {forced!r}.")
+        return forced
+    for package in _PACKAGES:
+        if package in sys.modules:
+            return package
+    return "lightning.pytorch" if importlib.util.find_spec("lightning") else "pytorch_lightning"
+
+
+PACKAGE = _choose()
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import BaseFinetuning
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+else:
+    _pl = importlib.import_module(PACKAGE)
+    Callback, LightningModule, Trainer = _pl.Callback, _pl.LightningModule, _pl.Trainer
+    BaseFinetuning = importlib.import_module(f"{PACKAGE}.callbacks").BaseFinetuning
+    _strategies = importlib.import_module(f"{PACKAGE}.strategies")
+    DDPStrategy, SingleDeviceStrategy = _strategies.DDPStrategy, _strategies.SingleDeviceStrategy
+    MisconfigurationException = importlib.import_module(f"{PACKAGE}.utilities.exceptions").MisconfigurationException
+    _rank_zero = importlib.import_module(f"{PACKAGE}.utilities.rank_zero")
+    rank_zero_info, rank_zero_warn = _rank_zero.rank_zero_info, _rank_zero.rank_zero_warn
+
+
+def check_trainer(trainer: object, callback: object) -> None:
+    """Raise if ``trainer`` comes from the package that ``callback`` was not built on."""
+    if isinstance(trainer, Trainer):
+        return
+    theirs = type(trainer).__module__.split(".trainer")[0]
+    raise MisconfigurationException(
+        f"{type(callback).__name__} is a callback of {PACKAGE!r}, but the Trainer comes from {theirs!r}: "
+        "the two packages cannot be mixed. Import only one of them in the program, or set the environment variable "
+        f"LIGHTNING_SPARSE_BACKEND={theirs} before lightning_sparse is imported."
+    )

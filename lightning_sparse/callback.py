@@ -1,0 +1,408 @@
+"""SparseCallback: Lightning's hooks become a method's verbs. The one file of the core that knows the Trainer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_sparse import checks
+from lightning_sparse._lightning import (
+    BaseFinetuning,
+    Callback,
+    DDPStrategy,
+    LightningModule,
+    MisconfigurationException,
+    SingleDeviceStrategy,
+    Trainer,
+    check_trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_sparse.layers import Choice, choose, table
+
+__all__ = ["SparseCallback"]
+
+
+class SparseCallback(Callback, ABC):
+    """Base of every sparse-training method.
+
+    A step of training passes through these verbs, which a family of methods defines:
+
+    ====================  ===============================================================================
+    ``attach``            fit start: take the chosen weights over, from a checkpoint's state if there is one
+    ``attach_more``       the same for weights that join an optimizer later
+    ``begin_epoch``       set what changes from epoch to epoch
+    ``before_step``       once a step, when gradients are whole: make them the gradients of the method
+    ``enter_step``        the optimizer's update is about to run
+    ``after_step``        the update has run: bring back exact zeros
+    ``leave_step``        the update was broken off: bring back exact zeros
+    ====================  ===============================================================================
+
+    Args:
+        include: glob patterns on parameter names such as ``["encoder.*"]``; only weights that match are made sparse,
+            whatever their layer. Default: the weights of linear, convolution, recurrent and attention layers.
+        exclude: glob patterns on the names of weights that stay dense, such as ``["*.head.weight"]``.
+        log_every_n_steps: log also every so many optimizer steps; otherwise once an epoch.
+    """
+
+    # What ties the callback to one fit: see _detached.
+    _handles: list[Any]
+    _prepared: set[int]
+    _group_sizes: dict[int, int]
+    _backwards: int
+    _logged_step: int
+    _warned: set[str]
+    _module: LightningModule | None
+    _trainer: Trainer | None
+
+    def __init__(
+        self, include: Sequence[str] | None = None, exclude: Sequence[str] = (), log_every_n_steps: int | None = None
+    ) -> None:
+        self.include = checks.patterns(include=include)
+        self.exclude = checks.patterns(exclude=exclude) or []
+        if log_every_n_steps is not None:
+            checks.integer(1, "Leave it out to log once an epoch.", log_every_n_steps=log_every_n_steps)
+        self.log_every_n_steps = log_every_n_steps
+        self._restored = False
+        self.__dict__.update(_detached())
+
+    # ------------------------------------------------------------------ what a family of methods defines
+
+    @abstractmethod
+    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
+        """Take over the weights of ``choices`` (or release those of an earlier fit and take over these).
+
+        Args:
+            choices: all of them selected and owned by one of ``optimizers``.
+            optimizers: the Trainer's.
+            resumed: the state that was loaded belongs to these weights and must fit them.
+        """
+
+    @abstractmethod
+    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+        """Take over weights that joined ``optimizer`` after the fit started."""
+
+    @abstractmethod
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
+        """Set what changes from epoch to epoch; ``epochs`` is their number, None if it is not known."""
+
+    @abstractmethod
+    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:
+        """Turn the weights' gradients into the method's.
+
+        Args:
+            optimizer: only its weights have whole gradients now.
+            share: the part of the accumulation window that had a backward pass, 1 as a rule: a penalty added to the
+                loss of every micro-batch has this weight.
+            scale: the factor that the gradients still carry (fused optimizers under AMP), else 1.
+        """
+
+    @abstractmethod
+    def enter_step(self, optimizer: Optimizer) -> None:
+        """Prepare the parameters of ``optimizer`` for its update."""
+
+    @abstractmethod
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Bring back exact zeros after the update of ``optimizer``."""
+
+    @abstractmethod
+    def leave_step(self) -> None:
+        """Bring back exact zeros in the middle of an update that was broken off."""
+
+    @property
+    @abstractmethod
+    def masks(self) -> dict[str, Tensor]:
+        """Where each weight is nonzero: a boolean tensor of the weight's shape, by parameter name."""
+
+    @property
+    def watched(self) -> dict[str, float]:
+        """More scalars to log, by name."""
+        return {}
+
+    def report_trouble(self) -> None:
+        """Warn, at the end of an epoch, of what only this family can see."""
+
+    # ------------------------------------------------------------------ what users read
+
+    @property
+    def layer_density(self) -> dict[str, float]:
+        """Share of nonzero weights of each layer, by parameter name."""
+        return {name: _count(mask) / mask.numel() for name, mask in self.masks.items()}
+
+    @property
+    def density(self) -> float:
+        """Share of nonzero weights over all selected weights."""
+        masks = list(self.masks.values())
+        if not masks:
+            raise RuntimeError(f"{type(self).__name__} has no weights yet: they are chosen when trainer.fit starts.")
+        return sum(map(_count, masks)) / sum(mask.numel() for mask in masks)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros over all selected weights: ``1 - density``."""
+        return 1 - self.density
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    @property
+    def state_key(self) -> str:
+        """Identify the state in a checkpoint by method and choice of layers."""
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a Trainer of the other Lightning package."""
+        check_trainer(trainer, self)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the weights, take them over, and show which they are."""
+        self._release()
+        self._check(trainer)
+        choices = choose(pl_module, self.include, self.exclude)
+        self._refuse_unowned(choices, trainer.optimizers)
+        self._refuse_overlap(choices, trainer)
+        resumed = self._restored and bool(trainer.ckpt_path)
+        self.attach([choice for choice in choices if choice.reason is None], trainer.optimizers, resumed)
+        self._restored = False
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_update))
+            self._handles.append(optimizer.register_step_post_hook(self._after_update))
+        self._group_sizes = {id(optimizer): _size(optimizer) for optimizer in trainer.optimizers}
+        self._module, self._trainer = pl_module, trainer
+        rank_zero_info(table(f"{type(self).__name__} of lightning_sparse", choices))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the epoch that a resumed run may be in the middle of."""
+        self.begin_epoch(trainer.current_epoch, _epochs(trainer))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Anneal and redistribute."""
+        self.begin_epoch(trainer.current_epoch, _epochs(trainer))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note that the penalty counts for this micro-batch.
+
+        Its gradient is known in closed form and joins the thresholds' in ``before_step``: the same as adding the
+        penalty to ``loss``, without touching a tensor that its own backward may need.
+        """
+        self._backwards += 1
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Make the gradients, now whole and unscaled, those of the method; gradient clipping comes after."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if _size(optimizer) != self._group_sizes.get(id(optimizer)):
+            self._take_newcomers(optimizer)
+        share = self._backwards / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+        self._backwards = 0
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        unscaled = scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.before_step(optimizer, share, 1.0 if unscaled else scaler.get_scale())
+        self._prepared.add(id(optimizer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log every so many steps, if asked for."""
+        every, step = self.log_every_n_steps, trainer.global_step
+        if every is not None and trainer.loggers and step != self._logged_step and step % every == 0:
+            self._logged_step = step
+            pl_module.log_dict(self._scalars(), on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, and warn by name of layers that have no weight left."""
+        if trainer.loggers and self.log_every_n_steps is None:
+            pl_module.log_dict(self._scalars(), on_step=False, on_epoch=True)
+        for name, density in self.layer_density.items():
+            if density == 0:
+                self._warn_once(f"{name} has no weight left: density 0 after epoch {trainer.current_epoch}.")
+        self.report_trouble()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave effective weights behind, whatever the moment, so that a last checkpoint is whole."""
+        self.leave_step()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the module and the optimizers; masks stay readable."""
+        if stage == "fit":
+            self._release()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to continue from a checkpoint that does not hold this method's state."""
+        if trainer.state.fn != "fit" or self.state_key in checkpoint["callbacks"]:
+            return
+        states = checkpoint["callbacks"].items()
+        others = [key for key, state in states if isinstance(state, dict) and "lightning_sparse" in state]
+        raise MisconfigurationException(
+            f"The checkpoint has no state of {self.state_key}: it was written "
+            + (f"with {', '.join(others)}. " if others else "without a method of lightning_sparse. ")
+            + _from_weights(self)
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+        self._restored = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the Trainer, the module and the optimizers."""
+        return {**self.__dict__, **_detached()}
+
+    # ------------------------------------------------------------------ inside
+
+    def _release(self) -> None:
+        """Forget the module and the optimizers, if any."""
+        for handle in self._handles:
+            handle.remove()
+        self.__dict__.update(_detached())
+
+    def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Enter the step right before the update, which is after the closure (forward and backward) if there is one."""
+        closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._enter(optimizer)
+            return None
+
+        def closure_then_enter() -> Any:
+            result = closure()
+            self._enter(optimizer)
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_enter}
+        return (args[0], closure_then_enter, *args[2:]), kwargs
+
+    def _enter(self, optimizer: Optimizer) -> None:
+        if id(optimizer) not in self._prepared:  # stepped directly, past Lightning's hooks
+            self.before_step(optimizer, 1.0, 1.0)
+        self.enter_step(optimizer)
+
+    def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._prepared.discard(id(optimizer))
+        self.after_step(optimizer)
+
+    def _take_newcomers(self, optimizer: Optimizer) -> None:
+        """Take over weights that were added to ``optimizer`` since the fit started."""
+        assert self._module is not None
+        known = set(self.masks)
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        choices = choose(self._module, self.include, self.exclude)
+        new = [c for c in choices if c.reason is None and c.name not in known and id(c.parameter) in owned]
+        if new:
+            self.attach_more(new, optimizer)
+            rank_zero_info(table(f"{type(self).__name__} of lightning_sparse: added to the optimizer", new))
+        self._group_sizes[id(optimizer)] = _size(optimizer)
+
+    def _check(self, trainer: Trainer) -> None:
+        method = type(self).__name__
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise MisconfigurationException(
+                f"{method} needs whole weights on every process; {type(trainer.strategy).__name__} may split them. "
+                "Use a single device or strategy='ddp'."
+            )
+        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                f"{method} cannot train with LBFGS, which evaluates the loss several times within a step. "
+                "Use a first-order optimizer such as SGD or AdamW."
+            )
+        # its bookkeeping looks every parameter of the optimizer up in the module
+        if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"{method} keeps its thresholds in the optimizer, where BaseFinetuning cannot handle them. "
+                "Freeze weights with requires_grad_(False) and add them later with optimizer.add_param_group."
+            )
+        if trainer.ckpt_path and not self._restored and not trainer.strategy.restore_checkpoint_after_setup:
+            raise MisconfigurationException(
+                f"The checkpoint {trainer.ckpt_path} has no state of {self.state_key}. {_from_weights(self)}"
+            )
+
+    def _refuse_unowned(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer]) -> None:
+        """Mark the weights that no optimizer owns; raise if nothing is left to make sparse."""
+        method = type(self).__name__
+        selected = [choice for choice in choices if choice.reason is None]
+        if not selected:
+            raise MisconfigurationException(
+                f"{method} found nothing to make sparse.\n{table('The parameters are:', choices)}\n"
+                "Name weights with include=[...], or take the callback away to train dense."
+            )
+        owners: dict[int, int] = {}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        for choice in selected:
+            count = owners.get(id(choice.parameter), 0)
+            if count == 0:
+                choice.reason = "in no optimizer"
+            elif count > 1:
+                raise MisconfigurationException(
+                    f"{choice.name} is in {count} optimizers or param groups; {method} needs it in one. "
+                    "Leave it to one of them, or keep it dense with exclude."
+                )
+        if all(choice.reason for choice in selected):
+            raise MisconfigurationException(
+                f"{method} would train nothing sparse: no optimizer owns any of the chosen weights "
+                f"({', '.join(choice.name for choice in selected)}). Return them from configure_optimizers."
+            )
+
+    def _refuse_overlap(self, choices: Sequence[Choice], trainer: Trainer) -> None:
+        """Raise if another method of this Trainer already has one of the weights."""
+        mine = {choice.name for choice in choices if choice.reason is None}
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, SparseCallback) and other is not self and other._trainer is trainer:
+                both = sorted(mine & set(other.masks))
+                if both:
+                    raise MisconfigurationException(
+                        f"{type(other).__name__} and {type(self).__name__} both claim {both}. "
+                        "Divide the weights with include and exclude."
+                    )
+
+    def _scalars(self) -> dict[str, float]:
+        sparsity = {f"sparsity/{name}": 1 - density for name, density in self.layer_density.items()}
+        return {"sparsity/model": self.sparsity, **sparsity, **self.watched}
+
+    def _warn_once(self, message: str) -> None:
+        key = message.split(":")[0]
+        if key not in self._warned:
+            self._warned.add(key)
+            rank_zero_warn(message)
+
+
+def _detached() -> dict[str, Any]:
+    """Return the attributes of a callback that no fit is using."""
+    return {
+        "_handles": [],
+        "_prepared": set(),
+        "_group_sizes": {},
+        "_backwards": 0,
+        "_logged_step": -1,
+        "_warned": set(),
+        "_module": None,
+        "_trainer": None,
+    }
+
+
+def _from_weights(callback: object) -> str:
+    return (
+        "To start from its weights with fresh state: model = MyModule.load_from_checkpoint(path), then "
+        f"trainer.fit(model) without ckpt_path. To continue, give the Trainer the callback it was written with, "
+        f"not this {type(callback).__name__}."
+    )
+
+
+def _count(mask: Tensor) -> int:
+    return int(torch.count_nonzero(mask))
+
+
+def _size(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _epochs(trainer: Trainer) -> int | None:
+    """Return the number of epochs of the whole fit, None if nothing bounds it."""
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        return max(trainer.max_epochs, 1)
+    if trainer.max_steps >= 0 and trainer.num_training_batches != float("inf"):
+        batches = trainer.max_steps * trainer.accumulate_grad_batches
+        return max(1, -(-batches // max(1, int(trainer.num_training_batches))))
+    return None

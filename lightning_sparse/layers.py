@@ -1,0 +1,158 @@
+"""Which parameters of a module are weights to make sparse, and why the others are not."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Choice", "as_matrix", "choose", "table", "write_matrix"]
+
+# Made sparse by default, with the prefixes of the names of their weights. MultiheadAttention's out_proj is a Linear.
+_BY_DEFAULT: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight",),
+    nn.Bilinear: ("weight",),
+    nn.Conv1d: ("weight",),
+    nn.Conv2d: ("weight",),
+    nn.Conv3d: ("weight",),
+    nn.RNNBase: ("weight_",),
+    nn.RNNCellBase: ("weight_",),
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass
+class Choice:
+    """One parameter of the module, and what is done with it.
+
+    Attributes:
+        name: the parameter's name in the LightningModule.
+        layer: the type of the module that holds it.
+        parameter: the parameter itself.
+        reason: why it is left dense; None if it is made sparse.
+        transposed_groups: the number of groups of a transposed convolution, whose outputs lie along the second
+            dimension; 0 for every other layer.
+    """
+
+    name: str
+    layer: str
+    parameter: nn.Parameter
+    reason: str | None
+    transposed_groups: int = 0
+
+
+def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[str, str, nn.Module]]]]:
+    """Yield each parameter once, with all places ``(full name, local name, owner)`` where it stands."""
+    found: dict[nn.Parameter, list[tuple[str, str, nn.Module]]] = {}
+    for prefix, owner in module.named_modules():
+        for local, parameter in owner.named_parameters(recurse=False):
+            found.setdefault(parameter, []).append((f"{prefix}.{local}" if prefix else local, local, owner))
+    yield from found.items()
+
+
+def _by_default(local: str, owner: nn.Module) -> bool:
+    return any(isinstance(owner, kind) and local.startswith(names) for kind, names in _BY_DEFAULT.items())
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    """Match a glob on any of the names; ``*.head.weight`` also finds a ``head.weight`` at the top."""
+    plain = [name.replace("_orig_mod.", "") for name in names]
+    return any(fnmatchcase(form, pattern) for name in (*names, *plain) for form in (name, f".{name}"))
+
+
+def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> list[Choice]:
+    """Say of every parameter of ``module`` whether it is made sparse.
+
+    By default these are the weights of linear, convolution, recurrent and attention layers. With ``include`` they are
+    the weights whose name matches one of its glob patterns, whatever the layer (so also those of embeddings and
+    transposed convolutions); ``exclude`` takes names away from either. Biases, norms and frozen parameters never count.
+    A weight that stands in several places (tied) appears once, under its first name.
+
+    Raises:
+        ValueError: a pattern matches no weight.
+    """
+    choices = []
+    unused = {*(include or ()), *exclude}
+    for parameter, places in _places(module):
+        name, _, owner = places[0]
+        names = [place[0] for place in places]
+        reason = None
+        matched = {pattern for pattern in (*(include or ()), *exclude) if _matches(pattern, names)}
+        if parameter.ndim < 2 or any(isinstance(place[2], _NORMS) for place in places):
+            reason = "bias, norm or scalar"
+        else:
+            unused -= matched
+            if matched & set(exclude):
+                reason = "excluded"
+            elif include is not None and not matched & set(include):
+                reason = "not included"
+            elif include is None and not all(_by_default(local, holder) for _, local, holder in places):
+                others = [type(holder).__name__ for _, local, holder in places if not _by_default(local, holder)]
+                reason = f"{others[0]}: only on request (include)"
+            elif not parameter.requires_grad:
+                reason = "frozen"
+            elif not parameter.is_floating_point() or parameter.numel() == 0:
+                reason = "not a real-valued tensor with elements"
+        transposed = [holder for _, _, holder in places if isinstance(holder, _TRANSPOSED)]
+        groups = int(transposed[0].groups) if transposed else 0
+        kind = type(owner).__name__ + (f", tied to {', '.join(names[1:])}" if len(names) > 1 else "")
+        choices.append(Choice(name, kind, parameter, reason, groups))
+    if unused:
+        weights = [choice.name for choice in choices if choice.parameter.ndim >= 2]
+        raise ValueError(
+            f"include and exclude must match the names of weights, but {sorted(unused)} match none. "
+            f"Biases and norms are never made sparse. The weights are: {weights}."
+        )
+    return choices
+
+
+def table(title: str, choices: Sequence[Choice]) -> str:
+    """Return a readable table of what is sparse, what is not and why."""
+    rows = [("weight", "layer", "shape", "training")]
+    small: dict[str, list[Choice]] = {}
+    for choice in choices:
+        if choice.reason is not None and choice.parameter.ndim < 2:
+            small.setdefault(choice.reason, []).append(choice)
+            continue
+        state = "sparse" if choice.reason is None else f"dense ({choice.reason})"
+        shape = " x ".join(map(str, choice.parameter.shape))
+        rows.append((choice.name, choice.layer, shape, state))
+    rows += [(f"{len(group)} small ones", "", "", f"dense ({reason})") for reason, group in small.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    sparse = sum(choice.parameter.numel() for choice in choices if choice.reason is None)
+    total = sum(choice.parameter.numel() for choice in choices)
+    count = sum(choice.reason is None for choice in choices)
+    lines.append(f"{count} weights, {sparse:,} of {total:,} parameters ({sparse / max(total, 1):.1%}) train sparse")
+    return "\n".join([title, *lines])
+
+
+def as_matrix(x: Tensor, transposed_groups: int = 0) -> Tensor:
+    """Return ``x``, a weight or one of its like, as a matrix ``(out, n)``: a view wherever its layout allows.
+
+    ``n`` runs over what one output neuron or filter reads, in the order of memory: two tensors pair up if their
+    strides are equal.
+    """
+    if transposed_groups:
+        inputs, per_group = x.shape[:2]
+        grouped = x.reshape(transposed_groups, inputs // transposed_groups, per_group, -1)
+        return grouped.transpose(1, 2).reshape(transposed_groups * per_group, -1)
+    for layout in (torch.channels_last, torch.channels_last_3d):
+        if x.ndim == (4 if layout is torch.channels_last else 5) and x.is_contiguous(memory_format=layout):
+            return x.movedim(1, -1).reshape(len(x), -1)
+    return x.reshape(len(x), -1)
+
+
+def write_matrix(x: Tensor, matrix: Tensor, transposed_groups: int = 0) -> None:
+    """Bring ``matrix``, got from ``as_matrix(x)``, back into ``x``, unless it is a view of it."""
+    if matrix.data_ptr() == x.data_ptr():
+        return
+    if transposed_groups:
+        inputs, per_group = x.shape[:2]
+        grouped = matrix.reshape(transposed_groups, per_group, inputs // transposed_groups, -1)
+        matrix = grouped.transpose(1, 2)
+    x.copy_(matrix.reshape(x.shape))

@@ -1,0 +1,126 @@
+"""AutoSparse: learnable soft thresholds with gradient annealing (ICLR 2023 submission).
+
+Equations 1-9. Decisions: alpha is annealed over the Trainer's epochs; the set B of the explicit gradient sparsity is
+found anew at every step, per layer, and never smaller than the active set A.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_sparse import checks, kernels
+from lightning_sparse._lightning import MisconfigurationException
+from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight
+from lightning_sparse.masks import top_k
+from lightning_sparse.schedules import ANNEALING
+
+__all__ = ["AutoSparse"]
+
+
+class AutoSparse(LatentCallback):
+    r"""AutoSparse: a learnable soft threshold per layer, with annealed gradients for the weights below it.
+
+    With ``T = sigmoid(s)`` the layer computes with ``P = sign(W) max(|W| - T, 0)``. Backward, ``dW = dP * A`` and
+    ``ds = -T (1 - T) sum dP sign(W) A``, where ``A`` is 1 for active weights and ``alpha_i`` for the others;
+    ``alpha_i = alpha * decay(i)`` in epoch i. The optimizer's weight decay on ``s`` is what drives sparsity.
+
+    Args:
+        alpha: gradient scale of inactive weights at the start, from 0 (STR) to 1. Paper's values: 0.75 to 1; 0.4.
+        decay: annealing: "none", "linear", "cosine", "sigmoid", "sigmoid_cosine" or "exponential".
+        alpha_zero_epoch: alpha is 0 from this epoch (counted from 0) on, so that gradients are as sparse as weights.
+        init_threshold: ``s`` at the start. Paper's values: -5; -7 for the Transformer.
+        backward_density: compute weight gradients for this share of each layer only, its largest ``|W|`` (and always
+            for the active ones); None: for all. Costs a selection of the k-th largest weight per layer and step.
+        decay_rate: ``beta`` of the exponential decay, per epoch, at least 0.
+        granularity: one threshold per ``"layer"`` (the paper's), per output ``"neuron"`` or per ``"weight"``.
+        include: glob patterns on names of the weights to make sparse; see :class:`~lightning_sparse.SparseCallback`.
+        exclude: glob patterns on names of weights that stay dense.
+        log_every_n_steps: log also every so many optimizer steps; otherwise once an epoch.
+
+    Raises:
+        ValueError: an argument is out of range.
+        MisconfigurationException: at fit start, if the decay needs the number of epochs and nothing bounds it.
+
+    Example:
+        >>> from lightning_sparse import AutoSparse
+        >>> callback = AutoSparse(alpha=0.75, alpha_zero_epoch=90)
+
+    Reference:
+        "AutoSparse: Towards Automated Sparse Training", ICLR 2023 submission, Eqs. 1-9.
+    """
+
+    needs_weight_decay = True
+
+    def __init__(
+        self,
+        alpha: float = 0.75,
+        decay: str = "sigmoid_cosine",
+        alpha_zero_epoch: int | None = None,
+        init_threshold: float = -5.0,
+        backward_density: float | None = None,
+        decay_rate: float = 1.0,
+        granularity: Granularity = "layer",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        log_every_n_steps: int | None = None,
+    ) -> None:
+        checks.at_least(float("-inf"), "The paper's value is -5.", init_threshold=init_threshold)
+        super().__init__(init_threshold, granularity, include, exclude, log_every_n_steps)
+        checks.fraction("The paper's values are 0.75 to 1; 0 makes it STR.", alpha=alpha)
+        checks.one_of(ANNEALING, decay=decay)
+        checks.at_least(0, "The paper's value is 1.", decay_rate=decay_rate)
+        if alpha_zero_epoch is not None:
+            checks.integer(0, "None keeps annealing to the end.", alpha_zero_epoch=alpha_zero_epoch)
+        if backward_density is not None:
+            checks.fraction("None computes every weight's gradient.", backward_density=backward_density)
+        self.alpha = alpha
+        self.decay = decay
+        self.alpha_zero_epoch = alpha_zero_epoch
+        self.backward_density = backward_density
+        self.decay_rate = decay_rate
+        self.current_alpha = alpha
+
+    @property
+    def gradient_density(self) -> float:
+        """Share of weights that receive a gradient: B, all, or once alpha is 0, the active ones."""
+        if self.current_alpha == 0:
+            return self.density
+        return 1.0 if self.backward_density is None else max(self.backward_density, self.density)
+
+    @property
+    def watched(self) -> dict[str, float]:
+        """The annealed alpha and backward sparsity, to log."""
+        return {"sparsity/alpha": self.current_alpha, "sparsity/backward": 1 - self.gradient_density}
+
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
+        """Anneal alpha (Eqs. 2-4, 9)."""
+        if self.alpha_zero_epoch is not None and epoch >= self.alpha_zero_epoch:
+            self.current_alpha = 0.0
+            return
+        if epochs is None and self.decay not in ("none", "exponential"):
+            raise MisconfigurationException(
+                f"decay={self.decay!r} needs the number of epochs: set Trainer(max_epochs=...) or max_steps, "
+                "or use decay='exponential' or 'none'."
+            )
+        self.current_alpha = self.alpha * ANNEALING[self.decay](epoch, epochs or 1, self.decay_rate)
+
+    def effective(self, W: Tensor, t: Tensor, out: Tensor) -> None:
+        """Write ``sign(W) max(|W| - sigmoid(s), 0)`` (Eq. 7)."""
+        T = torch.sigmoid(t)
+        kernels.for_tensors(W, T).soft_project(W, T, out)
+
+    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor, t: Tensor) -> Tensor:
+        """``dW = dP A`` and ``ds = -g'(s) sum dP sign(W) A`` (Eq. 1), outside of B nothing (Eq. 8)."""
+        T = torch.sigmoid(t)
+        if self.backward_density is not None:
+            dP.mul_(_largest(W.abs(), T, self.backward_density))
+        dT: Tensor = kernels.for_tensors(dP, T).soft_gradient(dP, W, T, self.current_alpha)
+        return dT * T * (1 - T)
+
+
+def _largest(magnitude: Tensor, T: Tensor, density: float) -> Tensor:
+    """Return B: the share ``density`` of largest magnitudes, at least all above ``T``."""
+    active = magnitude > T
+    k = round(density * magnitude.numel())
+    return active if int(active.sum()) >= k else top_k(magnitude, k)

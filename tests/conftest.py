@@ -1,0 +1,19 @@
+import os
+
+import pytest
+import torch
+
+from lightning_sparse import kernels
+
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(params=["torch", "numba"])
+def kernel(request, monkeypatch):
+    """Run a test with each set of kernels."""
+    monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", request.param)
+    kernels._numba.cache_clear()
+    yield request.param
+    monkeypatch.undo()
+    kernels._numba.cache_clear()

@@ -1,0 +1,114 @@
+"""Small modules and data that the tests share."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sparse import DFBST, DST, STR, AutoSparse
+
+warnings.filterwarnings("ignore", ".*does not have many workers.*")
+
+# One row a method: hyper-parameters under which a tiny network becomes visibly sparse within some dozen steps.
+SETTINGS: dict[str, Callable] = {
+    "DST": lambda **kw: DST(**{"alpha": 5e-3, **kw}),
+    "DFBST": lambda **kw: DFBST(**{"alpha": 5e-3, "beta": 0.5, **kw}),
+    "AutoSparse": lambda **kw: AutoSparse(**{"alpha": 0.6, "init_threshold": -2.5, **kw}),
+    "STR": lambda **kw: STR(**{"init_threshold": -2.5, **kw}),
+}
+
+
+def mlp(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 4)).to(dtype)
+
+
+def cnn(dtype=torch.float32):
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 6)),
+        nn.Conv1d(2, 6, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Unflatten(2, (2, 3)),
+        nn.Conv2d(6, 8, 2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 4),
+    ).to(dtype)
+
+
+def data(count=240, dtype=torch.float32, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 12, generator=generator)
+    y = (x[:, :3].sum(1) > 0).long() + 2 * (x[:, 3:6].sum(1) > 0).long()
+    return x.to(dtype), y
+
+
+class Lit(pl.LightningModule):
+    """A classifier with SGD, momentum, weight decay and a schedule."""
+
+    def __init__(self, net=None, optimizer=None, scheduler=None):
+        super().__init__()
+        self.net = net if net is not None else mlp()
+        self.make_optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3))
+        self.make_scheduler = scheduler
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", nn.functional.cross_entropy(self(x), y))
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+
+
+def loader(count=240, batch_size=8, dtype=torch.float32):
+    return DataLoader(TensorDataset(*data(count, dtype)), batch_size=batch_size)
+
+
+def seeded(build, seed=0):
+    torch.manual_seed(seed)
+    return build()
+
+
+def trainer(callbacks, **kwargs):
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    return pl.Trainer(callbacks=callbacks, **{**defaults, **kwargs})
+
+
+def fit(callback, module=None, train=None, **kwargs):
+    """Train a tiny classifier with the callback(s); return the module and its trainer."""
+    module = module if module is not None else seeded(Lit)
+    run = trainer(callback, **kwargs)
+    run.fit(module, train if train is not None else loader())
+    return module, run
+
+
+def saved(run, path: Path) -> dict:
+    run.save_checkpoint(path)
+    return torch.load(path, weights_only=True)
