@@ -1,5 +1,6 @@
 """SparseCallback: Lightning's hooks become a method's verbs. The one file of the core that knows the Trainer."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,7 +46,8 @@ class SparseCallback(Callback, ABC):
         include: glob patterns on parameter names such as ``["encoder.*"]``; only weights that match are made sparse,
             whatever their layer. Default: the weights of linear, convolution, recurrent and attention layers.
         exclude: glob patterns on the names of weights that stay dense, such as ``["*.head.weight"]``.
-        log_every_n_steps: log also every so many optimizer steps; otherwise once an epoch.
+        log_every_n_steps: log also every so many optimizer steps; by default at the end of each epoch alone. The
+            Trainer writes step values at every ``Trainer(log_every_n_steps)``-th step only: give a multiple of that.
     """
 
     # What ties the callback to one fit: see _detached.
@@ -96,7 +98,8 @@ class SparseCallback(Callback, ABC):
         Args:
             optimizer: only its weights have whole gradients now.
             share: the part of the accumulation window that had a backward pass, 1 as a rule: a penalty added to the
-                loss of every micro-batch has this weight.
+                loss of every micro-batch has this weight. 0: gradients, if there are any, are those of an earlier step
+                (in the batch-norm epoch of StochasticWeightAveraging), and the weights must stay as they are.
             scale: the factor that the gradients still carry (fused optimizers under AMP), else 1.
         """
 
@@ -153,28 +156,37 @@ class SparseCallback(Callback, ABC):
         return self._generate_state_key(include=self.include, exclude=self.exclude)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a Trainer of the other Lightning package."""
+        """Refuse a Trainer of the other Lightning package; forget an earlier fit, which an exception may have ended."""
         check_trainer(trainer, self)
+        if stage == "fit":
+            self._release()
+            self._restored = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the weights, take them over, and show which they are."""
-        self._release()
         self._check(trainer)
         choices = choose(pl_module, self.include, self.exclude)
         self._refuse_unowned(choices, trainer.optimizers)
         self._refuse_overlap(choices, trainer)
-        resumed = self._restored and bool(trainer.ckpt_path)
-        self.attach([choice for choice in choices if choice.reason is None], trainer.optimizers, resumed)
+        self.attach([choice for choice in choices if choice.reason is None], trainer.optimizers, self._restored)
         self._restored = False
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_update))
             self._handles.append(optimizer.register_step_post_hook(self._after_update))
         self._group_sizes = {id(optimizer): _size(optimizer) for optimizer in trainer.optimizers}
         self._module, self._trainer = pl_module, trainer
+        every = self.log_every_n_steps
+        if every is not None and trainer.loggers and every % max(trainer.log_every_n_steps, 1):
+            rank_zero_warn(
+                f"log_every_n_steps={every} of {type(self).__name__} is no multiple of the Trainer's "
+                f"{trainer.log_every_n_steps}, so not all of its values reach the logger. "
+                f"Set Trainer(log_every_n_steps={every}) or a divisor of it."
+            )
         rank_zero_info(table(f"{type(self).__name__} of lightning_sparse", choices))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch that a resumed run may be in the middle of."""
+        self._logged_step = trainer.global_step
         self.begin_epoch(trainer.current_epoch, _epochs(trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,10 +200,16 @@ class SparseCallback(Callback, ABC):
         penalty to ``loss``, without touching a tensor that its own backward may need.
         """
         self._backwards += 1
+        self._prepared.clear()  # of a step that AMP skipped
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Forget the micro-batches whose gradients are thrown away now."""
+        self._backwards = 0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Make the gradients, now whole and unscaled, those of the method; gradient clipping comes after."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if id(optimizer) not in self._group_sizes:
+            optimizer = getattr(optimizer, "optimizer", optimizer)
         if _size(optimizer) != self._group_sizes.get(id(optimizer)):
             self._take_newcomers(optimizer)
         share = self._backwards / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
@@ -206,14 +224,14 @@ class SparseCallback(Callback, ABC):
     ) -> None:
         """Log every so many steps, if asked for."""
         every, step = self.log_every_n_steps, trainer.global_step
-        if every is not None and trainer.loggers and step != self._logged_step and step % every == 0:
+        if every is not None and trainer.loggers and step // every > self._logged_step // every:
             self._logged_step = step
             pl_module.log_dict(self._scalars(), on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, and warn by name of layers that have no weight left."""
-        if trainer.loggers and self.log_every_n_steps is None:
-            pl_module.log_dict(self._scalars(), on_step=False, on_epoch=True)
+        if trainer.loggers:
+            pl_module.log_dict(self._scalars(), on_step=False, on_epoch=True, sync_dist=True)
         for name, density in self.layer_density.items():
             if density == 0:
                 self._warn_once(f"{name} has no weight left: density 0 after epoch {trainer.current_epoch}.")
@@ -246,7 +264,10 @@ class SparseCallback(Callback, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer, the module and the optimizers."""
-        return {**self.__dict__, **_detached()}
+        state = {**self.__dict__, **_detached()}
+        for attached in ("log", "log_dict"):  # the module's methods, which the Trainer gives its callbacks
+            state.pop(attached, None)
+        return state
 
     # ------------------------------------------------------------------ inside
 
@@ -289,6 +310,8 @@ class SparseCallback(Callback, ABC):
         choices = choose(self._module, self.include, self.exclude)
         new = [c for c in choices if c.reason is None and c.name not in known and id(c.parameter) in owned]
         if new:
+            assert self._trainer is not None
+            self._refuse_overlap(new, self._trainer)
             self.attach_more(new, optimizer)
             rank_zero_info(table(f"{type(self).__name__} of lightning_sparse: added to the optimizer", new))
         self._group_sizes[id(optimizer)] = _size(optimizer)
@@ -304,6 +327,12 @@ class SparseCallback(Callback, ABC):
             raise MisconfigurationException(
                 f"{method} cannot train with LBFGS, which evaluates the loss several times within a step. "
                 "Use a first-order optimizer such as SGD or AdamW."
+            )
+        sharded = any("ZeroRedundancyOptimizer" in map(_name, type(o).__mro__) for o in trainer.optimizers)
+        if sharded or getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+            raise MisconfigurationException(
+                f"{method} needs every process to make the same update: ZeroRedundancyOptimizer and model averaging "
+                "(model_averaging_period) do not. Use plain DDP with a plain optimizer."
             )
         # its bookkeeping looks every parameter of the optimizer up in the module
         if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -375,7 +404,7 @@ def _detached() -> dict[str, Any]:
         "_prepared": set(),
         "_group_sizes": {},
         "_backwards": 0,
-        "_logged_step": -1,
+        "_logged_step": 0,
         "_warned": set(),
         "_module": None,
         "_trainer": None,
@@ -390,6 +419,10 @@ def _from_weights(callback: object) -> str:
     )
 
 
+def _name(kind: type) -> str:
+    return kind.__name__
+
+
 def _count(mask: Tensor) -> int:
     return int(torch.count_nonzero(mask))
 
@@ -400,9 +433,10 @@ def _size(optimizer: Optimizer) -> int:
 
 def _epochs(trainer: Trainer) -> int | None:
     """Return the number of epochs of the whole fit, None if nothing bounds it."""
+    bounds = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        return max(trainer.max_epochs, 1)
+        bounds.append(trainer.max_epochs)
     if trainer.max_steps >= 0 and trainer.num_training_batches != float("inf"):
-        batches = trainer.max_steps * trainer.accumulate_grad_batches
-        return max(1, -(-batches // max(1, int(trainer.num_training_batches))))
-    return None
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        bounds.append(math.ceil(trainer.max_steps / max(steps, 1)))
+    return max(1, min(bounds)) if bounds else None

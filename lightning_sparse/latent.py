@@ -5,6 +5,7 @@ sees plain sparse weights. For the optimizer's update alone the parameter is giv
 copy), with ``dW`` in its gradient; the thresholds sit in the same param group and are updated with it.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,20 +49,38 @@ class LatentWeight:
     parameter: nn.Parameter | None = None
     effective: Tensor | None = None
     resets: int | Tensor = 0
+    _views: dict[str, Tensor] = field(default_factory=dict)
 
-    def matrix(self, x: Tensor) -> Tensor:
-        """Return ``x``, of the parameter's shape, as ``(out, n)``; see ``layers.as_matrix``."""
-        return as_matrix(x, self.transposed_groups)
+    def matrix(self, x: Tensor, keep_as: str | None = None) -> Tensor:
+        """Return ``x``, of the parameter's shape, as ``(out, n)``; see ``layers.as_matrix``.
 
-    def column(self, threshold: Tensor) -> Tensor:
-        """Return a threshold as ``(out, 1)``, ``(1, 1)`` or ``(out, n)``, after the granularity."""
-        return self.matrix(threshold) if threshold.ndim > 1 else threshold.unsqueeze(1)
+        ``keep_as``: a name under which the view is kept for the next call, as long as ``x`` stays where it is.
+        """
+        kept = self._views.get(keep_as) if keep_as else None
+        if kept is not None and kept.data_ptr() == x.data_ptr():
+            return kept
+        matrix = as_matrix(x, self.transposed_groups)
+        if keep_as and matrix.data_ptr() == x.data_ptr():
+            self._views[keep_as] = matrix
+        return matrix
 
-    def uncolumn(self, dt: Tensor, key: str = "t") -> Tensor:
-        """Return the gradient of a column of thresholds in the shape of the thresholds: undo ``column``."""
+    def per_row(self, key: str = "t") -> Tensor:
+        """Return thresholds as ``(out, 1)`` or ``(out, n)``; kept for the next call, as in ``matrix``."""
+        t = self.thresholds[key]
+        kept = self._views.get(key)
+        if kept is not None and kept.data_ptr() == t.data_ptr():
+            return kept
+        rows = self.matrix(t.detach()) if t.ndim > 1 else t.detach().unsqueeze(1)
+        rows = rows.expand(self.matrix(self.latent).shape[0], -1)
+        if rows.data_ptr() == t.data_ptr():
+            self._views[key] = rows
+        return rows
+
+    def fold(self, dt: Tensor, key: str = "t") -> Tensor:
+        """Return the gradient of ``per_row`` as that of the thresholds."""
         t = self.thresholds[key]
         if t.ndim == 1:
-            return dt.squeeze(1)
+            return dt.squeeze(1) if t.shape[0] == dt.shape[0] else dt.sum(0)
         result = torch.empty_like(t)
         view = self.matrix(result).copy_(dt)
         write_matrix(result, view, self.transposed_groups)
@@ -69,7 +88,11 @@ class LatentWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the module."""
-        return {**self.__dict__, "parameter": None, "effective": None}
+        tensors = {
+            "latent": self.latent.detach(),
+            "buffers": {key: buffer.detach() for key, buffer in self.buffers.items()},
+        }
+        return {**self.__dict__, **tensors, "parameter": None, "effective": None, "_views": {}}
 
 
 class LatentCallback(SparseCallback):
@@ -177,7 +200,8 @@ class LatentCallback(SparseCallback):
                 name: {
                     "latent": weight.latent.detach(),
                     "thresholds": {key: t.detach() for key, t in weight.thresholds.items()},
-                    "buffers": weight.buffers,
+                    "buffers": {key: buffer.detach() for key, buffer in weight.buffers.items()},
+                    "transposed_groups": weight.transposed_groups,
                 }
                 for name, weight in self._weights.items()
             },
@@ -196,6 +220,7 @@ class LatentCallback(SparseCallback):
                 state["latent"],
                 {key: nn.Parameter(t) for key, t in state["thresholds"].items()},
                 dict(state["buffers"]),
+                state["transposed_groups"],
             )
             for name, state in state_dict["weights"].items()
         }
@@ -248,22 +273,27 @@ class LatentCallback(SparseCallback):
             assert weight.parameter is not None
             for threshold in weight.thresholds.values():
                 threshold.grad = None
+            if not share:
+                weight.parameter.grad = None
             t = weight.thresholds["t"]
-            penalty = self.penalty_gradient(t) if share else None
-            if penalty is not None:
-                t.grad = penalty.mul_(share * scale)
             if weight.parameter.grad is not None:
-                dt = self._gradients(weight, weight.parameter.grad)
-                t.grad = dt if t.grad is None else t.grad.add_(dt)
+                t.grad = self._gradients(weight, weight.parameter.grad)
                 with_gradient.append(weight)
+            penalty = self.penalty_gradient(t.detach()) if share else None
+            if penalty is not None:
+                t.grad = penalty.mul_(share * scale) if t.grad is None else t.grad.add_(penalty, alpha=share * scale)
         if with_gradient:
             self.finish_gradients(with_gradient, share)
 
     @torch.no_grad()
     def enter_step(self, optimizer: Optimizer) -> None:  # noqa: D102
+        skippable = getattr(optimizer, "found_inf", None) is not None  # fused under AMP: may turn out to be no step
         for weight in self._owned.get(id(optimizer), ()):
             parameter = weight.parameter
             assert parameter is not None
+            for t in weight.thresholds.values():  # only now: clipping by norm spreads what is not finite
+                if t.grad is not None:
+                    self._make_finite(t.grad, note=not skippable)
             if weight.effective is None and (parameter.grad is not None or weight.thresholds["t"].grad is not None):
                 weight.effective = parameter.data
                 parameter.data = weight.latent
@@ -325,7 +355,10 @@ class LatentCallback(SparseCallback):
                 key: torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
                 for key, buffer in state.buffers.items()
             }
-            state.thresholds = {key: nn.Parameter(t.data.to(parameter.device)) for key, t in state.thresholds.items()}
+            for t in state.thresholds.values():  # the same objects, which the optimizer may know from an earlier fit
+                like = parameter if t.ndim > 1 else t
+                t.data = torch.empty_like(like, dtype=t.dtype, device=parameter.device).copy_(t.data)
+                t.grad = None
             state.transposed_groups = choice.transposed_groups
         state.parameter = parameter
         state.effective = None
@@ -335,12 +368,10 @@ class LatentCallback(SparseCallback):
     def _new_threshold(self, weight: LatentWeight, value: float) -> Tensor:
         """Return thresholds in at least float32, since their steps are small."""
         dtype = torch.promote_types(weight.latent.dtype, torch.float32)
-        shape: Sequence[int] = weight.latent.shape
-        if self.granularity == "neuron":
-            shape = (len(weight.matrix(weight.latent)),)
-        elif self.granularity == "layer":
-            shape = (1,)
-        return torch.full(shape, value, dtype=dtype, device=weight.latent.device)
+        if self.granularity == "weight":
+            return torch.full_like(weight.latent, value, dtype=dtype)  # in the same order of memory
+        count = len(weight.matrix(weight.latent)) if self.granularity == "neuron" else 1
+        return torch.full((count,), value, dtype=dtype, device=weight.latent.device)
 
     def _continues(self, choices: Sequence[Choice]) -> bool:
         """Tell whether the parameters hold just what the state of an earlier fit says."""
@@ -374,6 +405,8 @@ class LatentCallback(SparseCallback):
             for weight in members:
                 self._owned[id(optimizer)].append(weight)
                 for key, t in weight.thresholds.items():
+                    if any(p is t for p in group["params"]):
+                        continue
                     group["params"].append(t)
                     if "param_names" in group:
                         group["param_names"].append(f"{weight.name}.{key}")
@@ -383,23 +416,26 @@ class LatentCallback(SparseCallback):
         same_layout = gradient.stride() == weight.latent.stride()
         work = gradient if same_layout else torch.empty_like(weight.latent).copy_(gradient)
         dP = weight.matrix(work)
-        t = weight.column(weight.thresholds["t"])
-        dt = self.gradients(weight, dP, weight.matrix(weight.latent), t.expand(len(dP), -1)).sum_to_size(t.shape)
+        dt = self.gradients(weight, dP, weight.matrix(weight.latent, "W"), weight.per_row())
         write_matrix(work, dP, weight.transposed_groups)
         if not same_layout:
             gradient.copy_(work)
-        return self._finite(weight.uncolumn(dt))
+        return weight.fold(dt)
 
-    def _finite(self, dt: Tensor) -> Tensor:
-        """Return ``dt`` with 0 where it is not finite, and note that it was not (no synchronisation of devices)."""
-        broken = ~torch.isfinite(dt).all()
-        self._nonfinite = broken if self._nonfinite is None else self._nonfinite.to(broken.device) | broken
-        return torch.nan_to_num(dt, 0.0, 0.0, 0.0)
+    def _make_finite(self, dt: Tensor, note: bool) -> None:
+        """Write 0 into ``dt`` where it is not finite, and note that it was not (no waiting for an accelerator)."""
+        if dt.device.type == "cpu" and math.isfinite(dt.sum()):
+            return
+        if note:
+            broken = ~torch.isfinite(dt).all()
+            self._nonfinite = broken if self._nonfinite is None else self._nonfinite.to(broken.device) | broken
+        torch.nan_to_num_(dt, 0.0, 0.0, 0.0)
 
     def _leave(self, weight: LatentWeight) -> None:
         """Take ``W`` back from the parameter and give it ``P``, if an update was under way."""
         if weight.effective is not None and weight.parameter is not None:
-            weight.latent = weight.parameter.data
+            if weight.parameter.data_ptr() != weight.latent.data_ptr():  # the optimizer gave it new storage
+                weight.latent = weight.parameter.data
             weight.parameter.data, weight.effective = weight.effective, None
             self._project(weight)
 
@@ -410,21 +446,24 @@ class LatentCallback(SparseCallback):
         passing = self._write(weight, P)
         if self.reset_above is None or passing is None:
             return
-        fewest = (1 - self.reset_above) * P.numel()
-        if isinstance(passing, Tensor):  # on an accelerator: no waiting for the count
-            collapsed = passing < fewest
+        masked = (P.numel() - passing) / P.numel()  # rounded once: exactly 99 % is not more than 0.99
+        if isinstance(masked, Tensor):  # on an accelerator: no waiting for the count
+            collapsed = masked > self.reset_above
             weight.resets = weight.resets + collapsed
             weight.thresholds["t"].mul_(~collapsed)
             self._write(weight, P)
-        elif passing < fewest:
+        elif masked > self.reset_above:
             weight.resets += 1
             weight.thresholds["t"].zero_()
             self._write(weight, P)
 
     def _write(self, weight: LatentWeight, P: Tensor) -> int | Tensor | None:
         """Write ``P = f(W, t)``."""
-        out = weight.matrix(P)
-        t = weight.column(weight.thresholds["t"]).expand(len(out), -1)
-        passing = self.effective(weight.matrix(weight.latent), t, out)
-        write_matrix(P, out, weight.transposed_groups)
+        same_layout = P.stride() == weight.latent.stride()
+        work = P if same_layout else torch.empty_like(weight.latent)
+        out = weight.matrix(work, "P" if same_layout else None)
+        passing = self.effective(weight.matrix(weight.latent, "W"), weight.per_row(), out)
+        write_matrix(work, out, weight.transposed_groups)
+        if not same_layout:
+            P.copy_(work)
         return passing

@@ -81,7 +81,7 @@ def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Seq
         names = [place[0] for place in places]
         reason = None
         matched = {pattern for pattern in (*(include or ()), *exclude) if _matches(pattern, names)}
-        if parameter.ndim < 2 or any(isinstance(place[2], _NORMS) for place in places):
+        if parameter.ndim < 2 or any(local.startswith("bias") or isinstance(o, _NORMS) for _, local, o in places):
             reason = "bias, norm or scalar"
         else:
             unused -= matched
@@ -141,6 +141,8 @@ def as_matrix(x: Tensor, transposed_groups: int = 0) -> Tensor:
         inputs, per_group = x.shape[:2]
         grouped = x.reshape(transposed_groups, inputs // transposed_groups, per_group, -1)
         return grouped.transpose(1, 2).reshape(transposed_groups * per_group, -1)
+    if x.ndim == 2:
+        return x
     for layout in (torch.channels_last, torch.channels_last_3d):
         if x.ndim == (4 if layout is torch.channels_last else 5) and x.is_contiguous(memory_format=layout):
             return x.movedim(1, -1).reshape(len(x), -1)

@@ -53,8 +53,8 @@ def test_trains_as_the_autograd_reference(method, net, accumulate, kernel):
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "weight"])
 @pytest.mark.parametrize("method", SETTINGS)
 def test_every_granularity_trains_as_the_reference(method, granularity):
-    # one threshold for all of a small layer meets alpha from every neuron at once
-    check(method, cnn, 1, granularity, {"alpha": 1e-3} if (method, granularity) == ("DST", "layer") else {})
+    # a single threshold a layer feels alpha once, not once a neuron
+    check(method, cnn, 1, granularity, {"alpha": 2e-2} if (method, granularity) == ("DST", "layer") else {})
 
 
 @pytest.mark.parametrize("density", [0.3, 0.8])

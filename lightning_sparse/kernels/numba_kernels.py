@@ -28,9 +28,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _over_rows(kernel: Callable[..., Any], arrays: tuple[Any, ...], *scalars: Any) -> list[Any]:
     """Run ``kernel(*rows of arrays, *scalars)``, on torch's number of threads where the matrix is large."""
+    if arrays[0].size < _SHARED_FROM:
+        return [kernel(*arrays, *scalars)]
     out = len(arrays[0])
     threads = min(torch.get_num_threads(), out)
-    if threads == 1 or arrays[0].size < _SHARED_FROM:
+    if threads == 1:
         return [kernel(*arrays, *scalars)]
     edges = [out * i // threads for i in range(threads + 1)]
     jobs = [_pool(threads).submit(kernel, *(array[a:b] for array in arrays), *scalars) for a, b in pairwise(edges)]
@@ -38,12 +40,16 @@ def _over_rows(kernel: Callable[..., Any], arrays: tuple[Any, ...], *scalars: An
 
 
 def _array(x: Tensor) -> Any:
-    return x.detach().numpy()
+    """Return ``x`` as an array, kept with the tensor: weights and thresholds come back at every step."""
+    array = getattr(x, "_lightning_sparse_array", None)
+    if array is None:
+        array = x._lightning_sparse_array = x.numpy()  # type: ignore[attr-defined]
+    return array
 
 
 def _thresholds(tau: Tensor) -> tuple[Any, Tensor]:
     """Return ``tau`` as a vector, and an empty vector for its gradient."""
-    return _array(tau.contiguous()).reshape(-1), torch.empty(tau.shape[0], dtype=tau.dtype)
+    return _array(tau).reshape(-1), torch.empty(tau.shape, dtype=tau.dtype)
 
 
 @_compile
@@ -85,8 +91,8 @@ def _hard_gradient(dP, W, tau, dtau):  # type: ignore[no-untyped-def]
 def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor) -> Tensor:
     """As ``torch_kernels.hard_gradient``."""
     vector, dtau = _thresholds(tau)
-    _over_rows(_hard_gradient, (_array(dP), _array(W), vector, _array(dtau)))
-    return dtau.view_as(tau)
+    _over_rows(_hard_gradient, (_array(dP), _array(W), vector, dtau.numpy().reshape(-1)))
+    return dtau
 
 
 @_compile
@@ -121,8 +127,8 @@ def _soft_gradient(dP, W, tau, dtau, alpha):  # type: ignore[no-untyped-def]
 def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, alpha: float) -> Tensor:
     """As ``torch_kernels.soft_gradient``."""
     vector, dtau = _thresholds(tau)
-    _over_rows(_soft_gradient, (_array(dP), _array(W), vector, _array(dtau)), alpha)
-    return dtau.view_as(tau)
+    _over_rows(_soft_gradient, (_array(dP), _array(W), vector, dtau.numpy().reshape(-1)), alpha)
+    return dtau
 
 
 @_compile
@@ -144,7 +150,7 @@ def _backward_mask(G, tau, mask, weighted, plain, moments):  # type: ignore[no-u
             h = h if r <= one else zero
             keep = d >= zero
             mask[i, j] = keep
-            kept = g if keep else zero
+            kept = g if keep else g * zero  # NaN stays NaN
             G[i, j] = kept
             b += g * h
             a += kept * g * h
@@ -159,6 +165,7 @@ def _backward_mask(G, tau, mask, weighted, plain, moments):  # type: ignore[no-u
 def backward_mask(G: Tensor, tau: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As ``torch_kernels.backward_mask``."""
     vector, weighted = _thresholds(tau)
-    plain, moments = torch.empty_like(weighted), np.empty((len(G), 2))
-    _over_rows(_backward_mask, (_array(G), vector, _array(mask), _array(weighted), _array(plain), moments))
-    return weighted.view_as(tau), plain.view_as(tau), torch.from_numpy(moments.sum(0))
+    plain, moments = torch.empty_like(weighted), np.empty((G.shape[0], 2))
+    sums = weighted.numpy().reshape(-1), plain.numpy().reshape(-1), moments
+    _over_rows(_backward_mask, (_array(G), vector, _array(mask), *sums))
+    return weighted, plain, torch.from_numpy(moments.sum(0))

@@ -34,9 +34,9 @@ def _buffer(like: Tensor, index: int) -> Tensor:
     return _buffers[key][: like.numel()].view(like.shape)
 
 
-def _row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``(x * y).sum(1, keepdim=True)`` without the product in memory."""
-    return torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).squeeze(2)
+def _row_dot(x: Tensor, y: Tensor, spare: Tensor) -> Tensor:
+    """Return ``(x * y).sum(1, keepdim=True)``: on CPU much faster than a batched product of vectors."""
+    return torch.mul(x, y, out=spare).sum(1, keepdim=True)
 
 
 def _surrogate_(x: Tensor, spare: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor) -> Tensor:
         h = torch.abs(mask, out=_buffer(w, 1))
         mask.gt_(0)
         h = _surrogate_(h, _buffer(w, 2)).mul_(w)
-        dtau[rows] = _row_dot(g, h) if tau.shape[1] == 1 else g * h
+        dtau[rows] = _row_dot(g, h, _buffer(w, 2)) if tau.shape[1] == 1 else g * h
         g.mul_(mask.add_(h.abs_()))
         if dP.dtype != tau.dtype:
             dP[rows] = g.to(dP.dtype)
@@ -76,9 +76,9 @@ def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor) -> Tensor:
 def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
     """Write ``sign(W) max(|W| - tau, 0)`` into ``out``."""
     for rows in _chunks(W):
-        w, t = W[rows], tau[rows]
-        within = torch.minimum(torch.maximum(w, -t), t) if w.dtype != t.dtype else torch.clamp(w, -t, t)
-        out[rows] = torch.sub(w, within)
+        w, t = W[rows].to(tau.dtype), tau[rows]
+        within = torch.maximum(w, -t, out=_buffer(w, 0))
+        out[rows] = torch.sub(w, torch.minimum(within, t, out=within), out=within)
 
 
 def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, alpha: float) -> Tensor:
@@ -91,7 +91,7 @@ def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, alpha: float) -> Tensor:
             A.mul_(1 - alpha).add_(alpha)
         g.mul_(A)
         sign = torch.sign(w, out=_buffer(w, 1))
-        dtau[rows] = _row_dot(g, sign) if tau.shape[1] == 1 else g * sign
+        dtau[rows] = _row_dot(g, sign, _buffer(w, 0)) if tau.shape[1] == 1 else g * sign
         if dP.dtype != tau.dtype:
             dP[rows] = g.to(dP.dtype)
     return dtau.neg_()
@@ -120,12 +120,12 @@ def backward_mask(G: Tensor, tau: Tensor, mask: Tensor) -> tuple[Tensor, Tensor,
         if tau.shape[1] == 1:
             plain[rows] = gh.sum(1, keepdim=True)
             g.mul_(kept)
-            weighted[rows] = _row_dot(g, gh)
+            weighted[rows] = _row_dot(g, gh, _buffer(g, 2))
         else:
             plain[rows] = gh
             g.mul_(kept)
             weighted[rows] = g * gh
-        moments += torch.stack((g.sum(dtype=torch.float64), g.flatten().dot(g.flatten()).double()))
+        moments += torch.stack((g.sum(), torch.mul(g, g, out=_buffer(g, 2)).sum())).double()
         if G.dtype != tau.dtype:
             G[rows] = g.to(G.dtype)
     return weighted, plain, moments

@@ -76,7 +76,7 @@ class DFBST(LatentCallback):
     @property
     def backward_masks(self) -> dict[str, Tensor]:
         """``M_b`` of the latest step by parameter name, of the weight's shape; all True before the first step."""
-        return {name: weight.buffers["M_b"] for name, weight in self._weights.items()}
+        return {name: weight.buffers["M_b"].detach() for name, weight in self._weights.items()}
 
     @property
     def backward_density(self) -> float:
@@ -119,9 +119,9 @@ class DFBST(LatentCallback):
         """As DST with ``|t_f|``; then mask ``G`` by contribution (Sec. 3.3) and note the sums of the penalty."""
         tau = t.abs()
         dtau: Tensor = kernels.for_tensors(dP, tau).hard_gradient(dP, W, tau)
-        t_b = weight.column(weight.thresholds["t_b"]).expand(len(dP), -1)
+        tau_b = weight.per_row("t_b").abs()
         M_b = weight.matrix(weight.buffers["M_b"])
-        self._sums[weight.name] = kernels.for_tensors(dP, t_b).backward_mask(dP, t_b.abs(), M_b)
+        self._sums[weight.name] = kernels.for_tensors(dP, tau_b).backward_mask(dP, tau_b, M_b)
         write_matrix(weight.buffers["M_b"], M_b, weight.transposed_groups)
         return dtau * _sign(t)
 
@@ -138,15 +138,14 @@ class DFBST(LatentCallback):
         first, second = torch.stack([moments for _, _, moments in sums]).sum(0)
         m = first / N
         s = ((second - N * m * m).clamp_min(0) / (N - 1)).sqrt()
-        factor = torch.where(s > 0, self.beta * share / ((N - 1) * s), 0.0)
+        factor = torch.where(s > 0, -self.beta * share / ((N - 1) * s), 0.0)
         for weight, (weighted, plain, _) in zip(weights, sums, strict=True):
-            t_b = weight.column(weight.thresholds["t_b"])
-            dL = (weighted - m.to(plain.dtype) * plain).mul_(-factor.to(plain.dtype)).sum_to_size(t_b.shape)
-            weight.thresholds["t_b"].grad = self._finite(weight.uncolumn(dL * _sign(t_b), "t_b"))
+            dL = weighted.sub_(plain.mul_(m)).mul_(factor)
+            weight.thresholds["t_b"].grad = weight.fold(dL.mul_(_sign(weight.per_row("t_b"))), "t_b")
 
     def penalty_gradient(self, t: Tensor) -> Tensor:
         """Derivative of ``alpha sum exp(-t_f)``."""
-        return torch.exp(-t).mul_(-self.alpha)
+        return torch.neg(t).exp_().mul_(-self.alpha)
 
 
 def _sign(t: Tensor) -> Tensor:

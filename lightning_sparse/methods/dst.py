@@ -71,4 +71,4 @@ class DST(LatentCallback):
 
     def penalty_gradient(self, t: Tensor) -> Tensor:
         """Derivative of ``alpha sum exp(-t)`` (Eq. 4)."""
-        return torch.exp(-t).mul_(-self.alpha)
+        return torch.neg(t).exp_().mul_(-self.alpha)

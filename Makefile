@@ -1,0 +1,35 @@
+# Each target does its own set-up: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   train DFBST and its dense twin on scikit-learn's digits, and compare (DEMO='--epochs 1' passes options)"
+	@echo "make test   run the tests and the examples in docstrings (JOBS=$(JOBS) at a time)"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove the virtual environment, caches and runs/demo-*"
+
+# Set up once, and again when pyproject.toml changes.
+$(VENV)/installed: pyproject.toml
+	@test -x $(BIN)/python || { echo "Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing lightning-sparse and what it needs into $(VENV) (some minutes the first time)"
+	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/lightning-sparse demo $(DEMO)
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --doctest-modules lightning_sparse tests
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs/demo-*

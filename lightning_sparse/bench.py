@@ -1,0 +1,303 @@
+"""Benchmarks: ratios measured in one run, sparse and dense in turn, so that a change of the machine's speed cancels.
+
+``python -m lightning_sparse.bench overhead`` times a bare training step with each method against a dense one,
+``... trainer`` the same in a Lightning Trainer; ``... hooks`` shows the cost of Lightning's hooks alone, ``... memory``
+the peak memory. ``--help`` lists the options.
+"""
+
+import argparse
+import logging
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_sparse import DFBST, DST, STR, AutoSparse, kernels
+from lightning_sparse._lightning import PACKAGE, Callback, LightningModule, Trainer
+from lightning_sparse.callback import SparseCallback
+from lightning_sparse.latent import LatentCallback
+from lightning_sparse.layers import choose
+
+__all__ = ["main"]
+
+METHODS: dict[str, Callable[[], LatentCallback]] = {
+    "dst": lambda: DST(alpha=5e-4),
+    "dfbst": lambda: DFBST(alpha=5e-4, beta=0.01),
+    "autosparse": lambda: AutoSparse(alpha=0.75, init_threshold=-5.0),
+    "str": lambda: STR(init_threshold=-5.0),
+}
+
+
+def lenet300() -> nn.Module:
+    """LeNet-300-100 for 28 x 28 images."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
+
+
+def vgg16() -> nn.Module:
+    """VGG-16 with batch norm as DST uses it for CIFAR: 13 convolutions and two linear layers, 15.0 M weights."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        if width == 0:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 10))
+
+
+def mlp4096() -> nn.Module:
+    """Three layers of 4096 x 4096."""
+    return nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "lenet300": (lenet300, (1, 28, 28)),
+    "vgg16": (vgg16, (3, 32, 32)),
+    "mlp4096": (mlp4096, (4096,)),
+}
+
+
+def stepper(network: str, method: str | None, batch: int, device: str) -> Callable[[], None]:
+    """Return a function that takes one step of training (SGD with momentum and weight decay)."""
+    torch.manual_seed(0)
+    build, shape = NETWORKS[network]
+    module = build().to(device)
+    x, y = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    callback = METHODS[method]() if method else None
+    if callback is not None:
+        callback.attach([choice for choice in choose(module) if choice.reason is None], [optimizer], False)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss: Tensor = nn.functional.cross_entropy(module(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if callback is None:
+            optimizer.step()
+            return
+        callback.before_step(optimizer, 1.0, 1.0)
+        callback.enter_step(optimizer)
+        optimizer.step()
+        callback.after_step(optimizer)
+
+    return step
+
+
+def _seconds(step: Callable[[], None], count: int, device: str) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def overhead(arguments: argparse.Namespace) -> None:
+    """Print, for each method, its step time over the dense one: median and range over rounds of A and B in turn."""
+    device = arguments.device
+    methods = arguments.methods.split(",")
+    print(f"{arguments.network}, batch {arguments.batch}, {_hardware(device)}")
+    steps = {name: stepper(arguments.network, name, arguments.batch, device) for name in methods}
+    dense = stepper(arguments.network, None, arguments.batch, device)
+    once = _seconds(dense, 3, device)
+    count = max(1, int(arguments.seconds / once))
+    for step in steps.values():
+        _seconds(step, max(3, count // 10), device)
+    ratios: dict[str, list[float]] = {name: [] for name in methods}
+    base = []
+    for _ in range(arguments.rounds):
+        for name, step in steps.items():
+            before, sparse, after = _seconds(dense, count, device), _seconds(step, count, device), 0.0
+            after = _seconds(dense, count, device)
+            base.append((before + after) / 2)
+            ratios[name].append(2 * sparse / (before + after))
+    print(f"dense step: {statistics.median(base) * 1e3:.3f} ms (median of {len(base)} rounds of {count} steps)")
+    for name, values in ratios.items():
+        low, middle, high = min(values), statistics.median(values), max(values)
+        print(f"{name:10s} step time / dense: {middle:.3f}  ({low:.3f} to {high:.3f})", flush=True)
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Print each method's peak memory over the dense one's; each is measured in a process of its own."""
+    print(f"{arguments.network}, batch {arguments.batch}, {_hardware(arguments.device)}")
+    own = [sys.executable, "-m", "lightning_sparse.bench", "peak", "--network", arguments.network]
+    own += ["--batch", str(arguments.batch), "--device", arguments.device, "--threads", str(arguments.threads)]
+
+    def peak(method: str) -> tuple[float, float]:
+        printed = subprocess.run([*own, "--methods", method], check=True, capture_output=True, text=True).stdout
+        before, after = map(float, printed.split())
+        return before, after
+
+    idle, dense = peak("none")
+    print(f"dense peak: {dense:.0f} MB, of which {idle:.0f} MB before the network was made")
+    for name in arguments.methods.split(","):
+        _, sparse = peak(name)
+        print(
+            f"{name:10s} peak / dense: {sparse / dense:.3f}, without that base: {(sparse - idle) / (dense - idle):.3f}"
+        )
+
+
+def peak(arguments: argparse.Namespace) -> None:
+    """Print this process's peak memory in MB before the network is made and after five steps."""
+    before = _peak(arguments.device)
+    step = stepper(
+        arguments.network, None if arguments.methods == "none" else arguments.methods, arguments.batch, arguments.device
+    )
+    for _ in range(5):
+        step()
+    print(before, _peak(arguments.device))
+
+
+def _peak(device: str) -> float:
+    if device == "cpu":
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    return float(torch.cuda.max_memory_allocated()) / 1e6
+
+
+class _Idle(SparseCallback):
+    """A method that does nothing: what remains is what Lightning's hooks cost."""
+
+    masks: dict[str, Tensor] = {}  # noqa: RUF012
+
+    def attach(self, choices: object, optimizers: object, resumed: bool) -> None:
+        """Nothing, as all verbs here."""
+
+    def attach_more(self, choices: object, optimizer: object) -> None:
+        pass
+
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
+        pass
+
+    def before_step(self, optimizer: object, share: float, scale: float) -> None:
+        pass
+
+    def enter_step(self, optimizer: object) -> None:
+        pass
+
+    def after_step(self, optimizer: object) -> None:
+        pass
+
+    def leave_step(self) -> None:
+        pass
+
+
+class _Plain(LightningModule):
+    """A network as a LightningModule, with nothing logged."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+
+class _Repeated(Dataset[list[Tensor]]):
+    """One batch, handed out ``count`` times."""
+
+    def __init__(self, batch: list[Tensor], count: int) -> None:
+        self.batch, self.count = batch, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return self.batch
+
+
+def _fit(network: nn.Module, batch: list[Tensor], steps: int, callbacks: list[Callback]) -> float:
+    """Return the seconds of a step in a Trainer that does nothing else."""
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(_Plain(network), DataLoader(_Repeated(batch, steps), batch_size=None))
+    return (time.perf_counter() - start) / steps
+
+
+def hooks(arguments: argparse.Namespace) -> None:
+    """Print what a step costs more in a Trainer with a callback that has all hooks but does no arithmetic."""
+    batch = [torch.randn(1, 2), torch.zeros(1, dtype=torch.long)]
+
+    def fit(callbacks: list[Callback]) -> float:
+        return 1e6 * _fit(nn.Linear(2, 2), batch, 2000, callbacks)
+
+    print(f"a step of a 2 x 2 layer in a Trainer, {_hardware('cpu')}")
+    fit([_Idle()])
+    pairs = [(fit([]), fit([_Idle()])) for _ in range(arguments.rounds)]
+    extra = [hooked - bare for bare, hooked in pairs]
+    bare = statistics.median(bare for bare, _ in pairs)
+    print(f"hooks: +{statistics.median(extra):.0f} us a step ({min(extra):.0f} to {max(extra):.0f}) on {bare:.0f}")
+
+
+def trainer(arguments: argparse.Namespace) -> None:
+    """Print, for each method, the time of a step in a Trainer over that of the same Trainer without a callback."""
+    build, shape = NETWORKS[arguments.network]
+    batch = [torch.randn(arguments.batch, *shape), torch.randint(10, (arguments.batch,))]
+    steps = max(5, int(arguments.seconds / _fit(build(), batch, 5, [])))
+
+    def fit(callbacks: list[Callback]) -> float:
+        return 1e3 * _fit(build(), batch, steps, callbacks)
+
+    print(f"{arguments.network}, batch {arguments.batch}, in a Trainer, {_hardware('cpu')}")
+    for name in arguments.methods.split(","):
+        fit([METHODS[name]()])
+        triples = [(fit([]), fit([METHODS[name]()]), fit([])) for _ in range(arguments.rounds)]
+        ratios = [2 * sparse / (before + after) for before, sparse, after in triples]
+        dense = statistics.median(before for before, _, _ in triples)
+        print(
+            f"{name:10s} step time / dense: {statistics.median(ratios):.3f} "
+            f" ({min(ratios):.3f} to {max(ratios):.3f}); dense step {dense:.3f} ms",
+            flush=True,
+        )
+
+
+def _hardware(device: str) -> str:
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    backend = kernels.for_tensors(torch.zeros(1, 1), torch.zeros(1, 1)).__name__.rsplit(".", 1)[1]
+    return f"{torch.get_num_threads()} CPU thread(s), {backend}, torch {torch.__version__}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a benchmark from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_sparse.bench", description=__doc__)
+    benchmarks = {"overhead": overhead, "memory": memory, "trainer": trainer, "hooks": hooks, "peak": peak}
+    parser.add_argument("benchmark", choices=benchmarks)
+    parser.add_argument("--network", choices=NETWORKS, default="lenet300")
+    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parsed = parser.parse_args(arguments)
+    torch.set_num_threads(parsed.threads)
+    logging.getLogger(PACKAGE).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    benchmarks[parsed.benchmark](parsed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The command ``lightning-sparse``, on LightningCLI: fit, validate, test, predict; recipes and the demo."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_sparse import recipes
+from lightning_sparse._extras import extra
+from lightning_sparse._lightning import PACKAGE, LightningModule, Trainer
+
+__all__ = ["main"]
+
+_EXTRAS = "cli,examples"
+
+_HELP = """Sparse training from the command line.
+
+  lightning-sparse recipes                           list the recipes of this package
+  lightning-sparse fit --recipe NAME [...]           train one
+  lightning-sparse fit -c FILE.yaml [...]            train your own
+  lightning-sparse demo [...]                        train DFBST and its dense twin, and compare
+
+--recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
+--data.init_args.data_dir=DIR, --trainer.max_epochs=5 or --seed_everything=1.
+A run goes to runs/NAME/version_N: config.yaml, metrics.csv and checkpoints/last.ckpt.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command with the arguments given, by default those of the process."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        if args[:1] == ["recipes"]:
+            _list_recipes()
+        elif args[:1] == ["demo"]:
+            from lightning_sparse import demo
+
+            demo.main(args[1:])
+        else:
+            run(args)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise SystemExit(f"lightning-sparse: {error}") from error
+
+
+def run(args: Sequence[str]) -> Any:
+    """Run fit, validate, test or predict, and return the LightningCLI object.
+
+    Raises:
+        SystemExit: the arguments are wrong.
+        ModuleNotFoundError: LightningCLI's requirements are not installed.
+    """
+    extra("jsonargparse", _EXTRAS)
+    extra("docstring_parser", _EXTRAS)  # of jsonargparse[signatures]
+    try:
+        name, args = _expand(args)
+    except ValueError as error:
+        raise SystemExit(f"lightning-sparse: {error}") from error
+    return _cli_class()(
+        name,
+        LightningModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        load_from_checkpoint_support=False,  # it would tie the loading of checkpoints to jsonargparse
+        parser_kwargs={"description": _HELP},
+        seed_everything_default=0,
+        args=list(args),
+    )
+
+
+def _expand(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Replace ``--recipe NAME`` by ``--config FILE``; return a name for the run as well."""
+    name: str | None = None
+    expanded: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        option, equals, value = arg.partition("=")
+        if option not in ("--recipe", "--config", "-c"):
+            expanded.append(arg)
+            continue
+        if not equals:
+            value = next(rest, "")
+        if not value:
+            raise ValueError(f"{option} needs a value.")
+        if option == "--recipe":
+            value = str(recipes.path(value))
+        name = name or Path(value).stem
+        expanded += ["--config", value]
+    return name, expanded
+
+
+def _list_recipes() -> None:
+    width = max(map(len, recipes.names()))
+    for name in recipes.names():
+        print(f"{name:{width}}  {recipes.summary(name)}")
+
+
+def _cli_class() -> Any:
+    """Return the subclass of LightningCLI; a function, since its base needs packages of an extra."""
+    LightningCLI = import_module(f"{PACKAGE}.cli").LightningCLI
+    CSVLogger = import_module(f"{PACKAGE}.loggers").CSVLogger
+    ModelCheckpoint = import_module(f"{PACKAGE}.callbacks").ModelCheckpoint
+
+    class SparseCLI(LightningCLI):  # type: ignore[misc, valid-type]  # the base is found at run time
+        def __init__(self, name: str | None, *args: Any, **kwargs: Any) -> None:
+            self.run_name = name
+            super().__init__(*args, **kwargs)
+
+        def _parse_ckpt_path(self) -> None:
+            """Leave the model as configured: a checkpoint of ``--ckpt_path`` does not override it."""
+
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+            """Add what runs have by default: a CSV log and a last checkpoint, in runs/NAME."""
+            given = self._get(self.config_init, "trainer")
+            if self.subcommand != "fit":
+                self.save_config_callback = None  # it would make a directory of logs for its file
+            if given.logger is None:
+                log = CSVLogger("runs", name=self.run_name or type(self.model).__name__)
+                kwargs["logger"] = log if self.subcommand == "fit" else False
+            callbacks = given.callbacks or []
+            callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+            if given.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+                # the latest alone: save_last with save_top_k=0 would write at the end of the fit only
+                last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+                callbacks.append(last)
+            kwargs["callbacks"] = callbacks
+            trainer: Trainer = super().instantiate_trainer(**kwargs)
+            return trainer
+
+    return SparseCLI

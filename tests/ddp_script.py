@@ -1,0 +1,66 @@
+"""Run by test_ddp.py in each of several processes: ``ddp_script.py DIRECTORY``, with their number in the environment."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from helpers import SETTINGS, Lit, loader, mlp, trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch.optim.lr_scheduler import StepLR
+
+GLOBAL_BATCH = 12
+CASES = [(method, accumulate, view) for method in SETTINGS for accumulate, view in ((1, False), (3, True))]
+
+
+class EpochEnds(pl.Callback):
+    """Keep the state after every epoch."""
+
+    def __init__(self, callback):
+        self.callback, self.ends = callback, []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        callback = self.callback
+        state = {"masks": callback.masks, "thresholds": callback.thresholds, "latents": callback.latents}
+        state["parameters"] = pl_module.state_dict()
+        if hasattr(callback, "backward_masks"):
+            state |= {"M_b": callback.backward_masks, "t_b": callback.backward_thresholds}
+        self.ends.append({kind: {name: x.clone() for name, x in values.items()} for kind, values in state.items()})
+
+
+def train(method, accumulate, rank=0, **options):
+    torch.manual_seed(rank)
+    if rank:  # so that ranks do not draw the same even where they start from the same seed
+        torch.rand(rank)
+    callback = SETTINGS[method]()
+    ends = EpochEnds(callback)
+    module = Lit(mlp(torch.float64), scheduler=lambda o: StepLR(o, 1, 0.5))
+    fit = trainer([callback, ends], accumulate_grad_batches=accumulate, max_epochs=3, **options)
+    share = GLOBAL_BATCH // fit.world_size
+    fit.fit(module, loader(240, share, torch.float64))
+    return ends.ends
+
+
+def main(folder):
+    rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    results = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for method, accumulate, view in CASES if world == 2 else CASES[::2]:
+            strategy = DDPStrategy(
+                process_group_backend="gloo", find_unused_parameters=False, gradient_as_bucket_view=view
+            )
+            logger = CSVLogger(folder, name=f"{world}", version=f"{method}-{accumulate}")
+            results[method, accumulate] = train(
+                method, accumulate, rank, strategy=strategy, devices=world, logger=logger, log_every_n_steps=5
+            )
+    results["warnings"] = [str(warning.message) for warning in caught]
+    torch.save(results, folder / f"{world}.{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,148 @@
+import csv
+import sys
+
+import pytest
+import torch
+
+from lightning_sparse import DST, cli, demo, recipes
+from lightning_sparse.models import LeNet300
+
+SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-sparse"])
+    return tmp_path
+
+
+def test_a_run_leaves_config_metrics_and_checkpoint_behind(elsewhere):
+    cli.main(["fit", "--recipe", "dfbst-lenet300-digits", *SHORT])
+    run = elsewhere / "runs" / "dfbst-lenet300-digits" / "version_0"
+    assert (run / "config.yaml").is_file()
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    assert {"val_acc", "val_loss", "train_loss", "sparsity/model", "sparsity/backward"} <= set(rows[0])
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 23
+    assert "fc1.weight" in checkpoint["state_dict"]
+
+
+def test_a_run_that_breaks_off_goes_on_from_its_last_epoch(elsewhere, monkeypatch):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 2:
+            raise RuntimeError("power cut")
+
+    fit = ["fit", "--recipe", "dfbst-lenet300-digits", *SHORT[1:], "--trainer.max_epochs=3"]
+    whole = cli.run(fit)
+    with monkeypatch.context() as patch:
+        patch.setattr(LeNet300, "on_train_epoch_start", on_train_epoch_start)
+        with pytest.raises(RuntimeError, match="power cut"):
+            cli.run(fit)
+    folder = elsewhere / "runs" / "dfbst-lenet300-digits" / "version_1" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 46
+    resumed = cli.run([*fit, f"--ckpt_path={folder / 'last.ckpt'}"])
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_options_after_a_recipe_override_it():
+    fit = cli.run(
+        ["fit", "--recipe=dst-lenet300-digits", *SHORT, "--seed_everything=5", "--data.init_args.batch_size=700"]
+    )
+    assert fit.trainer.global_step == 3
+    assert fit.config.fit.seed_everything == 5
+
+
+def test_a_users_own_file_trains_and_names_the_run(elsewhere):
+    text = recipes.path("dst-lenet300-digits").read_text().replace("3.0e-3", "0.125")
+    (elsewhere / "mine.yaml").write_text(text)
+    fit = cli.run(["fit", "-c", "mine.yaml", *SHORT])
+    (method,) = (c for c in fit.trainer.callbacks if isinstance(c, DST))
+    assert method.alpha == 0.125
+    assert (elsewhere / "runs" / "mine" / "version_0").is_dir()
+
+
+def test_a_second_run_leaves_the_first_alone(elsewhere):
+    for _ in range(2):
+        cli.run(["fit", "--recipe", "dense-lenet300-digits", *SHORT])
+    assert len(list(elsewhere.glob("runs/dense-lenet300-digits/version_[01]/checkpoints/last.ckpt"))) == 2
+
+
+def test_a_run_is_resumed_validated_tested_and_predicted(elsewhere, capsys):
+    cli.run(["fit", "--recipe", "dst-lenet300-digits", *SHORT])
+    (path,) = elsewhere.glob("runs/*/version_0/checkpoints/last.ckpt")
+    recipe = ["--recipe", "dst-lenet300-digits", f"--ckpt_path={path}", *SHORT[1:]]
+    resumed = cli.run(["fit", *recipe, "--trainer.max_epochs=2"])
+    assert resumed.trainer.global_step == 46
+    loaded = LeNet300.load_from_checkpoint(path)
+    for command in ("validate", "test", "predict"):
+        done = cli.run([command, *recipe])
+        assert torch.equal(done.model.fc1.weight, loaded.fc1.weight)
+    assert not (elsewhere / "lightning_logs").exists()
+    assert "test_acc" in capsys.readouterr().out
+
+
+def test_a_users_logger_and_checkpoints_replace_the_defaults(elsewhere):
+    options = [
+        "--trainer.logger=false",
+        "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.init_args.dirpath=here",
+    ]
+    fit = cli.run(["fit", "--recipe", "dense-lenet300-digits", *SHORT, *options])
+    assert fit.trainer.loggers == []
+    assert len(fit.trainer.checkpoint_callbacks) == 1
+    assert not (elsewhere / "runs").exists()
+
+
+def test_checkpoints_can_be_switched_off(elsewhere):
+    cli.run(["fit", "--recipe", "dense-lenet300-digits", *SHORT, "--trainer.enable_checkpointing=false"])
+    assert not list(elsewhere.rglob("*.ckpt"))
+
+
+def test_recipes_are_listed_with_what_they_are(capsys):
+    cli.main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipes.names()
+    assert "ICLR 2020" in next(line for line in lines if line.startswith("dst-lenet300-mnist "))
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for word in ("recipes", "demo", "--recipe NAME", "fit", "validate", "test", "predict"):
+        assert word in text
+
+
+@pytest.mark.parametrize("args", [["--recipe", "dfbst-lenet300-minst"], ["--recipe=dfbst-lenet300-minst"]])
+def test_an_unknown_recipe_lists_near_names(args):
+    with pytest.raises(SystemExit, match=r"no recipe is named 'dfbst-lenet300-minst'. Near: dfbst-lenet300-mnist"):
+        cli.main(["fit", *args])
+
+
+def test_an_option_without_its_value_is_refused():
+    with pytest.raises(SystemExit, match="--recipe needs a value"):
+        cli.main(["fit", "--recipe"])
+
+
+def test_missing_data_are_named_without_a_traceback():
+    with pytest.raises(SystemExit, match=r"lightning-sparse: MNIST is not whole in .*gunzip"):
+        cli.main(["fit", "--recipe", "dst-lenet300-mnist", "--data.init_args.data_dir=nowhere", *SHORT])
+
+
+@pytest.mark.parametrize("package", ["jsonargparse", "docstring_parser"])
+def test_a_missing_package_names_its_extras(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        SystemExit, match=rf"{package} is not installed.*pip install 'lightning-sparse\[cli,examples\]'"
+    ):
+        cli.main(["fit", "--recipe", "dst-lenet300-digits"])
+
+
+def test_demo_hands_its_arguments_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(demo, "main", seen.append)
+    cli.main(["demo", "--epochs", "3"])
+    assert seen == [["--epochs", "3"]]

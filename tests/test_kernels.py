@@ -1,0 +1,139 @@
+"""The two sets of kernels agree with each other and with plain formulas."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_sparse.kernels import numba_kernels, torch_kernels
+
+MODULES = [torch_kernels, numba_kernels]
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
+seeds = st.integers(0, 10**6)
+
+
+def draw(shape, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(shape, generator=generator, dtype=dtype) * 0.7
+    W[torch.rand(shape, generator=generator) < 0.1] = 0
+    dP = torch.randn(shape, generator=generator, dtype=dtype)
+    tau = torch.rand(shape[0], 1, generator=generator, dtype=dtype)
+    return W, dP, tau
+
+
+def surrogate(x):
+    a = x.abs()
+    return torch.where(a <= 0.4, 2 - 4 * a, (a <= 1).double() * 0.4)
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+@settings(max_examples=30, deadline=None)
+@given(shape=shapes, seed=seeds)
+def test_hard_threshold_is_the_papers_formula(kernels, shape, seed):
+    W, dP, tau = draw(shape, seed)
+    Q = W.abs() - tau
+    M = (Q > 0).double()
+    expected = dP * M + dP * W * surrogate(Q) * W.sign()
+    dtau = -(dP * W * surrogate(Q)).sum(1, keepdim=True)
+
+    out, gradient = torch.empty_like(W), dP.clone()
+    assert kernels.hard_project(W, tau, out) == M.sum()
+    assert torch.equal(out, W * M)
+    torch.testing.assert_close(kernels.hard_gradient(gradient, W, tau), dtau, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kernels", MODULES)
+@settings(max_examples=30, deadline=None)
+@given(shape=shapes, seed=seeds)
+def test_soft_threshold_is_the_papers_formula(kernels, alpha, shape, seed):
+    W, dP, tau = draw(shape, seed)
+    A = (W.abs() > tau).double() * (1 - alpha) + alpha
+
+    out, gradient = torch.empty_like(W), dP.clone()
+    kernels.soft_project(W, tau, out)
+    torch.testing.assert_close(out, W.sign() * (W.abs() - tau).clamp(min=0), rtol=0, atol=1e-15)
+    assert torch.equal(out == 0, W.abs() <= tau)
+    dtau = kernels.soft_gradient(gradient, W, tau, alpha)
+    torch.testing.assert_close(gradient, dP * A, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dtau, -(dP * W.sign() * A).sum(1, keepdim=True), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+@settings(max_examples=30, deadline=None)
+@given(shape=shapes, seed=seeds)
+def test_backward_mask_is_the_papers_formula(kernels, shape, seed):
+    _, G, tau = draw(shape, seed)
+    G[0] = 0  # a row without gradient has contribution scores 0
+    tau = tau * 0.3
+    rows = G.abs().sum(1, keepdim=True)
+    d = torch.where(rows > 0, G.abs() / torch.where(rows > 0, rows, 1.0), 0.0) - tau
+    M = d >= 0
+
+    gradient, mask = G.clone(), torch.empty(shape, dtype=torch.bool)
+    weighted, plain, moments = kernels.backward_mask(gradient, tau, mask)
+    assert torch.equal(mask, M)
+    assert torch.equal(gradient, G * M)
+    torch.testing.assert_close(weighted, (G * M * G * surrogate(d)).sum(1, keepdim=True), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(plain, (G * surrogate(d)).sum(1, keepdim=True), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(moments, torch.stack([(G * M).sum(), (G * M).square().sum()]), rtol=1e-12, atol=1e-12)
+
+
+def test_dst_on_a_hand_worked_matrix():
+    W = torch.tensor([[0.5, -0.2, 0.0], [-1.5, 0.1, 0.3]])
+    tau = torch.tensor([[0.2], [0.0]])
+    dP = torch.ones(2, 3)
+    out = torch.empty_like(W)
+    assert torch_kernels.hard_project(W, tau, out) == 3 + 1
+    assert out.tolist() == [[0.5, 0.0, 0.0], pytest.approx([-1.5, 0.1, 0.3])]
+    # Q = [[0.3, 0, -0.2], [1.5, 0.1, 0.3]], H = [[0.8, 2, 1.2], [0, 1.6, 0.8]]
+    dtau = torch_kernels.hard_gradient(dP, W, tau)
+    assert dP.flatten().tolist() == pytest.approx([1 + 0.5 * 0.8, 0.2 * 2, 0, 1, 1 + 0.1 * 1.6, 1 + 0.3 * 0.8])
+    assert dtau.flatten().tolist() == pytest.approx([-(0.5 * 0.8 - 0.2 * 2), -(0.1 * 1.6 + 0.3 * 0.8)], abs=1e-6)
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+def test_what_is_not_a_number_stays_visible(kernels):
+    W = torch.tensor([[float("nan"), 1.0]])
+    tau = torch.full((1, 1), 0.5)
+    for project in (kernels.hard_project, kernels.soft_project):
+        out = torch.empty_like(W)
+        project(W, tau, out)
+        assert out[0, 0].isnan()
+        assert out[0, 1] != 0
+    for function in (kernels.hard_gradient, lambda g, W, t: kernels.backward_mask(g, t, torch.empty(1, 2).bool())):
+        gradient = torch.tensor([[float("nan"), 1.0]])
+        function(gradient, torch.ones(1, 2), tau)
+        assert gradient[0, 0].isnan()
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+@pytest.mark.parametrize("shape", [(1, 300_000), (3, 200_000), (700, 400)])
+def test_chunks_and_threads_do_not_change_a_bit(kernels, shape):
+    W, dP, tau = draw(shape, 1, torch.float32)
+    whole, parts = dP.clone(), dP.clone()
+    out = torch.empty_like(W)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        dtau = kernels.hard_gradient(whole, W, tau)
+        passing = kernels.hard_project(W, tau, out)
+    finally:
+        torch.set_num_threads(threads)
+    rows = [kernels.hard_gradient(parts[i : i + 1], W[i : i + 1], tau[i : i + 1]) for i in range(shape[0])]
+    assert torch.equal(whole, parts)
+    torch.testing.assert_close(dtau, torch.cat(rows))
+    assert passing == (W.abs() > tau).sum()
+    assert torch.equal(out != 0, (W.abs() > tau) & (W != 0))
+
+
+def test_wrong_choice_of_kernels_is_refused(monkeypatch):
+    from lightning_sparse import kernels
+
+    monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", "fortran")
+    kernels._numba.cache_clear()
+    with pytest.raises(ValueError, match="LIGHTNING_SPARSE_KERNELS must be 'auto', 'torch' or 'numba', got 'fortran'"):
+        kernels.for_tensors(torch.zeros(1, 1), torch.zeros(1, 1))
+    monkeypatch.undo()
+    kernels._numba.cache_clear()

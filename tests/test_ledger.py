@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_sparse.ledger import OTHER, Average, Flops, dense_flops, inference, training
+from lightning_sparse.models import LeNet5Caffe, LeNet300, SequenceLSTM
+
+BATCH = 8
+
+
+def counted(module, x):
+    y = torch.zeros(len(x), dtype=torch.long)
+    return dense_flops(module, lambda: cross_entropy(module(x), y))
+
+
+def expected(forward, first=False):
+    return Flops(forward, 0 if first else forward, forward)
+
+
+def test_lenet300_counts_two_operations_a_weight_and_image():
+    flops = counted(LeNet300(), torch.randn(BATCH, 1, 28, 28))
+    assert flops == {
+        "fc1.weight": expected(2 * BATCH * 784 * 300, first=True),
+        "fc2.weight": expected(2 * BATCH * 300 * 100),
+        "fc3.weight": expected(2 * BATCH * 100 * 10),
+    }
+
+
+def test_lenet5_counts_two_operations_a_weight_image_and_output_position():
+    flops = counted(LeNet5Caffe(), torch.randn(BATCH, 1, 28, 28))
+    assert flops == {
+        "conv1.weight": expected(2 * BATCH * 20 * 25 * 24 * 24, first=True),
+        "conv2.weight": expected(2 * BATCH * 50 * 20 * 25 * 8 * 8),
+        "fc1.weight": expected(2 * BATCH * 800 * 500),
+        "fc2.weight": expected(2 * BATCH * 500 * 10),
+    }
+
+
+def test_each_weight_of_an_lstm_counts_every_time_step():
+    flops = counted(SequenceLSTM(inputs=5, hidden=4, layers=2, classes=3), torch.randn(BATCH, 1, 7, 5))
+    step = 2 * BATCH * 16
+    assert flops["lstm.weight_ih_l0"] == expected(7 * step * 5, first=True)
+    assert flops["lstm.weight_ih_l1"] == expected(7 * step * 4)
+    # the first hidden state is a constant
+    assert flops["lstm.weight_hh_l0"] == Flops(7 * step * 4, 6 * step * 4, 7 * step * 4)
+    assert flops["fc.weight"] == expected(2 * BATCH * 4 * 3)
+    assert OTHER not in flops
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_grouped_convolution_costs_its_share(groups):
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups), nn.Conv2d(8, 4, 1, groups=groups))
+    x = torch.randn(BATCH, 4, 6, 6)
+    flops = dense_flops(net, lambda: net(x).sum())
+    assert flops["0.weight"] == expected(2 * BATCH * 8 * (4 // groups) * 9 * 16, first=True)
+    assert flops["1.weight"] == expected(2 * BATCH * 4 * (8 // groups) * 16)
+
+
+def test_attention_tells_weights_from_products_of_activations():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(BATCH, 5, 16)
+    flops = dense_flops(attention, lambda: attention(x, x, x)[0].sum())
+    assert flops["in_proj_weight"] == expected(2 * BATCH * 5 * 16 * 48, first=True)
+    assert flops["out_proj.weight"] == expected(2 * BATCH * 5 * 16 * 16)
+    products = 2 * (2 * BATCH * 5 * 5 * 16)
+    assert flops[OTHER] == Flops(products, 2 * products, 0)
+
+
+def test_a_tied_weight_counts_every_use_under_its_first_name():
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    net[2].weight = net[0].weight
+    x = torch.randn(BATCH, 6)
+    flops = dense_flops(net, lambda: net(x).sum())
+    use = 2 * BATCH * 36
+    assert flops == {"0.weight": Flops(2 * use, use, 2 * use)}
+
+
+def test_a_frozen_weight_has_no_gradient_to_compute():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+    net[1].requires_grad_(False)
+    x = torch.randn(BATCH, 6)
+    assert dense_flops(net, lambda: net(x).sum())["1.weight"] == Flops(2 * BATCH * 12, 2 * BATCH * 12, 0)
+
+
+@pytest.mark.parametrize("net", [LeNet300(), LeNet5Caffe()], ids=["lenet300", "lenet5"])
+def test_the_sum_is_that_of_torchs_counter(net):
+    x = torch.randn(BATCH, 1, 28, 28)
+    with FlopCounterMode(display=False) as counter:
+        net(x).sum().backward()
+    flops = dense_flops(net, lambda: net(x).sum())
+    assert training(flops, {}, {}) == counter.get_total_flops()
+
+
+def test_counting_leaves_gradients_alone():
+    net = nn.Linear(3, 2)
+    net(torch.ones(1, 3)).sum().backward()
+    before = net.weight.grad.clone()
+    dense_flops(net, lambda: net(torch.ones(4, 3)).sum())
+    assert torch.equal(net.weight.grad, before)
+
+
+def test_densities_scale_the_passes_they_belong_to():
+    flops = {"a": Flops(100, 0, 100), "b": Flops(40, 40, 40), OTHER: Flops(7, 14, 0)}
+    assert inference(flops, {"a": 0.1, "b": 0.5}) == 10 + 20 + 7
+    assert training(flops, {"a": 0.1, "b": 0.5}, {"a": 0.3, "b": 1.0}) == (10 + 30) + (20 + 20 + 40) + (7 + 14)
+    assert training(flops, {}, {}) == 200 + 120 + 21
+
+
+def test_the_average_is_over_all_values():
+    average = Average()
+    for value in (1.0, 2.0, 6.0):
+        average.add(value)
+    assert average.mean == 3.0

@@ -1,0 +1,144 @@
+"""Masks: small ones worked out by hand, exact counts for the rest."""
+
+import pytest
+import torch
+from helpers import Lit
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_sparse import DFBST, DST, STR, AutoSparse
+from lightning_sparse.masks import top_k
+from lightning_sparse.methods.autosparse import _largest
+
+
+def attached(callback, W, **thresholds):
+    """A callback that has taken over one weight, with thresholds as given."""
+    module = nn.Linear(W.shape[1], W.shape[0], bias=False)
+    module.weight.data = W.clone()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5, weight_decay=1e-9)
+    from lightning_sparse.layers import choose
+
+    callback.attach(choose(module), [optimizer], resumed=False)
+    weight = callback._weights["weight"]
+    for key, value in thresholds.items():
+        weight.thresholds[key].data.copy_(torch.tensor(value))
+    callback._project(weight)
+    return module, optimizer, weight
+
+
+W = torch.tensor([[0.5, -0.2, 0.1], [-0.3, 0.3, 0.05]])
+
+
+def test_dst_keeps_weights_strictly_above_their_neurons_threshold():
+    module, _, _ = attached(DST(alpha=0), W, t=[0.15, 0.3])
+    assert module.weight.tolist() == (W * torch.tensor([[1, 1, 0], [0, 0, 0]])).tolist()
+
+
+def test_dfbst_uses_the_thresholds_magnitude():
+    module, _, _ = attached(DFBST(alpha=0, beta=0), W, t=[-0.15, 0.2])
+    assert module.weight.tolist() == (W * torch.tensor([[1, 1, 0], [1, 1, 0]])).tolist()
+
+
+@pytest.mark.parametrize("callback", [STR(-5), AutoSparse()])
+def test_soft_thresholding_shrinks_survivors_by_the_threshold(callback):
+    s = torch.logit(torch.tensor([0.15]))  # T = 0.15
+    module, _, _ = attached(callback, W, t=s.tolist())
+    assert torch.allclose(module.weight, torch.tensor([[0.35, -0.05, 0], [-0.15, 0.15, 0]]), atol=1e-7)
+    assert callback.masks["weight"].tolist() == [[True, True, False], [True, True, False]]
+
+
+def test_dst_gradients_are_those_worked_out_by_hand():
+    callback = DST(alpha=0)
+    module, optimizer, weight = attached(callback, W, t=[0.15, 0.3])
+    module.weight.grad = torch.tensor([[1.0, 2.0, -1.0], [0.0, 1.0, 1.0]])
+    callback.before_step(optimizer, 1.0, 1.0)
+    # |Q|: 0.35 0.05 0.05 / 0 0 0.25, so H: 0.6 1.8 1.8 / 2 2 1; M: 1 1 0 / 0 0 0; dW = dP (M + |W| H)
+    expected = [[1 * (1 + 0.3), 2 * (1 + 0.36), -1 * 0.18], [0, 1 * 0.6, 1 * 0.05]]
+    assert torch.allclose(module.weight.grad, torch.tensor(expected))
+    # dt = -sum dP W H
+    expected = [-(1 * 0.5 * 0.6 + 2 * -0.2 * 1.8 + -1 * 0.1 * 1.8), -(0.6 + 0.05)]
+    assert torch.allclose(weight.thresholds["t"].grad, torch.tensor(expected))
+
+
+def test_dst_penalty_pushes_thresholds_up_by_alpha_exp_minus_t():
+    callback = DST(alpha=0.1)
+    module, optimizer, weight = attached(callback, W, t=[0.15, 0.3])
+    module.weight.grad = torch.zeros(2, 3)
+    callback.before_step(optimizer, 1.0, 1.0)
+    assert torch.allclose(weight.thresholds["t"].grad, -0.1 * torch.exp(-torch.tensor([0.15, 0.3])))
+
+
+def test_dfbst_masks_gradients_by_their_share_of_the_row():
+    callback = DFBST(alpha=0, beta=0)
+    module, optimizer, _ = attached(callback, W, t=[0.0, 0.0], t_b=[0.25, -0.4])
+    module.weight.grad = torch.tensor([[6.0, -3.0, 1.0], [0.0, 0.0, 0.0]])
+    callback.before_step(optimizer, 1.0, 1.0)
+    # Q = |W|; H: 2-2=.4 (at 0.5), 1.2, 1.6; dW = dP (1 + |W| H): 7.2, -3.72, 1.16: shares 0.60 0.31 0.10
+    assert torch.allclose(module.weight.grad, torch.tensor([[7.2, -3.72, 0.0], [0.0, 0.0, 0.0]]))
+    assert callback.backward_masks["weight"].tolist() == [[True, True, False], [False, False, False]]
+    assert callback.backward_density == pytest.approx(2 / 6)
+
+
+def test_autosparse_scales_gradients_of_inactive_weights_by_alpha():
+    callback = AutoSparse(alpha=0.25, decay="none")
+    module, optimizer, weight = attached(callback, W, t=torch.logit(torch.tensor([0.15])).tolist())
+    module.weight.grad = torch.tensor([[1.0, 2.0, -4.0], [8.0, 1.0, 4.0]])
+    callback.before_step(optimizer, 1.0, 1.0)
+    dW = torch.tensor([[1.0, 2.0, -1.0], [8.0, 1.0, 1.0]])
+    assert torch.allclose(module.weight.grad, dW)
+    assert torch.allclose(weight.thresholds["t"].grad, -0.15 * 0.85 * (dW * W.sign()).sum().view(1))
+
+
+def test_guard_acts_above_its_bound_and_not_at_it():
+    W = torch.ones(10, 10)
+    W[0, 0] = 3
+    for bound, expected in ((0.99, 2.0), (0.989, 0.0)):  # 99 of 100 are masked: just 0.99, or more than 0.989
+        callback = DST(alpha=0, granularity="layer", reset_above=bound)
+        module, _, weight = attached(callback, W, t=[2.0])
+        assert weight.thresholds["t"].item() == expected
+        assert int((module.weight != 0).sum()) == (1 if expected else 100)
+    callback = DST(alpha=0, granularity="layer", reset_above=None)
+    module, _, weight = attached(callback, W, t=[5.0])
+    assert weight.thresholds["t"].item() == 5
+    assert not module.weight.any()
+
+
+def test_top_k_keeps_earlier_positions_among_ties():
+    scores = torch.tensor([[2.0, 1.0, 2.0], [2.0, 0.0, 3.0]])
+    assert top_k(scores, 2).tolist() == [[True, False, False], [False, False, True]]
+    assert top_k(scores, 3).tolist() == [[True, False, True], [False, False, True]]
+    assert not top_k(scores, 0).any()
+    assert top_k(scores, 6).all()
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.data())
+def test_top_k_marks_exactly_the_k_largest(values, draw):
+    k = draw.draw(st.integers(0, len(values)))
+    mask = top_k(torch.tensor(values, dtype=torch.float32), k)
+    best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+    assert sorted(mask.nonzero().flatten().tolist()) == sorted(best)
+
+
+def test_backward_set_holds_at_least_the_active_weights():
+    magnitude = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    assert _largest(magnitude, torch.tensor([[2.5]]), 0.75).tolist() == [[True, True, True, False]]
+    assert _largest(magnitude, torch.tensor([[0.5]]), 0.25).tolist() == [[True] * 4]
+
+
+def test_masks_densities_and_sparsity_agree():
+    callback = DST(alpha=0)
+    attached(callback, W, t=[0.15, 0.3])
+    assert callback.layer_density == {"weight": 2 / 6}
+    assert callback.density == pytest.approx(2 / 6)
+    assert callback.sparsity == pytest.approx(4 / 6)
+    assert callback.masks["weight"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("read", [lambda c: c.density, lambda c: c.sparsity])
+@pytest.mark.parametrize("callback", [DST(alpha=0), DFBST(0, 0), AutoSparse(), STR(-5)])
+def test_density_before_any_fit_says_that_there_is_none(callback, read):
+    with pytest.raises(RuntimeError, match="has no weights yet"):
+        read(callback)
+    assert Lit().net[0].weight.ndim == 2
+    assert callback.masks == {}

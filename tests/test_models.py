@@ -1,0 +1,129 @@
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sparse import DST
+from lightning_sparse._extras import extra
+from lightning_sparse.cli import run
+from lightning_sparse.models import LeNet5Caffe, LeNet300, SequenceLSTM
+from tests.helpers import trainer
+
+
+def images(count=16, size=28):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(count, 1, size, size, generator=generator)
+    return DataLoader(TensorDataset(x, torch.arange(count) % 10), batch_size=8)
+
+
+def weights(module):
+    return sum(p.numel() for name, p in module.named_parameters() if "weight" in name)
+
+
+@pytest.mark.parametrize(
+    ("module", "count"),
+    [
+        (LeNet300(), 784 * 300 + 300 * 100 + 100 * 10),
+        (LeNet300(inputs=64), 64 * 300 + 300 * 100 + 100 * 10),
+        (LeNet5Caffe(), 20 * 25 + 50 * 20 * 25 + 800 * 500 + 500 * 10),
+        (SequenceLSTM(hidden=128), 4 * 128 * (28 + 128 + 128 + 128) + 128 * 10),
+        (SequenceLSTM(hidden=256), 4 * 256 * (28 + 256 + 256 + 256) + 256 * 10),
+    ],
+    ids=["lenet300-mnist", "lenet300-digits", "lenet5", "lstm-a", "lstm-b"],
+)
+def test_networks_have_the_weights_of_the_papers(module, count):
+    assert weights(module) == count
+
+
+def test_counts_of_the_lenets_are_the_ones_in_print():
+    assert weights(LeNet300()) == 266_200
+    assert weights(LeNet5Caffe()) == 430_500
+
+
+def test_the_default_optimizer_is_the_papers():
+    (group,) = LeNet300().configure_optimizers().param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 0)
+
+
+def test_optimizer_and_scheduler_are_given_from_outside():
+    module = LeNet300(
+        optimizer=lambda p: torch.optim.AdamW(p, lr=0.5),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.1),
+    )
+    run = trainer([], max_epochs=2)
+    run.fit(module, images())
+    assert isinstance(run.optimizers[0], torch.optim.AdamW)
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("module", [LeNet300(), LeNet5Caffe(), SequenceLSTM(hidden=8)], ids=lambda m: type(m).__name__)
+def test_every_network_trains_and_logs_its_metrics(module):
+    run = trainer([], max_epochs=1)
+    run.fit(module, images(), images())
+    assert {"train_loss", "val_loss", "val_acc"} <= set(run.callback_metrics)
+    run.test(module, images(), verbose=False)
+    assert {"test_loss", "test_acc"} <= set(run.callback_metrics)
+    assert torch.cat(run.predict(module, images())).shape == (16,)
+
+
+def test_accuracy_is_the_share_of_right_answers():
+    module = LeNet300(inputs=1, hidden=(1, 1), classes=2)
+    with torch.no_grad():  # logits (1, 0): always class 0
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.fc3.bias[0] = 1
+    x, y = torch.zeros(8, 1), torch.tensor([0, 0, 0, 1, 1, 0, 0, 0])
+    run = trainer([])
+    run.validate(module, DataLoader(TensorDataset(x, y), batch_size=3), verbose=False)
+    assert run.callback_metrics["val_acc"] == 0.75
+
+
+def test_an_lstm_reads_rows_in_order():
+    module = SequenceLSTM(inputs=4, hidden=8, layers=1, classes=3)
+    x = torch.rand(2, 1, 5, 4)
+    last = module.lstm(x[:, 0])[0][:, -1]
+    assert torch.equal(module(x), module.fc(last))
+
+
+def test_a_python_runs_checkpoint_loads_plainly(tmp_path):
+    module = LeNet300(inputs=784, hidden=(20, 10), optimizer=lambda p: torch.optim.Adam(p, lr=1e-3))
+    run = trainer(DST(alpha=1e-2), max_epochs=1)
+    run.fit(module, images())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert torch.load(tmp_path / "run.ckpt", weights_only=True)["hyper_parameters"]["hidden"] == (20, 10)
+    loaded = LeNet300.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    assert torch.equal(loaded.fc1.weight, module.fc1.weight)
+
+
+def test_a_cli_runs_checkpoint_loads_without_the_cli(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-sparse"])
+    run(["fit", "--recipe", "dst-lenet300-digits", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"])
+    (path,) = tmp_path.glob("runs/dst-lenet300-digits/version_0/checkpoints/last.ckpt")
+    code = (
+        "import sys; sys.modules['jsonargparse'] = None\n"
+        "from lightning_sparse.models import LeNet300\n"
+        f"print(LeNet300.load_from_checkpoint({str(path)!r}).fc1.in_features)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == "64"
+
+
+def test_too_few_classes_are_refused():
+    with pytest.raises(ValueError, match="classes must be at least 2, got 1"):
+        LeNet300(classes=1)
+
+
+def test_a_missing_package_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"torchmetrics is not installed.*pip install 'lightning-sparse\[examples\]'"
+    ):
+        LeNet300()
+
+
+def test_extra_returns_the_module():
+    assert extra("lightning.pytorch", "cli") is pl
