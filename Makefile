@@ -8,7 +8,7 @@ JOBS ?= 2
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo   train DFBST and its dense twin on scikit-learn's digits, and compare (DEMO='--epochs 1' passes options)"
+	@echo "make demo   train DFBST and its dense twin on scikit-learn's digits, and compare (ARGS='--epochs 1' passes options)"
 	@echo "make test   run the tests and the examples in docstrings (JOBS=$(JOBS) at a time)"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the virtual environment, caches and runs/demo-*"
@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/lightning-sparse demo $(DEMO)
+	$(BIN)/lightning-sparse demo $(ARGS)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --doctest-modules lightning_sparse tests

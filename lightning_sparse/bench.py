@@ -1,8 +1,8 @@
 """Benchmarks: ratios measured in one run, sparse and dense in turn, so that a change of the machine's speed cancels.
 
 ``python -m lightning_sparse.bench overhead`` times a bare training step with each method against a dense one,
-``... trainer`` the same in a Lightning Trainer; ``... hooks`` shows the cost of Lightning's hooks alone, ``... memory``
-the peak memory. ``--help`` lists the options.
+``... trainer`` the same in a Lightning Trainer, ``... compile`` compiled by inductor against eager; ``... hooks`` shows
+the cost of Lightning's hooks alone, ``... memory`` the peak memory. ``--help`` lists the options.
 """
 
 import argparse
@@ -68,11 +68,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def stepper(network: str, method: str | None, batch: int, device: str) -> Callable[[], None]:
-    """Return a function that takes one step of training (SGD with momentum and weight decay)."""
+def stepper(
+    network: str, method: str | None, batch: int, device: str, compiled: bool = False
+) -> tuple[Callable[[], None], nn.Module]:
+    """Return a function that takes one step of training (SGD with momentum and weight decay), and the module."""
     torch.manual_seed(0)
     build, shape = NETWORKS[network]
     module = build().to(device)
+    model = torch.compile(module) if compiled else module
     x, y = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     callback = METHODS[method]() if method else None
@@ -81,7 +84,7 @@ def stepper(network: str, method: str | None, batch: int, device: str) -> Callab
 
     def step() -> None:
         optimizer.zero_grad()
-        loss: Tensor = nn.functional.cross_entropy(module(x), y)
+        loss: Tensor = nn.functional.cross_entropy(model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         if callback is None:
             optimizer.step()
@@ -91,7 +94,7 @@ def stepper(network: str, method: str | None, batch: int, device: str) -> Callab
         optimizer.step()
         callback.after_step(optimizer)
 
-    return step
+    return step, module
 
 
 def _seconds(step: Callable[[], None], count: int, device: str) -> float:
@@ -108,8 +111,8 @@ def overhead(arguments: argparse.Namespace) -> None:
     device = arguments.device
     methods = arguments.methods.split(",")
     print(f"{arguments.network}, batch {arguments.batch}, {_hardware(device)}")
-    steps = {name: stepper(arguments.network, name, arguments.batch, device) for name in methods}
-    dense = stepper(arguments.network, None, arguments.batch, device)
+    steps = {name: stepper(arguments.network, name, arguments.batch, device)[0] for name in methods}
+    dense, _ = stepper(arguments.network, None, arguments.batch, device)
     once = _seconds(dense, 3, device)
     count = max(1, int(arguments.seconds / once))
     for step in steps.values():
@@ -128,6 +131,22 @@ def overhead(arguments: argparse.Namespace) -> None:
         print(f"{name:10s} step time / dense: {middle:.3f}  ({low:.3f} to {high:.3f})", flush=True)
 
 
+def compiled(arguments: argparse.Namespace) -> None:
+    """Train with torch.compile (inductor) and without: print how far weights are apart, and the ratio of step times."""
+    print(f"{arguments.network}, batch {arguments.batch}, torch.compile, {_hardware(arguments.device)}")
+    for name in arguments.methods.split(","):
+        fast, ours = stepper(arguments.network, name, arguments.batch, arguments.device, compiled=True)
+        slow, theirs = stepper(arguments.network, name, arguments.batch, arguments.device)
+        for step in (fast, slow):
+            for _ in range(20):
+                step()
+        pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+        apart = max(float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs)
+        times = [(_seconds(fast, 20, arguments.device), _seconds(slow, 20, arguments.device)) for _ in range(5)]
+        ratio = statistics.median(quick / eager for quick, eager in times)
+        print(f"{name:10s} apart after 20 steps: {apart:.1e} relative; compiled / eager step: {ratio:.3f}", flush=True)
+
+
 def memory(arguments: argparse.Namespace) -> None:
     """Print each method's peak memory over the dense one's; each is measured in a process of its own."""
     print(f"{arguments.network}, batch {arguments.batch}, {_hardware(arguments.device)}")
@@ -140,20 +159,19 @@ def memory(arguments: argparse.Namespace) -> None:
         return before, after
 
     idle, dense = peak("none")
-    print(f"dense peak: {dense:.0f} MB, of which {idle:.0f} MB before the network was made")
+    print(f"dense peak: {dense:.0f} MB, of which {idle:.0f} MB are the process before the network is made")
     for name in arguments.methods.split(","):
-        _, sparse = peak(name)
-        print(
-            f"{name:10s} peak / dense: {sparse / dense:.3f}, without that base: {(sparse - idle) / (dense - idle):.3f}"
-        )
+        base, sparse = peak(name)
+        ratio = (sparse - base) / (dense - idle)
+        print(f"{name:10s} peak / dense: {sparse / dense:.3f}; without the process's own {base:.0f} MB: {ratio:.3f}")
 
 
 def peak(arguments: argparse.Namespace) -> None:
     """Print this process's peak memory in MB before the network is made and after five steps."""
+    method = None if arguments.methods == "none" else arguments.methods
+    stepper("lenet300", method, 1, arguments.device)[0]()  # loads and compiles what is needed
     before = _peak(arguments.device)
-    step = stepper(
-        arguments.network, None if arguments.methods == "none" else arguments.methods, arguments.batch, arguments.device
-    )
+    step, _ = stepper(arguments.network, method, arguments.batch, arguments.device)
     for _ in range(5):
         step()
     print(before, _peak(arguments.device))
@@ -283,7 +301,14 @@ def _hardware(device: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run a benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m lightning_sparse.bench", description=__doc__)
-    benchmarks = {"overhead": overhead, "memory": memory, "trainer": trainer, "hooks": hooks, "peak": peak}
+    benchmarks = {
+        "overhead": overhead,
+        "memory": memory,
+        "compile": compiled,
+        "trainer": trainer,
+        "hooks": hooks,
+        "peak": peak,
+    }
     parser.add_argument("benchmark", choices=benchmarks)
     parser.add_argument("--network", choices=NETWORKS, default="lenet300")
     parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")

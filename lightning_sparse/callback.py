@@ -22,7 +22,7 @@ from lightning_sparse._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_sparse.layers import Choice, choose, table
+from lightning_sparse.layers import FROZEN, Choice, choose, table
 
 __all__ = ["SparseCallback"]
 
@@ -47,13 +47,15 @@ class SparseCallback(Callback, ABC):
             whatever their layer. Default: the weights of linear, convolution, recurrent and attention layers.
         exclude: glob patterns on the names of weights that stay dense, such as ``["*.head.weight"]``.
         log_every_n_steps: log also every so many optimizer steps; by default at the end of each epoch alone. The
-            Trainer writes step values at every ``Trainer(log_every_n_steps)``-th step only: give a multiple of that.
+            Trainer writes step values at every ``Trainer(log_every_n_steps)``-th step only: give that number, or a
+            multiple of it, between which the Trainer repeats the latest values.
     """
 
     # What ties the callback to one fit: see _detached.
     _handles: list[Any]
     _prepared: set[int]
     _group_sizes: dict[int, int]
+    _frozen: dict[int, list[torch.nn.Parameter]]
     _backwards: int
     _logged_step: int
     _warned: set[str]
@@ -173,13 +175,14 @@ class SparseCallback(Callback, ABC):
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_update))
             self._handles.append(optimizer.register_step_post_hook(self._after_update))
-        self._group_sizes = {id(optimizer): _size(optimizer) for optimizer in trainer.optimizers}
+        for optimizer in trainer.optimizers:
+            self._remember(optimizer, choices)
         self._module, self._trainer = pl_module, trainer
-        every = self.log_every_n_steps
-        if every is not None and trainer.loggers and every % max(trainer.log_every_n_steps, 1):
+        every, theirs = self.log_every_n_steps, max(getattr(trainer, "log_every_n_steps", 1), 1)
+        if every is not None and trainer.loggers and every % theirs:
             rank_zero_warn(
-                f"log_every_n_steps={every} of {type(self).__name__} is no multiple of the Trainer's "
-                f"{trainer.log_every_n_steps}, so not all of its values reach the logger. "
+                f"log_every_n_steps={every} of {type(self).__name__} is no multiple of the Trainer's {theirs}, "
+                "so not all of its values reach the logger. "
                 f"Set Trainer(log_every_n_steps={every}) or a divisor of it."
             )
         rank_zero_info(table(f"{type(self).__name__} of lightning_sparse", choices))
@@ -210,7 +213,8 @@ class SparseCallback(Callback, ABC):
         """Make the gradients, now whole and unscaled, those of the method; gradient clipping comes after."""
         if id(optimizer) not in self._group_sizes:
             optimizer = getattr(optimizer, "optimizer", optimizer)
-        if _size(optimizer) != self._group_sizes.get(id(optimizer)):
+        thawed = any(parameter.requires_grad for parameter in self._frozen.get(id(optimizer), ()))
+        if thawed or _size(optimizer) != self._group_sizes.get(id(optimizer)):
             self._take_newcomers(optimizer)
         share = self._backwards / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
         self._backwards = 0
@@ -302,19 +306,26 @@ class SparseCallback(Callback, ABC):
         self._prepared.discard(id(optimizer))
         self.after_step(optimizer)
 
+    def _remember(self, optimizer: Optimizer, choices: Sequence[Choice]) -> None:
+        """Note what would change if weights joined the training of ``optimizer``."""
+        owned = _owned(optimizer)
+        frozen = [choice.parameter for choice in choices if choice.reason == FROZEN]
+        self._frozen[id(optimizer)] = [parameter for parameter in frozen if id(parameter) in owned]
+        self._group_sizes[id(optimizer)] = _size(optimizer)
+
     def _take_newcomers(self, optimizer: Optimizer) -> None:
-        """Take over weights that were added to ``optimizer`` since the fit started."""
+        """Take over weights that were added to ``optimizer``, or unfrozen, since the fit started."""
         assert self._module is not None
         known = set(self.masks)
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        owned = _owned(optimizer)
         choices = choose(self._module, self.include, self.exclude)
         new = [c for c in choices if c.reason is None and c.name not in known and id(c.parameter) in owned]
         if new:
             assert self._trainer is not None
             self._refuse_overlap(new, self._trainer)
             self.attach_more(new, optimizer)
-            rank_zero_info(table(f"{type(self).__name__} of lightning_sparse: added to the optimizer", new))
-        self._group_sizes[id(optimizer)] = _size(optimizer)
+            rank_zero_info(table(f"{type(self).__name__} of lightning_sparse: new in training", new))
+        self._remember(optimizer, choices)
 
     def _check(self, trainer: Trainer) -> None:
         method = type(self).__name__
@@ -403,6 +414,7 @@ def _detached() -> dict[str, Any]:
         "_handles": [],
         "_prepared": set(),
         "_group_sizes": {},
+        "_frozen": {},
         "_backwards": 0,
         "_logged_step": 0,
         "_warned": set(),
@@ -425,6 +437,10 @@ def _name(kind: type) -> str:
 
 def _count(mask: Tensor) -> int:
     return int(torch.count_nonzero(mask))
+
+
+def _owned(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _size(optimizer: Optimizer) -> int:

@@ -1,6 +1,7 @@
 """The command ``lightning-sparse``, on LightningCLI: fit, validate, test, predict; recipes and the demo."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -56,6 +57,7 @@ def run(args: Sequence[str]) -> Any:
         name, args = _expand(args)
     except ValueError as error:
         raise SystemExit(f"lightning-sparse: {error}") from error
+    warnings.filterwarnings("ignore", "The '.*dataloader' does not have many workers")  # data in memory need none
     return _cli_class()(
         name,
         LightningModule,

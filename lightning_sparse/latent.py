@@ -174,9 +174,17 @@ class LatentCallback(SparseCallback):
         return {name: weight.thresholds["t"].detach() for name, weight in self._weights.items()}
 
     @property
+    def layer_gradient_density(self) -> dict[str, float]:
+        """Share of each layer's weights whose gradient is used: what it costs where sparsity is exploited."""
+        return dict.fromkeys(self._weights, 1.0)
+
+    @property
     def gradient_density(self) -> float:
-        """Share of weights that receive a gradient: what the weight gradient costs where sparsity is exploited."""
-        return 1.0
+        """Share of all selected weights whose gradient is used."""
+        sizes = {name: weight.latent.numel() for name, weight in self._weights.items()}
+        if not sizes:
+            raise RuntimeError(f"{type(self).__name__} has no weights yet: they are chosen when trainer.fit starts.")
+        return sum(share * sizes[name] for name, share in self.layer_gradient_density.items()) / sum(sizes.values())
 
     @property
     def masks(self) -> dict[str, Tensor]:  # noqa: D102  (inherited)
@@ -245,7 +253,7 @@ class LatentCallback(SparseCallback):
 
     @torch.no_grad()
     def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
-        if resumed:
+        if resumed and self._weights:  # none in a checkpoint of before the fit, as LearningRateFinder writes it
             self._refuse_other_weights(choices)
         elif self._weights and not self._continues(choices):
             rank_zero_warn(
@@ -312,7 +320,7 @@ class LatentCallback(SparseCallback):
         for name, weight in self._weights.items():
             if int(weight.resets):
                 self._warn_once(
-                    f"{name} collapsed: over {self.reset_above:.0%} of it was masked {int(weight.resets)} times so far "
+                    f"{name} collapsed: over {self.reset_above:.0%} of it was masked (so far {int(weight.resets)} x) "
                     "and its thresholds were set to 0. A smaller alpha or learning rate avoids it."
                 )
         if self._nonfinite is not None and bool(self._nonfinite):

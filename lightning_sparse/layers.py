@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Choice", "as_matrix", "choose", "table", "write_matrix"]
+__all__ = ["FROZEN", "Choice", "as_matrix", "choose", "table", "write_matrix"]
 
 # Made sparse by default, with the prefixes of the names of their weights. MultiheadAttention's out_proj is a Linear.
 _BY_DEFAULT: dict[type[nn.Module], tuple[str, ...]] = {
@@ -22,6 +22,10 @@ _BY_DEFAULT: dict[type[nn.Module], tuple[str, ...]] = {
 }
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+#: reason of a parameter that does not train
+FROZEN = "frozen"
 
 
 @dataclass
@@ -93,7 +97,7 @@ def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Seq
                 others = [type(holder).__name__ for _, local, holder in places if not _by_default(local, holder)]
                 reason = f"{others[0]}: only on request (include)"
             elif not parameter.requires_grad:
-                reason = "frozen"
+                reason = FROZEN
             elif not parameter.is_floating_point() or parameter.numel() == 0:
                 reason = "not a real-valued tensor with elements"
         transposed = [holder for _, _, holder in places if isinstance(holder, _TRANSPOSED)]

@@ -5,6 +5,8 @@ import torch
 
 from lightning_sparse import kernels
 
+collect_ignore_glob = ["*_script.py"]  # programs that tests start
+
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

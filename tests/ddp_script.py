@@ -1,4 +1,4 @@
-"""Run by test_ddp.py in each of several processes: ``ddp_script.py DIRECTORY``, with their number in the environment."""
+"""Run by test_ddp.py in each of several processes: ``ddp_script.py DIRECTORY``; the environment numbers them."""
 
 import os
 import sys
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from helpers import SETTINGS, Lit, loader, mlp, trainer
+from helpers import SETTINGS, Lit, data, mlp, trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, TensorDataset
 
 GLOBAL_BATCH = 12
 CASES = [(method, accumulate, view) for method in SETTINGS for accumulate, view in ((1, False), (3, True))]
@@ -38,9 +39,11 @@ def train(method, accumulate, rank=0, **options):
     callback = SETTINGS[method]()
     ends = EpochEnds(callback)
     module = Lit(mlp(torch.float64), scheduler=lambda o: StepLR(o, 1, 0.5))
-    fit = trainer([callback, ends], accumulate_grad_batches=accumulate, max_epochs=3, **options)
-    share = GLOBAL_BATCH // fit.world_size
-    fit.fit(module, loader(240, share, torch.float64))
+    options |= {"accumulate_grad_batches": accumulate, "max_epochs": 3, "use_distributed_sampler": False}
+    fit = trainer([callback, ends], **options)
+    x, y = data(240, torch.float64)
+    mine = TensorDataset(x[rank :: fit.world_size], y[rank :: fit.world_size])  # the ranks' rows make up global batches
+    fit.fit(module, DataLoader(mine, GLOBAL_BATCH // fit.world_size))
     return ends.ends
 
 

@@ -52,7 +52,7 @@ class AnnealedRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, allowed = ctx.saved_tensors
-        return grad * torch.where(x > 0, 1.0, ctx.alpha) * allowed, None, None
+        return grad * torch.where(x > 0, torch.ones_like(x), torch.full_like(x, ctx.alpha)) * allowed, None, None
 
 
 def broadcast(t, W):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_sparse import DFBST, DST, STR, AutoSparse
+from lightning_sparse.layers import choose
 from lightning_sparse.masks import top_k
 from lightning_sparse.methods.autosparse import _largest
 
@@ -17,13 +18,13 @@ def attached(callback, W, **thresholds):
     module = nn.Linear(W.shape[1], W.shape[0], bias=False)
     module.weight.data = W.clone()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5, weight_decay=1e-9)
-    from lightning_sparse.layers import choose
 
     callback.attach(choose(module), [optimizer], resumed=False)
     weight = callback._weights["weight"]
     for key, value in thresholds.items():
         weight.thresholds[key].data.copy_(torch.tensor(value))
-    callback._project(weight)
+    with torch.no_grad():
+        callback._project(weight)
     return module, optimizer, weight
 
 

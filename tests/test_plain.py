@@ -1,4 +1,4 @@
-"""The module stays plain: ordinary keys, exact zeros, and nobody who looks at it sees anything but effective weights."""
+"""The module stays plain: ordinary keys, exact zeros, and whoever looks at it sees effective weights."""
 
 import copy
 import io
@@ -112,6 +112,7 @@ class Plain(Lit):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.parametrize("trained", ["DST", "AutoSparse"], indirect=True)  # the module is no different with others
 def test_trained_module_exports_with_torch_export_and_onnx(trained, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -183,8 +184,7 @@ class Spy(pl.Callback):
         return look
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("first", ["spy", "method"])
+@pytest.mark.parametrize(("first", "accumulate"), [("spy", 3), ("method", 1)])
 def test_other_callbacks_find_the_effective_weights_in_every_hook(callback, first, accumulate, tmp_path):
     spy = Spy(callback)
     checkpoint = ModelCheckpoint(tmp_path)

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import resume_script
 import torch
-from helpers import SETTINGS, Lit, fit, loader, saved, seeded, trainer
+from helpers import SETTINGS, Lit, cnn, fit, loader, saved, seeded, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -16,7 +17,11 @@ SCRIPT = Path(__file__).parent / "resume_script.py"
 
 
 def launch(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], check=True, env=environment, timeout=250)
 
 
@@ -36,8 +41,6 @@ def results(tmp_path_factory, worker_id):
 
 
 def _once(folder):
-    import time
-
     try:
         folder.mkdir()
     except FileExistsError:
@@ -143,6 +146,24 @@ def test_same_callback_and_module_can_resume_in_the_same_process(method, tmp_pat
     assert all(torch.equal(expected[name], latent) for name, latent in callback.latents.items())
 
 
+def test_a_checkpoint_resumes_after_a_fit_of_another_module_failed(method, tmp_path):
+    """An exception ends a fit without teardown: nothing of it may be left in the next one."""
+
+    class Fails(Lit):
+        def training_step(self, batch, batch_idx):
+            raise ValueError("on purpose")
+
+    expected, callback = SETTINGS[method](), SETTINGS[method]()
+    _, run = fit(expected, max_epochs=1)
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    with pytest.raises(ValueError, match="on purpose"):
+        fit(callback, seeded(lambda: Fails(cnn())))
+    for each in (expected, callback):
+        trainer(each, max_epochs=2).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "first.ckpt")
+    assert expected.latents.keys() == callback.latents.keys()
+    assert all(torch.equal(W, callback.latents[name]) for name, W in expected.latents.items())
+
+
 def dense_checkpoint(path):
     module = seeded(Lit)
     run = trainer([], max_epochs=1)
@@ -155,7 +176,9 @@ def test_checkpoint_of_another_method_is_refused(method, tmp_path):
     other = "STR" if method != "STR" else "DST"
     _, run = fit(SETTINGS[other](), max_epochs=1)
     run.save_checkpoint(tmp_path / "other.ckpt")
-    with pytest.raises(MisconfigurationException, match=rf"no state of {method}.*written with {other}.*load_from_checkp"):
+    with pytest.raises(
+        MisconfigurationException, match=rf"no state of {method}.*written with {other}.*load_from_checkp"
+    ):
         trainer(SETTINGS[method](), max_epochs=2).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "other.ckpt")
 
 
@@ -170,7 +193,9 @@ def test_weights_only_checkpoint_is_refused(method, tmp_path):
     callback = SETTINGS[method]()
     fit([callback, keep], max_epochs=1, enable_checkpointing=True)
     for candidate in (callback, SETTINGS[method]()):  # whatever state it still holds
-        with pytest.raises(MisconfigurationException, match=f"light.ckpt has no state of {method}.*load_from_checkpoint"):
+        with pytest.raises(
+            MisconfigurationException, match=f"light.ckpt has no state of {method}.*load_from_checkpoint"
+        ):
             trainer(candidate, max_epochs=2).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "light.ckpt")
 
 

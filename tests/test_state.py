@@ -1,125 +1,181 @@
-"""The callback's own state: a second fit, pickle and copy, several methods on one Trainer."""
+"""What a callback carries from fit to fit, into copies and pickles, and beside others of its kind."""
 
 import copy
 import pickle
+import warnings
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import SETTINGS, Lit, fit, loader, seeded, trainer
+from helpers import SETTINGS, Lit, cnn, fit, loader, seeded, trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-
-def same(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+from lightning_sparse import STR
 
 
-@pytest.mark.parametrize("method", SETTINGS)
-def test_a_second_fit_goes_on_from_latents_and_thresholds(method, recwarn):
+@pytest.fixture(params=SETTINGS)
+def method(request):
+    return request.param
+
+
+def plain_sgd(p):
+    return torch.optim.SGD(p, lr=0.1, weight_decay=1e-3)
+
+
+def test_second_fit_goes_on_from_latents_and_thresholds(method):
+    """Without momentum, which belongs to the optimizer, two fits of one epoch are one of two."""
+    options = {"decay": "none"} if method == "AutoSparse" else {}
+    whole, halves = SETTINGS[method](**options), SETTINGS[method](**options)
+    fit(whole, seeded(lambda: Lit(optimizer=plain_sgd)), max_epochs=2)
+    module = seeded(lambda: Lit(optimizer=plain_sgd))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*starts afresh")
+        for _ in range(2):
+            fit(halves, module, max_epochs=1)
+    assert whole.sparsity > 0
+    assert all(torch.equal(W, halves.latents[name]) for name, W in whole.latents.items())
+    assert all(torch.equal(t, halves.thresholds[name]) for name, t in whole.thresholds.items())
+
+
+def test_state_stays_readable_after_fit(method):
     callback = SETTINGS[method]()
     module, _ = fit(callback)
-    latents = {name: W.clone() for name, W in callback.latents.items()}
-    thresholds = {name: t.clone() for name, t in callback.thresholds.items()}
-    seen = {}
-
-    from lightning.pytorch import Callback
-
-    class Spy(Callback):
-        def on_train_start(self, trainer, pl_module):
-            seen["latents"] = {name: W.clone() for name, W in callback.latents.items()}
-            seen["thresholds"] = {name: t.clone() for name, t in callback.thresholds.items()}
-
-    fit([callback, Spy()], module=module)
-    assert same(seen["latents"], latents)
-    assert same(seen["thresholds"], thresholds)
-    assert not same(callback.latents, latents)
-    assert not [w for w in recwarn if "afresh" in str(w.message)]
+    for name, mask in callback.masks.items():
+        p = module.get_parameter(name)
+        assert mask.dtype == torch.bool
+        assert mask.shape == p.shape == callback.latents[name].shape
+        assert torch.equal(mask, p != 0)
+    assert callback.density == pytest.approx(1 - callback.sparsity)
+    assert callback.layer_density.keys() == callback.masks.keys() == callback.thresholds.keys()
+    if method == "DFBST":
+        assert 0 < callback.backward_density < 1
+        kept = sum(int(mask.sum()) for mask in callback.backward_masks.values())
+        assert callback.backward_density == kept / sum(m.numel() for m in callback.backward_masks.values())
 
 
-@pytest.mark.parametrize("method", SETTINGS)
-def test_with_another_module_it_starts_afresh_and_says_so(method):
-    used = SETTINGS[method]()
-    fit(used, module=seeded(Lit, 1))
-    with pytest.warns(UserWarning, match=f"This {method} holds the state of an earlier fit .* starts afresh"):
-        module, _ = fit(used, module=seeded(Lit, 2))
-    fresh = SETTINGS[method]()
-    other, _ = fit(fresh, module=seeded(Lit, 2))
-    assert same(used.latents, fresh.latents)
-    assert same(module.state_dict(), other.state_dict())
+@pytest.mark.parametrize("build", [Lit, lambda: Lit(cnn())], ids=["same names", "other names"])
+def test_fit_of_another_module_starts_afresh_and_says_so(method, build):
+    callback, new = SETTINGS[method](), SETTINGS[method]()
+    fit(callback)
+    with pytest.warns(UserWarning, match=f"This {method} holds the state of an earlier fit.*starts afresh"):
+        fit(callback, seeded(build, seed=3), max_epochs=1)
+    fit(new, seeded(build, seed=3), max_epochs=1)
+    assert callback.latents.keys() == new.latents.keys()
+    assert all(torch.equal(W, callback.latents[name]) for name, W in new.latents.items())
+    assert all(torch.equal(t, callback.thresholds[name]) for name, t in new.thresholds.items())
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-@pytest.mark.parametrize("method", SETTINGS)
-def test_copies_before_and_after_fit_are_whole_and_independent(method, duplicate):
-    callback = SETTINGS[method]()
-    early = duplicate(callback)
-    module, _ = fit(callback)
-    twin, _ = fit(early)
-    assert same(callback.latents, early.latents)
-    assert same(module.state_dict(), twin.state_dict())
-
-    late = duplicate(callback)
-    assert same(late.masks, callback.masks)
-    assert late.sparsity == callback.sparsity
-    assert len(pickle.dumps(callback)) < 40_000, "the module or the Trainer went with it"
-    fit(late, module=copy.deepcopy(module))
-    assert same(callback.masks, {name: module.get_parameter(name) != 0 for name in callback.masks})
-
-
-def test_copies_during_fit_leave_module_and_trainer_behind():
-    from lightning.pytorch import Callback
-
-    callback, copies = SETTINGS["DFBST"](), []
-
-    class Copier(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            copies.append(pickle.dumps(callback))
-            assert same(pickle.loads(copies[-1]).masks, callback.masks)
-
-    fit([callback, Copier()])
-    assert len(copies) == 2
-    assert max(map(len, copies)) < 40_000
-
-
-def test_methods_that_claim_the_same_weights_are_refused_by_name():
-    callbacks = [SETTINGS["DST"](), SETTINGS["STR"](include=["net.2.*"])]
-    with pytest.raises(MisconfigurationException, match=r"DST and STR both claim \['net.2.weight'\]"):
-        fit(callbacks)
-
-
-@pytest.mark.parametrize("second", ["DST", "AutoSparse"])
-def test_methods_that_divide_the_weights_work_side_by_side_and_resume(second, tmp_path):
-    def pair():
-        return [SETTINGS["DST"](include=["net.0.*"]), SETTINGS[second](include=["net.[24].*"])]
-
-    first, other = pair()
-    fit([first, other], max_epochs=2)[1].save_checkpoint(tmp_path / "two.ckpt")
-    assert set(first.masks) == {"net.0.weight"}
-    assert set(other.masks) == {"net.2.weight", "net.4.weight"}
-
-    whole = pair()
-    expected, _ = fit(whole, max_epochs=4)
-    resumed = pair()
-    module = seeded(Lit, 5)
-    trainer(resumed, max_epochs=4).fit(module, loader(), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
-    if second == "DST":  # AutoSparse anneals over all epochs of the fit, which were 2 at first
-        assert same(module.state_dict(), expected.state_dict())
-        assert all(same(ours.thresholds, theirs.thresholds) for ours, theirs in zip(resumed, whole, strict=True))
-    else:
-        assert set(resumed[1].masks) == set(other.masks)
-
-
-def test_masks_are_readable_in_every_hook_and_equal_the_parameters():
-    from lightning.pytorch import Callback
-
-    callback = SETTINGS["DST"]()
-
-    class Spy(Callback):
-        steps = 0
-
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
+def test_callback_can_be_copied_before_during_and_after_fit(method, duplicate):
+    class Copies(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            self.steps += 1
-            assert all(torch.equal(m, pl_module.get_parameter(n) != 0) for n, m in callback.masks.items())
+            if batch_idx == 20:
+                copies.append((duplicate(callback), callback.masks))
 
-    spy = Spy()
-    fit([callback, spy], max_epochs=1)
-    assert spy.steps == 30
+    copies = []
+    callback = duplicate(SETTINGS[method]())
+    module, _ = fit([callback, Copies()], max_epochs=1)
+    copies.append((duplicate(callback), callback.masks))
+    for twin, masks in copies:
+        assert all(torch.equal(mask, twin.masks[name]) for name, mask in masks.items())
+        assert twin._trainer is None
+        assert all(weight.parameter is None for weight in twin._weights.values())
+    assert not torch.equal(copies[0][0].latents["net.0.weight"], callback.latents["net.0.weight"])
+    during, after = copies[0][0], copies[1][0]
+    assert len(pickle.dumps(during)) < 40_000, "neither Trainer nor module are in it"
+    assert after.state_key == callback.state_key
+
+    other = copy.deepcopy(module)  # the copy goes on as the original does
+    for one, its in ((callback, module), (after, other)):
+        fit(one, its, max_epochs=1)
+    assert all(torch.equal(W, after.latents[name]) for name, W in callback.latents.items())
+
+
+@pytest.mark.parametrize("second", SETTINGS)
+def test_two_methods_that_claim_the_same_weights_are_refused_by_name(method, second):
+    one, two = SETTINGS[method](exclude=["net.2.*"]), SETTINGS[second](include=["net.2.*", "net.4.*"])
+    with pytest.raises(
+        MisconfigurationException, match=rf"{method} and {second} both claim \['net.4.weight'\].*exclude"
+    ):
+        fit([one, two])
+
+
+@pytest.mark.parametrize("second", SETTINGS)
+def test_two_methods_with_weights_of_their_own_work_and_resume(method, second, tmp_path):
+    def pair():
+        return [SETTINGS[method](include=["net.0.*"]), SETTINGS[second](exclude=["net.0.*"])]
+
+    whole, stopped, resumed = pair(), pair(), pair()
+    module, _ = fit(whole, max_epochs=2)
+    assert [set(callback.masks) for callback in whole] == [{"net.0.weight"}, {"net.2.weight", "net.4.weight"}]
+    alone = SETTINGS[method](include=["net.0.*"])
+    fit(alone, max_epochs=1)
+    for callback in whole:
+        assert callback.sparsity > 0
+        assert all(torch.equal(module.get_parameter(n) != 0, mask) for n, mask in callback.masks.items())
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    _, run = fit([*stopped, Stop()], max_epochs=2)
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    trainer(resumed, max_epochs=2).fit(seeded(Lit, 9), loader(), ckpt_path=tmp_path / "half.ckpt")
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(W, other.latents[name]) for name, W in one.latents.items())
+        assert all(torch.equal(t, other.thresholds[name]) for name, t in one.thresholds.items())
+
+
+def test_weights_that_join_later_are_not_taken_from_another_method():
+    class Joins(Lit):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net[:4].parameters(), lr=0.1, weight_decay=1e-3)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.optimizers().add_param_group({"params": list(self.net[4].parameters())})
+
+    one, two = STR(-2.5, include=["net.0.*", "net.4.*"]), STR(-2.5, include=["net.2.*", "net.4.*"])
+    with pytest.raises(MisconfigurationException, match=r"both claim \['net.4.weight'\]"):
+        fit([one, two], seeded(Joins))
+
+
+@pytest.mark.parametrize("how", ["tuner", "callback"])
+def test_the_learning_rate_finder_leaves_no_trace(method, how, tmp_path):
+    class Rate(Lit):
+        lr = 0.1
+
+        def configure_optimizers(self):
+            return plain_sgd(self.parameters()) if self.lr == 0.1 else torch.optim.SGD(self.parameters(), self.lr)
+
+    callback, alone = SETTINGS[method](), SETTINGS[method]()
+    options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "max_epochs": 1}
+    module = seeded(Rate)
+    if how == "tuner":
+        run = trainer(callback, **options)
+        Tuner(run).lr_find(module, loader(), num_training=20, update_attr=False)
+    else:
+        run = trainer([callback, LearningRateFinder(num_training_steps=20, update_attr=False)], **options)
+    run.fit(module, loader())
+    fit(alone, seeded(Rate), max_epochs=1)
+    assert callback.sparsity > 0
+    assert all(torch.equal(t, callback.thresholds[name]) for name, t in alone.thresholds.items())
+    assert all(torch.equal(module.get_parameter(name) != 0, mask) for name, mask in alone.masks.items())
+
+
+def test_a_failed_fit_leaves_a_callback_that_can_be_used_again(method):
+    class Fails(Lit):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 9:
+                raise ValueError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    callback, fresh = SETTINGS[method](), SETTINGS[method]()
+    with pytest.raises(ValueError, match="on purpose"):
+        fit(callback, seeded(Fails))
+    with pytest.warns(UserWarning, match="starts afresh"):
+        fit(callback, seeded(Lit), max_epochs=1)
+    fit(fresh, max_epochs=1)
+    assert all(torch.equal(W, callback.latents[name]) for name, W in fresh.latents.items())

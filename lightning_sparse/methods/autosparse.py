@@ -82,11 +82,13 @@ class AutoSparse(LatentCallback):
         self.current_alpha = alpha
 
     @property
-    def gradient_density(self) -> float:
-        """Share of weights that receive a gradient: B, all, or once alpha is 0, the active ones."""
+    def layer_gradient_density(self) -> dict[str, float]:
+        """Share of each layer's weights that receive a gradient: B, all, or once alpha is 0, the active ones."""
         if self.current_alpha == 0:
-            return self.density
-        return 1.0 if self.backward_density is None else max(self.backward_density, self.density)
+            return self.layer_density
+        if self.backward_density is None:
+            return super().layer_gradient_density
+        return {name: max(self.backward_density, density) for name, density in self.layer_density.items()}
 
     @property
     def watched(self) -> dict[str, float]:

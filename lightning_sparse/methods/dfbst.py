@@ -79,17 +79,14 @@ class DFBST(LatentCallback):
         return {name: weight.buffers["M_b"].detach() for name, weight in self._weights.items()}
 
     @property
-    def backward_density(self) -> float:
-        """Share of ones in all ``M_b`` of the latest step."""
-        masks = list(self.backward_masks.values())
-        if not masks:
-            raise RuntimeError("DFBST has no weights yet: they are chosen when trainer.fit starts.")
-        return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
+    def layer_gradient_density(self) -> dict[str, float]:
+        """Share of ones in the ``M_b`` of each layer at the latest step."""
+        return {name: int(mask.count_nonzero()) / mask.numel() for name, mask in self.backward_masks.items()}
 
     @property
-    def gradient_density(self) -> float:
-        """Share of weights whose gradient is used: the backward density."""
-        return self.backward_density
+    def backward_density(self) -> float:
+        """Share of ones in all ``M_b`` of the latest step."""
+        return self.gradient_density
 
     @property
     def backward_thresholds(self) -> dict[str, Tensor]:

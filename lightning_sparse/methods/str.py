@@ -52,9 +52,9 @@ class STR(LatentCallback):
         super().__init__(init_threshold, granularity, include, exclude, log_every_n_steps)
 
     @property
-    def gradient_density(self) -> float:
-        """Share of weights that receive a gradient: the active ones."""
-        return self.density
+    def layer_gradient_density(self) -> dict[str, float]:
+        """Share of each layer's weights that receive a gradient: the active ones."""
+        return self.layer_density
 
     def effective(self, W: Tensor, t: Tensor, out: Tensor) -> None:
         """Write ``sign(W) max(|W| - sigmoid(s), 0)``."""
