@@ -47,9 +47,8 @@ def _array(x: Tensor) -> Any:
     return array
 
 
-def _thresholds(tau: Tensor) -> tuple[Any, Tensor]:
-    """Return ``tau`` as a vector, and an empty vector for its gradient."""
-    return _array(tau).reshape(-1), torch.empty(tau.shape, dtype=tau.dtype)
+def _vector(tau: Tensor) -> Any:
+    return _array(tau).reshape(-1)
 
 
 @_compile
@@ -66,7 +65,7 @@ def _hard_project(W, tau, out):  # type: ignore[no-untyped-def]
 
 def hard_project(W: Tensor, tau: Tensor, out: Tensor) -> int:
     """As ``torch_kernels.hard_project``."""
-    return sum(_over_rows(_hard_project, (_array(W), _thresholds(tau)[0], _array(out))))
+    return sum(_over_rows(_hard_project, (_array(W), _vector(tau), _array(out))))
 
 
 @_compile
@@ -90,8 +89,8 @@ def _hard_gradient(dP, W, tau, dtau):  # type: ignore[no-untyped-def]
 
 def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor) -> Tensor:
     """As ``torch_kernels.hard_gradient``."""
-    vector, dtau = _thresholds(tau)
-    _over_rows(_hard_gradient, (_array(dP), _array(W), vector, dtau.numpy().reshape(-1)))
+    dtau = torch.empty(tau.shape, dtype=tau.dtype)
+    _over_rows(_hard_gradient, (_array(dP), _array(W), _vector(tau), dtau.numpy().reshape(-1)))
     return dtau
 
 
@@ -106,7 +105,7 @@ def _soft_project(W, tau, out):  # type: ignore[no-untyped-def]
 
 def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
     """As ``torch_kernels.soft_project``."""
-    _over_rows(_soft_project, (_array(W), _thresholds(tau)[0], _array(out)))
+    _over_rows(_soft_project, (_array(W), _vector(tau), _array(out)))
 
 
 @_compile
@@ -126,8 +125,8 @@ def _soft_gradient(dP, W, tau, dtau, alpha):  # type: ignore[no-untyped-def]
 
 def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, alpha: float) -> Tensor:
     """As ``torch_kernels.soft_gradient``."""
-    vector, dtau = _thresholds(tau)
-    _over_rows(_soft_gradient, (_array(dP), _array(W), vector, dtau.numpy().reshape(-1)), alpha)
+    dtau = torch.empty(tau.shape, dtype=tau.dtype)
+    _over_rows(_soft_gradient, (_array(dP), _array(W), _vector(tau), dtau.numpy().reshape(-1)), alpha)
     return dtau
 
 
@@ -164,8 +163,8 @@ def _backward_mask(G, tau, mask, weighted, plain, moments):  # type: ignore[no-u
 
 def backward_mask(G: Tensor, tau: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As ``torch_kernels.backward_mask``."""
-    vector, weighted = _thresholds(tau)
-    plain, moments = torch.empty_like(weighted), np.empty((G.shape[0], 2))
+    weighted, plain = (torch.empty(tau.shape, dtype=tau.dtype) for _ in range(2))
+    moments = np.empty((G.shape[0], 2))
     sums = weighted.numpy().reshape(-1), plain.numpy().reshape(-1), moments
-    _over_rows(_backward_mask, (_array(G), vector, _array(mask), *sums))
+    _over_rows(_backward_mask, (_array(G), _vector(tau), _array(mask), *sums))
     return weighted, plain, torch.from_numpy(moments.sum(0))
