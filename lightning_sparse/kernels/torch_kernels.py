@@ -42,11 +42,10 @@ def _row_dot(x: Tensor, y: Tensor, spare: Tensor) -> Tensor:
 
 def _surrogate_(x: Tensor, spare: Tensor) -> Tensor:
     """Replace ``x >= 0`` by ``H(x)``, the long-tailed derivative of the step (DST, Eq. 3)."""
-    ends = x.device.type != "cpu" or not bool(x.amax() <= 1)  # rarely: reading is cheaper than masking
-    if ends:
-        torch.le(x, 1, out=spare)
-    torch.sub(_TWO[x.dtype].to(x.device), x, alpha=4, out=x).clamp_min_(0.4)
-    return x.mul_(spare) if ends else x
+    if x.device.type == "cpu" and x.amax() <= 1:  # nearly always: to look is cheaper than to mask
+        return torch.sub(_TWO[x.dtype], x, alpha=4, out=x).clamp_min_(0.4)
+    torch.le(x, 1, out=spare)
+    return x.mul_(-4).add_(2).clamp_min_(0.4).mul_(spare)
 
 
 def hard_project(W: Tensor, tau: Tensor, out: Tensor) -> int | Tensor:
