@@ -7,8 +7,6 @@ the cost of Lightning's hooks alone, ``... memory`` the peak memory. ``--help`` 
 
 import argparse
 import logging
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from lightning_sparse._lightning import PACKAGE, Callback, LightningModule, Trai
 from lightning_sparse.callback import SparseCallback
 from lightning_sparse.latent import LatentCallback
 from lightning_sparse.layers import choose
+from lightning_sparse.process import peak_memory, resident_memory
 
 __all__ = ["main"]
 
@@ -167,21 +166,16 @@ def memory(arguments: argparse.Namespace) -> None:
 
 
 def peak(arguments: argparse.Namespace) -> None:
-    """Print this process's peak memory in MB before the network is made and after five steps."""
+    """Print this process's memory in MB before the network is made, and its peak after five steps."""
     method = None if arguments.methods == "none" else arguments.methods
     stepper("lenet300", method, 1, arguments.device)[0]()  # loads and compiles what is needed
-    before = _peak(arguments.device)
+    on_cpu = arguments.device == "cpu"
+    before = resident_memory() if on_cpu else torch.cuda.memory_allocated()
     step, _ = stepper(arguments.network, method, arguments.batch, arguments.device)
     for _ in range(5):
         step()
-    print(before, _peak(arguments.device))
-
-
-def _peak(device: str) -> float:
-    if device == "cpu":
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    return float(torch.cuda.max_memory_allocated()) / 1e6
+    after = peak_memory() if on_cpu else torch.cuda.max_memory_allocated()
+    print(before / 1e6, after / 1e6)
 
 
 class _Idle(SparseCallback):

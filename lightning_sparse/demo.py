@@ -24,6 +24,7 @@ from lightning_sparse._extras import extra
 from lightning_sparse._lightning import Callback, LightningModule, Trainer
 from lightning_sparse.latent import LatentCallback
 from lightning_sparse.ledger import Average, Flops, dense_flops, inference, training
+from lightning_sparse.process import peak_memory
 
 __all__ = ["Recorder", "compare", "main"]
 
@@ -88,21 +89,6 @@ class Recorder(Callback):
         }
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
-
-
-def peak_memory() -> float:
-    """Return the largest resident memory of this process so far, in bytes; NaN where the system does not tell."""
-    try:  # Linux: unlike ru_maxrss, it does not begin with that of the parent process
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * float(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        pass
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 # ---------------------------------------------------------------------- training both

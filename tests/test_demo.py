@@ -1,5 +1,4 @@
 import csv
-import math
 import subprocess
 import sys
 
@@ -82,10 +81,6 @@ def test_the_figure_is_drawn_for_any_number_of_epochs(tmp_path, epochs):
     histories = {"dense": history(1.0, 0.97, epochs), "dst": history(0.1, 0.96, epochs)}
     demo.figure(histories, "test", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
-
-
-def test_peak_memory_is_that_of_this_process():
-    assert math.isnan(demo.peak_memory()) or demo.peak_memory() > 2**20
 
 
 def test_a_training_that_fails_shows_the_end_of_its_log(tmp_path):

@@ -39,16 +39,8 @@ def _over_rows(kernel: Callable[..., Any], arrays: tuple[Any, ...], *scalars: An
     return [job.result() for job in jobs]
 
 
-def _array(x: Tensor) -> Any:
-    """Return ``x`` as an array, kept with the tensor: weights and thresholds come back at every step."""
-    array = getattr(x, "_lightning_sparse_array", None)
-    if array is None:
-        array = x._lightning_sparse_array = x.numpy()  # type: ignore[attr-defined]
-    return array
-
-
 def _vector(tau: Tensor) -> Any:
-    return _array(tau).reshape(-1)
+    return tau.numpy().reshape(-1)
 
 
 @_compile
@@ -65,7 +57,7 @@ def _hard_project(W, tau, out):  # type: ignore[no-untyped-def]
 
 def hard_project(W: Tensor, tau: Tensor, out: Tensor) -> int:
     """As ``torch_kernels.hard_project``."""
-    return sum(_over_rows(_hard_project, (_array(W), _vector(tau), _array(out))))
+    return sum(_over_rows(_hard_project, (W.numpy(), _vector(tau), out.numpy())))
 
 
 @_compile
@@ -90,7 +82,7 @@ def _hard_gradient(dP, W, tau, dtau):  # type: ignore[no-untyped-def]
 def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor) -> Tensor:
     """As ``torch_kernels.hard_gradient``."""
     dtau = torch.empty(tau.shape, dtype=tau.dtype)
-    _over_rows(_hard_gradient, (_array(dP), _array(W), _vector(tau), dtau.numpy().reshape(-1)))
+    _over_rows(_hard_gradient, (dP.numpy(), W.numpy(), _vector(tau), dtau.numpy().reshape(-1)))
     return dtau
 
 
@@ -105,7 +97,7 @@ def _soft_project(W, tau, out):  # type: ignore[no-untyped-def]
 
 def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
     """As ``torch_kernels.soft_project``."""
-    _over_rows(_soft_project, (_array(W), _vector(tau), _array(out)))
+    _over_rows(_soft_project, (W.numpy(), _vector(tau), out.numpy()))
 
 
 @_compile
@@ -126,7 +118,7 @@ def _soft_gradient(dP, W, tau, dtau, alpha):  # type: ignore[no-untyped-def]
 def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, alpha: float) -> Tensor:
     """As ``torch_kernels.soft_gradient``."""
     dtau = torch.empty(tau.shape, dtype=tau.dtype)
-    _over_rows(_soft_gradient, (_array(dP), _array(W), _vector(tau), dtau.numpy().reshape(-1)), alpha)
+    _over_rows(_soft_gradient, (dP.numpy(), W.numpy(), _vector(tau), dtau.numpy().reshape(-1)), alpha)
     return dtau
 
 
@@ -166,5 +158,5 @@ def backward_mask(G: Tensor, tau: Tensor, mask: Tensor) -> tuple[Tensor, Tensor,
     weighted, plain = (torch.empty(tau.shape, dtype=tau.dtype) for _ in range(2))
     moments = np.empty((G.shape[0], 2))
     sums = weighted.numpy().reshape(-1), plain.numpy().reshape(-1), moments
-    _over_rows(_backward_mask, (_array(G), _vector(tau), _array(mask), *sums))
+    _over_rows(_backward_mask, (G.numpy(), _vector(tau), mask.numpy(), *sums))
     return weighted, plain, torch.from_numpy(moments.sum(0))

@@ -1,0 +1,18 @@
+"""Memory of the process as the operating system counts it."""
+
+import math
+
+import torch
+
+from lightning_sparse.process import peak_memory, resident_memory
+
+
+def test_memory_that_was_touched_is_counted_and_the_peak_remembers_what_was_freed():
+    if math.isnan(peak_memory()):
+        return
+    before = resident_memory()
+    block = torch.ones(1 << 24)  # 64 MiB
+    assert resident_memory() - before > 0.9 * block.nbytes
+    del block
+    assert peak_memory() - before > 0.9 * (1 << 26)
+    assert peak_memory() >= resident_memory()
