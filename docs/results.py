@@ -40,14 +40,15 @@ def train(out: Path, data_dir: Path, recipe: str, seed: int) -> None:
     print(f"{recipe} seed {seed}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def last(out: Path, recipe: str, seed: int) -> dict[str, float]:
-    """Return the last logged value of each column of a run."""
+def epochs(out: Path, recipe: str, seed: int) -> list[dict[str, float]]:
+    """Return what a run logged in each epoch."""
     file = max((folder(out, recipe, seed) / "runs").glob("*/version_*/metrics.csv"))
-    values = {}
+    history: dict[str, dict[str, float]] = {}
     with open(file) as lines:
         for row in csv.DictReader(lines):
-            values.update({key: float(value) for key, value in row.items() if value})
-    return values
+            epoch = history.setdefault(row["epoch"], {})
+            epoch.update({key: float(value) for key, value in row.items() if value})
+    return list(history.values())
 
 
 def spread(values: list[float], scale: float = 100) -> str:
@@ -70,13 +71,21 @@ def main() -> None:
         jobs = [pool.submit(train, arguments.out, arguments.data_dir, r, s) for r in arguments.recipes for s in seeds]
         for job in jobs:
             job.result()
-    print("| recipe | accuracy % | density % | backward density % | seeds |\n|---|---|---|---|---|")
+    print("| recipe | accuracy % | density % | backward density % | sparsest epoch: density % | accuracy % | seeds |")
+    print("|---|---|---|---|---|---|---|")
     for recipe in arguments.recipes:
-        runs = [last(arguments.out, recipe, seed) for seed in seeds]
-        columns = [spread([run["val_acc"] for run in runs])]
+        done = [seed for seed in seeds if (folder(arguments.out, recipe, seed) / "done").exists()]
+        runs = [epochs(arguments.out, recipe, seed) for seed in done]
+        columns = [spread([run[-1]["val_acc"] for run in runs])]
         for key in ("sparsity/model", "sparsity/backward"):
-            columns.append(spread([1 - run[key] for run in runs]) if key in runs[0] else "")
-        print(f"| {recipe} | {' | '.join(columns)} | {len(seeds)} |")
+            columns.append(spread([1 - run[-1][key] for run in runs]) if key in runs[0][-1] else "")
+        if "sparsity/model" in runs[0][-1]:
+            sparsest = [max(run, key=lambda epoch: epoch["sparsity/model"]) for run in runs]
+            columns.append(spread([1 - epoch["sparsity/model"] for epoch in sparsest]))
+            columns.append(spread([epoch["val_acc"] for epoch in sparsest]))
+        else:
+            columns += ["", ""]
+        print(f"| {recipe} | {' | '.join(columns)} | {len(done)} |")
 
 
 if __name__ == "__main__":

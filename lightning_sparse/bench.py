@@ -101,7 +101,7 @@ def _seconds(step: Callable[[], None], count: int, device: str) -> float:
     for _ in range(count):
         step()
     if device != "cpu":
-        torch.accelerator.synchronize()
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / count
 
 
