@@ -24,7 +24,7 @@ from lightning_sparse._lightning import (
 )
 from lightning_sparse.layers import FROZEN, Choice, choose, table
 
-__all__ = ["SparseCallback"]
+__all__ = ["SparseCallback", "refuse_other_weights"]
 
 
 class SparseCallback(Callback, ABC):
@@ -71,6 +71,7 @@ class SparseCallback(Callback, ABC):
             checks.integer(1, "Leave it out to log once an epoch.", log_every_n_steps=log_every_n_steps)
         self.log_every_n_steps = log_every_n_steps
         self._restored = False
+        self.run_seed = 0
         self.__dict__.update(_detached())
 
     # ------------------------------------------------------------------ what a family of methods defines
@@ -123,6 +124,12 @@ class SparseCallback(Callback, ABC):
         """Where each weight is nonzero: a boolean tensor of the weight's shape, by parameter name."""
 
     @property
+    def total_steps(self) -> float:
+        """Number of optimizer steps of the whole fit; infinite if nothing bounds it."""
+        assert self._trainer is not None
+        return float(self._trainer.estimated_stepping_batches)
+
+    @property
     def watched(self) -> dict[str, float]:
         """More scalars to log, by name."""
         return {}
@@ -170,6 +177,7 @@ class SparseCallback(Callback, ABC):
         choices = choose(pl_module, self.include, self.exclude)
         self._refuse_unowned(choices, trainer.optimizers)
         self._refuse_overlap(choices, trainer)
+        self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
         self.attach([choice for choice in choices if choice.reason is None], trainer.optimizers, self._restored)
         self._restored = False
         for optimizer in trainer.optimizers:
@@ -421,6 +429,18 @@ def _detached() -> dict[str, Any]:
         "_module": None,
         "_trainer": None,
     }
+
+
+def refuse_other_weights(
+    callback: SparseCallback, here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]
+) -> None:
+    """Raise unless the loaded state has just the chosen weights: names and shapes."""
+    if here != there:
+        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        raise MisconfigurationException(
+            f"The checkpoint's state of {type(callback).__name__} and this module differ in {differing}: "
+            "choose the same weights (include, exclude, requires_grad, optimizers) as when it was written."
+        )
 
 
 def _from_weights(callback: object) -> str:

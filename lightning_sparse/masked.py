@@ -1,0 +1,395 @@
+"""MaskedCallback: methods that keep a boolean mask beside each weight, which is exactly 0 outside it.
+
+The gradient is masked before every step, so that clipping, momentum and weight decay see the sparse network alone, and
+the weight after it, whatever the optimizer has done. Connections move among the weights of one optimizer (a *pool*),
+at a step whose gradients are whole and averaged over processes, so all processes move the same ones.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sparse import checks, masks
+from lightning_sparse._lightning import MisconfigurationException, rank_zero_warn
+from lightning_sparse.callback import SparseCallback, refuse_other_weights
+from lightning_sparse.distributions import DISTRIBUTIONS, budget, layer_counts
+from lightning_sparse.layers import Choice
+
+__all__ = ["MaskedCallback", "MaskedWeight", "Pool"]
+
+
+@dataclass
+class MaskedWeight:
+    """One weight that trains sparse.
+
+    Attributes:
+        name: the parameter's name in the LightningModule.
+        mask: where it is active, a boolean tensor of its shape; exchanged as a whole, never written in place.
+        buffers: further tensors of the parameter's shape that belong to the method's state.
+        parameter: the module's parameter; None outside fit.
+        optimizer: the one that trains it; None outside fit.
+    """
+
+    name: str
+    mask: Tensor
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    parameter: nn.Parameter | None = None
+    optimizer: Optimizer | None = None
+
+    @property
+    def active(self) -> int:
+        """Number of active connections."""
+        return masks.count(self.mask)
+
+    @property
+    def room(self) -> int:
+        """Number of connections that may be grown."""
+        return self.mask.numel() - self.active
+
+    @property
+    def W(self) -> Tensor:
+        """The weight's values."""
+        assert self.parameter is not None
+        return self.parameter.data
+
+    @property
+    def dP(self) -> Tensor:
+        """The weight's gradient: dense until it is masked, with values at connections that do not exist, too."""
+        assert self.parameter is not None
+        assert self.parameter.grad is not None
+        return self.parameter.grad
+
+    def change(self, dropped: Tensor, grown: Tensor, value: float = 0.0) -> None:
+        """Take connections away and put others in, all with fresh optimizer state.
+
+        Args:
+            dropped: boolean, of the parameter's shape; these become exactly 0.
+            grown: boolean, of the parameter's shape, nowhere active before unless dropped; these get ``value``.
+            value: the values of the grown.
+        """
+        self.mask = (self.mask & ~dropped) | grown
+        untouched = ~(dropped | grown)
+        masks.zero_outside_(self.W, untouched)
+        if value:
+            self.W.masked_fill_(grown, value)
+        for state in self.optimizer_state():
+            masks.zero_outside_(state, untouched)
+
+    def optimizer_state(self) -> Iterable[Tensor]:
+        """Yield what the optimizer keeps for each element: momentum, moments."""
+        assert self.optimizer is not None
+        assert self.parameter is not None
+        for state in self.optimizer.state.get(self.parameter, {}).values():
+            if isinstance(state, Tensor) and state.shape == self.mask.shape:
+                yield state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the module."""
+        return {**self.__dict__, "parameter": None, "optimizer": None}
+
+
+@dataclass
+class Pool:
+    """The weights of one optimizer, among which connections may move, and its clock.
+
+    Attributes:
+        weights: in the order of the module.
+        step: the number of optimizer steps so far.
+        due: the connections are to be moved at the next step with usable gradients.
+    """
+
+    weights: list[MaskedWeight] = field(default_factory=list)
+    step: int = 0
+    due: bool = False
+
+
+class MaskedCallback(SparseCallback):
+    """Base of the methods with hard zeros.
+
+    Args:
+        sparsity: share of zeros over all selected weights, in [0, 1).
+        distribution: how the active weights are divided among layers: ``"erk"``, ``"er"``, ``"uniform"``,
+            ``"uniform_first_dense"``, or a density for each glob pattern on parameter names.
+        min_layer_density: no layer falls below this density.
+        seed: of the method's own random generator; default: the seed of the run (``seed_everything``).
+        include: see ``SparseCallback``.
+        exclude: see ``SparseCallback``.
+        log_every_n_steps: see ``SparseCallback``.
+    """
+
+    _pools: dict[int, Pool]
+
+    def __init__(
+        self,
+        sparsity: float,
+        distribution: str | Mapping[str, float] = "erk",
+        min_layer_density: float = 0.0,
+        seed: int | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        log_every_n_steps: int | None = None,
+    ) -> None:
+        super().__init__(include, exclude, log_every_n_steps)
+        checks.fraction("It is the share of zeros, 0.9 for 10 % of the weights.", sparsity=sparsity)
+        if sparsity == 1:
+            raise ValueError(f"sparsity must be below 1, got {sparsity!r}: nothing would be left to train.")
+        if isinstance(distribution, str):
+            checks.one_of(DISTRIBUTIONS, distribution=distribution)
+        else:
+            for pattern, density in distribution.items():
+                checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)
+        checks.fraction("0 lets a layer become empty.", min_layer_density=min_layer_density)
+        if seed is not None:
+            checks.integer(0, "Leave it out to use the run's seed.", seed=seed)
+        self.sparsity_target = sparsity
+        self.distribution = distribution
+        self.min_layer_density = min_layer_density
+        self.seed = seed
+        self.generator = torch.Generator()
+        self._weights: dict[str, MaskedWeight] = {}
+        self._pools = {}
+        self._epoch = 0
+        self._clocks: list[tuple[int, bool]] = []
+
+    # ------------------------------------------------------------------ what a method defines
+
+    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+        """Draw the masks a fit starts with: random ones, with the counts that ``distribution`` gives."""
+        shapes = {weight.name: tuple(weight.mask.shape) for weight in weights}
+        total = budget(self.sparsity_target, sum(weight.mask.numel() for weight in weights))
+        counts = layer_counts(self.distribution, shapes, total, self.min_layer_density)
+        for weight in weights:
+            weight.mask = masks.random(torch.ones_like(weight.mask), counts[weight.name], self.generator)
+
+    def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
+        """Return further tensors of a weight's state, of its shape."""
+        return {}
+
+    def observe(self, weights: Sequence[MaskedWeight], scale: float) -> None:
+        """See the dense gradients (times ``scale``) of every step."""
+
+    def is_due(self, pool: Pool) -> bool:
+        """Tell whether the connections of ``pool`` are to be moved at this step."""
+        return False
+
+    def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+        """Move connections with ``MaskedWeight.change``; the gradients are dense, finite and times ``scale``."""
+
+    def updated(self, weights: Sequence[MaskedWeight]) -> None:
+        """See the weights after every update, before they are masked."""
+
+    #: the step at which connections are moved applies no update of the optimizer
+    skips_update: bool = False
+
+    #: ``move`` looks at gradients
+    needs_gradients: bool = True
+
+    def asked(self, pool: Pool) -> int | None:
+        """Return how many connections the weights of ``pool`` must have after a move; None: as many as before."""
+        return None
+
+    # ------------------------------------------------------------------ what users read
+
+    @property
+    def masks(self) -> dict[str, Tensor]:  # noqa: D102  (inherited)
+        return {name: weight.mask for name, weight in self._weights.items()}
+
+    @property
+    def layer_gradient_density(self) -> dict[str, float]:
+        """Share of each layer's weights whose gradient is used: that of its active ones."""
+        return self.layer_density
+
+    @property
+    def gradient_density(self) -> float:
+        """Share of all selected weights whose gradient is used."""
+        return self.density
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks, buffers, clocks and the random generator: tensors and plain values only."""
+        clocks = [(pool.step, pool.due) for pool in self._pools.values()] or self._clocks
+        return {
+            "lightning_sparse": type(self).__name__,
+            "sparsity": self.sparsity_target,
+            "epoch": self._epoch,
+            "clocks": {str(index): {"step": step, "due": due} for index, (step, due) in enumerate(clocks)},
+            "generator": self.generator.get_state(),
+            "weights": {
+                name: {"mask": weight.mask, "buffers": dict(weight.buffers)} for name, weight in self._weights.items()
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state; into the weights in use if fit has begun."""
+        if state_dict["sparsity"] != self.sparsity_target:
+            raise MisconfigurationException(
+                f"The checkpoint was written with sparsity={state_dict['sparsity']!r}, "
+                f"this {type(self).__name__} has {self.sparsity_target!r}: give it the same."
+            )
+        self._epoch = state_dict["epoch"]
+        self._clocks = [(clock["step"], clock["due"]) for clock in state_dict["clocks"].values()]
+        self.generator.set_state(state_dict["generator"].cpu())
+        loaded = {
+            name: MaskedWeight(name, state["mask"].bool(), dict(state["buffers"]))
+            for name, state in state_dict["weights"].items()
+        }
+        if self._module is None:
+            self._weights = loaded
+        else:
+            for name, weight in self._weights.items():
+                _place(weight, loaded[name])
+            self._set_clocks()
+        super().load_state_dict(state_dict)
+
+    # ------------------------------------------------------------------ verbs
+
+    @torch.no_grad()
+    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+        shapes = {choice.name: tuple(choice.parameter.shape) for choice in choices}
+        held = {name: tuple(weight.mask.shape) for name, weight in self._weights.items()}
+        state = self._weights
+        if resumed and state:  # none in a checkpoint of before the fit, as LearningRateFinder writes it
+            refuse_other_weights(self, shapes, held)
+        else:
+            if state and not (held == shapes and all(map(_fits, choices, (state[name] for name in shapes)))):
+                rank_zero_warn(
+                    f"This {type(self).__name__} holds the state of an earlier fit of other weights: it starts afresh."
+                )
+                state = {}
+            self._epoch, self._clocks = 0, []
+        if not state:
+            self.generator.manual_seed(self.run_seed if self.seed is None else self.seed)
+        self._weights = {choice.name: _new(choice) for choice in choices}
+        self._pools = {id(optimizer): Pool() for optimizer in optimizers}
+        for optimizer in optimizers:
+            self._join(optimizer, self._weights)
+        if state:
+            for name, weight in self._weights.items():
+                _place(weight, state[name])
+        else:
+            self._begin(list(self._weights.values()))
+        self._set_clocks()
+
+    @torch.no_grad()
+    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+        new = {choice.name: _new(choice) for choice in choices}
+        self._weights.update(new)
+        self._join(optimizer, new)
+        self._begin(list(new.values()))
+
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:  # noqa: D102
+        self._epoch = epoch
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+        pool = self._pools.get(id(optimizer), Pool())
+        weights = [w for w in pool.weights if w.parameter is not None and w.parameter.grad is not None]
+        if share and weights:
+            self.observe(weights, scale)
+            pool.due = pool.due or self.is_due(pool)
+            pool.step += 1
+            # what overflowed under AMP is no score: the next step's gradients are
+            if pool.due and (not self.needs_gradients or all(bool(w.dP.isfinite().all()) for w in weights)):
+                pool.due = False
+                self._move(weights, pool, scale)
+                if self.skips_update:
+                    for group in optimizer.param_groups:
+                        for parameter in group["params"]:
+                            parameter.grad = None
+                    return
+        for weight in weights:
+            masks.zero_outside_(weight.dP, weight.mask)
+
+    def enter_step(self, optimizer: Optimizer) -> None:  # noqa: D102
+        pass
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:  # noqa: D102
+        weights = self._pools.get(id(optimizer), Pool()).weights
+        self.updated(weights)
+        for weight in weights:
+            masks.zero_outside_(weight.W, weight.mask)
+
+    @torch.no_grad()
+    def leave_step(self) -> None:  # noqa: D102
+        for weight in self._weights.values():
+            if weight.parameter is not None:
+                masks.zero_outside_(weight.W, weight.mask)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._clocks = [(pool.step, pool.due) for pool in self._pools.values()]
+            self._pools = {}
+            for weight in self._weights.values():
+                weight.parameter = weight.optimizer = None
+                weight.mask = weight.mask.cpu()
+                weight.buffers = {key: buffer.cpu() for key, buffer in weight.buffers.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the Trainer, the module and the optimizers."""
+        clocks = [(pool.step, pool.due) for pool in self._pools.values()] or self._clocks
+        return {**super().__getstate__(), "generator": self.generator.get_state(), "_pools": {}, "_clocks": clocks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the random generator up where it was."""
+        generator = torch.Generator()
+        generator.set_state(state["generator"])
+        self.__dict__.update({**state, "generator": generator})
+
+    # ------------------------------------------------------------------ inside
+
+    def _join(self, optimizer: Optimizer, weights: Mapping[str, MaskedWeight]) -> None:
+        """Note which weights ``optimizer`` trains."""
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for weight in weights.values():
+            if id(weight.parameter) in owned:
+                weight.optimizer = optimizer
+                self._pools[id(optimizer)].weights.append(weight)
+
+    def _begin(self, weights: Sequence[MaskedWeight]) -> None:
+        self.initial_masks(weights)
+        for weight in weights:
+            weight.buffers = self.new_buffers(weight)
+            masks.zero_outside_(weight.W, weight.mask)
+
+    def _move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+        """Move connections, and make sure that their number is what was asked for."""
+        before = sum(weight.active for weight in pool.weights)
+        self.move(weights, pool, scale)
+        asked, after = self.asked(pool), sum(weight.active for weight in pool.weights)
+        if after != (before if asked is None else asked):
+            raise RuntimeError(
+                f"{type(self).__name__} has {after} active weights after moving connections, not "
+                f"{before if asked is None else asked}. Please report this."
+            )
+
+    def _set_clocks(self) -> None:
+        for pool, (step, due) in zip(self._pools.values(), self._clocks, strict=False):
+            pool.step, pool.due = step, due
+
+
+def _new(choice: Choice) -> MaskedWeight:
+    mask = torch.ones_like(choice.parameter, dtype=torch.bool, requires_grad=False)
+    return MaskedWeight(choice.name, mask, parameter=choice.parameter)
+
+
+def _place(weight: MaskedWeight, state: MaskedWeight) -> None:
+    """Give ``weight`` the mask and the buffers of ``state``, in its own memory layout and on its own device."""
+    weight.mask = torch.empty_like(weight.mask).copy_(state.mask)
+    weight.buffers = {
+        key: torch.empty_like(weight.mask, dtype=buffer.dtype).copy_(buffer) for key, buffer in state.buffers.items()
+    }
+    masks.zero_outside_(weight.W, weight.mask)
+
+
+def _fits(choice: Choice, state: MaskedWeight) -> bool:
+    """Tell whether a parameter is 0 wherever an earlier fit left it inactive."""
+    return not bool((choice.parameter.cpu() != 0).logical_and_(~state.mask.cpu()).any())

@@ -1,0 +1,63 @@
+"""RigL: rigging the lottery (Evci et al., ICML 2020).
+
+Algorithm 1. Decisions: connections that were just dropped are not grown again, so a layer moves no more of them than it
+has free places; new ones start at 0; the gradient is that of the step's own batch (or accumulated batches), averaged
+over processes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_sparse import masks
+from lightning_sparse.masked import MaskedWeight
+from lightning_sparse.prune_and_grow import PruneAndGrow
+
+__all__ = ["RigL"]
+
+
+class RigL(PruneAndGrow):
+    """Rigged Lottery: drop the smallest weights of each layer, grow where the dense gradient is largest.
+
+    The step that moves connections applies no optimizer update.
+
+    Args:
+        sparsity: share of zeros over all selected weights, in [0, 1).
+        drop_fraction: the paper's alpha, share of a layer's connections that the first update drops, in (0, 1].
+        decay: how that share falls until the end of the updates: ``"cosine"`` (the paper's), ``"linear"``, ``"none"``
+        update_every: number of optimizer steps from update to update; None: at the first step of each epoch but the
+            first.
+        stop_at: share of the training after which connections stay, in (0, 1].
+        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
+            :class:`~lightning_sparse.masked.MaskedCallback`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from lightning_sparse import RigL
+        >>> callback = RigL(sparsity=0.9, distribution="erk")
+
+    Reference:
+        "Rigging the Lottery: Making All Tickets Winners", ICML 2020.
+    """
+
+    skips_update = True
+
+    def __init__(
+        self,
+        sparsity: float,
+        drop_fraction: float = 0.3,
+        decay: str = "cosine",
+        update_every: int | None = 100,
+        stop_at: float = 0.75,
+        **options: Any,
+    ) -> None:
+        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
+
+    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+        """In each layer drop the smallest ``|W|`` and grow the largest ``|dP|`` where nothing was."""
+        for weight in weights:
+            n = self.to_move(weight, fraction)
+            dropped = masks.lowest(weight.W.abs(), n, among=weight.mask)
+            grown = masks.top_k(weight.dP.abs(), n, among=~weight.mask)
+            weight.change(dropped, grown)

@@ -1,0 +1,123 @@
+"""PruneAndGrow: the base of methods that drop some connections now and then and grow as many others."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_sparse import checks
+from lightning_sparse._lightning import MisconfigurationException
+from lightning_sparse.distributions import share
+from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
+from lightning_sparse.schedules import ANNEALING
+
+__all__ = ["PruneAndGrow"]
+
+
+class PruneAndGrow(MaskedCallback):
+    """A fixed budget of connections, a share of which is moved now and then.
+
+    Args:
+        sparsity: see ``MaskedCallback``.
+        drop_fraction: share of a layer's connections that the first update drops, in (0, 1].
+        decay: how that share falls until the end of the updates: ``"cosine"`` as in RigL, ``"linear"``, ``"none"``, ...
+        update_every: number of optimizer steps from update to update; None: at the first step of each epoch but the
+            first.
+        stop_at: share of the training after which connections stay, in (0, 1].
+        options: see ``MaskedCallback``.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        drop_fraction: float,
+        decay: str,
+        update_every: int | None,
+        stop_at: float,
+        **options: Any,
+    ) -> None:
+        super().__init__(sparsity, **options)
+        checks.fraction("Usual values are 0.1 to 0.5.", drop_fraction=drop_fraction)
+        checks.one_of(ANNEALING, decay=decay)
+        checks.fraction("RigL's value is 0.75.", stop_at=stop_at)
+        if not drop_fraction or not stop_at:
+            raise ValueError(
+                f"drop_fraction and stop_at must be above 0, got {drop_fraction!r} and {stop_at!r}: no connection "
+                "would ever move. RandomPruning is the method with a fixed random mask."
+            )
+        if update_every is not None:
+            checks.integer(1, "None updates once an epoch.", update_every=update_every)
+        self.drop_fraction = drop_fraction
+        self.decay = decay
+        self.update_every = update_every
+        self.stop_at = stop_at
+        self._epochs: int | None = None
+
+    @abstractmethod
+    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+        """Drop about ``fraction`` of the connections and grow as many, with ``MaskedWeight.change``.
+
+        Args:
+            weights: those that have a gradient now; dense, the same on all processes.
+            fraction: share of the connections to move.
+            scale: what gradients are multiplied with (under AMP).
+        """
+
+    # ------------------------------------------------------------------ when
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make sure that there will be updates."""
+        super().on_train_start(trainer, pl_module)
+        if (self.update_every is None and self._epochs is None) or math.isinf(self.total_steps):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must know how long the training is, of which it moves connections in the first "
+                f"{self.stop_at:.0%}. Give the Trainer max_epochs or max_steps."
+            )
+        if self.update_every is None:
+            updates = math.ceil(self._last_epoch()) - 1
+        else:
+            updates = math.ceil(self.stop_at * self.total_steps / self.update_every) - 1
+        if updates < 1:
+            self._warn_once(
+                f"{type(self).__name__} will move no connection: the training is too short for its settings. "
+                "Lower update_every, raise stop_at, or train longer."
+            )
+
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
+        """Make the connections due at the epoch's first step, if they are moved epoch by epoch."""
+        self._epochs = epochs
+        entered = epoch != self._epoch
+        super().begin_epoch(epoch, epochs)
+        if entered and self.update_every is None and epochs is not None and 0 < epoch < self._last_epoch():
+            for pool in self._pools.values():
+                pool.due = True
+
+    def is_due(self, pool: Pool) -> bool:
+        """Tell whether this step is one of every ``update_every``."""
+        every = self.update_every
+        return every is not None and 0 < pool.step < self.stop_at * self.total_steps and pool.step % every == 0
+
+    def fraction(self, pool: Pool) -> float:
+        """Return the share of connections to drop now."""
+        if self.update_every is None:  # from the first update, in epoch 1, to the end
+            now, end = float(self._epoch - 1), self._last_epoch() - 1
+        else:
+            now, end = float(pool.step), self.stop_at * self.total_steps
+        return self.drop_fraction * ANNEALING[self.decay](now, max(end, 1e-9), 1.0)
+
+    def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+        """Update with the share of now."""
+        self.update(weights, self.fraction(pool), scale)
+
+    def _last_epoch(self) -> float:
+        assert self._epochs is not None
+        return self.stop_at * self._epochs
+
+    # ------------------------------------------------------------------ how many
+
+    def to_move(self, weight: MaskedWeight, fraction: float) -> int:
+        """Return ``fraction`` of a layer's connections, or its free places if they are fewer.
+
+        So none that is dropped has to come back in the same update.
+        """
+        return min(share(fraction, weight.active), weight.room)
