@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_sparse import checks, masks
 from lightning_sparse._lightning import MisconfigurationException, rank_zero_warn
 from lightning_sparse.callback import SparseCallback, refuse_other_weights
-from lightning_sparse.distributions import DISTRIBUTIONS, budget, layer_counts
+from lightning_sparse.distributions import DISTRIBUTIONS, budget, layer_counts, least
 from lightning_sparse.layers import Choice
 
 __all__ = ["MaskedCallback", "MaskedWeight", "Pool"]
@@ -71,6 +71,8 @@ class MaskedWeight:
             grown: boolean, of the parameter's shape, nowhere active before unless dropped; these get ``value``.
             value: the values of the grown.
         """
+        if not (dropped.any() or grown.any()):
+            return
         self.mask = (self.mask & ~dropped) | grown
         untouched = ~(dropped | grown)
         masks.zero_outside_(self.W, untouched)
@@ -100,11 +102,24 @@ class Pool:
         weights: in the order of the module.
         step: the number of optimizer steps so far.
         due: the connections are to be moved at the next step with usable gradients.
+        moved: connections have been moved in the step that is under way.
+        values: further numbers of the method's state.
     """
 
     weights: list[MaskedWeight] = field(default_factory=list)
     step: int = 0
     due: bool = False
+    moved: bool = False
+    values: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def clock(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the pool."""
+        return {"step": self.step, "due": self.due, "values": dict(self.values)}
+
+    @clock.setter
+    def clock(self, clock: Mapping[str, Any]) -> None:
+        self.step, self.due, self.values = clock["step"], clock["due"], dict(clock["values"])
 
 
 class MaskedCallback(SparseCallback):
@@ -145,7 +160,7 @@ class MaskedCallback(SparseCallback):
         checks.fraction("0 lets a layer become empty.", min_layer_density=min_layer_density)
         if seed is not None:
             checks.integer(0, "Leave it out to use the run's seed.", seed=seed)
-        self.sparsity_target = sparsity
+        self.sparsity_target = self.initial_sparsity = sparsity
         self.distribution = distribution
         self.min_layer_density = min_layer_density
         self.seed = seed
@@ -153,14 +168,14 @@ class MaskedCallback(SparseCallback):
         self._weights: dict[str, MaskedWeight] = {}
         self._pools = {}
         self._epoch = 0
-        self._clocks: list[tuple[int, bool]] = []
+        self._clocks: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------------ what a method defines
 
     def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
         """Draw the masks a fit starts with: random ones, with the counts that ``distribution`` gives."""
         shapes = {weight.name: tuple(weight.mask.shape) for weight in weights}
-        total = budget(self.sparsity_target, sum(weight.mask.numel() for weight in weights))
+        total = budget(self.initial_sparsity, sum(weight.mask.numel() for weight in weights))
         counts = layer_counts(self.distribution, shapes, total, self.min_layer_density)
         for weight in weights:
             weight.mask = masks.random(torch.ones_like(weight.mask), counts[weight.name], self.generator)
@@ -185,12 +200,13 @@ class MaskedCallback(SparseCallback):
     #: the step at which connections are moved applies no update of the optimizer
     skips_update: bool = False
 
-    #: ``move`` looks at gradients
-    needs_gradients: bool = True
-
     def asked(self, pool: Pool) -> int | None:
         """Return how many connections the weights of ``pool`` must have after a move; None: as many as before."""
         return None
+
+    def least(self, weight: MaskedWeight) -> int:
+        """Return how many connections ``min_layer_density`` leaves to a weight at least."""
+        return least(self.min_layer_density, weight.mask.numel())
 
     # ------------------------------------------------------------------ what users read
 
@@ -212,12 +228,12 @@ class MaskedCallback(SparseCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, buffers, clocks and the random generator: tensors and plain values only."""
-        clocks = [(pool.step, pool.due) for pool in self._pools.values()] or self._clocks
+        clocks = [pool.clock for pool in self._pools.values()] or self._clocks
         return {
             "lightning_sparse": type(self).__name__,
             "sparsity": self.sparsity_target,
             "epoch": self._epoch,
-            "clocks": {str(index): {"step": step, "due": due} for index, (step, due) in enumerate(clocks)},
+            "clocks": {str(index): clock for index, clock in enumerate(clocks)},
             "generator": self.generator.get_state(),
             "weights": {
                 name: {"mask": weight.mask, "buffers": dict(weight.buffers)} for name, weight in self._weights.items()
@@ -233,7 +249,7 @@ class MaskedCallback(SparseCallback):
                 f"this {type(self).__name__} has {self.sparsity_target!r}: give it the same."
             )
         self._epoch = state_dict["epoch"]
-        self._clocks = [(clock["step"], clock["due"]) for clock in state_dict["clocks"].values()]
+        self._clocks = list(state_dict["clocks"].values())
         self.generator.set_state(state_dict["generator"].cpu())
         loaded = {
             name: MaskedWeight(name, state["mask"].bool(), dict(state["buffers"]))
@@ -293,21 +309,24 @@ class MaskedCallback(SparseCallback):
         if share and weights:
             self.observe(weights, scale)
             pool.due = pool.due or self.is_due(pool)
-            pool.step += 1
-            # what overflowed under AMP is no score: the next step's gradients are
-            if pool.due and (not self.needs_gradients or all(bool(w.dP.isfinite().all()) for w in weights)):
+            # AMP skips a step that overflowed, and its gradients are no scores: the next step moves
+            if pool.due and all(bool(weight.dP.isfinite().all()) for weight in weights):
                 pool.due = False
-                self._move(weights, pool, scale)
-                if self.skips_update:
-                    for group in optimizer.param_groups:
-                        for parameter in group["params"]:
-                            parameter.grad = None
-                    return
+                pool.moved = self._move(weights, pool, scale)
+            pool.step += 1
         for weight in weights:
-            masks.zero_outside_(weight.dP, weight.mask)
+            if share:
+                masks.zero_outside_(weight.dP, weight.mask)
+            elif weight.parameter is not None:
+                weight.parameter.grad = None
 
     def enter_step(self, optimizer: Optimizer) -> None:  # noqa: D102
-        pass
+        pool = self._pools.get(id(optimizer), Pool())
+        if pool.moved and self.skips_update:  # only now: a gradient scaler has to see gradients
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        pool.moved = False
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:  # noqa: D102
@@ -326,7 +345,7 @@ class MaskedCallback(SparseCallback):
         """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
-            self._clocks = [(pool.step, pool.due) for pool in self._pools.values()]
+            self._clocks = [pool.clock for pool in self._pools.values()]
             self._pools = {}
             for weight in self._weights.values():
                 weight.parameter = weight.optimizer = None
@@ -335,7 +354,7 @@ class MaskedCallback(SparseCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer, the module and the optimizers."""
-        clocks = [(pool.step, pool.due) for pool in self._pools.values()] or self._clocks
+        clocks = [pool.clock for pool in self._pools.values()] or self._clocks
         return {**super().__getstate__(), "generator": self.generator.get_state(), "_pools": {}, "_clocks": clocks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -360,8 +379,9 @@ class MaskedCallback(SparseCallback):
             weight.buffers = self.new_buffers(weight)
             masks.zero_outside_(weight.W, weight.mask)
 
-    def _move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
-        """Move connections, and make sure that their number is what was asked for."""
+    def _move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> bool:
+        """Move connections, make sure that their number is what was asked for, and tell whether any moved."""
+        masks_before = [weight.mask for weight in weights]
         before = sum(weight.active for weight in pool.weights)
         self.move(weights, pool, scale)
         asked, after = self.asked(pool), sum(weight.active for weight in pool.weights)
@@ -370,10 +390,11 @@ class MaskedCallback(SparseCallback):
                 f"{type(self).__name__} has {after} active weights after moving connections, not "
                 f"{before if asked is None else asked}. Please report this."
             )
+        return any(weight.mask is not mask for weight, mask in zip(weights, masks_before, strict=True))
 
     def _set_clocks(self) -> None:
-        for pool, (step, due) in zip(self._pools.values(), self._clocks, strict=False):
-            pool.step, pool.due = step, due
+        for pool, clock in zip(self._pools.values(), self._clocks, strict=False):
+            pool.clock = clock
 
 
 def _new(choice: Choice) -> MaskedWeight:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from helpers import SETTINGS, Lit, data, mlp, trainer
+from helpers import SETTINGS, Lit, data, mlp, state, trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.optim.lr_scheduler import StepLR
@@ -25,11 +25,8 @@ class EpochEnds(pl.Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         callback = self.callback
-        state = {"masks": callback.masks, "thresholds": callback.thresholds, "latents": callback.latents}
-        state["parameters"] = pl_module.state_dict()
-        if hasattr(callback, "backward_masks"):
-            state |= {"M_b": callback.backward_masks, "t_b": callback.backward_thresholds}
-        self.ends.append({kind: {name: x.clone() for name, x in values.items()} for kind, values in state.items()})
+        kinds = {"masks": callback.masks, "state": state(callback), "parameters": pl_module.state_dict()}
+        self.ends.append({kind: {name: x.clone() for name, x in values.items()} for kind, values in kinds.items()})
 
 
 def train(method, accumulate, rank=0, **options):

@@ -9,17 +9,23 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import DFBST, DST, STR, AutoSparse
+from lightning_sparse import DFBST, DST, SET, STR, AutoSparse, RigL
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
 
 # One row a method: hyper-parameters under which a tiny network becomes visibly sparse within some dozen steps.
-SETTINGS: dict[str, Callable] = {
+LATENT: dict[str, Callable] = {
     "DST": lambda **kw: DST(**{"alpha": 5e-3, **kw}),
     "DFBST": lambda **kw: DFBST(**{"alpha": 5e-3, "beta": 0.5, **kw}),
     "AutoSparse": lambda **kw: AutoSparse(**{"alpha": 0.6, "init_threshold": -2.5, **kw}),
     "STR": lambda **kw: STR(**{"init_threshold": -2.5, **kw}),
 }
+# The target is 0.8, and connections move within two epochs of 30 steps.
+MASKED: dict[str, Callable] = {
+    "SET": lambda **kw: SET(**{"sparsity": 0.8, **kw}),
+    "RigL": lambda **kw: RigL(**{"sparsity": 0.8, "update_every": 7, **kw}),
+}
+SETTINGS: dict[str, Callable] = {**LATENT, **MASKED}
 
 
 def mlp(dtype=torch.float32):
@@ -107,6 +113,47 @@ def fit(callback, module=None, train=None, **kwargs):
     run = trainer(callback, **kwargs)
     run.fit(module, train if train is not None else loader())
     return module, run
+
+
+def state(callback):
+    """All tensors of the callback's state, by path."""
+    found = {}
+
+    def walk(value, path):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{path}/{key}")
+        elif isinstance(value, torch.Tensor):
+            found[path] = value.clone()
+
+    walk(callback.state_dict(), "")
+    return found
+
+
+def same(a, b):
+    """Equality to the last bit of nested tensors and values."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def has_fresh(callback):
+    """Whether there may be connections that are active, but 0 since they are new."""
+    return type(callback).__name__ in MASKED
+
+
+def effective(module, callback):
+    """Whether the parameters (of a module or a state dict) are 0 just where the callback's masks say."""
+    parameters = module if isinstance(module, dict) else dict(module.named_parameters())
+    for name, mask in callback.masks.items():
+        nonzero = parameters[name] != 0
+        if (nonzero & ~mask).any() or not (has_fresh(callback) or torch.equal(nonzero, mask)):
+            return False
+    return True
 
 
 def saved(run, path: Path) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from helpers import SETTINGS, Lit, data, loader, trainer
+from helpers import SETTINGS, Lit, data, loader, state, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.lr_scheduler import StepLR
@@ -140,14 +140,11 @@ def run(mode, folder, method, optimizer, stop, accumulate):
     result = {
         "parameters": module.state_dict(),
         "masks": callback.masks,
-        "latents": callback.latents,
-        "thresholds": callback.thresholds,
+        "state": state(callback),
         "optimizer": fit.optimizers[0].state_dict(),
         "steps": fit.global_step,
         "sparsity": callback.sparsity,
     }
-    if "DFBST" in method:
-        result |= {"backward thresholds": callback.backward_thresholds, "backward masks": callback.backward_masks}
     torch.save(result, f"{path}.{mode}.pt")
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SETTINGS, Lit, fit, seeded
+from helpers import LATENT, SETTINGS, Lit, fit, seeded
 from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -87,9 +87,13 @@ def test_an_unknown_decay_is_refused_with_the_known_ones():
         AutoSparse(decay="quadratic")
 
 
-def test_unknown_granularity_and_patterns_that_are_no_list_are_refused(method):
+@pytest.mark.parametrize("method", LATENT)
+def test_an_unknown_granularity_is_refused(method):
     with pytest.raises(ValueError, match=r"^granularity must be one of \['layer', 'neuron', 'weight'\], got 'row'"):
         SETTINGS[method](granularity="row")
+
+
+def test_patterns_that_are_no_list_are_refused(method):
     for argument in ("include", "exclude"):
         with pytest.raises(ValueError, match=rf"^{argument} must be a list of glob patterns .*got 'net\.\*'"):
             SETTINGS[method](**{argument: "net.*"})
@@ -215,6 +219,7 @@ class Explodes(Lit):
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("clip", [None, "norm", "value"])
+@pytest.mark.parametrize("method", LATENT)
 def test_gradients_that_are_not_finite_leave_thresholds_finite_and_are_told_of_once(method, value, clip):
     module = seeded(Explodes)
     module.value = value

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sparse.kernels import numba_kernels, torch_kernels
+from lightning_sparse.kernels import bits, numba_kernels, torch_kernels
 
 MODULES = [torch_kernels, numba_kernels]
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
@@ -39,7 +39,9 @@ def test_hard_threshold_is_the_papers_formula(kernels, shape, seed):
     out, gradient = torch.empty_like(W), dP.clone()
     assert kernels.hard_project(W, tau, out) == M.sum()
     assert torch.equal(out, W * M)
-    torch.testing.assert_close(kernels.hard_gradient(gradient, W, tau), dtau, rtol=1e-12, atol=1e-12)
+    result = torch.empty_like(tau)
+    kernels.hard_gradient(gradient, W, tau, result)
+    torch.testing.assert_close(result, dtau, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -55,7 +57,8 @@ def test_soft_threshold_is_the_papers_formula(kernels, alpha, shape, seed):
     kernels.soft_project(W, tau, out)
     torch.testing.assert_close(out, W.sign() * (W.abs() - tau).clamp(min=0), rtol=0, atol=1e-15)
     assert torch.equal(out == 0, W.abs() <= tau)
-    dtau = kernels.soft_gradient(gradient, W, tau, alpha)
+    dtau = torch.empty_like(tau)
+    kernels.soft_gradient(gradient, W, tau, dtau, alpha)
     torch.testing.assert_close(gradient, dP * A, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dtau, -(dP * W.sign() * A).sum(1, keepdim=True), rtol=1e-12, atol=1e-12)
 
@@ -71,9 +74,10 @@ def test_backward_mask_is_the_papers_formula(kernels, shape, seed):
     d = torch.where(rows > 0, G.abs() / torch.where(rows > 0, rows, 1.0), 0.0) - tau
     M = d >= 0
 
-    gradient, mask = G.clone(), torch.empty(shape, dtype=torch.bool)
-    weighted, plain, moments = kernels.backward_mask(gradient, tau, mask)
-    assert torch.equal(mask, M)
+    gradient, packed = G.clone(), torch.empty_like(bits.pack(M))
+    weighted, plain, moments = torch.empty_like(tau), torch.empty_like(tau), torch.zeros(2, dtype=torch.float64)
+    kernels.backward_mask(gradient, tau, packed, weighted, plain, moments)
+    assert torch.equal(bits.unpack(packed, shape[1]), M)
     assert torch.equal(gradient, G * M)
     torch.testing.assert_close(weighted, (G * M * G * surrogate(d)).sum(1, keepdim=True), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(plain, (G * surrogate(d)).sum(1, keepdim=True), rtol=1e-12, atol=1e-12)
@@ -88,7 +92,8 @@ def test_dst_on_a_hand_worked_matrix():
     assert torch_kernels.hard_project(W, tau, out) == 3 + 1
     assert out.tolist() == [[0.5, 0.0, 0.0], pytest.approx([-1.5, 0.1, 0.3])]
     # Q = [[0.3, 0, -0.2], [1.5, 0.1, 0.3]], H = [[0.8, 2, 1.2], [0, 1.6, 0.8]]
-    dtau = torch_kernels.hard_gradient(dP, W, tau)
+    dtau = torch.empty_like(tau)
+    torch_kernels.hard_gradient(dP, W, tau, dtau)
     assert dP.flatten().tolist() == pytest.approx([1 + 0.5 * 0.8, 0.2 * 2, 0, 1, 1 + 0.1 * 1.6, 1 + 0.3 * 0.8])
     assert dtau.flatten().tolist() == pytest.approx([-(0.5 * 0.8 - 0.2 * 2), -(0.1 * 1.6 + 0.3 * 0.8)], abs=1e-6)
 
@@ -102,10 +107,13 @@ def test_what_is_not_a_number_stays_visible(kernels):
         project(W, tau, out)
         assert out[0, 0].isnan()
         assert out[0, 1] != 0
-    for function in (kernels.hard_gradient, lambda g, W, t: kernels.backward_mask(g, t, torch.empty(1, 2).bool())):
-        gradient = torch.tensor([[float("nan"), 1.0]])
-        function(gradient, torch.ones(1, 2), tau)
-        assert gradient[0, 0].isnan()
+    gradient = torch.tensor([[float("nan"), 1.0]])
+    kernels.hard_gradient(gradient, torch.ones(1, 2), tau, torch.empty(1, 1))
+    assert gradient[0, 0].isnan()
+    gradient = torch.tensor([[float("nan"), 1.0]])
+    sums = torch.empty(1, 1), torch.empty(1, 1), torch.zeros(2, dtype=torch.float64)
+    kernels.backward_mask(gradient, tau, torch.empty(1, 1, dtype=torch.uint8), *sums)
+    assert gradient[0, 0].isnan()
 
 
 @pytest.mark.parametrize("kernels", MODULES)
@@ -113,19 +121,47 @@ def test_what_is_not_a_number_stays_visible(kernels):
 def test_chunks_and_threads_do_not_change_a_bit(kernels, shape):
     W, dP, tau = draw(shape, 1, torch.float32)
     whole, parts = dP.clone(), dP.clone()
-    out = torch.empty_like(W)
+    out, dtau = torch.empty_like(W), torch.empty_like(tau)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        dtau = kernels.hard_gradient(whole, W, tau)
+        kernels.hard_gradient(whole, W, tau, dtau)
         passing = kernels.hard_project(W, tau, out)
     finally:
         torch.set_num_threads(threads)
-    rows = [kernels.hard_gradient(parts[i : i + 1], W[i : i + 1], tau[i : i + 1]) for i in range(shape[0])]
+    rows = torch.empty_like(tau)
+    for i in range(shape[0]):
+        one = slice(i, i + 1)
+        kernels.hard_gradient(parts[one], W[one], tau[one], rows[one])
     assert torch.equal(whole, parts)
-    torch.testing.assert_close(dtau, torch.cat(rows))
+    torch.testing.assert_close(dtau, rows)
     assert passing == (W.abs() > tau).sum()
     assert torch.equal(out != 0, (W.abs() > tau) & (W != 0))
+
+
+@pytest.mark.parametrize("shape", [(3, 200_000), (700, 400)])
+def test_compiled_backward_masks_are_the_same_on_any_number_of_threads(shape):
+    _, G, tau = draw(shape, 1, torch.float32)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            gradient, packed = G.clone(), torch.empty(shape[0], shape[1] // 8, dtype=torch.uint8)
+            sums = torch.empty_like(tau), torch.empty_like(tau), torch.zeros(2, dtype=torch.float64)
+            numba_kernels.backward_mask(gradient, tau * 1e-3, packed, *sums)
+            results.append((gradient, packed, *sums))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+@given(shape=shapes, seed=seeds)
+def test_bits_are_unpacked_to_the_mask_that_was_packed(shape, seed):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = bits.pack(mask)
+    assert packed.shape == (shape[0], -(-shape[1] // 8))
+    assert torch.equal(bits.unpack(packed, shape[1]), mask)
+    assert torch.equal(bits.pack(mask.double()), packed)
 
 
 def test_wrong_choice_of_kernels_is_refused(monkeypatch):

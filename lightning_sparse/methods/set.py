@@ -39,8 +39,6 @@ class SET(PruneAndGrow):
         science", Nature Communications 9 (2018).
     """
 
-    needs_gradients = False
-
     def __init__(
         self,
         sparsity: float,
