@@ -2,8 +2,9 @@
 
     python docs/results.py --data-dir DIR --seeds 0,1,2 --jobs 2 dense-lenet300-mnist dst-lenet300-mnist@alpha=2e-3
 
-``NAME@ARGUMENT=VALUE`` sets an argument of the recipe's callback. Each run is one ``lightning-sparse fit`` in a process
-of its own with one thread; runs that have finished (in ``--out``) are kept, so that the command can be repeated.
+``NAME@ARGUMENT=VALUE`` sets an argument of the recipe's callback, ``NAME+METHOD`` adds a callback to the recipe. Each
+run is one ``lightning-sparse fit`` in a process of its own with one thread; runs that have finished (in ``--out``) are
+kept, so that the command can be repeated.
 """
 
 import argparse
@@ -22,14 +23,18 @@ def folder(out: Path, recipe: str, seed: int) -> Path:
     return out / recipe / f"seed{seed}"
 
 
-def train(out: Path, data_dir: Path, recipe: str, seed: int) -> None:
+def train(out: Path, data_dir: Path, recipe: str, seed: int, epochs: int | None = None) -> None:
     """Train once, unless that has been done."""
     where = folder(out, recipe, seed)
     if (where / "done").exists():
         return
     where.mkdir(parents=True, exist_ok=True)
     name, *settings = recipe.split("@")
-    overrides = [f"--trainer.callbacks.init_args.{setting}" for setting in settings]
+    name, *methods = name.split("+")
+    overrides = [f"--trainer.callbacks+=lightning_sparse.{method}" for method in methods]
+    overrides += [f"--trainer.callbacks.init_args.{setting}" for setting in settings]
+    if epochs is not None:
+        overrides.append(f"--trainer.max_epochs={epochs}")
     own = [str(Path(sys.executable).with_name("lightning-sparse")), "fit", "--recipe", name]
     own += [f"--seed_everything={seed}", f"--data.init_args.data_dir={data_dir}", "--trainer.enable_progress_bar=false"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

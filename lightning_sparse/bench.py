@@ -2,7 +2,8 @@
 
 ``python -m lightning_sparse.bench overhead`` times a bare training step with each method against a dense one,
 ``... trainer`` the same in a Lightning Trainer, ``... compile`` compiled by inductor against eager; ``... hooks`` shows
-the cost of Lightning's hooks alone, ``... memory`` the peak memory. ``--help`` lists the options.
+the cost of Lightning's hooks alone, ``... memory`` the peak memory, ``... update`` the time in which methods of prune
+and grow move connections. ``--help`` lists the options.
 """
 
 import argparse
@@ -18,20 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sparse import DFBST, DST, STR, AutoSparse, kernels
+from lightning_sparse import DFBST, DST, SET, STR, AutoSparse, RigL, kernels
+from lightning_sparse._extras import extra
 from lightning_sparse._lightning import PACKAGE, Callback, LightningModule, Trainer
 from lightning_sparse.callback import SparseCallback
-from lightning_sparse.latent import LatentCallback
 from lightning_sparse.layers import choose
 from lightning_sparse.process import peak_memory, resident_memory
+from lightning_sparse.prune_and_grow import PruneAndGrow
 
 __all__ = ["main"]
 
-METHODS: dict[str, Callable[[], LatentCallback]] = {
+_NEVER = 10**12
+METHODS: dict[str, Callable[[], SparseCallback]] = {
     "dst": lambda: DST(alpha=5e-4),
     "dfbst": lambda: DFBST(alpha=5e-4, beta=0.01),
     "autosparse": lambda: AutoSparse(alpha=0.75, init_threshold=-5.0),
     "str": lambda: STR(init_threshold=-5.0),
+    # connections move when the benchmark says so
+    "set": lambda: SET(sparsity=0.9, update_every=_NEVER),
+    "rigl": lambda: RigL(sparsity=0.9, update_every=_NEVER),
 }
 
 
@@ -60,10 +66,18 @@ def mlp4096() -> nn.Module:
     return nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096))
 
 
+def resnet18() -> nn.Module:
+    """ResNet-18 for 32 x 32 images: torchvision's, with a first convolution of 3 x 3 and no first pooling."""
+    network: nn.Module = extra("torchvision.models", "examples").resnet18(num_classes=10)
+    network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return network
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lenet300": (lenet300, (1, 28, 28)),
     "vgg16": (vgg16, (3, 32, 32)),
     "mlp4096": (mlp4096, (4096,)),
+    "resnet18": (resnet18, (3, 32, 32)),
 }
 
 
@@ -176,6 +190,38 @@ def peak(arguments: argparse.Namespace) -> None:
         step()
     after = peak_memory() if on_cpu else torch.cuda.max_memory_allocated()
     print(before / 1e6, after / 1e6)
+
+
+def update(arguments: argparse.Namespace) -> None:
+    """Print how long an update of the connections takes, beside a dense step of the same run."""
+    print(f"{arguments.network}, batch {arguments.batch}, {_hardware(arguments.device)}")
+    dense, _ = stepper(arguments.network, None, arguments.batch, arguments.device)
+    print(f"dense step: {1e3 * _seconds(dense, 2, arguments.device):.0f} ms")
+    for name in arguments.methods.split(","):
+        torch.manual_seed(0)
+        build, shape = NETWORKS[arguments.network]
+        module = build().to(arguments.device)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+        callback = METHODS[name]()
+        if not isinstance(callback, PruneAndGrow):
+            raise ValueError(f"--methods: {name} does not prune and grow.")
+        callback.attach([choice for choice in choose(module) if choice.reason is None], [optimizer], False)
+        x = torch.randn(arguments.batch, *shape, device=arguments.device)
+        times = []
+        for _ in range(arguments.rounds):
+            optimizer.zero_grad()
+            module(x).square().mean().backward()
+            (pool,) = callback._pools.values()
+            start = time.perf_counter()
+            callback.update(pool.weights, 0.3, 1.0)
+            if arguments.device != "cpu":
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+            callback.before_step(optimizer, 1.0, 1.0)
+            optimizer.step()
+        print(
+            f"{name:10s} update: {statistics.median(times):.0f} ms ({min(times):.0f} to {max(times):.0f})", flush=True
+        )
 
 
 class _Idle(SparseCallback):
@@ -298,6 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
     benchmarks = {
         "overhead": overhead,
         "memory": memory,
+        "update": update,
         "compile": compiled,
         "trainer": trainer,
         "hooks": hooks,
@@ -305,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     parser.add_argument("benchmark", choices=benchmarks)
     parser.add_argument("--network", choices=NETWORKS, default="lenet300")
-    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
+    parser.add_argument("--methods", default="dst,dfbst,autosparse,str", help="separated by commas")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")
