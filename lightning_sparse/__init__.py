@@ -2,20 +2,46 @@
 
 from lightning_sparse.callback import SparseCallback
 from lightning_sparse.methods.autosparse import AutoSparse
+from lightning_sparse.methods.deepr import DeepR
 from lightning_sparse.methods.dfbst import DFBST
+from lightning_sparse.methods.dsr import DSR
 from lightning_sparse.methods.dst import DST
+from lightning_sparse.methods.ggr import GGR
+from lightning_sparse.methods.gmp import GMP
+from lightning_sparse.methods.granet import GraNet
+from lightning_sparse.methods.grasp import GraSP
+from lightning_sparse.methods.itop import ITOP
+from lightning_sparse.methods.memory_efficient_dst import MemoryEfficientDST
+from lightning_sparse.methods.mest import MEST
+from lightning_sparse.methods.random_pruning import RandomPruning
 from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.set import SET
+from lightning_sparse.methods.snfs import SNFS
+from lightning_sparse.methods.snip import SNIP
 from lightning_sparse.methods.str import STR
+from lightning_sparse.methods.synflow import SynFlow
 
 __all__ = [
     "DFBST",
+    "DSR",
     "DST",
+    "GGR",
+    "GMP",
+    "ITOP",
+    "MEST",
     "SET",
+    "SNFS",
+    "SNIP",
     "STR",
     "AutoSparse",
+    "DeepR",
+    "GraNet",
+    "GraSP",
+    "MemoryEfficientDST",
+    "RandomPruning",
     "RigL",
     "SparseCallback",
+    "SynFlow",
     "__version__",
 ]
 

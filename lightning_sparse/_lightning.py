@@ -14,11 +14,15 @@ __all__ = [
     "BaseFinetuning",
     "Callback",
     "DDPStrategy",
+    "DummyLogger",
     "LightningModule",
     "MisconfigurationException",
     "SingleDeviceStrategy",
     "Trainer",
     "check_trainer",
+    "is_overridden",
+    "is_param_in_hook_signature",
+    "isolate_rng",
     "rank_zero_info",
     "rank_zero_warn",
 ]
@@ -44,18 +48,27 @@ PACKAGE = _choose()
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import BaseFinetuning
+    from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
+    from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+    from lightning.pytorch.utilities.seed import isolate_rng
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 else:
     _pl = importlib.import_module(PACKAGE)
     Callback, LightningModule, Trainer = _pl.Callback, _pl.LightningModule, _pl.Trainer
     BaseFinetuning = importlib.import_module(f"{PACKAGE}.callbacks").BaseFinetuning
+    DummyLogger = importlib.import_module(f"{PACKAGE}.loggers.logger").DummyLogger
     _strategies = importlib.import_module(f"{PACKAGE}.strategies")
     DDPStrategy, SingleDeviceStrategy = _strategies.DDPStrategy, _strategies.SingleDeviceStrategy
     MisconfigurationException = importlib.import_module(f"{PACKAGE}.utilities.exceptions").MisconfigurationException
     _rank_zero = importlib.import_module(f"{PACKAGE}.utilities.rank_zero")
     rank_zero_info, rank_zero_warn = _rank_zero.rank_zero_info, _rank_zero.rank_zero_warn
+    is_overridden = importlib.import_module(f"{PACKAGE}.utilities.model_helpers").is_overridden
+    isolate_rng = importlib.import_module(f"{PACKAGE}.utilities.seed").isolate_rng
+    _signatures = importlib.import_module(f"{PACKAGE}.utilities.signature_utils")
+    is_param_in_hook_signature = _signatures.is_param_in_hook_signature
 
 
 def check_trainer(trainer: object, callback: object) -> None:

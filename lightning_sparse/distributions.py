@@ -14,6 +14,7 @@ __all__ = [
     "er",
     "erk",
     "layer_counts",
+    "least",
     "share",
     "uniform",
     "uniform_first_dense",
@@ -38,6 +39,15 @@ def share(fraction: float, count: int) -> int:
     (29, 1)
     """
     return math.floor(fraction * count + 1e-6)
+
+
+def least(density: float, size: int) -> int:
+    """Return the smallest number among ``size`` that makes at least ``density``.
+
+    >>> least(0.01, 250), least(0.07, 100)
+    (3, 7)
+    """
+    return math.ceil(density * size - 1e-6)
 
 
 def apportion(total: int, weights: Sequence[float], capacities: Sequence[int]) -> list[int]:
@@ -108,7 +118,7 @@ def erk(shapes: Sequence[Shape], total: int) -> list[int]:
     The rule of RigL (Sec. 3): layers that would exceed 1 become dense and the others share the rest.
 
     >>> erk([(8, 4, 3, 3), (10, 8)], 180)
-    [90, 80]
+    [100, 80]
     """
     return apportion(total, [sum(shape) for shape in shapes], [math.prod(shape) for shape in shapes])
 
@@ -138,15 +148,17 @@ def layer_counts(
         counts = dict(zip(names, DISTRIBUTIONS[distribution](list(shapes.values()), total), strict=True))
     else:
         counts = _by_pattern(distribution, sizes, total)
-    least = {name: math.ceil(floor * size - 1e-6) for name, size in sizes.items()}
-    if sum(least.values()) > total:
-        raise ValueError(f"min_layer_density={floor} alone takes {sum(least.values())} weights, the budget is {total}.")
-    raised = [name for name in names if counts[name] < least[name]]
+    lowest = {name: least(floor, size) for name, size in sizes.items()}
+    if sum(lowest.values()) > total:
+        raise ValueError(
+            f"min_layer_density={floor} alone takes {sum(lowest.values())} weights, the budget is {total}."
+        )
+    raised = [name for name in names if counts[name] < lowest[name]]
     if raised:
         rest = [name for name in names if name not in raised]
-        room = [counts[name] - least[name] for name in rest]
-        taken = apportion(sum(least[name] - counts[name] for name in raised), room, room)
-        counts |= {name: least[name] for name in raised}
+        room = [counts[name] - lowest[name] for name in rest]
+        taken = apportion(sum(lowest[name] - counts[name] for name in raised), room, room)
+        counts |= {name: lowest[name] for name in raised}
         counts |= {name: counts[name] - n for name, n in zip(rest, taken, strict=True)}
     return counts
 

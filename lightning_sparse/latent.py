@@ -5,10 +5,8 @@ sees plain sparse weights. For the optimizer's update alone the parameter is giv
 copy), with ``dW`` in its gradient; the thresholds sit in the same param group and are updated with it.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,88 +16,19 @@ from torch.optim import Optimizer
 from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException, rank_zero_warn
 from lightning_sparse.callback import SparseCallback
-from lightning_sparse.layers import Choice, as_matrix, write_matrix
+from lightning_sparse.layers import Choice, write_matrix
+from lightning_sparse.pools import LatentWeight, Pool, pools
 
-__all__ = ["Granularity", "LatentCallback", "LatentWeight"]
+__all__ = ["Granularity", "LatentCallback", "LatentWeight", "Pool"]
 
 Granularity = Literal["neuron", "layer", "weight"]
 
 
-@dataclass
-class LatentWeight:
-    """One weight that trains sparse.
-
-    Attributes:
-        name: the parameter's name in the LightningModule.
-        latent: ``W``, of the parameter's shape.
-        thresholds: trainable thresholds by name; ``"t"`` is the forward one. Of shape ``(out,)``, ``(1,)`` or the
-            parameter's, after the granularity.
-        buffers: further tensors of the parameter's shape that belong to the method's state.
-        transposed_groups: see ``layers.Choice``.
-        parameter: the module's parameter; None outside fit.
-        effective: the storage of ``P`` while the parameter holds ``W``; else None.
-        resets: how often the collapse guard set the thresholds to 0.
-    """
-
-    name: str
-    latent: Tensor
-    thresholds: dict[str, nn.Parameter]
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    transposed_groups: int = 0
-    parameter: nn.Parameter | None = None
-    effective: Tensor | None = None
-    resets: int | Tensor = 0
-    _views: dict[str, Tensor] = field(default_factory=dict)
-
-    def matrix(self, x: Tensor, keep_as: str | None = None) -> Tensor:
-        """Return ``x``, of the parameter's shape, as ``(out, n)``; see ``layers.as_matrix``.
-
-        ``keep_as``: a name under which the view is kept for the next call, as long as ``x`` stays where it is.
-        """
-        kept = self._views.get(keep_as) if keep_as else None
-        if kept is not None and kept.data_ptr() == x.data_ptr():
-            return kept
-        matrix = as_matrix(x, self.transposed_groups)
-        if keep_as and matrix.data_ptr() == x.data_ptr():
-            self._views[keep_as] = matrix
-        return matrix
-
-    def per_row(self, key: str = "t") -> Tensor:
-        """Return thresholds as ``(out, 1)`` or ``(out, n)``; kept for the next call, as in ``matrix``."""
-        t = self.thresholds[key]
-        kept = self._views.get(key)
-        if kept is not None and kept.data_ptr() == t.data_ptr():
-            return kept
-        rows = self.matrix(t.detach()) if t.ndim > 1 else t.detach().unsqueeze(1)
-        rows = rows.expand(self.matrix(self.latent).shape[0], -1)
-        if rows.data_ptr() == t.data_ptr():
-            self._views[key] = rows
-        return rows
-
-    def fold(self, dt: Tensor, key: str = "t") -> Tensor:
-        """Return the gradient of ``per_row`` as that of the thresholds."""
-        t = self.thresholds[key]
-        if t.ndim == 1:
-            return dt.squeeze(1) if t.shape[0] == dt.shape[0] else dt.sum(0)
-        result = torch.empty_like(t)
-        view = self.matrix(result).copy_(dt)
-        write_matrix(result, view, self.transposed_groups)
-        return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without the module."""
-        tensors = {
-            "latent": self.latent.detach(),
-            "buffers": {key: buffer.detach() for key, buffer in self.buffers.items()},
-        }
-        return {**self.__dict__, **tensors, "parameter": None, "effective": None, "_views": {}}
-
-
 class LatentCallback(SparseCallback):
-    """Base of the methods with latent weights and learnable thresholds.
+    """Base of the methods with latent weights and, as a rule, learnable thresholds.
 
-    A method defines ``effective`` (the forward function), ``gradients`` (its derivative) and, if it has one,
-    ``penalty_gradient``.
+    A method defines ``effective`` (the forward function) and ``gradients`` (its derivative); if its
+    thresholds act through ``tau = f(t)`` or have a regulariser, ``level`` (f) and ``threshold_gradients``.
 
     Args:
         init_threshold: the thresholds' value at the start.
@@ -109,8 +38,14 @@ class LatentCallback(SparseCallback):
         log_every_n_steps: see ``SparseCallback``.
     """
 
-    #: names of the trainable thresholds of each weight, the forward one first
+    #: names of the trainable thresholds of each weight, the forward one, "t", first; empty: the method has none
     threshold_names: Sequence[str] = ("t",)
+
+    #: names of further sums that ``gradients`` writes into ``weight.dtau``
+    sum_names: Sequence[str] = ()
+
+    #: names of boolean tensors in each weight's state, all True at first, kept as bits
+    mask_names: Sequence[str] = ()
 
     def __init__(
         self,
@@ -125,30 +60,41 @@ class LatentCallback(SparseCallback):
         self.init_threshold = init_threshold
         self.granularity = granularity
         self._weights: dict[str, LatentWeight] = {}
-        self._owned: dict[int, list[LatentWeight]] = {}
+        self._pools: dict[int, list[Pool]] = {}
         self._nonfinite: Tensor | None = None
 
     # ------------------------------------------------------------------ what a method defines
 
     @abstractmethod
-    def effective(self, W: Tensor, t: Tensor, out: Tensor) -> int | Tensor | None:
-        """Write ``P = f(W, t)`` into ``out``; return how many weights pass if the method has a collapse guard.
+    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> int | Tensor | None:
+        """Write ``P = f(W, weight.tau)`` into ``out``.
 
         Args:
-            W: latent weights ``(out, n)``.
-            t: thresholds ``(out, 1)`` or ``(out, n)``.
+            weight: the weight, with ``tau`` of shape ``(out, 1)`` or ``(out, n)``.
+            W: its latent weights ``(out, n)``.
             out: ``(out, n)``.
+
+        Returns:
+            How many weights pass, if the method has a collapse guard.
         """
 
     @abstractmethod
-    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor, t: Tensor) -> Tensor:
-        """Replace ``dP``, the gradient of ``P``, by ``dW`` and return ``dt``, of the shape of ``t``."""
+    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
+        """Replace ``dP``, the gradient of ``P``, by ``dW`` and write that of ``tau`` into ``weight.dtau["t"]``."""
 
-    def penalty_gradient(self, t: Tensor) -> Tensor | None:
-        """Return the gradient of the method's regulariser with respect to its forward thresholds, if it has one."""
-        return None
+    def level(self, t: Tensor) -> Tensor:
+        """Return ``tau``, which ``|W|`` is compared with."""
+        return t
 
-    def finish_gradients(self, weights: Sequence[LatentWeight], share: float) -> None:
+    def threshold_gradients(self, pool: Pool, share: float) -> bool:
+        """Make ``pool.gradients["t"]``, those of ``tau``, those of ``t``, and add ``share`` times the regulariser's.
+
+        Returns:
+            Whether there is a regulariser.
+        """
+        return False
+
+    def finish_gradients(self, pools: Sequence[Pool], share: float) -> None:
         """Add what needs the gradients of all weights of the optimizer."""
 
     #: the method has no regulariser but the optimizer's weight decay, which moves its thresholds
@@ -171,7 +117,7 @@ class LatentCallback(SparseCallback):
     @property
     def thresholds(self) -> dict[str, Tensor]:
         """The forward thresholds by parameter name: ``(out,)``, ``(1,)`` or the weight's shape, after granularity."""
-        return {name: weight.thresholds["t"].detach() for name, weight in self._weights.items()}
+        return {n: weight.thresholds["t"].detach() for n, weight in self._weights.items() if weight.thresholds}
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:
@@ -208,7 +154,10 @@ class LatentCallback(SparseCallback):
                 name: {
                     "latent": weight.latent.detach(),
                     "thresholds": {key: t.detach() for key, t in weight.thresholds.items()},
-                    "buffers": {key: buffer.detach() for key, buffer in weight.buffers.items()},
+                    "buffers": {
+                        **{key: buffer.detach() for key, buffer in weight.buffers.items()},
+                        **{key: weight.mask(key) for key in weight.bits},
+                    },
                     "transposed_groups": weight.transposed_groups,
                 }
                 for name, weight in self._weights.items()
@@ -222,21 +171,23 @@ class LatentCallback(SparseCallback):
                 f"The checkpoint was written with granularity={state_dict['granularity']!r}, "
                 f"this {type(self).__name__} has {self.granularity!r}: give it the same."
             )
-        loaded = {
-            name: LatentWeight(
-                name,
-                state["latent"],
-                {key: nn.Parameter(t) for key, t in state["thresholds"].items()},
-                dict(state["buffers"]),
-                state["transposed_groups"],
-            )
-            for name, state in state_dict["weights"].items()
-        }
+        loaded = {name: self._loaded(name, state) for name, state in state_dict["weights"].items()}
         if self._module is None:
             self._weights = loaded
         else:
             self._overwrite(loaded)
         super().load_state_dict(state_dict)
+
+    def _loaded(self, name: str, state: dict[str, Any]) -> LatentWeight:
+        """Return a weight as it was saved."""
+        thresholds = {key: nn.Parameter(t) for key, t in state["thresholds"].items()}
+        weight = LatentWeight(name, state["latent"], thresholds, transposed_groups=state["transposed_groups"])
+        for key, buffer in state["buffers"].items():
+            if key in self.mask_names:
+                weight.keep_mask(key, buffer)
+            else:
+                weight.buffers[key] = buffer
+        return weight
 
     @torch.no_grad()
     def _overwrite(self, loaded: dict[str, LatentWeight]) -> None:
@@ -247,6 +198,8 @@ class LatentCallback(SparseCallback):
                 t.copy_(loaded[name].thresholds[key])
             for key, buffer in weight.buffers.items():
                 buffer.copy_(loaded[name].buffers[key])
+            for key in weight.bits:
+                weight.keep_mask(key, loaded[name].mask(key))
             self._project(weight)
 
     # ------------------------------------------------------------------ verbs
@@ -261,7 +214,7 @@ class LatentCallback(SparseCallback):
             )
             self._weights = {}
         self._weights = {choice.name: self._take(choice, self._weights.get(choice.name)) for choice in choices}
-        self._owned = {id(optimizer): [] for optimizer in optimizers}
+        self._pools = {}
         for optimizer in optimizers:
             self._join(optimizer, list(self._weights.values()))
 
@@ -276,40 +229,35 @@ class LatentCallback(SparseCallback):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
-        with_gradient = []
-        for weight in self._owned.get(id(optimizer), ()):
-            assert weight.parameter is not None
-            for threshold in weight.thresholds.values():
-                threshold.grad = None
-            if not share:
-                weight.parameter.grad = None
-            t = weight.thresholds["t"]
-            if weight.parameter.grad is not None:
-                t.grad = self._gradients(weight, weight.parameter.grad)
-                with_gradient.append(weight)
-            penalty = self.penalty_gradient(t.detach()) if share else None
-            if penalty is not None:
-                t.grad = penalty.mul_(share * scale) if t.grad is None else t.grad.add_(penalty, alpha=share * scale)
-        if with_gradient:
-            self.finish_gradients(with_gradient, share)
+        ours = self._pools.get(id(optimizer), ())
+        for pool in ours:
+            for weight in pool.weights:
+                self._gradients(weight, share)
+            if pool.values:
+                self._threshold_gradients(pool, share, scale)
+        self.finish_gradients(ours, share)
 
     @torch.no_grad()
     def enter_step(self, optimizer: Optimizer) -> None:  # noqa: D102
         skippable = getattr(optimizer, "found_inf", None) is not None  # fused under AMP: may turn out to be no step
-        for weight in self._owned.get(id(optimizer), ()):
-            parameter = weight.parameter
-            assert parameter is not None
-            for t in weight.thresholds.values():  # only now: clipping by norm spreads what is not finite
-                if t.grad is not None:
-                    self._make_finite(t.grad, note=not skippable)
-            if weight.effective is None and (parameter.grad is not None or weight.thresholds["t"].grad is not None):
-                weight.effective = parameter.data
-                parameter.data = weight.latent
+        for pool in self._pools.get(id(optimizer), ()):
+            for dt in pool.gradients_in_use():  # only now: clipping by norm spreads what is not finite
+                if not pool.kernels.known_finite(dt):
+                    self._make_finite(dt, note=not skippable)
+            for weight in pool.weights:
+                parameter = weight.parameter
+                assert parameter is not None
+                steps = parameter.grad is not None or any(t.grad is not None for t in weight.thresholds.values())
+                if steps and weight.effective is None:
+                    weight.effective = parameter.data
+                    parameter.data = weight.latent
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:  # noqa: D102
-        for weight in self._owned.get(id(optimizer), ()):
-            self._leave(weight)
+        for pool in self._pools.get(id(optimizer), ()):
+            pool.gather()
+            for weight in pool.weights:
+                self._leave(weight)
 
     @torch.no_grad()
     def leave_step(self) -> None:  # noqa: D102
@@ -333,17 +281,13 @@ class LatentCallback(SparseCallback):
         """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
-            self._owned = {}
+            self._pools = {}
             for weight in self._weights.values():
-                weight.parameter = None
-                weight.latent = weight.latent.cpu()
-                weight.buffers = {key: buffer.cpu() for key, buffer in weight.buffers.items()}
-                for t in weight.thresholds.values():
-                    t.data = t.data.cpu()
+                weight.release()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer, the module and the optimizers."""
-        return {**super().__getstate__(), "_owned": {}}
+        return {**super().__getstate__(), "_pools": {}}
 
     # ------------------------------------------------------------------ inside
 
@@ -354,19 +298,13 @@ class LatentCallback(SparseCallback):
             state = LatentWeight(choice.name, parameter.detach().clone(), {})
             state.transposed_groups = choice.transposed_groups
             state.buffers = self.new_buffers(state.latent)
+            for key in self.mask_names:
+                state.keep_mask(key, torch.tensor(True))
             for index, key in enumerate(self.threshold_names):
                 value = self.init_threshold if index == 0 else 0.0
                 state.thresholds[key] = nn.Parameter(self._new_threshold(state, value))
         else:
-            state.latent = torch.empty_like(parameter).copy_(state.latent)
-            state.buffers = {
-                key: torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
-                for key, buffer in state.buffers.items()
-            }
-            for t in state.thresholds.values():  # the same objects, which the optimizer may know from an earlier fit
-                like = parameter if t.ndim > 1 else t
-                t.data = torch.empty_like(like, dtype=t.dtype, device=parameter.device).copy_(t.data)
-                t.grad = None
+            state.move_like(parameter)
             state.transposed_groups = choice.transposed_groups
         state.parameter = parameter
         state.effective = None
@@ -403,6 +341,7 @@ class LatentCallback(SparseCallback):
     def _join(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Put thresholds into the param groups of their weights."""
         by_parameter = {id(weight.parameter): weight for weight in weights}
+        joined = [weight for pool in self._pools.get(id(optimizer), ()) for weight in pool.weights]
         for group in optimizer.param_groups:
             members = [by_parameter[id(p)] for p in group["params"] if id(p) in by_parameter]
             if members and self.needs_weight_decay and not group.get("weight_decay"):
@@ -410,30 +349,46 @@ class LatentCallback(SparseCallback):
                     f"{type(self).__name__} has no regulariser of its own, and this optimizer has no weight decay: "
                     f"nothing drives {members[0].name} to be sparse. Set weight_decay in the optimizer, e.g. 3e-5."
                 )
+            joined += members
             for weight in members:
-                self._owned[id(optimizer)].append(weight)
                 for key, t in weight.thresholds.items():
                     if any(p is t for p in group["params"]):
                         continue
                     group["params"].append(t)
                     if "param_names" in group:
                         group["param_names"].append(f"{weight.name}.{key}")
+        self._pools[id(optimizer)] = pools(joined, self.sum_names)
 
-    def _gradients(self, weight: LatentWeight, gradient: Tensor) -> Tensor:
-        """Turn the parameter's gradient into that of ``W`` in place; return that of the thresholds."""
+    def _gradients(self, weight: LatentWeight, share: float) -> None:
+        """Turn the parameter's gradient into that of ``W`` in place, and note those of the thresholds."""
+        assert weight.parameter is not None
+        if not share:
+            weight.parameter.grad = None
+        gradient = weight.parameter.grad
+        if gradient is None:
+            for dt in weight.gradients.values():
+                dt.zero_()
+            return
         same_layout = gradient.stride() == weight.latent.stride()
         work = gradient if same_layout else torch.empty_like(weight.latent).copy_(gradient)
         dP = weight.matrix(work)
-        dt = self.gradients(weight, dP, weight.matrix(weight.latent, "W"), weight.per_row())
+        self.gradients(weight, dP, weight.matrix(weight.latent, "W"))
+        weight.fold()
         write_matrix(work, dP, weight.transposed_groups)
         if not same_layout:
             gradient.copy_(work)
-        return weight.fold(dt)
+
+    def _threshold_gradients(self, pool: Pool, share: float, scale: float) -> None:
+        """Complete the gradients of the forward thresholds and hand them out, where there are any."""
+        regularised = self.threshold_gradients(pool, share * scale) and share > 0
+        for weight in pool.weights:
+            for t in weight.thresholds.values():
+                t.grad = None
+            if regularised or weight.has_gradient:
+                weight.thresholds["t"].grad = weight.gradients["t"]
 
     def _make_finite(self, dt: Tensor, note: bool) -> None:
         """Write 0 into ``dt`` where it is not finite, and note that it was not (no waiting for an accelerator)."""
-        if dt.device.type == "cpu" and math.isfinite(dt.sum()):
-            return
         if note:
             broken = ~torch.isfinite(dt).all()
             self._nonfinite = broken if self._nonfinite is None else self._nonfinite.to(broken.device) | broken
@@ -470,7 +425,9 @@ class LatentCallback(SparseCallback):
         same_layout = P.stride() == weight.latent.stride()
         work = P if same_layout else torch.empty_like(weight.latent)
         out = weight.matrix(work, "P" if same_layout else None)
-        passing = self.effective(weight.matrix(weight.latent, "W"), weight.per_row(), out)
+        if weight.thresholds:
+            weight.tau = self.level(weight.per_row())
+        passing = self.effective(weight, weight.matrix(weight.latent, "W"), out)
         write_matrix(work, out, weight.transposed_groups)
         if not same_layout:
             P.copy_(work)

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["OTHER", "Average", "Flops", "dense_flops", "inference", "training"]
+__all__ = [
+    "OTHER",
+    "Average",
+    "Flops",
+    "dense_flops",
+    "empty_inputs",
+    "empty_neurons",
+    "inference",
+    "shrunk_size",
+    "training",
+]
 
 #: key of the operations that no weight takes part in, such as attention's products of activations
 OTHER = ""
@@ -161,3 +171,38 @@ class Average:
     def mean(self) -> float:
         """The mean of the values so far."""
         return self.total / self.count
+
+
+def empty_neurons(mask: Tensor) -> int:
+    """Return how many outputs (neurons, filters) of a layer have no weight left.
+
+    Args:
+        mask: where the weight is active, ``(out, in, ...)``.
+
+    >>> empty_neurons(torch.tensor([[True, False, True], [False, False, False]]))
+    1
+    """
+    return int((~mask.flatten(1).any(1)).sum())
+
+
+def empty_inputs(mask: Tensor, groups: int = 1) -> int:
+    """Return how many inputs (features, channels) of a layer no weight reads.
+
+    Args:
+        mask: where the weight is active, ``(out, in / groups, ...)``.
+        groups: of a convolution.
+
+    >>> empty_inputs(torch.tensor([[True, False, True], [False, False, False]]))
+    1
+    """
+    return int((~mask.reshape(groups, mask.shape[0] // groups, mask.shape[1], -1).any(3).any(1)).sum())
+
+
+def shrunk_size(mask: Tensor) -> int:
+    """Return the size of a layer's dense weight without its empty outputs and inputs (GGR, Table 4); no groups.
+
+    >>> shrunk_size(torch.tensor([[True, False, True], [False, False, False]]))
+    2
+    """
+    outputs, inputs = len(mask) - empty_neurons(mask), mask.shape[1] - empty_inputs(mask)
+    return outputs * inputs * mask[0, 0].numel()

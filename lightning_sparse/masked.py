@@ -32,6 +32,7 @@ class MaskedWeight:
         buffers: further tensors of the parameter's shape that belong to the method's state.
         parameter: the module's parameter; None outside fit.
         optimizer: the one that trains it; None outside fit.
+        transposed_groups: see ``layers.Choice``.
     """
 
     name: str
@@ -39,6 +40,7 @@ class MaskedWeight:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     parameter: nn.Parameter | None = None
     optimizer: Optimizer | None = None
+    transposed_groups: int = 0
 
     @property
     def active(self) -> int:
@@ -73,7 +75,7 @@ class MaskedWeight:
         """
         if not (dropped.any() or grown.any()):
             return
-        self.mask = (self.mask & ~dropped) | grown
+        self.mask = self.mask.clone().logical_and_(~dropped).logical_or_(grown)  # in the parameter's layout
         untouched = ~(dropped | grown)
         masks.zero_outside_(self.W, untouched)
         if value:
@@ -376,6 +378,7 @@ class MaskedCallback(SparseCallback):
     def _begin(self, weights: Sequence[MaskedWeight]) -> None:
         self.initial_masks(weights)
         for weight in weights:
+            weight.mask = torch.empty_like(weight.W, dtype=torch.bool).copy_(weight.mask)
             weight.buffers = self.new_buffers(weight)
             masks.zero_outside_(weight.W, weight.mask)
 
@@ -399,7 +402,7 @@ class MaskedCallback(SparseCallback):
 
 def _new(choice: Choice) -> MaskedWeight:
     mask = torch.ones_like(choice.parameter, dtype=torch.bool, requires_grad=False)
-    return MaskedWeight(choice.name, mask, parameter=choice.parameter)
+    return MaskedWeight(choice.name, mask, parameter=choice.parameter, transposed_groups=choice.transposed_groups)
 
 
 def _place(weight: MaskedWeight, state: MaskedWeight) -> None:

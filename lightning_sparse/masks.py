@@ -1,13 +1,13 @@
 """Boolean masks: pure functions of tensors. Counts are exact, and among equal scores the earlier position wins."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
 from lightning_sparse.layers import as_matrix
 
-__all__ = ["count", "global_top_k", "lowest", "random", "top_k", "zero_outside_"]
+__all__ = ["count", "count_global_top_k", "global_top_k", "lowest", "random", "top_k", "zero_outside_"]
 
 _CHUNK = 1 << 18
 _SAMPLED_FROM = 1 << 17
@@ -42,6 +42,8 @@ def random(among: Tensor, k: int, generator: Generator) -> Tensor:
 
     Drawn on the CPU, so that every device and every process with the same generator gets the same.
     """
+    if k == count(among):
+        return among.clone()
     mask = torch.zeros(among.numel(), dtype=torch.bool)
     if k > 0:
         candidates = among.reshape(-1).cpu().nonzero().squeeze(1)
@@ -54,21 +56,27 @@ def global_top_k(scores: Sequence[Tensor], k: int, among: Sequence[Tensor], at_l
 
     The tensors are taken one after the other, and only the largest ``k`` so far are kept: never all at once.
     """
-    sure = [top_k(s, n, a) for s, n, a in zip(scores, at_least, among, strict=True)]
-    counts = count_global_top_k(scores, k - sum(at_least), [a & ~s for a, s in zip(among, sure, strict=True)])
-    return [top_k(s, n + extra, a) for s, n, extra, a in zip(scores, at_least, counts, among, strict=True)]
+    counts = count_global_top_k(scores, k, among, at_least)
+    return [top_k(s, n, a) for s, n, a in zip(scores, counts, among, strict=True)]
 
 
-def count_global_top_k(scores: Sequence[Tensor], k: int, among: Sequence[Tensor]) -> list[int]:
+def count_global_top_k(
+    scores: Iterable[Tensor], k: int, among: Sequence[Tensor], at_least: Sequence[int] | None = None
+) -> list[int]:
     """Return how many of the ``k`` largest scores of all tensors together lie in each of them.
 
-    The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3).
+    The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3). Given
+    ``at_least``, so many of each tensor's largest are among the ``k`` in any case.
     """
+    least = [0] * len(among) if at_least is None else list(at_least)
+    k -= sum(least)
     if k == 0:
-        return [0] * len(scores)
+        return least
     best = torch.empty(0)
     owner = torch.empty(0, dtype=torch.long)
-    for index, (score, candidates) in enumerate(zip(scores, among, strict=True)):
+    for index, (score, candidates, sure) in enumerate(zip(scores, among, least, strict=True)):
+        if sure:
+            candidates = candidates & ~top_k(score, sure, candidates)
         flat, where = score.reshape(-1), candidates.reshape(-1)
         if len(best) == k:  # what is not above the smallest kept cannot win, the earlier tensor having precedence
             where = where & (flat > best.min())
@@ -79,7 +87,8 @@ def count_global_top_k(scores: Sequence[Tensor], k: int, among: Sequence[Tensor]
         if len(best) > k:
             keep = _positions(best, k, None)
             best, owner = best[keep], owner[keep]
-    return torch.bincount(owner, minlength=len(scores)).tolist()
+    won: list[int] = torch.bincount(owner, minlength=len(least)).tolist()
+    return [sure + extra for sure, extra in zip(least, won, strict=True)]
 
 
 def zero_outside_(x: Tensor, mask: Tensor) -> None:

@@ -1,13 +1,12 @@
 """PruneAndGrow: the base of methods that drop some connections now and then and grow as many others."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException
-from lightning_sparse.distributions import share
+from lightning_sparse.distributions import apportion, share
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
 from lightning_sparse.schedules import ANNEALING
 
@@ -53,15 +52,17 @@ class PruneAndGrow(MaskedCallback):
         self.stop_at = stop_at
         self._epochs: int | None = None
 
-    @abstractmethod
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """Drop about ``fraction`` of the connections and grow as many, with ``MaskedWeight.change``.
+
+        What a method defines, unless it needs the pool and defines ``move``.
 
         Args:
             weights: those that have a gradient now; dense, the same on all processes.
             fraction: share of the connections to move.
             scale: what gradients are multiplied with (under AMP).
         """
+        raise NotImplementedError
 
     # ------------------------------------------------------------------ when
 
@@ -95,7 +96,9 @@ class PruneAndGrow(MaskedCallback):
     def is_due(self, pool: Pool) -> bool:
         """Tell whether this step is one of every ``update_every``."""
         every = self.update_every
-        return every is not None and 0 < pool.step < self.stop_at * self.total_steps and pool.step % every == 0
+        if every is None or pool.step == 0 or pool.step % every:
+            return False
+        return pool.step < self.stop_at * self.total_steps
 
     def fraction(self, pool: Pool) -> float:
         """Return the share of connections to drop now."""
@@ -121,3 +124,24 @@ class PruneAndGrow(MaskedCallback):
         So none that is dropped has to come back in the same update.
         """
         return min(share(fraction, weight.active), weight.room)
+
+    # ------------------------------------------------------------------ how many, between layers
+
+    def to_drop(self, weights: Sequence[MaskedWeight], wanted: Sequence[int]) -> list[int]:
+        """Return how many connections each layer loses to all: those ``wanted``, but not more than there is room for.
+
+        A layer keeps what ``min_layer_density`` asks for, counting the places it has free. A dense one may lose some.
+        """
+        loss = [min(n, w.mask.numel() - self.least(w)) for w, n in zip(weights, wanted, strict=True)]
+        return apportion(min(sum(loss), sum(w.room for w in weights)), loss, loss)
+
+    def needed(self, weights: Sequence[MaskedWeight], dropped: Sequence[int]) -> list[int]:
+        """Return how many connections each layer must get back, having lost ``dropped``, for ``min_layer_density``."""
+        return [max(0, self.least(w) - (w.active - n)) for w, n in zip(weights, dropped, strict=True)]
+
+    def to_grow(self, weights: Sequence[MaskedWeight], dropped: Sequence[int], claims: Sequence[float]) -> list[int]:
+        """Divide what was ``dropped`` among the layers in proportion to their ``claims``, as far as they have room."""
+        needed = self.needed(weights, dropped)
+        room = [weight.room - n for weight, n in zip(weights, needed, strict=True)]
+        more = apportion(sum(dropped) - sum(needed), claims, room)
+        return [n + extra for n, extra in zip(needed, more, strict=True)]

@@ -7,7 +7,7 @@ epochs ``T`` and the rate ``beta`` (used by the exponential alone), and returns 
 import math
 from collections.abc import Callable
 
-__all__ = ["ANNEALING", "cosine", "exponential", "linear", "none", "sigmoid", "sigmoid_cosine"]
+__all__ = ["ANNEALING", "cosine", "cubic", "exponential", "linear", "none", "sigmoid", "sigmoid_cosine"]
 
 
 def none(i: float, T: float, beta: float = 1.0) -> float:
@@ -42,6 +42,15 @@ def sigmoid_cosine(i: float, T: float, beta: float = 1.0) -> float:
 def exponential(i: float, T: float, beta: float = 1.0) -> float:
     """Return ``exp(-beta i)`` (AutoSparse, Eq. 9); the number of epochs plays no part."""
     return math.exp(-beta * i)
+
+
+def cubic(i: float, T: float) -> float:
+    """Return ``(1 - i / T)^3``, the part that is left to prune (GMP, Eq. 1); 1 before the start and 0 after the end.
+
+    >>> cubic(1, 2), cubic(3, 2)
+    (0.125, 0.0)
+    """
+    return 0.0 if i >= T else (1 - max(i, 0) / T) ** 3
 
 
 ANNEALING: dict[str, Callable[[float, float, float], float]] = {

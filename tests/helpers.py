@@ -9,7 +9,27 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import DFBST, DST, SET, STR, AutoSparse, RigL
+from lightning_sparse import (
+    DFBST,
+    DSR,
+    DST,
+    GGR,
+    GMP,
+    ITOP,
+    MEST,
+    SET,
+    SNFS,
+    SNIP,
+    STR,
+    AutoSparse,
+    DeepR,
+    GraNet,
+    GraSP,
+    MemoryEfficientDST,
+    RandomPruning,
+    RigL,
+    SynFlow,
+)
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
 
@@ -24,6 +44,19 @@ LATENT: dict[str, Callable] = {
 MASKED: dict[str, Callable] = {
     "SET": lambda **kw: SET(**{"sparsity": 0.8, **kw}),
     "RigL": lambda **kw: RigL(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "GGR": lambda **kw: GGR(**{"sparsity": 0.8, "drop_fraction": 0.3, "update_every": 7, **kw}),
+    "SNFS": lambda **kw: SNFS(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "DSR": lambda **kw: DSR(**{"sparsity": 0.8, "init_threshold": 0.05, "update_every": 7, **kw}),
+    "ITOP": lambda **kw: ITOP(**{"sparsity": 0.8, "update_every": 10, **kw}),
+    "MEST": lambda **kw: MEST(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "DeepR": lambda **kw: DeepR(**{"sparsity": 0.8, "l1": 1e-3, "temperature": 1e-6, **kw}),
+    "MemoryEfficientDST": lambda **kw: MemoryEfficientDST(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "GraNet": lambda **kw: GraNet(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "RandomPruning": lambda **kw: RandomPruning(**{"sparsity": 0.8, **kw}),
+    "SNIP": lambda **kw: SNIP(**{"sparsity": 0.8, **kw}),
+    "GraSP": lambda **kw: GraSP(**{"sparsity": 0.8, **kw}),
+    "SynFlow": lambda **kw: SynFlow(**{"sparsity": 0.8, **kw}),
+    "GMP": lambda **kw: GMP(**{"sparsity": 0.8, "update_every": 3, "end_at": 0.5, **kw}),
 }
 SETTINGS: dict[str, Callable] = {**LATENT, **MASKED}
 

@@ -173,3 +173,48 @@ def test_wrong_choice_of_kernels_is_refused(monkeypatch):
         kernels.for_tensors(torch.zeros(1, 1), torch.zeros(1, 1))
     monkeypatch.undo()
     kernels._numba.cache_clear()
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 40), seed=seeds)
+def test_vectors_of_thresholds_get_the_gradients_of_autograd(kernels, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(size, generator=generator, dtype=torch.float64)
+    for inner, function in ((torch.abs, kernels.through_abs), (torch.sigmoid, kernels.through_sigmoid)):
+        dt = start.clone()
+        function(dt, t.detach())
+        torch.testing.assert_close(dt, torch.autograd.grad(inner(t) @ start, t)[0], rtol=1e-12, atol=1e-12)
+    dt = start.clone()
+    kernels.exponential_penalty(dt, t.detach(), 0.3)
+    expected = start + torch.autograd.grad(0.3 * torch.exp(-t).sum(), t)[0]
+    torch.testing.assert_close(dt, expected, rtol=1e-12, atol=1e-12)
+    kernels.add_rows(start.unsqueeze(1), dt[:1])
+    torch.testing.assert_close(dt[0], start.sum(), rtol=1e-12, atol=1e-12)
+    assert kernels.known_finite(start)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        start[size // 2] = value
+        assert not kernels.known_finite(start)
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+def test_derivative_of_the_magnitude_is_one_at_zero(kernels):
+    dt = torch.tensor([2.0, 2.0, 2.0])
+    kernels.through_abs(dt, torch.tensor([0.0, -0.0, -1.0]))
+    assert dt.tolist() == [2, 2, -2]
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+def test_variance_penalty_is_the_derivative_of_the_standard_deviation(kernels):
+    G, M, H = (torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    M = (M > 0.5).double().requires_grad_()
+    expected = -(torch.autograd.grad(0.7 * (G * M).std(), M)[0] * H).sum(1)
+    kept = (G * M).detach()
+    weighted, plain = (kept * G * H).sum(1), (G * H).sum(1)
+    kernels.variance_penalty(weighted, plain, torch.stack([kept.sum(), kept.square().sum()]), 20, 0.7)
+    torch.testing.assert_close(weighted, expected, rtol=1e-12, atol=1e-12)
+    for second in (0.0, float("nan"), float("inf")):  # no spread, or none that is known: no penalty
+        weighted = torch.ones(3)
+        kernels.variance_penalty(weighted, torch.zeros(3), torch.tensor([0.0, second]).double(), 6, 0.7)
+        assert not weighted.any()

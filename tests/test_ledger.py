@@ -4,7 +4,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_sparse.ledger import OTHER, Average, Flops, dense_flops, inference, training
+from lightning_sparse.ledger import (
+    OTHER,
+    Average,
+    Flops,
+    dense_flops,
+    empty_inputs,
+    empty_neurons,
+    inference,
+    shrunk_size,
+    training,
+)
 from lightning_sparse.models import LeNet5Caffe, LeNet300, SequenceLSTM
 
 BATCH = 8
@@ -113,3 +123,13 @@ def test_the_average_is_over_all_values():
     for value in (1.0, 2.0, 6.0):
         average.add(value)
     assert average.mean == 3.0
+
+
+def test_empty_neurons_and_inputs_are_counted_over_kernels_and_groups():
+    mask = torch.zeros(4, 3, 2, 2, dtype=torch.bool)
+    mask[0, 1, 1, 0] = mask[3, 1, 0, 0] = mask[3, 2, 0, 1] = True
+    assert empty_neurons(mask) == 2
+    assert empty_inputs(mask) == 1
+    assert empty_inputs(mask, groups=2) == 3, "of 6: group 0 reads its input 1, group 1 its inputs 1 and 2"
+    assert shrunk_size(mask) == 2 * 2 * 4
+    assert (empty_neurons(mask[:0]), shrunk_size(torch.zeros(2, 3, dtype=torch.bool))) == (0, 0)

@@ -14,7 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["backward_mask", "hard_gradient", "hard_project", "soft_gradient", "soft_project"]
+from lightning_sparse.kernels.bits import GATHER
+
+__all__ = [
+    "add_rows",
+    "backward_mask",
+    "exponential_penalty",
+    "hard_gradient",
+    "hard_project",
+    "known_finite",
+    "soft_gradient",
+    "soft_project",
+    "through_abs",
+    "through_sigmoid",
+    "variance_penalty",
+]
 
 # Sums may be reordered (SIMD) and products fused; NaN and infinity keep their meaning.
 _compile = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
@@ -26,8 +40,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lightning_sparse")
 
 
-def _over_rows(kernel: Callable[..., Any], arrays: tuple[Any, ...], *scalars: Any) -> list[Any]:
-    """Run ``kernel(*rows of arrays, *scalars)``, on torch's number of threads where the matrix is large."""
+def _over_rows(kernel: Callable[..., Any], tensors: tuple[Tensor, ...], *scalars: Any) -> list[Any]:
+    """Run ``kernel(*rows of tensors, *scalars)``, on torch's number of threads where the matrix is large."""
+    arrays = [tensor.numpy() for tensor in tensors]
     if arrays[0].size < _SHARED_FROM:
         return [kernel(*arrays, *scalars)]
     out = len(arrays[0])
@@ -39,15 +54,11 @@ def _over_rows(kernel: Callable[..., Any], arrays: tuple[Any, ...], *scalars: An
     return [job.result() for job in jobs]
 
 
-def _vector(tau: Tensor) -> Any:
-    return tau.numpy().reshape(-1)
-
-
 @_compile
 def _hard_project(W, tau, out):  # type: ignore[no-untyped-def]
     count = 0
     for i in range(W.shape[0]):
-        t = tau[i]
+        t = tau[i, 0]
         for j in range(W.shape[1]):
             keep = not abs(W[i, j]) <= t  # NaN stays NaN, for the user to see
             out[i, j] = W[i, j] if keep else W.dtype.type(0)
@@ -57,7 +68,7 @@ def _hard_project(W, tau, out):  # type: ignore[no-untyped-def]
 
 def hard_project(W: Tensor, tau: Tensor, out: Tensor) -> int:
     """As ``torch_kernels.hard_project``."""
-    return sum(_over_rows(_hard_project, (W.numpy(), _vector(tau), out.numpy())))
+    return sum(_over_rows(_hard_project, (W, tau, out)))
 
 
 @_compile
@@ -65,7 +76,7 @@ def _hard_gradient(dP, W, tau, dtau):  # type: ignore[no-untyped-def]
     real = W.dtype.type
     one, zero, two, four, tail = real(1), real(0), real(2), real(4), real(0.4)
     for i in range(W.shape[0]):
-        t = tau[i]
+        t = tau[i, 0]
         total = zero
         for j in range(W.shape[1]):
             w, g = W[i, j], dP[i, j]
@@ -76,20 +87,18 @@ def _hard_gradient(dP, W, tau, dtau):  # type: ignore[no-untyped-def]
             h = h if r <= one else zero
             total += g * w * h
             dP[i, j] = g * ((one if q > zero else zero) + magnitude * h)
-        dtau[i] = -total
+        dtau[i, 0] = -total
 
 
-def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor) -> Tensor:
+def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor) -> None:
     """As ``torch_kernels.hard_gradient``."""
-    dtau = torch.empty(tau.shape, dtype=tau.dtype)
-    _over_rows(_hard_gradient, (dP.numpy(), W.numpy(), _vector(tau), dtau.numpy().reshape(-1)))
-    return dtau
+    _over_rows(_hard_gradient, (dP, W, tau, dtau))
 
 
 @_compile
 def _soft_project(W, tau, out):  # type: ignore[no-untyped-def]
     for i in range(W.shape[0]):
-        t = tau[i]
+        t = tau[i, 0]
         for j in range(W.shape[1]):
             w = W[i, j]
             out[i, j] = w - min(max(w, -t), t)
@@ -97,7 +106,7 @@ def _soft_project(W, tau, out):  # type: ignore[no-untyped-def]
 
 def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
     """As ``torch_kernels.soft_project``."""
-    _over_rows(_soft_project, (W.numpy(), _vector(tau), out.numpy()))
+    _over_rows(_soft_project, (W, tau, out))
 
 
 @_compile
@@ -105,58 +114,144 @@ def _soft_gradient(dP, W, tau, dtau, alpha):  # type: ignore[no-untyped-def]
     one, zero = W.dtype.type(1), W.dtype.type(0)
     rest = W.dtype.type(alpha)
     for i in range(W.shape[0]):
-        t = tau[i]
+        t = tau[i, 0]
         total = zero
         for j in range(W.shape[1]):
             w = W[i, j]
             g = dP[i, j] * (one if abs(w) > t else rest)
             total += g if w > zero else (-g if w < zero else zero)
             dP[i, j] = g
-        dtau[i] = -total
+        dtau[i, 0] = -total
 
 
-def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, alpha: float) -> Tensor:
+def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor, alpha: float) -> None:
     """As ``torch_kernels.soft_gradient``."""
-    dtau = torch.empty(tau.shape, dtype=tau.dtype)
-    _over_rows(_soft_gradient, (dP.numpy(), W.numpy(), _vector(tau), dtau.numpy().reshape(-1)), alpha)
-    return dtau
+    _over_rows(_soft_gradient, (dP, W, tau, dtau), alpha)
 
 
 @_compile
-def _backward_mask(G, tau, mask, weighted, plain, moments):  # type: ignore[no-untyped-def]
+def _backward_mask(G, tau, bits, weighted, plain, moments):  # type: ignore[no-untyped-def]
     real = G.dtype.type
     one, zero, two, four, tail = real(1), real(0), real(2), real(4), real(0.4)
-    for i in range(G.shape[0]):
-        t = tau[i]
+    out, n = G.shape
+    mask = np.zeros(8 * bits.shape[1], np.uint8)
+    words, gather, shift = mask.view(np.uint64), np.uint64(GATHER), np.uint64(56)
+    for i in range(out):
+        t = tau[i, 0]
         total = zero
-        for j in range(G.shape[1]):
+        for j in range(n):
             total += abs(G[i, j])
         scale = one / total if total != zero else zero
-        first, second, a, b = zero, zero, zero, zero
-        for j in range(G.shape[1]):
+        a, b, c, d = zero, zero, zero, zero
+        for j in range(n):
             g = G[i, j]
-            d = abs(g) * scale - t
-            r = abs(d)
+            q = abs(g) * scale - t
+            r = abs(q)
             h = max(two - four * r, tail)
             h = h if r <= one else zero
-            keep = d >= zero
-            mask[i, j] = keep
+            keep = q >= zero
+            mask[j] = keep
             kept = g if keep else g * zero  # NaN stays NaN
             G[i, j] = kept
-            b += g * h
             a += kept * g * h
-            first += kept
-            second += kept * kept
-        weighted[i] = a
-        plain[i] = b
-        moments[i, 0] = first
-        moments[i, 1] = second
+            b += g * h
+            c += kept
+            d += kept * kept
+        for k in range(words.size):
+            bits[i, k] = (words[k] * gather) >> shift
+        weighted[i, 0] = a
+        plain[i, 0] = b
+        moments[i, 0] = c
+        moments[i, 1] = d
 
 
-def backward_mask(G: Tensor, tau: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@_compile
+def _add_moments(rows, total):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        total[0] += rows[i, 0]
+        total[1] += rows[i, 1]
+
+
+def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain: Tensor, moments: Tensor) -> None:
     """As ``torch_kernels.backward_mask``."""
-    weighted, plain = (torch.empty(tau.shape, dtype=tau.dtype) for _ in range(2))
-    moments = np.empty((G.shape[0], 2))
-    sums = weighted.numpy().reshape(-1), plain.numpy().reshape(-1), moments
-    _over_rows(_backward_mask, (G.numpy(), _vector(tau), mask.numpy(), *sums))
-    return weighted, plain, torch.from_numpy(moments.sum(0))
+    of_rows = torch.empty((len(G), 2), dtype=torch.float64)  # added up in the same order by any number of threads
+    _over_rows(_backward_mask, (G, tau, bits, weighted, plain, of_rows))
+    _add_moments(of_rows.numpy(), moments.numpy())
+
+
+@_compile
+def _add_rows(x, out):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(x.shape[0]):
+        total += x[i, 0]
+    out[0] = total
+
+
+def add_rows(x: Tensor, out: Tensor) -> None:
+    """As ``torch_kernels.add_rows``."""
+    _add_rows(x.numpy(), out.numpy())
+
+
+@_compile
+def _through_abs(dt, t):  # type: ignore[no-untyped-def]
+    for i in range(t.size):
+        dt[i] = -dt[i] if t[i] < 0 else dt[i]
+
+
+def through_abs(dt: Tensor, t: Tensor) -> None:
+    """As ``torch_kernels.through_abs``."""
+    _through_abs(dt.numpy(), t.numpy())
+
+
+@_compile
+def _through_sigmoid(dt, t):  # type: ignore[no-untyped-def]
+    one = t.dtype.type(1)
+    for i in range(t.size):
+        T = one / (one + np.exp(-t[i]))
+        dt[i] *= T * (one - T)
+
+
+def through_sigmoid(dt: Tensor, t: Tensor) -> None:
+    """As ``torch_kernels.through_sigmoid``."""
+    _through_sigmoid(dt.numpy(), t.numpy())
+
+
+@_compile
+def _exponential_penalty(dt, t, alpha):  # type: ignore[no-untyped-def]
+    factor = dt.dtype.type(alpha)
+    for i in range(t.size):
+        dt[i] -= factor * np.exp(-t[i])
+
+
+def exponential_penalty(dt: Tensor, t: Tensor, alpha: float) -> None:
+    """As ``torch_kernels.exponential_penalty``."""
+    _exponential_penalty(dt.numpy(), t.numpy(), alpha)
+
+
+@_compile
+def _variance_penalty(weighted, plain, moments, N, beta):  # type: ignore[no-untyped-def]
+    real = weighted.dtype.type
+    m = moments[0] / N
+    square = (moments[1] - m * moments[0]) * (N - 1)
+    factor = real(-beta / np.sqrt(square) if 0 < square < np.inf else 0.0)
+    mean = real(m)
+    for i in range(weighted.size):
+        weighted[i] = (weighted[i] - mean * plain[i]) * factor
+
+
+def variance_penalty(weighted: Tensor, plain: Tensor, moments: Tensor, N: int, beta: float) -> None:
+    """As ``torch_kernels.variance_penalty``."""
+    _variance_penalty(weighted.numpy(), plain.numpy(), moments.numpy(), N, beta)
+
+
+@_compile
+def _known_finite(x):  # type: ignore[no-untyped-def]
+    total = x.dtype.type(0)
+    for i in range(x.size):
+        total += abs(x[i])
+    return total < np.inf
+
+
+def known_finite(x: Tensor) -> bool:
+    """As ``torch_kernels.known_finite``."""
+    return bool(_known_finite(x.numpy()))

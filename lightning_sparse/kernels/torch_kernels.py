@@ -1,16 +1,31 @@
 """Thresholding in pure torch.
 
-Every function works on matrices ``(out, n)`` and thresholds ``tau`` of shape ``(out, 1)`` or ``(out, n)``. On CPU the
-rows are taken in chunks that stay in the cache, all arithmetic is in place on reused buffers, and no boolean tensor
-takes part in it (a product with a boolean tensor is about ten times slower than one of floats).
+Functions work on matrices ``(out, n)`` and thresholds ``tau`` of shape ``(out, 1)`` or ``(out, n)``, or on vectors of
+thresholds. On CPU the rows are taken in chunks that stay in the cache, all arithmetic is in place on reused buffers,
+and no boolean tensor takes part in it (a product with a boolean tensor is about ten times slower than one of floats).
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["backward_mask", "hard_gradient", "hard_project", "soft_gradient", "soft_project"]
+from lightning_sparse.kernels.bits import pack
+
+__all__ = [
+    "add_rows",
+    "backward_mask",
+    "exponential_penalty",
+    "hard_gradient",
+    "hard_project",
+    "known_finite",
+    "soft_gradient",
+    "soft_project",
+    "through_abs",
+    "through_sigmoid",
+    "variance_penalty",
+]
 
 _CHUNK = 1 << 18
 _TWO = {dtype: torch.tensor(2.0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -40,9 +55,12 @@ def _row_dot(x: Tensor, y: Tensor, spare: Tensor) -> Tensor:
     return torch.mul(x, y, out=spare).sum(1, keepdim=True)
 
 
-def _surrogate_(x: Tensor, spare: Tensor) -> Tensor:
-    """Replace ``x >= 0`` by ``H(x)``, the long-tailed derivative of the step (DST, Eq. 3)."""
-    if x.device.type == "cpu" and x.amax() <= 1:  # nearly always: to look is cheaper than to mask
+def _surrogate_(x: Tensor, spare: Tensor, bound: Tensor) -> Tensor:
+    """Replace ``x >= 0`` by ``H(x)``, the long-tailed derivative of the step (DST, Eq. 3).
+
+    ``bound``: if all of it is at most 1, so is ``x``.
+    """
+    if x.device.type == "cpu" and bound.amax() <= 1:  # nearly always: to look is cheaper than to mask
         return torch.sub(_TWO[x.dtype], x, alpha=4, out=x).clamp_min_(0.4)
     torch.le(x, 1, out=spare)
     return x.mul_(-4).add_(2).clamp_min_(0.4).mul_(spare)
@@ -60,20 +78,19 @@ def hard_project(W: Tensor, tau: Tensor, out: Tensor) -> int | Tensor:
     return int(sum(counts)) if W.device.type == "cpu" else torch.stack(counts).sum()
 
 
-def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor) -> Tensor:
-    """Replace ``dP`` by ``dW = dP (M + |W| H(Q))`` and return ``dtau = -sum dP W H(Q)``, with ``Q = |W| - tau``."""
-    dtau = torch.empty_like(tau)
+def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor) -> None:
+    """Replace ``dP`` by ``dW = dP (M + |W| H(Q))`` and write ``dtau = -sum dP W H(Q)``, with ``Q = |W| - tau``."""
     for rows in _chunks(W):
         w, g = W[rows].to(tau.dtype), dP[rows].to(tau.dtype)
         mask = torch.abs(w, out=_buffer(w, 0)).sub_(tau[rows])
         h = torch.abs(mask, out=_buffer(w, 1))
         mask.gt_(0)
-        h = _surrogate_(h, _buffer(w, 2)).mul_(w)
+        h = _surrogate_(h, _buffer(w, 2), bound=h).mul_(w)
         dtau[rows] = _row_dot(g, h, _buffer(w, 2)) if tau.shape[1] == 1 else g * h
         g.mul_(mask.add_(h.abs_()))
         if dP.dtype != tau.dtype:
             dP[rows] = g.to(dP.dtype)
-    return dtau.neg_()
+    dtau.neg_()
 
 
 def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
@@ -84,9 +101,8 @@ def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
         out[rows] = torch.sub(w, torch.minimum(within, t, out=within), out=within)
 
 
-def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, alpha: float) -> Tensor:
-    """Replace ``dP`` by ``dW = dP A`` and return ``dtau = -sum dP sign(W) A``: A is 1 if ``|W| > tau``, else alpha."""
-    dtau = torch.empty_like(tau)
+def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor, alpha: float) -> None:
+    """Replace ``dP`` by ``dW = dP A`` and write ``dtau = -sum dP sign(W) A``: A is 1 if ``|W| > tau``, else alpha."""
     for rows in _chunks(W):
         w, g = W[rows].to(tau.dtype), dP[rows].to(tau.dtype)
         A = torch.abs(w, out=_buffer(w, 0)).sub_(tau[rows]).gt_(0)
@@ -97,38 +113,82 @@ def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, alpha: float) -> Tensor:
         dtau[rows] = _row_dot(g, sign, _buffer(w, 0)) if tau.shape[1] == 1 else g * sign
         if dP.dtype != tau.dtype:
             dP[rows] = g.to(dP.dtype)
-    return dtau.neg_()
+    dtau.neg_()
 
 
-def backward_mask(G: Tensor, tau: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain: Tensor, moments: Tensor) -> None:
     """Mask a gradient by contribution scores (DFBST, Sec. 3.3).
 
-    With ``d = |G| / sum_j |G| - tau``: ``mask = 1[d >= 0]``, and ``G`` becomes ``G * mask``.
+    With ``d = |G| / sum_j |G| - tau`` and ``mask = 1[d >= 0]``, ``G`` becomes ``G~ = G * mask``.
 
-    Returns:
-        ``sum_j G~ G H(d)`` and ``sum_j G H(d)``, each ``(out, 1)`` (``(out, n)`` unsummed where ``tau`` is), which the
-        gradient of the variance penalty is made of, and the pair ``(sum G~, sum G~^2)`` over everything in float64.
+    Args:
+        G: the gradient.
+        tau: thresholds.
+        bits: where ``pack(mask)`` is written.
+        weighted: where ``sum_j G~ G H(d)`` is written, as ``tau`` in shape (unsummed if that is ``(out, n)``).
+        plain: where ``sum_j G H(d)`` is written, likewise: the gradient of the variance penalty is made of the two.
+        moments: ``sum G~`` and ``sum G~^2``, over everything, are added to this pair in float64.
     """
-    weighted, plain = torch.empty_like(tau), torch.empty_like(tau)
-    moments = torch.zeros(2, dtype=torch.float64, device=G.device)
     for rows in _chunks(G):
         g = G[rows].to(tau.dtype)
         kept = torch.abs(g, out=_buffer(g, 0))
         total = kept.sum(1, keepdim=True)
         kept.mul_(total.masked_fill_(total == 0, 1).reciprocal_()).sub_(tau[rows])
         gh = torch.abs(kept, out=_buffer(g, 1))
-        gh = _surrogate_(gh, _buffer(g, 2)).mul_(g)
+        gh = _surrogate_(gh, _buffer(g, 2), bound=tau[rows]).mul_(g)  # a share is at most 1
         kept.ge_(0)
-        mask[rows] = kept
+        bits[rows] = pack(kept)
+        g.mul_(kept)
         if tau.shape[1] == 1:
-            plain[rows] = gh.sum(1, keepdim=True)
-            g.mul_(kept)
-            weighted[rows] = _row_dot(g, gh, _buffer(g, 2))
+            torch.sum(gh, 1, keepdim=True, out=plain[rows])
+            torch.sum(gh.mul_(g), 1, keepdim=True, out=weighted[rows])
         else:
             plain[rows] = gh
-            g.mul_(kept)
-            weighted[rows] = g * gh
-        moments += torch.stack((g.sum(), g.reshape(-1).dot(g.reshape(-1)))).double()
+            torch.mul(g, gh, out=weighted[rows])
+        moments += torch.stack((g.sum(), g.reshape(-1).dot(g.reshape(-1))))
         if G.dtype != tau.dtype:
             G[rows] = g.to(G.dtype)
-    return weighted, plain, moments
+
+
+def add_rows(x: Tensor, out: Tensor) -> None:
+    """Write the sum of ``x (out, 1)`` into ``out (1,)``."""
+    torch.sum(x, 0, out=out)
+
+
+def through_abs(dt: Tensor, t: Tensor) -> None:
+    """Make the gradient of the vector ``|t|`` that of ``t``: the derivative is +1 at 0."""
+    torch.where(t < 0, -dt, dt, out=dt)
+
+
+def through_sigmoid(dt: Tensor, t: Tensor) -> None:
+    """Make the gradient of the vector ``sigmoid(t)`` that of ``t``."""
+    T = torch.sigmoid(t)
+    dt.mul_(T).mul_(1 - T)
+
+
+def exponential_penalty(dt: Tensor, t: Tensor, alpha: float) -> None:
+    """Add the gradient of ``alpha sum exp(-t)`` to the vector ``dt``."""
+    dt.sub_(torch.neg(t).exp_(), alpha=alpha)
+
+
+def variance_penalty(weighted: Tensor, plain: Tensor, moments: Tensor, N: int, beta: float) -> None:
+    """Make of the sums of ``backward_mask`` the gradient of ``beta std(G~)`` with respect to ``tau`` (DFBST, Sec. 3.4).
+
+    With mean m and unbiased standard deviation s of the N elements of ``G~``, ``dL/dM = beta (G~ - m) G / ((N-1) s)``
+    and ``dL/dtau = -sum_j dL/dM H(d)``, which replaces ``weighted``: 0 if s is.
+    """
+    on_cpu = moments.device.type == "cpu"  # elsewhere, no waiting for the values
+    first, second = moments.tolist() if on_cpu else moments.unbind()
+    m = first / N
+    square = (second - m * first) * (N - 1)  # ((N-1) s)^2
+    factor: float | Tensor
+    if on_cpu:
+        factor = -beta / math.sqrt(square) if 0 < square < math.inf else 0.0
+    else:
+        factor = square.rsqrt().nan_to_num_(0.0, 0.0, 0.0).mul_(-beta)
+    weighted.sub_(plain.mul_(m)).mul_(factor)
+
+
+def known_finite(x: Tensor) -> bool:
+    """Tell whether a vector is known to be finite; there is no waiting for an accelerator to find out."""
+    return x.device.type == "cpu" and math.isfinite(x.sum())

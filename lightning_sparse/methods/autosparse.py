@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_sparse import checks, kernels
+from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException
-from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight
+from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
 from lightning_sparse.masks import top_k
 from lightning_sparse.schedules import ANNEALING
 
@@ -107,18 +107,24 @@ class AutoSparse(LatentCallback):
             )
         self.current_alpha = self.alpha * ANNEALING[self.decay](epoch, epochs or 1, self.decay_rate)
 
-    def effective(self, W: Tensor, t: Tensor, out: Tensor) -> None:
-        """Write ``sign(W) max(|W| - sigmoid(s), 0)`` (Eq. 7)."""
-        T = torch.sigmoid(t)
-        kernels.for_tensors(W, T).soft_project(W, T, out)
+    def level(self, t: Tensor) -> Tensor:
+        """``T = g(s)``, with g the sigmoid."""
+        return torch.sigmoid(t)
 
-    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor, t: Tensor) -> Tensor:
-        """``dW = dP A`` and ``ds = -g'(s) sum dP sign(W) A`` (Eq. 1), outside of B nothing (Eq. 8)."""
-        T = torch.sigmoid(t)
+    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
+        """Write ``sign(W) max(|W| - T, 0)`` (Eq. 7)."""
+        weight.kernels.soft_project(W, weight.tau, out)
+
+    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
+        """``dW = dP A`` and ``dT = -sum dP sign(W) A`` (Eq. 1), outside of B nothing (Eq. 8)."""
         if self.backward_density is not None:
-            dP.mul_(_largest(W.abs(), T, self.backward_density))
-        dT: Tensor = kernels.for_tensors(dP, T).soft_gradient(dP, W, T, self.current_alpha)
-        return dT * T * (1 - T)
+            dP.mul_(_largest(W.abs(), weight.tau, self.backward_density))
+        weight.kernels.soft_gradient(dP, W, weight.tau, weight.dtau["t"], self.current_alpha)
+
+    def threshold_gradients(self, pool: Pool, share: float) -> bool:
+        """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay."""
+        pool.kernels.through_sigmoid(pool.gradients["t"], pool.values["t"])
+        return False
 
 
 def _largest(magnitude: Tensor, T: Tensor, density: float) -> Tensor:

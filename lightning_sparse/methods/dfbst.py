@@ -5,13 +5,14 @@ penalty is that of the present step's gradient; "the whole model" is all weights
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_sparse import checks, kernels
-from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight
-from lightning_sparse.layers import write_matrix
+from lightning_sparse import checks
+from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
 
 __all__ = ["DFBST"]
 
@@ -48,6 +49,8 @@ class DFBST(LatentCallback):
     """
 
     threshold_names = ("t", "t_b")
+    sum_names = ("plain",)
+    mask_names = ("M_b",)
 
     def __init__(
         self,
@@ -71,12 +74,12 @@ class DFBST(LatentCallback):
         self.penalty_from_epoch = penalty_from_epoch
         self.reset_above = reset_above
         self._penalised = penalty_from_epoch == 0
-        self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._moments = torch.zeros(2, dtype=torch.float64)  # sum G~, sum G~^2
 
     @property
     def backward_masks(self) -> dict[str, Tensor]:
         """``M_b`` of the latest step by parameter name, of the weight's shape; all True before the first step."""
-        return {name: weight.buffers["M_b"].detach() for name, weight in self._weights.items()}
+        return {name: weight.mask("M_b") for name, weight in self._weights.items()}
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:
@@ -98,53 +101,50 @@ class DFBST(LatentCallback):
         """Backward sparsity, to log."""
         return {"sparsity/backward": 1 - self.backward_density}
 
-    def new_buffers(self, latent: Tensor) -> dict[str, Tensor]:
-        """Begin with a dense ``M_b``."""
-        return {"M_b": torch.ones_like(latent, dtype=torch.bool)}
-
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:
         """Switch the variance penalty on when its time has come."""
         self._penalised = epoch >= self.penalty_from_epoch
 
-    def effective(self, W: Tensor, t: Tensor, out: Tensor) -> int | Tensor | None:
+    def level(self, t: Tensor) -> Tensor:
+        """``tau = |t|`` (Sec. 3.2)."""
+        return t.abs()
+
+    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> int | Tensor | None:
         """Write ``W * 1[|W| > |t_f|]`` (Sec. 3.2)."""
-        tau = t.abs()
-        passing: int | Tensor = kernels.for_tensors(W, tau).hard_project(W, tau, out)
+        passing: int | Tensor = weight.kernels.hard_project(W, weight.tau, out)
         return passing
 
-    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor, t: Tensor) -> Tensor:
-        """As DST with ``|t_f|``; then mask ``G`` by contribution (Sec. 3.3) and note the sums of the penalty."""
-        tau = t.abs()
-        dtau: Tensor = kernels.for_tensors(dP, tau).hard_gradient(dP, W, tau)
-        tau_b = weight.per_row("t_b").abs()
-        M_b = weight.matrix(weight.buffers["M_b"])
-        self._sums[weight.name] = kernels.for_tensors(dP, tau_b).backward_mask(dP, tau_b, M_b)
-        write_matrix(weight.buffers["M_b"], M_b, weight.transposed_groups)
-        return dtau * _sign(t)
+    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+        self._moments.zero_()
+        super().before_step(optimizer, share, scale)
 
-    def finish_gradients(self, weights: Sequence[LatentWeight], share: float) -> None:
-        """Give ``t_b`` the gradient of ``beta * std(G~)``, taken over all weights at once (Sec. 3.4).
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without what belongs to a step, and to its device."""
+        return {**super().__getstate__(), "_moments": torch.zeros(2, dtype=torch.float64)}
 
-        With N elements, mean m and unbiased standard deviation s of ``G~``: ``dL_v/dM_b = (G~ - m) G / ((N-1) s)`` and
-        ``dL_v/dt_b = -sum_j dL_v/dM_b H(d_b) sign(t_b)``. Two sums a row and two a model are all it needs.
-        """
-        sums = [self._sums.pop(weight.name) for weight in weights]
-        if not self._penalised:
+    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
+        """As DST with ``|t_f|``; then mask ``G`` by contribution (Sec. 3.3) and take the sums of the penalty."""
+        weight.kernels.hard_gradient(dP, W, weight.tau, weight.dtau["t"])
+        tau_b, weighted, plain = self.level(weight.per_row("t_b")), weight.dtau["t_b"], weight.dtau["plain"]
+        self._moments = self._moments.to(dP.device)
+        weight.kernels.backward_mask(dP, tau_b, weight.bits["M_b"], weighted, plain, self._moments)
+
+    def threshold_gradients(self, pool: Pool, share: float) -> bool:
+        """From ``|t_f|`` to ``t_f``; and the derivative of ``alpha sum exp(-t_f)``."""
+        t_f, dt_f = pool.values["t"], pool.gradients["t"]
+        pool.kernels.through_abs(dt_f, t_f)
+        pool.kernels.exponential_penalty(dt_f, t_f, self.alpha * share)
+        return True
+
+    def finish_gradients(self, pools: Sequence[Pool], share: float) -> None:
+        """Give ``t_b`` the gradient of ``beta * std(G~)``, taken over all weights at once (Sec. 3.4)."""
+        weights = [weight for pool in pools for weight in pool.weights if weight.has_gradient]
+        if not weights or not self._penalised:
             return
         N = sum(weight.latent.numel() for weight in weights)
-        first, second = torch.stack([moments for _, _, moments in sums]).sum(0)
-        m = first / N
-        s = ((second - N * m * m).clamp_min(0) / (N - 1)).sqrt()
-        factor = torch.where(s > 0, -self.beta * share / ((N - 1) * s), 0.0)
-        for weight, (weighted, plain, _) in zip(weights, sums, strict=True):
-            dL = weighted.sub_(plain.mul_(m)).mul_(factor)
-            weight.thresholds["t_b"].grad = weight.fold(dL.mul_(_sign(weight.per_row("t_b"))), "t_b")
-
-    def penalty_gradient(self, t: Tensor) -> Tensor:
-        """Derivative of ``alpha sum exp(-t_f)``."""
-        return torch.neg(t).exp_().mul_(-self.alpha)
-
-
-def _sign(t: Tensor) -> Tensor:
-    """Derivative of ``|t|``, +1 at 0."""
-    return torch.where(t < 0, -1.0, 1.0).to(t.dtype)
+        for pool in pools:
+            t_b, dt_b = pool.values["t_b"], pool.gradients["t_b"]
+            pool.kernels.variance_penalty(dt_b, pool.gradients["plain"], self._moments, N, self.beta * share)
+            pool.kernels.through_abs(dt_b, t_b)
+        for weight in weights:
+            weight.thresholds["t_b"].grad = weight.gradients["t_b"]

@@ -6,11 +6,10 @@ collapse guard acts right after the optimizer step, on one layer at a time.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from lightning_sparse import checks, kernels
-from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight
+from lightning_sparse import checks
+from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
 
 __all__ = ["DST"]
 
@@ -59,16 +58,16 @@ class DST(LatentCallback):
         self.alpha = alpha
         self.reset_above = reset_above
 
-    def effective(self, W: Tensor, t: Tensor, out: Tensor) -> int | Tensor | None:
+    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> int | Tensor | None:
         """Write ``W * 1[|W| > t]`` (Eqs. 1-2)."""
-        passing: int | Tensor = kernels.for_tensors(W, t).hard_project(W, t, out)
+        passing: int | Tensor = weight.kernels.hard_project(W, weight.tau, out)
         return passing
 
-    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor, t: Tensor) -> Tensor:
+    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
         """``dW = dP M + dP W H(Q) sign(W)`` and ``dt = -sum_j dP W H(Q)`` (App. A.3)."""
-        dt: Tensor = kernels.for_tensors(dP, t).hard_gradient(dP, W, t)
-        return dt
+        weight.kernels.hard_gradient(dP, W, weight.tau, weight.dtau["t"])
 
-    def penalty_gradient(self, t: Tensor) -> Tensor:
-        """Derivative of ``alpha sum exp(-t)`` (Eq. 4)."""
-        return torch.neg(t).exp_().mul_(-self.alpha)
+    def threshold_gradients(self, pool: Pool, share: float) -> bool:
+        """Add the derivative of ``alpha sum exp(-t)`` (Eq. 4)."""
+        pool.kernels.exponential_penalty(pool.gradients["t"], pool.values["t"], self.alpha * share)
+        return True

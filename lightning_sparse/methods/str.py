@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_sparse import checks, kernels
-from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight
+from lightning_sparse import checks
+from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
 
 __all__ = ["STR"]
 
@@ -56,13 +56,19 @@ class STR(LatentCallback):
         """Share of each layer's weights that receive a gradient: the active ones."""
         return self.layer_density
 
-    def effective(self, W: Tensor, t: Tensor, out: Tensor) -> None:
-        """Write ``sign(W) max(|W| - sigmoid(s), 0)``."""
-        T = torch.sigmoid(t)
-        kernels.for_tensors(W, T).soft_project(W, T, out)
+    def level(self, t: Tensor) -> Tensor:
+        """``T = sigmoid(s)``."""
+        return torch.sigmoid(t)
 
-    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor, t: Tensor) -> Tensor:
-        """``dW = dP 1[|W| > T]`` and ``ds = -g'(s) sum dP sign(W) 1[|W| > T]``."""
-        T = torch.sigmoid(t)
-        dT: Tensor = kernels.for_tensors(dP, T).soft_gradient(dP, W, T, 0.0)
-        return dT * T * (1 - T)
+    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
+        """Write ``sign(W) max(|W| - T, 0)``."""
+        weight.kernels.soft_project(W, weight.tau, out)
+
+    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
+        """``dW = dP 1[|W| > T]`` and ``dT = -sum dP sign(W) 1[|W| > T]``."""
+        weight.kernels.soft_gradient(dP, W, weight.tau, weight.dtau["t"], 0.0)
+
+    def threshold_gradients(self, pool: Pool, share: float) -> bool:
+        """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay."""
+        pool.kernels.through_sigmoid(pool.gradients["t"], pool.values["t"])
+        return False

@@ -1,0 +1,140 @@
+"""GradualPruning: the base of methods whose number of connections falls, by a cubic schedule, to the target."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_sparse import checks, masks
+from lightning_sparse._lightning import MisconfigurationException
+from lightning_sparse.distributions import budget
+from lightning_sparse.layers import Choice
+from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
+from lightning_sparse.schedules import cubic
+
+__all__ = ["GradualPruning"]
+
+
+class GradualPruning(MaskedCallback):
+    """A number of connections that falls from step to step of a schedule, by magnitude, and ends at the target exactly.
+
+    The sparsity of step t is ``s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3`` (Zhu & Gupta 2017, Eq. 1). The
+    last update falls on the end of the schedule even if the interval does not divide it. The weights of each optimizer
+    follow the schedule by themselves.
+
+    Args:
+        sparsity: share of zeros at the end, the formula's s_f, in [0, 1).
+        initial_sparsity: share of zeros at the start, s_i, from 0 to ``sparsity``; a random mask if above 0.
+        begin_at: share of the training after which pruning begins, in [0, 1).
+        end_at: share of the training after which the target is reached, above ``begin_at`` and at most 1.
+        update_every: number of optimizer steps from update to update.
+        options: see ``MaskedCallback``.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        initial_sparsity: float,
+        begin_at: float,
+        end_at: float,
+        update_every: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(sparsity, **options)
+        checks.fraction("0 starts dense.", initial_sparsity=initial_sparsity)
+        checks.fraction("0 prunes from the start.", begin_at=begin_at)
+        checks.fraction("0.75 leaves a quarter of the training to recover.", end_at=end_at)
+        checks.integer(1, "The papers' values are 100 to 4000.", update_every=update_every)
+        if initial_sparsity > sparsity:
+            raise ValueError(
+                f"initial_sparsity must be at most sparsity={sparsity!r}, got {initial_sparsity!r}: connections are "
+                "pruned, not added. Lower it; 0 starts dense."
+            )
+        if begin_at >= end_at:
+            raise ValueError(f"begin_at must be below end_at={end_at!r}, got {begin_at!r}. 0 prunes from the start.")
+        self.initial_sparsity = initial_sparsity
+        self.begin_at = begin_at
+        self.end_at = end_at
+        self.update_every = update_every
+
+    # ------------------------------------------------------------------ when
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make sure that the schedule has a length and an end that can be reached."""
+        super().on_train_start(trainer, pl_module)
+        if math.isinf(self.total_steps):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must know how long the training is, of which it prunes in the first "
+                f"{self.end_at:.0%}. Give the Trainer max_epochs or max_steps."
+            )
+        for pool in self._pools.values():
+            kept = sum(map(self.least, pool.weights))
+            if kept > self.final(pool):
+                raise MisconfigurationException(
+                    f"min_layer_density={self.min_layer_density} alone keeps {kept} weights, but sparsity="
+                    f"{self.sparsity_target} leaves {self.final(pool)}. Lower one of them."
+                )
+        first, last = self.span()
+        if last - first <= self.update_every:
+            self._warn_once(
+                f"{type(self).__name__} will prune all at once: the {last - first} steps from begin_at to end_at hold "
+                f"no second update. Lower update_every, or train longer."
+            )
+
+    def span(self) -> tuple[int, int]:
+        """Return the first and the last step of the schedule, the latter one of the training's."""
+        last = min(math.ceil(self.end_at * self.total_steps), int(self.total_steps) - 1)
+        return min(int(self.begin_at * self.total_steps), last), last
+
+    def is_due(self, pool: Pool) -> bool:
+        """Tell whether this step is one of every ``update_every`` of the schedule, or its last."""
+        first, last = self.span()
+        return pool.step == last or (first < pool.step < last and (pool.step - first) % self.update_every == 0)
+
+    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+        """Let the newcomers, which start with ``initial_sparsity``, join at the present point of the schedule."""
+        super().attach_more(choices, optimizer)
+        self._pools[id(optimizer)].due = True
+
+    # ------------------------------------------------------------------ how many
+
+    def final(self, pool: Pool) -> int:
+        """Return the number of connections at the end of the schedule."""
+        return budget(self.sparsity_target, sum(weight.mask.numel() for weight in pool.weights))
+
+    def asked(self, pool: Pool) -> int:
+        """Return the number of connections that the schedule leaves now."""
+        first, last = self.span()
+        final = self.final(pool)
+        start = pool.values.setdefault("start", sum(weight.active for weight in pool.weights))
+        return final + round((start - final) * cubic(pool.step - first, last - first))
+
+    def prune_globally(self, pool: Pool) -> None:
+        """Keep the largest ``|W|`` of all layers together, and of each what ``min_layer_density`` asks for."""
+        weights = pool.weights
+        counts = masks.count_global_top_k(
+            (weight.W.abs() for weight in weights),
+            self.asked(pool),
+            [weight.mask for weight in weights],
+            list(map(self.least, weights)),
+        )
+        for weight, count in zip(weights, counts, strict=True):
+            self.keep(weight, count)
+
+    def keep(self, weight: MaskedWeight, count: int) -> None:
+        """Keep the ``count`` largest ``|W|`` of a layer."""
+        kept = masks.top_k(weight.W.abs(), count, among=weight.mask)
+        weight.change(weight.mask & ~kept, torch.zeros_like(kept))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Tell of a training that ended before its schedule."""
+        for pool in self._pools.values():
+            active = sum(weight.active for weight in pool.weights)
+            if active > self.final(pool):
+                self._warn_once(
+                    f"{type(self).__name__} has {active} active weights, not {self.final(pool)}: the training ended "
+                    f"after {pool.step} steps of {self.total_steps:.0f} planned, before the schedule did. Set "
+                    "max_epochs or max_steps to what is really trained."
+                )

@@ -1,0 +1,138 @@
+r"""DeepR: deep rewiring (Bellec et al., ICLR 2018).
+
+Algorithm 1, with a fixed number of connections in each layer as in the authors' program, or in the whole network.
+Decisions: a position's sign is that of its initial weight (at random where that is 0); the L1 term and the noise are
+applied after the optimizer's own update, with its learning rate, so any optimizer will do; new connections start with
+1e-12 of their sign, the program's value; those that were just dropped are not drawn again unless no other place is
+left.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from lightning_sparse import checks, masks
+from lightning_sparse.masked import MaskedCallback, MaskedWeight
+
+__all__ = ["DeepR"]
+
+NEW = 1e-12
+
+
+class DeepR(MaskedCallback):
+    r"""Deep Rewiring: every position has a fixed sign, and a connection that would change it moves elsewhere.
+
+    With ``theta = sign W`` of active connections, after each update of the optimizer ``theta -= lr l1``,
+    ``theta += sqrt(2 lr T) nu`` with standard normal ``nu``; where ``theta < 0`` the connection is dropped, and as many
+    are grown at random.
+
+    Args:
+        sparsity: share of zeros over all selected weights, in [0, 1).
+        l1: the paper's alpha, weight of the L1 term, at least 0.
+        temperature: the paper's T, at least 0; 0 adds no noise. The default gives the authors' noise, of standard
+            deviation 1e-5 times the learning rate, at their learning rate 0.5.
+        scope: grow in the same ``"layer"``, or anywhere (``"global"``).
+        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
+            :class:`~lightning_sparse.masked.MaskedCallback`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from lightning_sparse import DeepR
+        >>> callback = DeepR(sparsity=0.98, l1=1e-4)
+
+    Reference:
+        "Deep Rewiring: Training very sparse deep networks", ICLR 2018.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        l1: float = 1e-5,
+        temperature: float = 2.5e-11,
+        scope: str = "layer",
+        **options: Any,
+    ) -> None:
+        super().__init__(sparsity, **options)
+        checks.at_least(0, "The authors' value is 1e-5.", l1=l1)
+        checks.at_least(0, "0 adds no noise.", temperature=temperature)
+        checks.one_of(("global", "layer"), scope=scope)
+        self.l1 = l1
+        self.temperature = temperature
+        self.scope = scope
+        self._stepping: set[str] = set()
+
+    def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
+        """Fix the signs."""
+        at_random = torch.rand(weight.mask.shape, generator=self.generator).to(weight.W.device) < 0.5
+        return {"positive": torch.where(weight.W == 0, at_random, weight.W > 0)}
+
+    def observe(self, weights: Sequence[MaskedWeight], scale: float) -> None:
+        """Note which weights the step that follows updates: none if AMP skips it."""
+        if all(bool(weight.dP.isfinite().all()) for weight in weights):
+            self._stepping.update(weight.name for weight in weights)
+
+    def updated(self, weights: Sequence[MaskedWeight]) -> None:
+        """Decay, shake, and move the connections whose sign has changed."""
+        weights = [weight for weight in weights if weight.name in self._stepping]
+        self._stepping.difference_update(weight.name for weight in weights)
+        for weight in weights:
+            self.drift(weight)
+        flipped = [weight.mask & (weight.W != 0) & ((weight.W > 0) != weight.buffers["positive"]) for weight in weights]
+        drops = list(map(masks.count, flipped))
+        grows = drops if self.scope == "layer" else self.anywhere(weights, drops)
+        for weight, dropped, fewer, more in zip(weights, flipped, drops, grows, strict=True):
+            if fewer or more:
+                new = min(more, weight.room)
+                grown = masks.random(~weight.mask, new, self.generator)
+                grown |= masks.random(dropped, more - new, self.generator)
+                weight.change(dropped, grown)
+                weight.W.add_(signed(weight, NEW) * grown)
+
+    def drift(self, weight: MaskedWeight) -> None:
+        """``theta -= lr l1`` and ``theta += sqrt(2 lr T) nu``, for active connections."""
+        lr = rate(weight)
+        if self.l1:
+            weight.W.sub_(signed(weight, lr * self.l1) * weight.mask)
+        if self.temperature:
+            noise = torch.randn(weight.active, generator=self.generator) * math.sqrt(2 * lr * self.temperature)
+            weight.W[weight.mask] += noise.to(weight.W)
+
+    def anywhere(self, weights: Sequence[MaskedWeight], drops: Sequence[int]) -> list[int]:
+        """Draw how many connections each layer gets of all that were dropped."""
+        grows = [max(0, self.least(w) - (w.active - n)) for w, n in zip(weights, drops, strict=True)]
+        room = [weight.room for weight in weights]
+        with_own = [places + n for places, n in zip(room, drops, strict=True)]
+        for places in (room, with_own):  # the places that were just left come last
+            open_ = [max(0, n - taken) for n, taken in zip(places, grows, strict=True)]
+            extra = drawn(min(sum(drops) - sum(grows), sum(open_)), open_, self.generator)
+            grows = [n + more for n, more in zip(grows, extra, strict=True)]
+        return grows
+
+
+def signed(weight: MaskedWeight, value: float) -> Tensor:
+    """Return ``value`` with each position's sign."""
+    W = weight.W
+    return torch.where(weight.buffers["positive"], W.new_tensor(value), W.new_tensor(-value))
+
+
+def rate(weight: MaskedWeight) -> float:
+    """Return the learning rate of a weight."""
+    assert weight.optimizer is not None
+    groups = weight.optimizer.param_groups
+    return next(float(group["lr"]) for group in groups if any(p is weight.parameter for p in group["params"]))
+
+
+def drawn(n: int, places: Sequence[int], generator: Generator) -> list[int]:
+    """Return how many of ``n`` draws without replacement fall to each of the groups of ``places``."""
+    if n <= 0:
+        return [0] * len(places)
+    ends = torch.tensor(places).cumsum(0)
+    positions = torch.randperm(int(ends[-1]), generator=generator)[:n]
+    owners = torch.bucketize(positions, ends, right=True)
+    counts: list[int] = torch.bincount(owners, minlength=len(places)).tolist()
+    return counts

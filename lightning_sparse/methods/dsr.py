@@ -1,0 +1,109 @@
+"""DSR: dynamic sparse reparameterization (Mostafa & Wang, ICML 2019).
+
+Algorithm 1. Decisions: the target number to drop, absolute in the paper, is a share of the connections; connections
+that were just dropped are not drawn again; a layer that gets more than it has room for passes the rest on to the others
+in proportion; each optimizer has a threshold of its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_sparse import checks, masks
+from lightning_sparse.distributions import share
+from lightning_sparse.masked import MaskedWeight, Pool
+from lightning_sparse.prune_and_grow import PruneAndGrow
+
+__all__ = ["DSR"]
+
+
+class DSR(PruneAndGrow):
+    """Dynamic Sparse Reparameterization: one adaptive threshold for all layers; who keeps more gets more.
+
+    All connections with ``|W| < H`` are dropped, and as many are grown at random, shared out among layers in proportion
+    to their survivors. H is doubled if fewer than ``1 - tolerance`` of the target were dropped, and halved if more than
+    ``1 + tolerance``.
+
+    Args:
+        sparsity: share of zeros over all selected weights, in [0, 1).
+        drop_fraction: the target: share of all connections to drop in an update, in (0, 1].
+        init_threshold: H at the start, above 0.
+        tolerance: the paper's delta, in [0, 1).
+        decay: how the target falls until the end of the updates: ``"none"`` (the paper's), ``"cosine"``, ``"linear"``.
+        update_every: number of optimizer steps from update to update; None: at the first step of each epoch but the
+            first.
+        stop_at: share of the training after which connections stay, in (0, 1].
+        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
+            :class:`~lightning_sparse.masked.MaskedCallback`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from lightning_sparse import DSR
+        >>> callback = DSR(sparsity=0.9)
+
+    Reference:
+        "Parameter efficient training of deep convolutional neural networks by dynamic sparse reparameterization",
+        ICML 2019.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        drop_fraction: float = 0.1,
+        init_threshold: float = 1e-3,
+        tolerance: float = 0.1,
+        decay: str = "none",
+        update_every: int | None = 100,
+        stop_at: float = 0.9,
+        **options: Any,
+    ) -> None:
+        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
+        checks.at_least(0, "The paper's value is 1e-3.", init_threshold=init_threshold)
+        checks.fraction("The paper's value is 0.1.", tolerance=tolerance)
+        if not init_threshold:
+            raise ValueError(
+                f"init_threshold must be above 0, got {init_threshold!r}: doubled, it would stay 0. Try 1e-3."
+            )
+        self.init_threshold = init_threshold
+        self.tolerance = tolerance
+
+    @property
+    def threshold(self) -> float:
+        """The present H (of the first optimizer that has weights)."""
+        clocks = [pool.clock for pool in self._pools.values() if pool.weights] or self._clocks
+        found = [clock["values"]["threshold"] for clock in clocks if "threshold" in clock["values"]]
+        return float(found[0]) if found else self.init_threshold
+
+    @property
+    def watched(self) -> dict[str, float]:
+        """H is logged, too."""
+        return {"sparsity/threshold": self.threshold}
+
+    def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+        """Drop what is below H in all layers, adapt H, and grow at random in proportion to each layer's survivors."""
+        H = pool.values.setdefault("threshold", self.init_threshold)
+        below = [masks.count(weight.mask & (weight.W.abs() < H)) for weight in weights]
+        target = share(self.fraction(pool), sum(weight.active for weight in weights))
+        pool.values["threshold"] = adapted(H, sum(below), target, self.tolerance)
+
+        drops = self.to_drop(weights, below)
+        survivors = [weight.active - n for weight, n in zip(weights, drops, strict=True)]
+        grows = self.to_grow(weights, drops, survivors)
+        for weight, fewer, more in zip(weights, drops, grows, strict=True):
+            dropped = masks.lowest(weight.W.abs(), fewer, among=weight.mask)
+            grown = masks.random(~weight.mask, more, self.generator)
+            weight.change(dropped, grown)
+
+
+def adapted(threshold: float, dropped: int, target: int, tolerance: float) -> float:
+    """Return the threshold of the next update.
+
+    >>> adapted(1.0, 8, 10, 0.1), adapted(1.0, 9, 10, 0.1), adapted(1.0, 12, 10, 0.1)
+    (2.0, 1.0, 0.5)
+    """
+    if dropped < (1 - tolerance) * target:
+        return 2 * threshold
+    if dropped > (1 + tolerance) * target:
+        return threshold / 2
+    return threshold

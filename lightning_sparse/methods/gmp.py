@@ -1,0 +1,76 @@
+"""GMP: gradual magnitude pruning (Zhu & Gupta, 2017).
+
+Equation 1. Decisions: one threshold for all layers by default, as is usual today; ``scope="layer"`` is the paper's. The
+last update falls on the end of the schedule exactly, and pruned weights never come back.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_sparse import checks
+from lightning_sparse.distributions import apportion, layer_counts
+from lightning_sparse.gradual import GradualPruning
+from lightning_sparse.masked import MaskedWeight, Pool
+
+__all__ = ["GMP"]
+
+
+class GMP(GradualPruning):
+    """Gradual Magnitude Pruning: from dense to sparse, the smallest weights first.
+
+    The sparsity of step t is ``s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3``.
+
+    Args:
+        sparsity: share of zeros at the end over all selected weights, s_f, in [0, 1).
+        scope: compare the weights of all layers (``"global"``), or prune each ``"layer"`` towards its own count, given
+            by ``distribution`` (here ``"uniform"`` unless told).
+        begin_at: share of the training after which pruning begins (t_0), in [0, 1).
+        end_at: share of the training after which the target is reached (t_1), above ``begin_at`` and at most 1.
+        update_every: number of optimizer steps from update to update.
+        initial_sparsity: share of zeros at the start, s_i, from 0 to ``sparsity``; a random mask if above 0.
+        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
+            :class:`~lightning_sparse.masked.MaskedCallback`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from lightning_sparse import GMP
+        >>> callback = GMP(sparsity=0.9, begin_at=0.1, end_at=0.7)
+
+    Reference:
+        "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        scope: str = "global",
+        begin_at: float = 0.0,
+        end_at: float = 0.75,
+        update_every: int = 100,
+        initial_sparsity: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            sparsity, initial_sparsity, begin_at, end_at, update_every, **{"distribution": "uniform", **options}
+        )
+        checks.one_of(("global", "layer"), scope=scope)
+        self.scope = scope
+
+    def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+        """Keep as many of the largest ``|W|`` as the schedule says."""
+        if self.scope == "global":
+            self.prune_globally(pool)
+        else:
+            for weight, count in zip(pool.weights, self.layer_counts(pool), strict=True):
+                self.keep(weight, count)
+
+    def layer_counts(self, pool: Pool) -> list[int]:
+        """Shrink what each layer has above its final count, in equal proportions."""
+        shapes = {weight.name: tuple(weight.mask.shape) for weight in pool.weights}
+        counts = layer_counts(self.distribution, shapes, self.final(pool), self.min_layer_density)
+        final = [min(counts[weight.name], weight.active) for weight in pool.weights]
+        above = [weight.active - n for weight, n in zip(pool.weights, final, strict=True)]
+        left = apportion(self.asked(pool) - sum(final), above, above)
+        return [n + more for n, more in zip(final, left, strict=True)]

@@ -1,0 +1,90 @@
+"""ITOP: in-time over-parameterization (Liu et al., ICML 2021).
+
+Section 4. The updates of RigL or SET, but rare ones that move many connections for the whole of the training, so that
+in the end nearly all weights have been active once. Decisions as in ``rigl.py`` and ``set.py``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_sparse import checks, masks
+from lightning_sparse.masked import MaskedWeight
+from lightning_sparse.prune_and_grow import PruneAndGrow
+
+__all__ = ["ITOP"]
+
+
+class ITOP(PruneAndGrow):
+    """In-Time Over-Parameterization: RigL or SET with long intervals, and a measure of what has been explored.
+
+    ``exploration_rate`` (logged as ``sparsity/explored``) is the paper's R_s: the share of weights that have been
+    active at any time.
+
+    Args:
+        sparsity: share of zeros over all selected weights, in [0, 1).
+        growth: ``"gradient"`` (RigL-ITOP; the step that moves connections applies no update) or ``"random"``
+            (SET-ITOP).
+        drop_fraction: share of a layer's connections that the first update drops, in (0, 1].
+        decay: how that share falls until the end of the updates: ``"cosine"``, ``"linear"``, ``"none"``.
+        update_every: number of optimizer steps from update to update, long enough for new weights to grow; None: at the
+            first step of each epoch but the first.
+        stop_at: share of the training after which connections stay, in (0, 1].
+        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
+            :class:`~lightning_sparse.masked.MaskedCallback`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from lightning_sparse import ITOP
+        >>> callback = ITOP(sparsity=0.9, growth="random")
+
+    Reference:
+        "Do We Actually Need Dense Over-Parameterization? In-Time Over-Parameterization in Sparse Training", ICML 2021.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        growth: str = "gradient",
+        drop_fraction: float = 0.5,
+        decay: str = "cosine",
+        update_every: int | None = 1500,
+        stop_at: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
+        checks.one_of(("gradient", "random"), growth=growth)
+        self.growth = growth
+        self.skips_update = growth == "gradient"
+
+    @property
+    def exploration_rate(self) -> float:
+        """R_s: the share of all selected weights that have been active at any time."""
+        explored = [weight.buffers["explored"] for weight in self._weights.values()]
+        if not explored:
+            raise RuntimeError("ITOP has no weights yet: they are chosen when trainer.fit starts.")
+        return sum(map(masks.count, explored)) / sum(buffer.numel() for buffer in explored)
+
+    @property
+    def watched(self) -> dict[str, float]:
+        """R_s is logged, too."""
+        return {"sparsity/explored": self.exploration_rate}
+
+    def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
+        """Begin with the first mask."""
+        return {"explored": weight.mask.clone()}
+
+    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+        """In each layer drop the smallest ``|W|``, grow by ``|dP|`` or at random, and note what is active now."""
+        for weight in weights:
+            n = self.to_move(weight, fraction)
+            dropped = masks.lowest(weight.W.abs(), n, among=weight.mask)
+            if self.growth == "gradient":
+                grown = masks.top_k(weight.dP.abs(), n, among=~weight.mask)
+            else:
+                grown = masks.random(~weight.mask, n, self.generator)
+            weight.change(dropped, grown)
+            weight.buffers["explored"] = weight.buffers["explored"] | weight.mask

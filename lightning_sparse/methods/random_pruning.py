@@ -1,0 +1,39 @@
+"""RandomPruning: a random mask, drawn before training and kept (Liu et al., ICLR 2022).
+
+Decision: each layer's number of connections is exact, where a draw for each connection would meet it on average.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_sparse.masked import MaskedCallback
+
+__all__ = ["RandomPruning"]
+
+
+class RandomPruning(MaskedCallback):
+    """Random pruning at initialization: every layer keeps its share of connections, drawn uniformly.
+
+    The baseline that every other method has to beat. It needs neither data nor a loss.
+
+    Args:
+        sparsity: share of zeros over all selected weights, in [0, 1).
+        distribution: how the active weights are divided among layers: ``"erk"``, ``"er"``, ``"uniform"``,
+            ``"uniform_first_dense"``, or a density for each glob pattern on parameter names.
+        options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
+            :class:`~lightning_sparse.masked.MaskedCallback`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from lightning_sparse import RandomPruning
+        >>> callback = RandomPruning(sparsity=0.9, distribution="erk")
+
+    Reference:
+        "The Unreasonable Effectiveness of Random Pruning: Return of the Most Naive Baseline for Sparse Training",
+        ICLR 2022.
+    """
+
+    def __init__(self, sparsity: float, distribution: str | Mapping[str, float] = "erk", **options: Any) -> None:
+        super().__init__(sparsity, distribution, **options)

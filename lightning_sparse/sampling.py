@@ -1,0 +1,249 @@
+"""Which connections to look at, and their gradients, without ever building the dense matrix: pure functions of tensors.
+
+A connection is its flat position in a weight of shape ``(out, in / groups, *kernel)``. Time and memory go with the
+numbers of active and of sampled connections, not with the size of the weight. All draws are made on the CPU.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+__all__ = [
+    "conv_gradient",
+    "distinct",
+    "draw",
+    "free_positions",
+    "linear_gradient",
+    "probabilities",
+    "subset",
+    "unit_sums",
+]
+
+_ROUNDS = 64  # of drawing and rejecting, before what is missing is filled up uniformly
+_BATCH = 1 << 10  # draws of a round, at least
+_CHUNK = 1 << 22  # elements that a gradient multiplies at once
+
+
+# ---------------------------------------------------------------------- endpoint distributions
+
+
+def unit_sums(x: Tensor, dim: int) -> Tensor:
+    """Return the sum of ``|x|`` for each unit or channel along ``dim``, in single precision at least.
+
+    >>> unit_sums(torch.tensor([[1.0, -2.0], [3.0, 0.0]]), -1)
+    tensor([4., 2.])
+    """
+    others = [d for d in range(x.ndim) if d != dim % x.ndim]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(x, 1, others) if others else x.abs()
+
+
+def probabilities(sums: Tensor) -> Tensor:
+    """Divide by the total, in double precision; uniform where there is no total to divide by (0, infinite or NaN).
+
+    >>> probabilities(torch.tensor([1.0, 3.0])), probabilities(torch.zeros(2))
+    (tensor([0.2500, 0.7500], dtype=torch.float64), tensor([0.5000, 0.5000], dtype=torch.float64))
+    """
+    sums = sums.cpu().double()
+    sums = sums / sums.max()  # so that the total of huge numbers does not overflow
+    total = sums.sum()
+    return sums / total if total > 0 else torch.full_like(sums, 1 / len(sums))
+
+
+# ---------------------------------------------------------------------- sampling
+
+
+def subset(
+    n: int,
+    taken: Tensor,
+    shape: Sequence[int],
+    generator: Generator,
+    f: Tensor | None = None,
+    g: Tensor | None = None,
+    groups: int = 1,
+) -> Tensor:
+    """Draw exactly ``n`` different positions that are not ``taken``.
+
+    One after the other, the endpoints are drawn from ``f`` and ``g``, and those of a connection that is taken or was
+    drawn before are drawn again. If this comes to no end because nearly all connections to which ``f`` and ``g`` give
+    some probability are used up, the rest is drawn uniformly from whatever is left.
+
+    Args:
+        n: at most the number of positions that are free.
+        taken: flat positions, ascending.
+        shape: of the weight, ``(out, in / groups, *kernel)``.
+        generator: on the CPU.
+        f: probabilities of the inputs, ``(in,)``; None, with ``g``: all free positions are equally likely.
+        g: probabilities of the outputs, ``(out,)``.
+        groups: output ``o`` reads the inputs of group ``o // (out / groups)`` alone.
+
+    Returns:
+        Flat positions, ascending.
+    """
+    size = math.prod(shape)
+    found = taken.new_empty(0)
+    if f is not None and g is not None and n < size - len(taken):
+        joint = _joint(f, g, groups)
+        for _ in range(_ROUNDS if joint.any() else 0):
+            missing = n - len(found)
+            if not missing:
+                break
+            drawn = draw(max(missing, _BATCH), shape, f, g, generator, groups)
+            new = _first_occurrences(drawn[~torch.isin(drawn, torch.cat((taken, found)))])
+            found = torch.cat((found, new[:missing]))
+    used = torch.cat((taken, found)).sort().values
+    rest = free_positions(n - len(found), used, size, generator)
+    return torch.cat((found, rest)).sort().values
+
+
+def draw(n: int, shape: Sequence[int], f: Tensor, g: Tensor, generator: Generator, groups: int = 1) -> Tensor:
+    """Draw ``n`` positions independently: output ~ ``g``, input ~ ``f``, place in the kernel ~ uniform.
+
+    With groups, the pairs that are no connection have no probability, and the others keep their proportions.
+    Arguments as in ``subset``, but some connection must have a probability above 0.
+    """
+    out, per_group, kernel = shape[0], shape[1], math.prod(shape[2:])
+    of_outputs, of_inputs = _edges(_joint(f, g, groups)), _edges(f)
+    o = _invert(of_outputs, of_outputs[:1], of_outputs[-1:], n, generator).clamp_(max=out - 1)
+    first = o.div(out // groups, rounding_mode="floor") * per_group  # input of the output's group
+    a = _invert(of_inputs, of_inputs[first], of_inputs[first + per_group], n, generator) - first
+    a.clamp_(0, per_group - 1)
+    return (o * per_group + a) * kernel + torch.randint(kernel, (n,), generator=generator)
+
+
+def free_positions(n: int, taken: Tensor, size: int, generator: Generator) -> Tensor:
+    """Draw ``n`` different positions below ``size`` that are not ``taken`` (ascending), all equally likely."""
+    free = size - len(taken)
+    if not 0 <= n <= free:
+        raise ValueError(f"{n} connections were asked for, {free} are free.")
+    ranks = distinct(n, free, generator)
+    free_before = taken - torch.arange(len(taken))
+    return ranks + torch.searchsorted(free_before, ranks, right=True)
+
+
+def distinct(n: int, below: int, generator: Generator) -> Tensor:
+    """Draw ``n`` different whole numbers from 0 to ``below - 1``, ascending, all equally likely; memory goes with n."""
+    if 2 * n >= below:
+        return torch.randperm(below, generator=generator)[:n].sort().values
+    found = torch.empty(0, dtype=torch.long)
+    while len(found) < n:  # at least every other draw is a new one
+        found = torch.unique(torch.cat((found, torch.randint(below, (n - len(found),), generator=generator))))
+    return found
+
+
+def _joint(f: Tensor, g: Tensor, groups: int) -> Tensor:
+    """Return the probability of each output, in proportion, with that of the inputs it reads."""
+    return (g.view(groups, -1) * f.view(groups, -1).sum(1, keepdim=True)).view(-1)
+
+
+def _edges(p: Tensor) -> Tensor:
+    return torch.cat((p.new_zeros(1), p.cumsum(0)))
+
+
+def _invert(edges: Tensor, low: Tensor, high: Tensor, n: int, generator: Generator) -> Tensor:
+    """Draw uniformly between ``low`` and ``high`` and return the intervals between ``edges`` that were hit."""
+    u = low + (high - low) * torch.rand(n, generator=generator, dtype=edges.dtype)
+    return torch.searchsorted(edges[1:].contiguous(), u, right=True)
+
+
+def _first_occurrences(x: Tensor) -> Tensor:
+    """Leave out what was there before; the order stays."""
+    values, order = x.sort(stable=True)
+    new = torch.ones_like(values, dtype=torch.bool)
+    new[1:] = values[1:] != values[:-1]
+    return x[order[new].sort().values]
+
+
+# ---------------------------------------------------------------------- gradients of some connections
+
+
+def linear_gradient(h: Tensor, delta: Tensor, positions: Tensor, chunk: int = _CHUNK) -> Tensor:
+    """Return the gradient of some connections of a linear layer: ``sum_b h[b, a] delta[b, o]``.
+
+    Args:
+        h: the layer's input, ``(..., in)``.
+        delta: the gradient of the loss with respect to its output, ``(..., out)``.
+        positions: flat ones in the weight ``(out, in)``.
+        chunk: number of products formed at once, which bounds the memory needed.
+    """
+    width = h.shape[-1]
+    a, o = positions % width, positions.div(width, rounding_mode="floor")
+    return _products(h.reshape(-1, width), delta.reshape(-1, delta.shape[-1]), a, o, chunk)
+
+
+def conv_gradient(
+    h: Tensor,
+    delta: Tensor,
+    positions: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    chunk: int = _CHUNK,
+) -> Tensor:
+    """Return the gradient of some connections of a convolution: ``sum_{b, y} h[b, a, s y + d k] delta[b, o, y]``.
+
+    Args:
+        h: the layer's input, ``(batch, in, *space)``.
+        delta: the gradient of the loss with respect to its output, ``(batch, out, *space)``.
+        positions: flat ones in the weight.
+        shape: of the weight, ``(out, in / groups, *kernel)``.
+        stride: as in the layer, like all that follow, a number for each dimension of space.
+        padding: or ``"same"``, ``"valid"``.
+        dilation: see there.
+        groups: see there.
+        padding_mode: see there.
+        chunk: number of products formed at once, which bounds the memory needed beside the padded input.
+    """
+    out, per_group, *kernel = shape
+    h = _padded(h, kernel, padding, dilation, padding_mode)
+    places = math.prod(kernel)
+    k, pair = positions % places, positions.div(places, rounding_mode="floor")
+    o = pair.div(per_group, rounding_mode="floor")
+    a = pair % per_group + o.div(out // groups, rounding_mode="floor") * per_group
+    gradient = delta.new_zeros(len(positions), dtype=torch.promote_types(delta.dtype, torch.float32))
+    for place in torch.unique(k).tolist():
+        here = k == place
+        window = (slice(None), slice(None), *_windows(place, kernel, stride, dilation, delta.shape[2:]))
+        gradient[here] = _products(h[window], delta, a[here], o[here], chunk)
+    return gradient
+
+
+def _products(h: Tensor, delta: Tensor, a: Tensor, o: Tensor, chunk: int) -> Tensor:
+    """Sum ``h[b, a, ...] delta[b, o, ...]`` over all but the connections."""
+    dtype = torch.promote_types(delta.dtype, torch.float32)
+    over = [d for d in range(delta.ndim) if d != 1]
+    at_once = max(1, chunk // max(1, delta.numel() // delta.shape[1]))
+    parts = [
+        h[:, some_a].to(dtype).mul_(delta[:, some_o]).sum(over)
+        for some_a, some_o in zip(torch.split(a, at_once), torch.split(o, at_once), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _padded(
+    h: Tensor, kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int], mode: str
+) -> Tensor:
+    if isinstance(padding, str):
+        spans = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+        sides = [(span // 2, span - span // 2) for span in spans]
+    else:
+        sides = [(p, p) for p in padding]
+    flat = [side for pair in reversed(sides) for side in pair]
+    return functional.pad(h, flat, mode="constant" if mode == "zeros" else mode) if any(flat) else h
+
+
+def _windows(
+    place: int, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], outputs: Sequence[int]
+) -> list[slice]:
+    """Return what the place in the kernel with this flat number reads, as one slice per dimension of space."""
+    windows = []
+    for size, s, d, length in reversed(list(zip(kernel, stride, dilation, outputs, strict=True))):
+        place, k = divmod(place, size)
+        windows.append(slice(k * d, k * d + s * (length - 1) + 1, s))
+    return windows[::-1]

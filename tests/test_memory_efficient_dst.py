@@ -1,0 +1,554 @@
+"""MemoryEfficientDST: small updates worked out by hand, its limits RigL and SET, and what its heuristics read off."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import Lit, cnn, fit, loader, mlp, seeded, trainer
+from test_ddp import free_port
+from test_sampling import fits
+from torch import nn
+
+from lightning_sparse import MemoryEfficientDST, masks
+from lightning_sparse.endpoints import Activity, SynapticFlow, readable
+from lightning_sparse.layers import choose
+from lightning_sparse.methods.memory_efficient_dst import scale_to_fan_in_
+
+
+def attached(callback, W, dP, grids=None):
+    """A callback that has taken over weights ``W``, by name, with gradients; active where they are not 0."""
+    module = nn.ParameterDict({name: nn.Parameter(torch.tensor(values)) for name, values in W.items()})
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    callback.attach(choose(module, include=["*"]), [optimizer], resumed=False)
+    for name, weight in callback._weights.items():
+        weight.W.copy_(torch.tensor(W[name]))
+        weight.mask = torch.tensor((grids or W)[name]) != 0
+        module[name].grad = torch.tensor(dP[name])
+    return list(callback._weights.values())
+
+
+def grids(weights):
+    return {weight.name: weight.mask.int().tolist() for weight in weights}
+
+
+class LSTM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(x.view(-1, 3, 4))[0][:, -1])
+
+
+# ---------------------------------------------------------------------- start
+
+
+def test_weights_are_scaled_to_the_fan_in_that_is_left():
+    W, mask = torch.ones(3, 4), torch.tensor([[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    scale_to_fan_in_(W, mask)
+    assert W[:, 1].tolist() == [1, 2, 2], "square roots of 4 / 4, 4 / 1, and of 4 / 1 where nothing is left"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fan_in_counts_channels_of_the_group_and_the_kernel(layout):
+    dense = torch.rand(6, 2, 3, 3).to(memory_format=layout)
+    mask, scaled = torch.rand(6, 2, 3, 3) < 0.3, dense.clone(memory_format=torch.preserve_format)
+    scale_to_fan_in_(scaled, mask)
+    factor = (18 / mask.sum((1, 2, 3)).clamp(min=1)).sqrt()
+    assert torch.allclose(scaled, dense * factor.view(6, 1, 1, 1))
+
+
+def test_fan_in_of_a_transposed_convolution_is_along_its_first_dimension():
+    dense, mask = torch.rand(4, 3, 2), torch.rand(4, 3, 2) < 0.5  # 2 groups of 2 inputs and 3 outputs
+    scaled = dense.clone()
+    scale_to_fan_in_(scaled, mask, 2)
+    for group in range(2):
+        rows = slice(2 * group, 2 * group + 2)
+        factor = (4 / mask[rows].sum((0, 2)).clamp(min=1)).sqrt()
+        assert torch.allclose(scaled[rows], dense[rows] * factor.view(1, 3, 1))
+
+
+def test_a_fit_starts_uniform_scaled_and_a_second_one_goes_on():
+    module = seeded(Lit)
+    before = copy.deepcopy(module.state_dict())
+    callback = MemoryEfficientDST(0.8)
+    fit(callback, module, max_steps=0, max_epochs=-1)
+    for name, mask in callback.masks.items():
+        assert int(mask.sum()) == pytest.approx(0.2 * mask.numel(), abs=1)
+        fan_in = mask.sum(1, keepdim=True).clamp(min=1)
+        expected = before[name] * mask * (mask.shape[1] / fan_in).sqrt()
+        assert torch.allclose(module.get_parameter(name), expected)
+    started = copy.deepcopy(module.state_dict())
+    fit(callback, module, max_steps=0, max_epochs=-1)
+    assert all(torch.equal(x, started[name]) for name, x in module.state_dict().items())
+
+
+def test_trained_weights_may_be_taken_as_they_are():
+    module = seeded(Lit)
+    before = copy.deepcopy(module.state_dict())
+    callback = MemoryEfficientDST(0.8, scale_init=False)
+    fit(callback, module, max_steps=0, max_epochs=-1)
+    for name, mask in callback.masks.items():
+        assert torch.equal(module.get_parameter(name), before[name] * mask)
+
+
+# ---------------------------------------------------------------------- an update worked out by hand
+
+W = {"a": [[0.5, -0.2, 0.0, 0.0], [0.1, 0.0, -0.4, 0.0]], "b": [[0.3, 0.0], [0.0, -0.05]]}
+DP = {"a": [[9.0, 9.0, -3.0, 1.0], [9.0, 2.0, 9.0, -4.0]], "b": [[9.0, 0.5], [-6.0, 9.0]]}
+
+
+@pytest.mark.parametrize("heuristic", ["random", "grabo", "synflow"])
+def test_an_update_drops_and_grows_over_all_layers(heuristic):
+    """With all inactive connections sampled it is RigL's growth, over all layers."""
+    callback = MemoryEfficientDST(0.5, heuristic, subset_multiplier=100)
+    weights = attached(callback, W, DP)
+    weights[0].optimizer.state[weights[0].parameter]["momentum_buffer"] = torch.ones(2, 4)
+    callback.update(weights, 0.5, 1.0)  # 3 of 6: -0.05, 0.1, -0.2 go, -6, -4, -3 come
+    assert grids(weights) == {"a": [[1, 0, 1, 0], [0, 0, 1, 1]], "b": [[1, 0], [1, 0]]}
+    assert weights[0].W.tolist() == torch.tensor([[0.5, 0, 0, 0], [0, 0, -0.4, 0]]).tolist()
+    momentum = weights[0].optimizer.state[weights[0].parameter]["momentum_buffer"]
+    assert momentum.tolist() == [[1, 0, 0, 1], [0, 1, 1, 0]], "fresh for the dropped and the grown alone"
+
+
+@pytest.mark.parametrize("density", [0.1, 0.6, 0.95])
+def test_with_everything_sampled_growth_is_that_of_rigl_over_all_layers(density):
+    torch.manual_seed(0)
+    shapes = {"a": (9, 30), "b": (10, 11), "c": (5, 4, 3)}
+    values = {name: (torch.randn(shape) * (torch.rand(shape) < density)).tolist() for name, shape in shapes.items()}
+    gradients = {name: torch.randn(shape).tolist() for name, shape in shapes.items()}
+    callback = MemoryEfficientDST(0.5, "random", 1000)
+    weights = attached(callback, values, gradients)
+    before = [weight.mask for weight in weights]
+    callback.update(weights, 0.3, 1.0)
+    grown = [weight.mask & ~mask for weight, mask in zip(weights, before, strict=True)]
+    moved = sum(map(masks.count, grown))
+    assert moved == min(int(0.3 * sum(map(masks.count, before))), sum(masks.count(~mask) for mask in before))
+    scores = torch.cat([weight.dP.abs()[~mask] for weight, mask in zip(weights, before, strict=True)])
+    bound = scores.sort(descending=True).values[moved - 1]
+    for weight, mask, new in zip(weights, before, grown, strict=True):
+        assert torch.equal(new, ~mask & (weight.dP.abs() >= bound))
+
+
+def test_no_layer_falls_below_the_least_density():
+    callback = MemoryEfficientDST(0.5, "random", 100, min_layer_density=0.5)
+    weights = attached(callback, W, DP)
+    callback.update(weights, 0.5, 1.0)  # a has 4 of 8, b has 2 of 4: nothing may go
+    assert grids(weights) == {name: (torch.tensor(values) != 0).int().tolist() for name, values in W.items()}
+    callback = MemoryEfficientDST(0.5, "random", 100, min_layer_density=0.25)
+    weights = attached(callback, W, DP)
+    callback.update(weights, 0.7, 1.0)  # a may lose 2 and b 1: -0.05, 0.1, -0.2, and not 0.3
+    assert grids(weights) == {"a": [[1, 0, 1, 0], [0, 0, 1, 1]], "b": [[1, 0], [1, 0]]}
+
+
+def test_no_more_is_dropped_than_there_is_room_for():
+    dense = {"a": [[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]], "b": [[0.1, 0.2]]}
+    callback = MemoryEfficientDST(0.1, "random", 3)
+    weights = attached(callback, dense, dense)
+    callback.update(weights, 0.9, 1.0)
+    assert grids(weights) == {"a": [[1, 1, 1], [1, 1, 1]], "b": [[0, 1]]}, "one place was free"
+
+
+def test_with_multiplier_1_growth_is_random_as_in_set():
+    """Whatever the gradients, and in proportion to the layers' sizes: 2 in a, 1 in b."""
+    callback, counts = MemoryEfficientDST(0.5, "random", 1), torch.zeros(12)
+    for seed in range(600):
+        weights = attached(callback, W, DP)
+        callback.generator.manual_seed(seed)
+        before = torch.cat([weight.mask.flatten() for weight in weights])
+        callback.update(weights, 0.5, 1.0)
+        grown = torch.cat([weight.mask.flatten() for weight in weights]) & ~before
+        assert (int(grown[:8].sum()), int(grown[8:].sum())) == (2, 1)
+        counts += grown
+    free = torch.tensor([0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0]).bool()
+    assert fits(counts[:8], 600 * 2 / 4 * free[:8])
+    assert fits(counts[8:], 600 * 1 / 2 * torch.tensor([0, 1, 1, 0]))
+
+
+@pytest.mark.parametrize("multiplier", [1, 2.5, 4])
+def test_subsets_are_proportional_to_layer_sizes_and_hold_nothing_active_or_dropped(multiplier):
+    drawn = {}
+    shapes = {"a": (10, 30), "b": (10, 10), "c": (5, 20)}
+    torch.manual_seed(0)
+    values = {name: (torch.rand(shape) * (torch.rand(shape) < 0.2)).tolist() for name, shape in shapes.items()}
+    callback = MemoryEfficientDST(0.8, "random", multiplier)
+    weights = attached(callback, values, values)
+    active = {weight.name: weight.mask.flatten() for weight in weights}
+    draw = callback.subsets
+    callback.subsets = lambda weights, n: drawn.setdefault("subsets", draw(weights, n))
+    callback.update(weights, 0.3, 1.0)
+    moved = int(0.3 * sum(int(mask.sum()) for mask in active.values()))
+    sizes = [len(subset) for subset in drawn["subsets"]]
+    assert sum(sizes) == int(multiplier * moved)
+    assert sizes == pytest.approx([0.6 * sum(sizes), 0.2 * sum(sizes), 0.2 * sum(sizes)], abs=1)
+    for weight, subset in zip(weights, drawn["subsets"], strict=True):
+        assert not active[weight.name][subset].any()
+    grown = [(weight.mask.flatten() & ~active[weight.name]) for weight in weights]
+    assert sum(int(mask.sum()) for mask in grown) == moved
+    for mask, subset in zip(grown, drawn["subsets"], strict=True):
+        assert mask.sum() == mask[subset].sum(), "grown from the subset alone"
+
+
+# ---------------------------------------------------------------------- training
+
+
+class Watch(pl.Callback):
+    """After every step: the budget; and how many hooks there were while it ran."""
+
+    def __init__(self, callback):
+        self.callback, self.counts, self.masks, self.hooks = callback, set(), [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.hooks.append(hooks(pl_module))
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.during = hooks(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.counts.add(sum(masks.count(mask) for mask in self.callback.masks.values()))
+        self.masks.append((self.during, self.callback.masks))
+        for name, mask in self.callback.masks.items():
+            assert not pl_module.get_parameter(name)[~mask].any()
+
+
+def hooks(module):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+@pytest.mark.parametrize("heuristic", ["random", "grabo", "synflow"])
+@pytest.mark.parametrize("build", [mlp, cnn, LSTM])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+@pytest.mark.filterwarnings("ignore:.*draws the endpoints of some weights uniformly")
+@pytest.mark.filterwarnings("ignore:.*has no weight left")
+def test_the_budget_is_exact_after_every_update(heuristic, build, sparsity):
+    callback = MemoryEfficientDST(sparsity, heuristic, 3, drop_fraction=0.5, update_every=4, stop_at=1.0)
+    watch = Watch(callback)
+    module, _ = fit([callback, watch], seeded(lambda: Lit(build())), max_epochs=1)
+    size = sum(mask.numel() for mask in callback.masks.values())
+    assert watch.counts == {size - round(sparsity * size)}
+    moves = [
+        step
+        for step, ((_, a), (_, b)) in enumerate(zip(watch.masks, watch.masks[1:], strict=False), 1)
+        if any(not torch.equal(a[name], b[name]) for name in a)
+    ]
+    assert moves
+    assert set(moves) <= {4, 8, 12, 16, 20, 24, 28}
+    watched = [step for step, (during, _) in enumerate(watch.masks) if during]
+    assert watched == ([] if heuristic == "random" else [4, 8, 12, 16, 20, 24, 28]), "hooks for these steps alone"
+    assert not any(watch.hooks), "none are left when the optimizer steps"
+    assert not hooks(module)
+
+
+@pytest.mark.parametrize("heuristic", ["grabo", "synflow"])
+@pytest.mark.parametrize("moment", ["forward", "backward", "update"])
+def test_no_hook_is_left_by_an_exception(heuristic, moment, monkeypatch):
+    class Fails(Lit):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 5 and moment == "forward":
+                assert hooks(self)
+                raise ArithmeticError
+            return super().training_step(batch, batch_idx)
+
+        def on_before_backward(self, loss):
+            if self.trainer.global_step == 5 and moment == "backward":
+                assert hooks(self)
+                raise ArithmeticError
+
+    if moment == "update":
+        monkeypatch.setattr(masks, "global_top_k", lambda *args: 1 / 0)
+    callback, module = MemoryEfficientDST(0.8, heuristic, update_every=5), seeded(Fails)
+    with pytest.raises(ArithmeticError):
+        fit(callback, module)
+    assert not hooks(module)
+    assert not callback._watched
+
+
+def test_the_last_step_leaves_no_hooks_even_if_the_next_one_would_move():
+    callback = MemoryEfficientDST(0.8, update_every=5, stop_at=1.0)
+
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 4
+
+    module, run = fit([callback, Stops()], max_epochs=3)
+    assert run.global_step == 5
+    assert not hooks(module)
+
+
+def spy(callback):
+    """Record what ``callback`` takes for f and g at each update."""
+    found, endpoints = [], callback._endpoints
+
+    def recorded(weights):
+        found.append(endpoints(weights))
+        return found[-1]
+
+    callback._endpoints = recorded
+    return found
+
+
+def normalized(x):
+    return (x / x.sum()).double()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_grabo_sums_the_magnitudes_of_activations_and_their_gradients_over_the_step(accumulate):
+    """And validation in between does not count."""
+    callback = MemoryEfficientDST(0.5, update_every=4, stop_at=1.0)
+    found = spy(callback)
+    inputs, outputs = {}, {}
+
+    class Records(Lit):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 4 and not inputs:
+                for name, layer in self.net.named_children():
+                    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                        layer.register_forward_hook(record(f"net.{name}.weight"))
+            return super().training_step(batch, batch_idx)
+
+    def record(name):
+        def hook(layer, args, output):
+            inputs.setdefault(name, []).append(args[0].detach())
+            output.register_hook(outputs.setdefault(name, []).append)
+
+        return hook
+
+    class Stops(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            for m in pl_module.modules():
+                m._forward_hooks.clear()
+
+    module = seeded(lambda: Records(cnn()))
+    run = trainer(
+        [callback, Stops()], max_epochs=1, accumulate_grad_batches=accumulate, val_check_interval=accumulate * 4
+    )
+    run.fit(module, loader(), loader(16))
+    assert len(found) == (30 // accumulate - 1) // 4
+    first = found[0]
+    assert first.keys() == callback.masks.keys() == inputs.keys()
+    for name, ends in first.items():
+        channels = 1 if module.get_parameter(name).ndim > 2 else -1
+        for key, tensors in (("f", inputs[name]), ("g", outputs[name])):
+            assert len(tensors) == accumulate
+            sums = sum(x.abs().transpose(0, channels).flatten(1).sum(1) for x in tensors)
+            assert torch.allclose(ends[key], normalized(sums), atol=1e-6), (name, key)
+    assert first["net.1.weight"]["groups"] == 2
+
+
+def product(weights):
+    """1 W_1 ... W_k for each k, over matrices ``(out, in)``."""
+    flow = [torch.ones(weights[0].shape[1], dtype=torch.float64)]
+    for W in weights:
+        flow.append(W.abs().double() @ flow[-1])
+    return flow
+
+
+def test_synflow_is_the_product_of_magnitudes_on_either_side():
+    net = mlp()
+    layers = [net[0], net[2], net[4]]
+    flow = SynapticFlow(net, ["0.weight", "2.weight", "4.weight"])
+    net(torch.randn(5, 12))
+    sums = flow.sums()
+    into = product([layer.weight for layer in layers])
+    from_ = product([layer.weight.T for layer in reversed(layers)])[::-1]
+    for (f, g), a, b in zip(sums.values(), into[:-1], from_[1:], strict=True):
+        assert f.dtype == torch.float64
+        assert torch.allclose(f / 5, a)
+        assert torch.allclose(g / 5, b)
+    assert set(flow.calls.values()) == {1}
+
+
+def test_synflow_survives_depth_that_single_precision_does_not():
+    net = nn.Sequential(*[nn.Linear(50, 50) for _ in range(60)])
+    with torch.no_grad():
+        for layer in net:
+            layer.weight.mul_(20)
+    flow = SynapticFlow(net, [f"{i}.weight" for i in range(60)])
+    net(torch.randn(2, 50))
+    f, g = flow.sums()["30.weight"]
+    assert f.isfinite().all()
+    assert g.isfinite().all()
+    assert f.max() > 3e38
+
+
+def test_synflow_of_convolutions_adds_up_over_space():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1, groups=2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(30, 2))
+    flow = SynapticFlow(net, ["0.weight", "3.weight"])
+    net(torch.randn(1, 4, 5))
+    (f, g), (f2, g2) = flow.sums().values()
+    assert f.tolist() == [5] * 4
+    assert torch.allclose(g, net[3].weight.abs().double().sum(0).view(6, 5).sum(1))
+    ones = torch.ones(1, 4, 5, dtype=torch.float64)
+    through = nn.functional.conv1d(ones, net[0].weight.abs().double(), padding=1, groups=2)
+    assert torch.allclose(f2, through.flatten())
+    assert g2.tolist() == [1, 1]
+
+
+class Stateful(nn.Module):
+    """With everything that could leave a trace: dropout, running statistics, norms, noise, recurrence, attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.bn, self.drop = nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+        self.norm, self.rnn = nn.LayerNorm(8), nn.GRU(8, 8, batch_first=True)
+        self.attention, self.b = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 4)
+        self.drop.eval()
+
+    def forward(self, x, scale=1.0):
+        x = self.norm(self.drop(self.bn(self.a(x)).relu())) + 0.01 * torch.rand(8)
+        x, _ = self.rnn(x.unsqueeze(1) * scale)
+        return {"logits": self.b(self.attention(x, x, x)[0][:, 0]), "extra": [x, None]}
+
+
+def test_synflow_leaves_no_trace():
+    net = seeded(Stateful)
+    names = [choice.name for choice in choose(net) if choice.reason is None]
+    flow = SynapticFlow(net, names)
+    net(torch.randn(6, 12), scale=torch.tensor(2.0))["logits"].sum().backward()
+    state, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    rng, default = torch.get_rng_state(), torch.get_default_dtype()
+    with torch.no_grad():
+        sums = flow.sums()
+    assert sums.keys() == {"a.weight", "b.weight", "attention.out_proj.weight"}
+    assert flow.calls == {"a.weight": 1, "b.weight": 1, "attention.out_proj.weight": 0}
+    assert all(sums[name][end].min() > 0 for name in ("a.weight", "b.weight") for end in (0, 1))
+    assert all(torch.equal(x, state[name]) and x.dtype == state[name].dtype for name, x in net.state_dict().items())
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in net.named_parameters() if name in gradients)
+    assert modes == [m.training for m in net.modules()]
+    assert torch.equal(rng, torch.get_rng_state())
+    assert default == torch.get_default_dtype()
+    assert not hooks(net)
+
+
+def test_norms_bend_no_flow():
+    """Batch-norm scales by its learned factor and running variance; norms of the input itself are passed over."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([1.0, -2.0, 3.0, 4.0]))
+        net[1].running_mean.fill_(100)
+        net[1].running_var.copy_(torch.tensor([1.0, 4.0, 9.0, 1.0]))
+        net[1].bias.fill_(7)
+    net.train()
+    flow = SynapticFlow(net, ["0.weight", "3.weight"])
+    net(torch.randn(2, 3))
+    (_, g), (f, _) = flow.sums().values()
+    factor = net[1].weight.abs().double() / net[1].running_var.double().sqrt()  # after the call: momentum moved it
+    assert torch.allclose(f / 2, net[0].weight.abs().double().sum(1) * factor, rtol=1e-4)
+    assert torch.allclose(g / 2, net[3].weight.abs().double().sum(0) * factor, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heuristic", ["grabo", "synflow"])
+def test_weights_whose_units_cannot_be_told_are_sampled_uniformly_and_named(heuristic):
+    callback = MemoryEfficientDST(0.8, heuristic, update_every=4)
+    found = spy(callback)
+    with pytest.warns(UserWarning, match=r"draws the endpoints of some weights uniformly.*'net.rnn.weight_ih_l0'"):
+        fit(callback, seeded(lambda: Lit(LSTM())))
+    assert found[0].keys() == {"net.head.weight"}
+    grown = {name for name, mask in callback.masks.items() if mask.any()}
+    assert "net.rnn.weight_hh_l0" in grown
+
+
+class Functional(Lit):
+    """Never calls its layers as modules."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        for layer in self.net:
+            x = nn.functional.linear(x, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
+        return nn.functional.cross_entropy(x, y)
+
+
+@pytest.mark.parametrize("heuristic", ["grabo", "synflow"])
+def test_layers_that_are_not_called_are_sampled_uniformly_and_named(heuristic):
+    callback = MemoryEfficientDST(0.8, heuristic, update_every=4)
+    found = spy(callback)
+    with pytest.warns(UserWarning, match=r"draws the endpoints.*'net.0.weight', 'net.2.weight', 'net.4.weight'"):
+        fit(callback, seeded(Functional))
+    ends = found[0]["net.0.weight"]
+    assert torch.equal(ends["f"], torch.full((12,), 1 / 12, dtype=torch.float64))
+    assert torch.equal(ends["g"], torch.full((16,), 1 / 16, dtype=torch.float64))
+
+
+def test_tied_weights_and_others_are_not_readable():
+    net = nn.Module()
+    net.a, net.b, net.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    net.b.weight = net.a.weight
+    net.d, net.e, net.f = nn.Bilinear(2, 2, 2), nn.Conv3d(1, 1, 1), nn.Embedding(3, 3)
+    names = [name for name, p in net.named_parameters() if p.ndim > 1]
+    assert readable(net, names).keys() == {"c.weight", "e.weight"}
+
+
+def test_a_closed_or_copied_watch_counts_nothing():
+    net = mlp()
+    activity = Activity(readable(net, ["0.weight"]))
+    other = copy.deepcopy(net)
+    other(torch.ones(1, 12)).sum().backward()
+    y = net(torch.ones(1, 12)).sum()
+    activity.close()
+    y.backward()
+    f, g = activity.sums()["0.weight"]
+    assert f.tolist() == [1] * 12
+    assert not g.any()
+
+
+def test_several_optimizer_steps_in_a_batch_each_see_their_own():
+    """Updates that fall due in the middle of a batch are watched, too."""
+
+    class Thrice(Lit):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for _ in range(3):
+                self.optimizers().zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                self.optimizers().step()
+
+    callback = MemoryEfficientDST(0.8, update_every=5, stop_at=1.0)
+    found = spy(callback)
+    module = seeded(Thrice)
+    fit(callback, module, max_steps=30, max_epochs=-1)
+    assert len(found) == 5
+    assert all(ends.keys() == callback.masks.keys() for ends in found)
+    assert not hooks(module)
+
+
+@pytest.mark.xdist_group("ddp")
+def test_two_processes_with_different_data_draw_and_move_the_same():
+    """The script compares them after every step."""
+    script, port = Path(__file__).parent / "memory_efficient_dst_script.py", str(free_port())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= {"NODE_RANK": "0", "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen([sys.executable, script], env={**environment, "LOCAL_RANK": rank}) for rank in ("0", "1")
+    ]
+    try:
+        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heuristic": "rigl"}, r"heuristic must be one of \['grabo', 'random', 'synflow'\], got 'rigl'"),
+        ({"subset_multiplier": 0.5}, "subset_multiplier must be a finite number of at least 1, got 0.5. With 1 all"),
+        ({"subset_multiplier": math.inf}, "subset_multiplier must be a finite number"),
+        ({"drop_fraction": 0}, "drop_fraction and stop_at must be above 0"),
+        ({"update_every": 0}, "update_every must be an integer of at least 1"),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryEfficientDST(0.9, **options)
