@@ -97,6 +97,9 @@ class LatentCallback(SparseCallback):
     def finish_gradients(self, pools: Sequence[Pool], share: float) -> None:
         """Add what needs the gradients of all weights of the optimizer."""
 
+    def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
+        """See the latent weights after an update of ``optimizer``, before ``P`` is made; None: it was broken off."""
+
     #: the method has no regulariser but the optimizer's weight decay, which moves its thresholds
     needs_weight_decay: bool = False
 
@@ -254,15 +257,20 @@ class LatentCallback(SparseCallback):
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:  # noqa: D102
-        for pool in self._pools.get(id(optimizer), ()):
+        ours = self._pools.get(id(optimizer), ())
+        for pool in ours:
             pool.gather()
-            for weight in pool.weights:
-                self._leave(weight)
+        weights = [weight for pool in ours for weight in pool.weights if self._leave(weight)]
+        self.updated(optimizer, weights)
+        for weight in weights:
+            self._project(weight)
 
     @torch.no_grad()
     def leave_step(self) -> None:  # noqa: D102
-        for weight in self._weights.values():
-            self._leave(weight)
+        weights = [weight for weight in self._weights.values() if self._leave(weight)]
+        self.updated(None, weights)
+        for weight in weights:
+            self._project(weight)
 
     def report_trouble(self) -> None:  # noqa: D102
         for name, weight in self._weights.items():
@@ -394,13 +402,14 @@ class LatentCallback(SparseCallback):
             self._nonfinite = broken if self._nonfinite is None else self._nonfinite.to(broken.device) | broken
         torch.nan_to_num_(dt, 0.0, 0.0, 0.0)
 
-    def _leave(self, weight: LatentWeight) -> None:
-        """Take ``W`` back from the parameter and give it ``P``, if an update was under way."""
-        if weight.effective is not None and weight.parameter is not None:
-            if weight.parameter.data_ptr() != weight.latent.data_ptr():  # the optimizer gave it new storage
-                weight.latent = weight.parameter.data
-            weight.parameter.data, weight.effective = weight.effective, None
-            self._project(weight)
+    def _leave(self, weight: LatentWeight) -> bool:
+        """Take ``W`` back from the parameter, which then wants its ``P``; tell whether an update was under way."""
+        if weight.effective is None or weight.parameter is None:
+            return False
+        if weight.parameter.data_ptr() != weight.latent.data_ptr():  # the optimizer gave it new storage
+            weight.latent = weight.parameter.data
+        weight.parameter.data, weight.effective = weight.effective, None
+        return True
 
     def _project(self, weight: LatentWeight) -> None:
         """Write ``P`` into the parameter, after the collapse guard."""

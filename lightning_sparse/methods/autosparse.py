@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import checks
-from lightning_sparse._lightning import MisconfigurationException
+from lightning_sparse.annealing import annealed
 from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
 from lightning_sparse.masks import top_k
 from lightning_sparse.schedules import ANNEALING
@@ -100,12 +100,7 @@ class AutoSparse(LatentCallback):
         if self.alpha_zero_epoch is not None and epoch >= self.alpha_zero_epoch:
             self.current_alpha = 0.0
             return
-        if epochs is None and self.decay not in ("none", "exponential"):
-            raise MisconfigurationException(
-                f"decay={self.decay!r} needs the number of epochs: set Trainer(max_epochs=...) or max_steps, "
-                "or use decay='exponential' or 'none'."
-            )
-        self.current_alpha = self.alpha * ANNEALING[self.decay](epoch, epochs or 1, self.decay_rate)
+        self.current_alpha = annealed(self.alpha, self.decay, self.decay_rate, epoch, epochs)
 
     def level(self, t: Tensor) -> Tensor:
         """``T = g(s)``, with g the sigmoid."""

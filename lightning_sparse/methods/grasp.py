@@ -117,8 +117,8 @@ def hessian_product(probe: Probe, count: int, vectors: list[Tensor]) -> list[Ten
         if not isinstance(flow, Tensor) or not flow.requires_grad:  # a loss that is linear in the weights
             continue
         probe.module.zero_grad()
-        try:
-            flow.backward()  # grad() would pass over a function that is marked as differentiable once
+        try:  # grad() would pass over a function that is marked as differentiable once
+            flow.backward()  # type: ignore[no-untyped-call]  # Call to untyped function "backward" in typed context
         except RuntimeError as error:
             raise MisconfigurationException(
                 f"GraSP needs second derivatives, which an operation of the module does not have: {error}. "

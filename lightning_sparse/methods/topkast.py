@@ -1,0 +1,200 @@
+"""Top-KAST: top-K always sparse training (Jayakumar et al., NeurIPS 2020), with gradient annealing and powerpropagation.
+
+Sections 2.1-2.3; annealing as in AutoSparse (its Sec. 4.2, "TopKAST + GA"); Schwarz et al., NeurIPS 2021. Decisions:
+weights outside of B do not move at all, whatever the optimizer's momentum and weight decay; one that enters B starts
+with fresh optimizer state; annealing scales the loss's gradient, not the penalty's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparse import checks, masks
+from lightning_sparse.annealing import annealed
+from lightning_sparse.distributions import apportion, budget
+from lightning_sparse.latent import LatentWeight
+from lightning_sparse.schedules import ANNEALING
+from lightning_sparse.top_k import TopKCallback
+
+__all__ = ["TopKAST"]
+
+
+class TopKAST(TopKCallback):
+    r"""Top-K Always Sparse Training: compute with the largest weights, update somewhat more of them.
+
+    With D the density, A the D largest ``|W|`` and B the ``1 - backward_sparsity`` largest, which hold A, the layer
+    computes with ``P = W * 1_A``. Backward, ``dW = dP`` on A, ``alpha_i dP`` on the rest of B, and 0 outside, where
+    ``W`` does not move; ``alpha_i = alpha * decay(i)`` in epoch i. The loss gains
+    ``l2 / 2 (sum_A W^2 + sum_{B - A} W^2 / D)``, so that only what learns fast enough gets into A.
+
+    Args:
+        sparsity: share of zeros over all selected weights, ``1 - D``, in [0, 1).
+        backward_sparsity: share of weights that are not updated, at most ``sparsity``; 0 updates all.
+        alpha: gradient scale in B outside of A at the start, in [0, 1]; 1 is plain Top-KAST.
+        decay: annealing of alpha: "none", "linear", "cosine", "sigmoid", "sigmoid_cosine" or "exponential".
+        power: powerpropagation's exponent, at least 1: trained is v, and ``W = v |v|^(power-1)``. The paper's: 2 to 4.
+        l2: weight of the penalty, at least 0. It takes the place of the optimizer's weight decay.
+        scope: the largest of each ``"layer"`` (the paper's), or of all together (``"global"``).
+        update_every: number of optimizer steps from one choice of the sets to the next.
+        decay_rate: of the exponential decay, per epoch, at least 0.
+        options: ``distribution`` (of A under ``scope="layer"``, ``"uniform"`` unless told), ``min_layer_density``,
+            ``include``, ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.masked.MaskedCallback`.
+
+    Raises:
+        ValueError: an argument is out of range.
+        MisconfigurationException: at fit start, if the decay needs the number of epochs and nothing bounds it.
+
+    Example:
+        >>> from lightning_sparse import TopKAST
+        >>> callback = TopKAST(sparsity=0.8, backward_sparsity=0.5)
+
+    Reference:
+        "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        backward_sparsity: float,
+        alpha: float = 1.0,
+        decay: str = "none",
+        power: float = 1.0,
+        l2: float = 1e-4,
+        scope: str = "layer",
+        update_every: int = 1,
+        decay_rate: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(sparsity, scope, update_every, **options)
+        checks.fraction("0 updates all weights.", backward_sparsity=backward_sparsity)
+        if backward_sparsity > sparsity:
+            raise ValueError(
+                f"backward_sparsity must be at most sparsity={sparsity!r}, got {backward_sparsity!r}: the weights that "
+                "compute are among those that are updated. Lower it; 0 updates all."
+            )
+        checks.fraction("1 is plain Top-KAST; annealing starts at 0.75 to 1.", alpha=alpha)
+        checks.one_of(ANNEALING, decay=decay)
+        checks.at_least(0, "The paper's value is 1.", decay_rate=decay_rate)
+        checks.at_least(1, "1 trains the weights themselves.", power=power)
+        checks.at_least(0, "The paper's value for ResNet-50 is 1e-4.", l2=l2)
+        self.backward_sparsity = backward_sparsity
+        self.alpha = self.current_alpha = alpha
+        self.decay = decay
+        self.power = power
+        self.l2 = l2
+        self.decay_rate = decay_rate
+        self._l2_now = l2
+
+    # ------------------------------------------------------------------ what users read
+
+    @property
+    def latents(self) -> dict[str, Tensor]:
+        """The dense trained weights by parameter name: ``W``, or under powerpropagation ``v``."""
+        return super().latents
+
+    @property
+    def backward_masks(self) -> dict[str, Tensor]:
+        """The set B of each weight: a boolean tensor of the weight's shape, by parameter name."""
+        return {name: weight.buffers["B"] for name, weight in self._weights.items()}
+
+    @property
+    def layer_gradient_density(self) -> dict[str, float]:
+        """Share of each layer's weights whose gradient is used: B, or once alpha is 0, A."""
+        if self.current_alpha == 0:
+            return self.layer_density
+        return {name: masks.count(B) / B.numel() for name, B in self.backward_masks.items()}
+
+    @property
+    def backward_density(self) -> float:
+        """Share of all selected weights whose gradient is used."""
+        return self.gradient_density
+
+    @property
+    def watched(self) -> dict[str, float]:
+        """The annealed alpha and backward sparsity, to log."""
+        return {"sparsity/alpha": self.current_alpha, "sparsity/backward": 1 - self.backward_density}
+
+    # ------------------------------------------------------------------ the method
+
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
+        """Anneal alpha."""
+        self.current_alpha = annealed(self.alpha, self.decay, self.decay_rate, epoch, epochs)
+
+    def new_buffers(self, latent: Tensor) -> dict[str, Tensor]:
+        """All weights are in both sets until they are chosen."""
+        return {key: torch.ones_like(latent, dtype=torch.bool) for key in ("A", "B")}
+
+    def begin(self, weight: LatentWeight) -> None:
+        """Find the ``v`` of powerpropagation whose weight is the given one."""
+        if self.power != 1:
+            weight.latent = weight.latent.sign() * weight.latent.abs().pow(1 / self.power)
+
+    def choose(self, weights: Sequence[LatentWeight]) -> None:
+        """Find A, and B around it: ``|v|`` ranks as ``|W|`` does."""
+        sizes = [weight.latent.numel() for weight in weights]
+        counts = self.counts(weights)
+        total = budget(self.backward_sparsity, sum(sizes))
+        if self.scope == "global":
+            wider = self.largest(weights, total, counts)
+        else:
+            room = [size - count for size, count in zip(sizes, counts, strict=True)]
+            more = apportion(total - sum(counts), room, room)
+            wider = [count + n for count, n in zip(counts, more, strict=True)]
+        for weight, a, b in zip(weights, counts, wider, strict=True):
+            self.mark(weight, "A", a)
+            self.mark(weight, "B", b)
+
+    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
+        """Write ``v |v|^(power-1) * 1_A``."""
+        super().effective(weight, W, out)
+        if self.power != 1:
+            out.mul_(out.abs().pow_(self.power - 1))
+
+    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+        self._l2_now = self.l2 * share * scale
+        super().before_step(optimizer, share, scale)
+
+    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
+        """``dv = (alpha dP outside of A, dP in it) power |v|^(power-1)`` and the penalty's ``l2 v``, on B alone."""
+        A, B = (weight.matrix(weight.buffers[key]) for key in ("A", "B"))
+        if self.current_alpha != 1:
+            dP.mul_(_either(A, 1.0, self.current_alpha, dP))
+        if self.power != 1:
+            dP.mul_(W.abs().pow_(self.power - 1).mul_(self.power))
+        if self._l2_now:
+            dP.addcmul_(W, _either(A, self._l2_now, self._l2_now / (1 - self.sparsity_target), dP))
+        masks.zero_outside_(dP, B)
+
+    # ------------------------------------------------------------------ outside of B nothing moves
+
+    def enter_step(self, optimizer: Optimizer) -> None:
+        """Keep the values of before the update, in the memory that P does not need meanwhile."""
+        super().enter_step(optimizer)
+        for weight in self._owned(optimizer):
+            if weight.effective is not None and self.backward_sparsity:
+                weight.effective.copy_(weight.latent)
+
+    def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
+        """Undo the update outside of B, and find the sets anew if it is time; what enters B has no momentum."""
+        before = {weight.name: weight.buffers["B"] for weight in self._weights.values()}
+        for weight in weights:
+            if self.backward_sparsity:
+                assert weight.parameter is not None
+                kept = weight.parameter.data
+                weight.latent.copy_(torch.where(weight.buffers["B"], weight.latent, kept))
+        super().updated(optimizer, weights)
+        for weight in self._owned(optimizer) if optimizer is not None else ():
+            B = weight.buffers["B"]
+            if B is before[weight.name]:
+                continue
+            for state in optimizer.state.get(weight.parameter, {}).values():  # type: ignore[union-attr]
+                if isinstance(state, Tensor) and state.shape == B.shape:
+                    masks.zero_outside_(state, before[weight.name] | ~B)
+
+
+def _either(mask: Tensor, inside: float, outside: float, like: Tensor) -> Tensor:
+    """Return the one number where ``mask`` is True and the other where it is False."""
+    return torch.where(mask, like.new_tensor(inside), like.new_tensor(outside))

@@ -1,0 +1,207 @@
+"""TopKCallback: dense latent weights, of which the layers compute with exactly as many as were asked for."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparse import checks, masks
+from lightning_sparse._lightning import MisconfigurationException
+from lightning_sparse.distributions import DISTRIBUTIONS, budget, layer_counts, least
+from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight
+from lightning_sparse.layers import Choice
+
+__all__ = ["TopKCallback"]
+
+
+class TopKCallback(LatentCallback):
+    """Latent weights ``W``; the layers compute with ``P = W * 1_A``, A the positions of the largest scores.
+
+    The sets are found when a fit begins and again after every ``update_every``-th update, among the weights of one
+    optimizer. Their sizes are whole numbers, met exactly; among equal scores the earlier position wins.
+
+    Args:
+        sparsity: share of zeros over all selected weights, in [0, 1).
+        scope: the largest of each ``"layer"``, or of all together (``"global"``).
+        update_every: number of optimizer steps from one choice of the sets to the next.
+        distribution: under ``scope="layer"``, how the active weights are divided among layers; see ``MaskedCallback``.
+        min_layer_density: no layer falls below this density.
+        granularity: of the thresholds, if the method has any.
+        include: see ``SparseCallback``.
+        exclude: see ``SparseCallback``.
+        log_every_n_steps: see ``SparseCallback``.
+    """
+
+    threshold_names: Sequence[str] = ()
+
+    def __init__(
+        self,
+        sparsity: float,
+        scope: str,
+        update_every: int,
+        distribution: str | Mapping[str, float] = "uniform",
+        min_layer_density: float = 0.0,
+        granularity: Granularity = "layer",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        log_every_n_steps: int | None = None,
+    ) -> None:
+        super().__init__(0.0, granularity, include, exclude, log_every_n_steps)
+        checks.fraction("It is the share of zeros, 0.9 for 10 % of the weights.", sparsity=sparsity)
+        if sparsity == 1:
+            raise ValueError(f"sparsity must be below 1, got {sparsity!r}: nothing would be left to train.")
+        checks.one_of(("global", "layer"), scope=scope)
+        checks.integer(1, "1 chooses anew at every step.", update_every=update_every)
+        if isinstance(distribution, str):
+            checks.one_of(DISTRIBUTIONS, distribution=distribution)
+        else:
+            for pattern, density in distribution.items():
+                checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)
+        checks.fraction("0 lets a layer become empty.", min_layer_density=min_layer_density)
+        self.sparsity_target = sparsity
+        self.scope = scope
+        self.update_every = update_every
+        self.distribution = distribution
+        self.min_layer_density = min_layer_density
+        self._updates: dict[str, int] = {}
+        self._stepping = False
+
+    # ------------------------------------------------------------------ what a method defines
+
+    def scores(self, weight: LatentWeight) -> Tensor:
+        """Return what the largest of are active, of the weight's shape; no NaN."""
+        # a weight that is not a number any more ranks first: it must stay in sight
+        return weight.latent.abs().nan_to_num_(nan=math.inf, posinf=math.inf)
+
+    def active(self, size: int, updates: int) -> int:
+        """Return how many of ``size`` weights are active after so many updates."""
+        return budget(self.sparsity_target, size)
+
+    def choose(self, weights: Sequence[LatentWeight]) -> None:
+        """Write the sets of the weights of one optimizer into their buffers."""
+        for weight, count in zip(weights, self.counts(weights), strict=True):
+            self.mark(weight, "A", count)
+
+    # ------------------------------------------------------------------ what users read
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The set A of each weight: a boolean tensor of the weight's shape, by parameter name."""
+        return {name: weight.buffers["A"] for name, weight in self._weights.items()}
+
+    # ------------------------------------------------------------------ how many, and which
+
+    def counts(self, weights: Sequence[LatentWeight]) -> list[int]:
+        """Return the size of A in each weight."""
+        sizes = [weight.latent.numel() for weight in weights]
+        total = self.active(sum(sizes), self._clock(weights))
+        if self.scope == "layer":
+            shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
+            return list(layer_counts(self.distribution, shapes, total, self.min_layer_density).values())
+        floors = [least(self.min_layer_density, size) for size in sizes]
+        if sum(floors) > total:
+            raise ValueError(
+                f"min_layer_density={self.min_layer_density} alone takes {sum(floors)} weights, the budget is {total}. "
+                "Lower it or sparsity."
+            )
+        return self.largest(weights, total, floors)
+
+    def largest(self, weights: Sequence[LatentWeight], total: int, floors: Sequence[int]) -> list[int]:
+        """Return how many of the ``total`` largest scores of all lie in each weight, which has its floor in any case."""
+        everywhere = [torch.ones_like(weight.latent, dtype=torch.bool) for weight in weights]
+        return masks.count_global_top_k(map(self.scores, weights), total, everywhere, floors)
+
+    def mark(self, weight: LatentWeight, key: str, count: int) -> None:
+        """Write the set of the ``count`` largest scores, in the weight's order of memory."""
+        weight.buffers[key] = torch.empty_like(weight.latent, dtype=torch.bool).copy_(
+            masks.top_k(self.scores(weight), count)
+        )
+
+    def _clock(self, weights: Sequence[LatentWeight]) -> int:
+        """Return the number of updates of the weights of one optimizer: newcomers go by the others' clock."""
+        return max((self._updates.get(weight.name, 0) for weight in weights), default=0)
+
+    # ------------------------------------------------------------------ verbs
+
+    def new_buffers(self, latent: Tensor) -> dict[str, Tensor]:
+        """All weights are active until the sets are chosen."""
+        return {"A": torch.ones_like(latent, dtype=torch.bool)}
+
+    def begin(self, weight: LatentWeight) -> None:
+        """See a weight whose latent values are still the parameter's."""
+
+    @torch.no_grad()
+    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+        held = list(self._weights.values())
+        super().attach(choices, optimizers, resumed)
+        fresh = [weight for weight in self._weights.values() if not any(weight is old for old in held)]
+        if not resumed:
+            self._updates = {}
+        self._begin(fresh)
+
+    @torch.no_grad()
+    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+        clock = self._clock(self._owned(optimizer))
+        super().attach_more(choices, optimizer)
+        new = [self._weights[choice.name] for choice in choices]
+        self._updates |= {weight.name: clock for weight in new}
+        self._begin(new)
+
+    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+        self._stepping = share > 0
+        super().before_step(optimizer, share, scale)
+
+    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
+        """Write ``W * 1_A``."""
+        out.copy_(W)
+        masks.zero_outside_(out, weight.matrix(weight.buffers["A"]))
+
+    def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
+        """Count the update, and find the sets anew if it is time."""
+        if optimizer is None or not self._stepping or _skipped(optimizer):
+            return
+        owned = self._owned(optimizer)
+        updates = self._clock(owned) + 1
+        self._updates |= {weight.name: updates for weight in owned}
+        if owned and updates % self.update_every == 0:
+            self.choose(owned)
+            for weight in owned:
+                if not any(weight is other for other in weights):  # one without a gradient, which nobody else projects
+                    self._project(weight)
+
+    def _begin(self, weights: Sequence[LatentWeight]) -> None:
+        if not weights:
+            return
+        for weight in weights:
+            self.begin(weight)
+        self.choose(weights)
+        for weight in weights:
+            self._project(weight)
+
+    def _owned(self, optimizer: Optimizer) -> list[LatentWeight]:
+        return [weight for pool in self._pools.get(id(optimizer), ()) for weight in pool.weights]
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return latents, sets and clock."""
+        return {**super().state_dict(), "sparsity": self.sparsity_target, "updates": dict(self._updates)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state."""
+        if state_dict["sparsity"] != self.sparsity_target:
+            raise MisconfigurationException(
+                f"The checkpoint was written with sparsity={state_dict['sparsity']!r}, "
+                f"this {type(self).__name__} has {self.sparsity_target!r}: give it the same."
+            )
+        self._updates = dict(state_dict["updates"])
+        super().load_state_dict(state_dict)
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Tell whether a fused optimizer under AMP has found its gradients infinite and made no update."""
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
