@@ -115,10 +115,11 @@ class GradualPruning(MaskedCallback):
         """Keep the largest ``|W|`` of all layers together, and of each what ``min_layer_density`` asks for."""
         weights = pool.weights
         counts = masks.count_global_top_k(
-            (weight.W.abs() for weight in weights),
+            [weight.W for weight in weights],
             self.asked(pool),
             [weight.mask for weight in weights],
             list(map(self.least, weights)),
+            score=torch.abs,
         )
         for weight, count in zip(weights, counts, strict=True):
             self.keep(weight, count)

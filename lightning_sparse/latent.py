@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException, rank_zero_warn
-from lightning_sparse.callback import SparseCallback
+from lightning_sparse.callback import SparseCallback, refuse_other_weights
 from lightning_sparse.layers import Choice, write_matrix
 from lightning_sparse.pools import LatentWeight, Pool, pools
 
@@ -210,7 +210,8 @@ class LatentCallback(SparseCallback):
     @torch.no_grad()
     def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         if resumed and self._weights:  # none in a checkpoint of before the fit, as LearningRateFinder writes it
-            self._refuse_other_weights(choices)
+            here = {choice.name: tuple(choice.parameter.shape) for choice in choices}
+            refuse_other_weights(self, here, {n: tuple(weight.latent.shape) for n, weight in self._weights.items()})
         elif self._weights and not self._continues(choices):
             rank_zero_warn(
                 f"This {type(self).__name__} holds the state of an earlier fit of other weights: it starts afresh."
@@ -334,17 +335,6 @@ class LatentCallback(SparseCallback):
             and torch.equal(choice.parameter.cpu(), self._effective(self._weights[choice.name]).cpu())
             for choice in choices
         )
-
-    def _refuse_other_weights(self, choices: Sequence[Choice]) -> None:
-        """Raise unless the loaded state has just the chosen weights."""
-        here = {choice.name: tuple(choice.parameter.shape) for choice in choices}
-        there = {name: tuple(weight.latent.shape) for name, weight in self._weights.items()}
-        if here != there:
-            differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-            raise MisconfigurationException(
-                f"The checkpoint's state of {type(self).__name__} and this module differ in {differing}: "
-                "choose the same weights (include, exclude, requires_grad, optimizers) as when it was written."
-            )
 
     def _join(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Put thresholds into the param groups of their weights."""

@@ -1,6 +1,6 @@
 """Boolean masks: pure functions of tensors. Counts are exact, and among equal scores the earlier position wins."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -61,34 +61,75 @@ def global_top_k(scores: Sequence[Tensor], k: int, among: Sequence[Tensor], at_l
 
 
 def count_global_top_k(
-    scores: Iterable[Tensor], k: int, among: Sequence[Tensor], at_least: Sequence[int] | None = None
+    tensors: Iterable[Tensor],
+    k: int,
+    among: Sequence[Tensor],
+    at_least: Sequence[int] | None = None,
+    score: Callable[[Tensor], Tensor] = torch.Tensor.detach,
 ) -> list[int]:
     """Return how many of the ``k`` largest scores of all tensors together lie in each of them.
 
-    The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3). Given
-    ``at_least``, so many of each tensor's largest are among the ``k`` in any case.
+    The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3); what cannot
+    be among them, as samples of all tensors tell, is not looked at twice.
+
+    Args:
+        tensors: of any shapes.
+        k: how many in all.
+        among: the candidates, a boolean tensor for each.
+        at_least: so many of each tensor's largest are among the ``k`` in any case.
+        score: what is compared, element by element, such as ``torch.abs``; computed for one tensor at a time.
     """
+    tensors = list(tensors)
     least = [0] * len(among) if at_least is None else list(at_least)
-    k -= sum(least)
-    if k == 0:
+    extra = k - sum(least)
+    if extra == 0:
         return least
-    best = torch.empty(0)
-    owner = torch.empty(0, dtype=torch.long)
-    for index, (score, candidates, sure) in enumerate(zip(scores, among, least, strict=True)):
+    won = _winners(tensors, extra, among, least, score, _likely_bound(tensors, k, among, score))
+    if sum(won) < extra:  # the sample was misleading
+        won = _winners(tensors, extra, among, least, score, None)
+    return [sure + more for sure, more in zip(least, won, strict=True)]
+
+
+def _winners(
+    tensors: Sequence[Tensor],
+    k: int,
+    among: Sequence[Tensor],
+    least: Sequence[int],
+    score: Callable[[Tensor], Tensor],
+    bound: Tensor | None,
+) -> list[int]:
+    """Return how many of the ``k`` largest scores of at least ``bound`` lie in each tensor, beside its ``least``."""
+    best, owner = torch.empty(0), torch.empty(0, dtype=torch.long)
+    for index, (tensor, candidates, sure) in enumerate(zip(tensors, among, least, strict=True)):
+        scores = score(tensor)
         if sure:
-            candidates = candidates & ~top_k(score, sure, candidates)
-        flat, where = score.reshape(-1), candidates.reshape(-1)
-        if len(best) == k:  # what is not above the smallest kept cannot win, the earlier tensor having precedence
-            where = where & (flat > best.min())
-        n = min(k, count(where))
-        values = flat[_positions(flat, n, where)] if n else flat[:0]
+            candidates = candidates & ~top_k(scores, sure, candidates)
+        if bound is not None:
+            candidates = (scores >= bound.to(scores.device)).logical_and_(candidates)
+        values = scores[candidates]
         best = torch.cat((best.to(values), values))
-        owner = torch.cat((owner.to(values.device), torch.full((n,), index, device=values.device)))
-        if len(best) > k:
-            keep = _positions(best, k, None)
-            best, owner = best[keep], owner[keep]
+        owner = torch.cat((owner.to(values.device), torch.full((len(values),), index, device=values.device)))
+        if len(best) > 2 * k or (index + 1 == len(tensors) and len(best) > k):
+            kept = _positions(best, k, None)  # among equals the earlier tensor's
+            best, owner = best[kept], owner[kept]
+            bound = best.min()
     won: list[int] = torch.bincount(owner, minlength=len(least)).tolist()
-    return [sure + extra for sure, extra in zip(least, won, strict=True)]
+    return won
+
+
+def _likely_bound(
+    tensors: Sequence[Tensor], k: int, among: Sequence[Tensor], score: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """Return a score that a few more than ``k`` candidates reach, as a sample tells; None if there are few."""
+    size = sum(tensor.numel() for tensor in tensors)
+    if size < _SAMPLED_FROM:
+        return None
+    stride = size >> 14
+    samples: list[Tensor] = []
+    for tensor, candidates in zip(tensors, among, strict=True):
+        sample = score(tensor.reshape(-1)[::stride])[candidates.reshape(-1)[::stride]]
+        samples.append(sample.to(samples[0]) if samples else sample)
+    return _likely(torch.cat(samples), k / stride, largest=True)
 
 
 def zero_outside_(x: Tensor, mask: Tensor) -> None:
@@ -142,13 +183,17 @@ def _sampled(flat: Tensor, k: int, where: Tensor | None, largest: bool) -> Tenso
     sample = flat[::stride]
     if where is not None:
         sample = sample[where[::stride]]
-    expected = k / stride
-    rank = int(expected + 4 * (expected + 1) ** 0.5) + 1  # four standard deviations on the safe side
-    if rank >= len(sample):
+    bound = _likely(sample, k / stride, largest)
+    if bound is None:
         return None
-    bound = _kth(sample, rank, largest)
     within = flat >= bound if largest else flat <= bound
     if where is not None:
         within &= where
     candidates = within.nonzero().squeeze(1)
     return candidates if len(candidates) >= k else None
+
+
+def _likely(sample: Tensor, expected: float, largest: bool) -> Tensor | None:
+    """Return the score that ``expected`` elements of the sample reach, and four standard deviations more of them."""
+    rank = int(expected + 4 * (expected + 1) ** 0.5) + 1
+    return _kth(sample, rank, largest) if rank < len(sample) else None

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_sparse import DFBST, DST, STR, AutoSparse
 from lightning_sparse.layers import choose
-from lightning_sparse.masks import top_k
+from lightning_sparse.masks import count_global_top_k, lowest, random, top_k, zero_outside_
 from lightning_sparse.methods.autosparse import _largest
 
 
@@ -143,3 +143,74 @@ def test_density_before_any_fit_says_that_there_is_none(callback, read):
         read(callback)
     assert Lit().net[0].weight.ndim == 2
     assert callback.masks == {}
+
+
+LARGE = {
+    "different": lambda g: torch.randn(300_000, generator=g),
+    "many ties": lambda g: torch.randint(0, 5, (300_000,), generator=g).float(),
+    "nearly all equal": lambda g: (torch.rand(300_000, generator=g) < 1e-3).float(),
+    "all equal": lambda g: torch.zeros(300_000),
+    "sorted": lambda g: torch.arange(300_000.0),
+    "large only where no sample looks": lambda g: (torch.arange(300_000) % 18).float(),
+}
+
+
+@pytest.mark.parametrize("k", [1, 100, 29_999, 150_000, 269_999])
+@pytest.mark.parametrize("kind", LARGE)
+def test_selections_among_many_are_those_of_a_stable_sort(kind, k):
+    generator = torch.Generator().manual_seed(0)
+    scores = LARGE[kind](generator)
+    among = torch.rand(300_000, generator=generator) < 0.95
+    candidates = among.nonzero().squeeze(1)
+    for select, descending in ((top_k, True), (lowest, False)):
+        order = candidates[torch.sort(scores[candidates], stable=True, descending=descending).indices]
+        expected = torch.zeros(300_000, dtype=torch.bool)
+        expected[order[:k]] = True
+        assert torch.equal(select(scores, k, among), expected)
+    order = torch.sort(scores, stable=True, descending=True).indices
+    assert torch.equal(top_k(scores, k).nonzero().squeeze(1), order[:k].sort().values)
+
+
+@pytest.mark.parametrize("k", [1, 100, 29_999, 150_000, 269_999])
+@pytest.mark.parametrize("kind", LARGE)
+def test_counts_among_many_are_those_of_a_stable_sort(kind, k):
+    generator = torch.Generator().manual_seed(0)
+    scores = LARGE[kind](generator)
+    among = torch.rand(300_000, generator=generator) < 0.95
+    sizes = [1000, 200_000, 0, 9000, 90_000]
+    candidates = among.nonzero().squeeze(1)
+    winners = candidates[torch.sort(scores[candidates].abs(), stable=True, descending=True).indices[:k]]
+    edges = torch.tensor(sizes).cumsum(0)
+    expected = torch.bincount(torch.bucketize(winners, edges, right=True), minlength=5).tolist()
+    parts = scores.split(sizes), among.split(sizes)
+    assert count_global_top_k(parts[0], k, parts[1], score=torch.abs) == expected
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (6, 4, 3, 3), (600, 700)])
+def test_zeroing_outside_a_mask_is_a_product_with_it_in_any_layout(shape):
+    torch.manual_seed(0)
+    x, mask = torch.randn(shape), torch.rand(shape) < 0.5
+    layouts = [(x.clone(), mask)]
+    if len(shape) == 4:
+        last = torch.channels_last
+        layouts += [(x.contiguous(memory_format=last), mask.contiguous(memory_format=last))]
+        layouts += [(x.contiguous(memory_format=last), mask)]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for values, keep in layouts:
+            y = values.to(dtype)
+            zero_outside_(y, keep)
+            assert torch.equal(y, x.to(dtype) * mask)
+            assert y.stride() == values.stride()
+
+
+def test_random_choices_are_uniform_and_exact():
+    generator = torch.Generator().manual_seed(0)
+    among = torch.tensor([True, False, True, True, True, False])
+    drawn = torch.zeros(6)
+    for _ in range(2000):
+        mask = random(among, 2, generator)
+        assert int(mask.sum()) == 2
+        drawn += mask
+    assert not drawn[~among].any()
+    assert ((drawn[among] - 1000).square() / 1000).sum() < 12  # chi-square of 3 degrees of freedom: 11.3 at 1 %
+    assert random(among, 4, generator).tolist() == among.tolist()

@@ -7,6 +7,8 @@ goes by gradient; the step that moves connections applies its update, too.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from lightning_sparse import checks, masks
 from lightning_sparse.distributions import share
 from lightning_sparse.masked import MaskedWeight
@@ -62,8 +64,8 @@ class GGR(PruneAndGrow):
         """Drop the smallest ``|W|`` of each layer; count the winners of the global top-k of ``|dP|``; fill them in."""
         drops = self.to_drop(weights, [share(fraction, weight.active) for weight in weights])
         free = [~weight.mask for weight in weights]
-        gradients = (weight.dP.abs() for weight in weights)  # one layer at a time
-        grows = masks.count_global_top_k(gradients, sum(drops), free, self.needed(weights, drops))
+        gradients = [weight.dP for weight in weights]
+        grows = masks.count_global_top_k(gradients, sum(drops), free, self.needed(weights, drops), score=torch.abs)
         for weight, places, fewer, more in zip(weights, free, drops, grows, strict=True):
             at_random = share(self.random_share, more)
             dropped = masks.lowest(weight.W.abs(), fewer, among=weight.mask)
