@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sparse import DFBST, DST, SET, STR, AutoSparse, RigL, kernels
+from lightning_sparse import DFBST, DST, GGR, SET, STR, AutoSparse, RigL, kernels
 from lightning_sparse._extras import extra
 from lightning_sparse._lightning import PACKAGE, Callback, LightningModule, Trainer
 from lightning_sparse.callback import SparseCallback
@@ -38,6 +38,7 @@ METHODS: dict[str, Callable[[], SparseCallback]] = {
     # connections move when the benchmark says so
     "set": lambda: SET(sparsity=0.9, update_every=_NEVER),
     "rigl": lambda: RigL(sparsity=0.9, update_every=_NEVER),
+    "ggr": lambda: GGR(sparsity=0.9, update_every=_NEVER),
 }
 
 
