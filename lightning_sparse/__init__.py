@@ -11,15 +11,19 @@ from lightning_sparse.methods.gmp import GMP
 from lightning_sparse.methods.granet import GraNet
 from lightning_sparse.methods.grasp import GraSP
 from lightning_sparse.methods.itop import ITOP
+from lightning_sparse.methods.lottery_ticket import LotteryTicket
 from lightning_sparse.methods.memory_efficient_dst import MemoryEfficientDST
 from lightning_sparse.methods.mest import MEST
+from lightning_sparse.methods.optg import OptG
 from lightning_sparse.methods.random_pruning import RandomPruning
 from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.set import SET
 from lightning_sparse.methods.snfs import SNFS
 from lightning_sparse.methods.snip import SNIP
 from lightning_sparse.methods.str import STR
+from lightning_sparse.methods.swat import SWAT
 from lightning_sparse.methods.synflow import SynFlow
+from lightning_sparse.methods.topkast import TopKAST
 
 __all__ = [
     "DFBST",
@@ -33,15 +37,19 @@ __all__ = [
     "SNFS",
     "SNIP",
     "STR",
+    "SWAT",
     "AutoSparse",
     "DeepR",
     "GraNet",
     "GraSP",
+    "LotteryTicket",
     "MemoryEfficientDST",
+    "OptG",
     "RandomPruning",
     "RigL",
     "SparseCallback",
     "SynFlow",
+    "TopKAST",
     "__version__",
 ]
 

@@ -1,4 +1,4 @@
-"""Gradient annealing: how much of their gradient inactive weights get, from epoch to epoch (AutoSparse, Eqs. 2-4, 9)."""
+"""Gradient annealing: how much of their gradient inactive weights get in an epoch (AutoSparse, Eqs. 2-4, 9)."""
 
 from lightning_sparse._lightning import MisconfigurationException
 from lightning_sparse.schedules import ANNEALING

@@ -76,9 +76,13 @@ class TopKCallback(LatentCallback):
         # a weight that is not a number any more ranks first: it must stay in sight
         return weight.latent.abs().nan_to_num_(nan=math.inf, posinf=math.inf)
 
-    def active(self, size: int, updates: int) -> int:
-        """Return how many of ``size`` weights are active after so many updates."""
-        return budget(self.sparsity_target, size)
+    def active(self, weights: Sequence[LatentWeight], updates: int) -> int:
+        """Return how many of the weights of one optimizer are active after so many updates."""
+        return budget(self.sparsity_target, sum(weight.latent.numel() for weight in weights))
+
+    def is_due(self, updates: int) -> bool:
+        """Tell whether the sets are found anew after so many updates."""
+        return updates % self.update_every == 0
 
     def choose(self, weights: Sequence[LatentWeight]) -> None:
         """Write the sets of the weights of one optimizer into their buffers."""
@@ -97,7 +101,7 @@ class TopKCallback(LatentCallback):
     def counts(self, weights: Sequence[LatentWeight]) -> list[int]:
         """Return the size of A in each weight."""
         sizes = [weight.latent.numel() for weight in weights]
-        total = self.active(sum(sizes), self._clock(weights))
+        total = self.active(weights, self._clock(weights))
         if self.scope == "layer":
             shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
             return list(layer_counts(self.distribution, shapes, total, self.min_layer_density).values())
@@ -110,7 +114,7 @@ class TopKCallback(LatentCallback):
         return self.largest(weights, total, floors)
 
     def largest(self, weights: Sequence[LatentWeight], total: int, floors: Sequence[int]) -> list[int]:
-        """Return how many of the ``total`` largest scores of all lie in each weight, which has its floor in any case."""
+        """Return how many of the ``total`` largest scores of all lie in each weight, ``floors`` of them in any case."""
         everywhere = [torch.ones_like(weight.latent, dtype=torch.bool) for weight in weights]
         return masks.count_global_top_k(map(self.scores, weights), total, everywhere, floors)
 
@@ -166,7 +170,7 @@ class TopKCallback(LatentCallback):
         owned = self._owned(optimizer)
         updates = self._clock(owned) + 1
         self._updates |= {weight.name: updates for weight in owned}
-        if owned and updates % self.update_every == 0:
+        if owned and self.is_due(updates):
             self.choose(owned)
             for weight in owned:
                 if not any(weight is other for other in weights):  # one without a gradient, which nobody else projects

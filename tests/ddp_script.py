@@ -7,14 +7,15 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from helpers import SETTINGS, Lit, data, mlp, state, trainer
+from helpers import ROUNDS, SETTINGS, Lit, data, mlp, state, trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 GLOBAL_BATCH = 12
-CASES = [(method, accumulate, view) for method in SETTINGS for accumulate, view in ((1, False), (3, True))]
+METHODS = {**SETTINGS, **ROUNDS}
+CASES = [(method, accumulate, view) for method in METHODS for accumulate, view in ((1, False), (3, True))]
 
 
 class EpochEnds(pl.Callback):
@@ -33,7 +34,7 @@ def train(method, accumulate, rank=0, **options):
     torch.manual_seed(rank)
     if rank:  # so that ranks do not draw the same even where they start from the same seed
         torch.rand(rank)
-    callback = SETTINGS[method]()
+    callback = METHODS[method]()
     ends = EpochEnds(callback)
     module = Lit(mlp(torch.float64), scheduler=lambda o: StepLR(o, 1, 0.5))
     options |= {"accumulate_grad_batches": accumulate, "max_epochs": 3, "use_distributed_sampler": False}

@@ -21,25 +21,38 @@ from lightning_sparse import (
     SNFS,
     SNIP,
     STR,
+    SWAT,
     AutoSparse,
     DeepR,
     GraNet,
     GraSP,
+    LotteryTicket,
     MemoryEfficientDST,
+    OptG,
     RandomPruning,
     RigL,
     SynFlow,
+    TopKAST,
 )
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
 
 # One row a method: hyper-parameters under which a tiny network becomes visibly sparse within some dozen steps.
-LATENT: dict[str, Callable] = {
+THRESHOLDS: dict[str, Callable] = {
     "DST": lambda **kw: DST(**{"alpha": 5e-3, **kw}),
     "DFBST": lambda **kw: DFBST(**{"alpha": 5e-3, "beta": 0.5, **kw}),
     "AutoSparse": lambda **kw: AutoSparse(**{"alpha": 0.6, "init_threshold": -2.5, **kw}),
     "STR": lambda **kw: STR(**{"init_threshold": -2.5, **kw}),
 }
+# Latent weights without thresholds.
+TOP_K: dict[str, Callable] = {
+    "TopKAST": lambda **kw: TopKAST(
+        **{"sparsity": 0.8, "backward_sparsity": 0.5, "alpha": 0.9, "decay": "linear", "update_every": 3, **kw}
+    ),
+    "SWAT": lambda **kw: SWAT(**{"sparsity": 0.8, "activation_sparsity": 0.6, "update_every": 3, **kw}),
+    "OptG": lambda **kw: OptG(**{"sparsity": 0.8, "update_every": 3, **kw}),
+}
+LATENT: dict[str, Callable] = {**THRESHOLDS, **TOP_K}
 # The target is 0.8, and connections move within two epochs of 30 steps.
 MASKED: dict[str, Callable] = {
     "SET": lambda **kw: SET(**{"sparsity": 0.8, **kw}),
@@ -59,6 +72,8 @@ MASKED: dict[str, Callable] = {
     "GMP": lambda **kw: GMP(**{"sparsity": 0.8, "update_every": 3, "end_at": 0.5, **kw}),
 }
 SETTINGS: dict[str, Callable] = {**LATENT, **MASKED}
+# Methods that divide the epochs of a fit, here three.
+ROUNDS: dict[str, Callable] = {"LotteryTicket": lambda **kw: LotteryTicket(**{"sparsity": 0.8, "rounds": 2, **kw})}
 
 
 def mlp(dtype=torch.float32):
@@ -176,7 +191,7 @@ def same(a, b):
 
 def has_fresh(callback):
     """Whether there may be connections that are active, but 0 since they are new."""
-    return type(callback).__name__ in MASKED
+    return type(callback).__name__ in (*MASKED, *ROUNDS)
 
 
 def effective(module, callback):

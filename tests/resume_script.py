@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from helpers import SETTINGS, Lit, data, loader, state, trainer
+from helpers import ROUNDS, SETTINGS, Lit, data, loader, state, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.lr_scheduler import StepLR
@@ -27,6 +27,7 @@ MORE = {
     "DFBST-late": lambda: SETTINGS["DFBST"](penalty_from_epoch=1),
     "DST-weight": lambda: SETTINGS["DST"](granularity="weight"),
     "AutoSparse-B": lambda: SETTINGS["AutoSparse"](backward_density=0.4, decay="exponential", alpha_zero_epoch=2),
+    **ROUNDS,
 }
 CASES = [(m, "SGD", stop, 1) for m in SETTINGS for stop in STOPS]
 CASES += [(m, "AdamW", stop, 1) for m in SETTINGS for stop in ("epoch", "middle")]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import LATENT, SETTINGS, Lit, fit, seeded
+from helpers import SETTINGS, THRESHOLDS, Lit, fit, seeded
 from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -87,7 +87,7 @@ def test_an_unknown_decay_is_refused_with_the_known_ones():
         AutoSparse(decay="quadratic")
 
 
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_an_unknown_granularity_is_refused(method):
     with pytest.raises(ValueError, match=r"^granularity must be one of \['layer', 'neuron', 'weight'\], got 'row'"):
         SETTINGS[method](granularity="row")
@@ -219,7 +219,7 @@ class Explodes(Lit):
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("clip", [None, "norm", "value"])
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_gradients_that_are_not_finite_leave_thresholds_finite_and_are_told_of_once(method, value, clip):
     module = seeded(Explodes)
     module.value = value

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from helpers import LATENT, MASKED, SETTINGS, Lit, effective, fit, loader, seeded, trainer
+from helpers import SETTINGS, THRESHOLDS, Lit, effective, fit, loader, seeded, trainer
 from reference import Reference
 from torch import nn
 
@@ -76,16 +76,16 @@ KINDS = {
 @pytest.mark.parametrize("method", SETTINGS)
 def test_this_kind_of_layer_trains_sparse_by_default(method, kind):
     build, shape, call, weights = KINDS[kind]
-    options = {"granularity": "neuron"} if method in LATENT else {}
+    options = {"granularity": "neuron"} if method in THRESHOLDS else {}
     callback = SETTINGS[method](**options)
     module, _ = fit(callback, seeded(lambda: Lit(Takes(build(), shape, call))), loader(64))
     assert set(callback.masks) == {f"net.layer.{name}" for name in weights}
-    if method in LATENT:
+    if method in THRESHOLDS:
         assert {name: len(t) for name, t in callback.thresholds.items()} == {
             f"net.layer.{name}": neurons for name, neurons in weights.items()
         }
     for name, p in module.named_parameters():
-        assert name in callback.masks or p.all() or method in MASKED, "biases stay dense"
+        assert name in callback.masks or p.all() or method not in THRESHOLDS, "biases stay dense"
     assert callback.sparsity > 0
     assert effective(module, callback)
 
@@ -106,7 +106,7 @@ def test_this_kind_of_layer_trains_sparse_only_on_request(method, kind):
     def net():
         return nn.Sequential(Takes(build(), shape, call), nn.Linear(4, 4))
 
-    options = {"granularity": "neuron"} if method in LATENT else {}
+    options = {"granularity": "neuron"} if method in THRESHOLDS else {}
     callback = SETTINGS[method](**options)
     fit(callback, seeded(lambda: Lit(net())), loader(64))
     assert set(callback.masks) == {"net.1.weight"}
@@ -114,7 +114,7 @@ def test_this_kind_of_layer_trains_sparse_only_on_request(method, kind):
     module, _ = fit(callback, seeded(lambda: Lit(net())), loader(64))
     assert set(callback.masks) == {"net.0.layer.weight", "net.1.weight"}
     assert effective(module, callback)
-    if method in LATENT:
+    if method in THRESHOLDS:
         assert len(callback.thresholds["net.0.layer.weight"]) == neurons
         assert callback.layer_density["net.0.layer.weight"] < 1
 
@@ -125,7 +125,7 @@ def upside_down(W, groups):
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "weight"])
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 @pytest.mark.parametrize("kind", ["channels_last", "transposed", "transposed groups", "plain"])
 def test_gradients_are_the_references_whatever_the_layout(method, kind, granularity):
     """One step of SGD: what a neuron is, is defined by the reference, on a weight with its outputs first."""

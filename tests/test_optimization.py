@@ -6,7 +6,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import LATENT, MASKED, SETTINGS, Lit, data, effective, fit, loader, mlp, same, seeded, state, trainer
+from helpers import LATENT, SETTINGS, THRESHOLDS, Lit, data, effective, fit, loader, mlp, same, seeded, state, trainer
 from reference import Reference
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
@@ -113,7 +113,7 @@ def method(request):
     return request.param
 
 
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_thresholds_share_the_group_of_their_weight(method):
     callback = SETTINGS[method]()
     _, run = train(callback, seeded(lambda: Grouped(double())))
@@ -124,7 +124,7 @@ def test_thresholds_share_the_group_of_their_weight(method):
     check(callback, train_reference(method, reference_groups))
 
 
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_learning_rate_schedules_reach_thresholds_in_every_group(method):
     class Scheduled(Grouped):
         @staticmethod
@@ -136,7 +136,7 @@ def test_learning_rate_schedules_reach_thresholds_in_every_group(method):
     check(callback, train_reference(method, reference_groups, schedule=lambda o: StepLR(o, 10, 0.3)))
 
 
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_one_cycle_trains_as_the_reference(method):
     def cycle(optimizer):
         return OneCycleLR(optimizer, max_lr=0.2, total_steps=31)
@@ -151,7 +151,7 @@ def test_one_cycle_trains_as_the_reference(method):
     check(callback, train_reference(method, lambda r: sgd(r.trained()), schedule=cycle))
 
 
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_reduce_on_plateau_lowers_the_one_learning_rate_that_weights_and_thresholds_have(method):
     class Plateau(Lit):
         def configure_optimizers(self):
@@ -179,7 +179,7 @@ def test_reduce_on_plateau_lowers_the_one_learning_rate_that_weights_and_thresho
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_gradient_clipping_takes_weights_and_thresholds_together(method, algorithm):
     limit = 0.1 if algorithm == "norm" else 0.01
     clip = nn.utils.clip_grad_norm_ if algorithm == "norm" else nn.utils.clip_grad_value_
@@ -196,7 +196,7 @@ def test_gradient_clipping_takes_weights_and_thresholds_together(method, algorit
 
 
 @pytest.mark.parametrize("shape", [torch.sqrt, torch.exp, torch.sigmoid])
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_losses_whose_value_is_needed_for_backward(method, shape):
     class Shaped(Lit):
         def training_step(self, batch, batch_idx):
@@ -233,7 +233,7 @@ class Raw(Manual):
 
 
 @pytest.mark.parametrize("kind", [Manual, Raw])
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_several_manual_steps_a_batch_train_as_the_reference(method, kind):
     callback = SETTINGS[method]()
     train(callback, seeded(lambda: kind(double())))
@@ -254,7 +254,7 @@ class Closure(Raw):
             optimizer.step(closure)
 
 
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_raw_steps_with_a_closure_train_as_the_reference(method):
     callback = SETTINGS[method]()
     train(callback, seeded(lambda: Closure(double())))
@@ -308,7 +308,7 @@ def test_a_gan_with_two_optimizers_trains_sparse_in_both(method):
     assert effective(module, callback)
     assert all(torch.isfinite(x).all() for x in state(callback).values())
     start = {"AutoSparse": -2.5, "STR": -2.5}.get(method, 0)
-    assert method in MASKED or all((t != start).any() for t in callback.thresholds.values())
+    assert method not in THRESHOLDS or all((t != start).any() for t in callback.thresholds.values())
     assert 0 < callback.sparsity < 1
 
 
@@ -333,9 +333,10 @@ def test_weights_that_join_by_add_param_group_train_sparse_from_then_on(method):
     assert group["lr"] == 0.05
     assert effective(module, callback)
     if method in LATENT:
+        assert callback.latents["net.4.weight"].all(), "the dense weights live on"
+    if method in THRESHOLDS:
         start = {"AutoSparse": -2.5, "STR": -2.5}.get(method, 0)
         assert (callback.thresholds["net.4.weight"] != start).any()
-        assert callback.latents["net.4.weight"].all(), "the dense weights live on"
     else:
         assert callback.layer_density["net.4.weight"] < 1
 
@@ -378,7 +379,7 @@ def test_optimizers_of_named_parameters_name_the_thresholds_too(method, tmp_path
     fit(plain, max_epochs=1)
     (group,) = run.optimizers[0].param_groups
     assert len(group["params"]) == len(group["param_names"])
-    assert method in MASKED or "net.0.weight.t" in group["param_names"]
+    assert method not in THRESHOLDS or "net.0.weight.t" in group["param_names"]
     assert same(state(plain), state(named))
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = SETTINGS[method]()

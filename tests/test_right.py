@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LATENT, SETTINGS, Lit, cnn, data, loader, mlp, seeded, trainer
+from helpers import SETTINGS, THRESHOLDS, Lit, cnn, data, loader, mlp, seeded, trainer
 from reference import Reference
 from torch.optim.lr_scheduler import StepLR
 
@@ -45,13 +45,13 @@ def train_reference(net, names, method, granularity, accumulate, options):
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("net", [mlp, cnn])
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_trains_as_the_autograd_reference(method, net, accumulate, kernel):
     check(method, net, accumulate, "layer" if method in ("AutoSparse", "STR") else "neuron", {})
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "weight"])
-@pytest.mark.parametrize("method", LATENT)
+@pytest.mark.parametrize("method", THRESHOLDS)
 def test_every_granularity_trains_as_the_reference(method, granularity):
     # a single threshold a layer feels alpha once, not once a neuron
     check(method, cnn, 1, granularity, {"alpha": 2e-2} if (method, granularity) == ("DST", "layer") else {})

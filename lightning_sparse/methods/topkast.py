@@ -1,4 +1,4 @@
-"""Top-KAST: top-K always sparse training (Jayakumar et al., NeurIPS 2020), with gradient annealing and powerpropagation.
+"""Top-KAST: top-K always sparse training (Jayakumar et al., NeurIPS 2020), with annealing and powerpropagation.
 
 Sections 2.1-2.3; annealing as in AutoSparse (its Sec. 4.2, "TopKAST + GA"); Schwarz et al., NeurIPS 2021. Decisions:
 weights outside of B do not move at all, whatever the optimizer's momentum and weight decay; one that enters B starts
@@ -179,18 +179,22 @@ class TopKAST(TopKCallback):
 
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """Undo the update outside of B, and find the sets anew if it is time; what enters B has no momentum."""
+        if not self.backward_sparsity:
+            super().updated(optimizer, weights)
+            return
         before = {weight.name: weight.buffers["B"] for weight in self._weights.values()}
         for weight in weights:
-            if self.backward_sparsity:
-                assert weight.parameter is not None
-                kept = weight.parameter.data
-                weight.latent.copy_(torch.where(weight.buffers["B"], weight.latent, kept))
+            assert weight.parameter is not None
+            weight.latent.copy_(torch.where(weight.buffers["B"], weight.latent, weight.parameter.data))
         super().updated(optimizer, weights)
-        for weight in self._owned(optimizer) if optimizer is not None else ():
+        if optimizer is None:
+            return
+        for weight in self._owned(optimizer):
             B = weight.buffers["B"]
             if B is before[weight.name]:
                 continue
-            for state in optimizer.state.get(weight.parameter, {}).values():  # type: ignore[union-attr]
+            assert weight.parameter is not None
+            for state in optimizer.state.get(weight.parameter, {}).values():
                 if isinstance(state, Tensor) and state.shape == B.shape:
                     masks.zero_outside_(state, before[weight.name] | ~B)
 

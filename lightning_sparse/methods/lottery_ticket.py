@@ -1,0 +1,226 @@
+"""LotteryTicket: iterative magnitude pruning with rewinding (Frankle & Carbin, ICLR 2019; Frankle et al., ICML 2020).
+
+Decisions: one fit holds all trainings of the iteration, of equal length; each pruning leaves the same share of the
+weights that are left, and the last one the target exactly; all layers compete by default, as in the second paper.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_sparse import checks, masks
+from lightning_sparse._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
+from lightning_sparse.before_training import budgets
+from lightning_sparse.distributions import apportion, budget, layer_counts
+from lightning_sparse.layers import Choice
+from lightning_sparse.masked import MaskedCallback, MaskedWeight
+
+__all__ = ["LotteryTicket"]
+
+
+class LotteryTicket(MaskedCallback):
+    """Lottery tickets: train, prune the smallest weights, rewind the others, and so on; then train what is left.
+
+    The epochs of the fit are divided into ``rounds + 1`` trainings of equal length. After each but the last, weights
+    are pruned by magnitude, down to ``size (1 - sparsity)^(j / rounds)`` in round j. Then all parameters and buffers of
+    the module, optimizers and learning-rate schedulers go back to where they were when the fit began (or after
+    ``rewind_epoch`` epochs), so each training runs like the first, with fewer weights.
+
+    Args:
+        sparsity: share of zeros at the end over all selected weights, in [0, 1).
+        rounds: number of prunings, at least 1, which is one-shot pruning.
+        rewind_epoch: number of epochs after which the state to rewind to is taken. Later trainings repeat only the
+            epochs from there on, so with L epochs a training, the fit has ``L + rounds (L - rewind_epoch)``.
+        scope: compare the weights of all layers (``"global"``), or prune each ``"layer"`` to its own count, given by
+            ``distribution`` (here ``"uniform"`` unless told).
+        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
+            :class:`~lightning_sparse.masked.MaskedCallback`.
+
+    Raises:
+        ValueError: an argument is out of range.
+        MisconfigurationException: at fit start, if the epochs cannot be divided into the trainings.
+
+    Example:
+        >>> from lightning_sparse import LotteryTicket
+        >>> callback = LotteryTicket(sparsity=0.9, rounds=4)  # with Trainer(max_epochs=100): 5 trainings of 20
+
+    Reference:
+        "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", ICLR 2019.
+    """
+
+    def __init__(
+        self, sparsity: float, rounds: int = 5, rewind_epoch: int = 0, scope: str = "global", **options: Any
+    ) -> None:
+        super().__init__(sparsity, **{"distribution": "uniform", **options})
+        checks.integer(1, "1 prunes once.", rounds=rounds)
+        checks.integer(0, "0 rewinds to the start.", rewind_epoch=rewind_epoch)
+        checks.one_of(("global", "layer"), scope=scope)
+        self.initial_sparsity = 0.0
+        self.rounds = rounds
+        self.rewind_epoch = rewind_epoch
+        self.scope = scope
+        self._epochs: int | None = None
+        self._pruned = 0  # rounds, and how many of them belong to earlier fits
+        self._earlier = 0
+        self._rewind_point: dict[str, Any] = {}
+
+    @property
+    def watched(self) -> dict[str, float]:
+        """The number of prunings so far, to log."""
+        return {"sparsity/round": float(self._pruned)}
+
+    # ------------------------------------------------------------------ when
+
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
+        """Note how long the fit is."""
+        super().begin_epoch(epoch, epochs)
+        self._epochs = epochs
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that the epochs make up the trainings, and the budget the floors."""
+        super().on_train_start(trainer, pl_module)
+        self.starts()
+        for pool in self._pools.values():
+            kept, left = sum(map(self.least, pool.weights)), self.count(pool.weights, self.rounds)
+            if kept > left:
+                raise MisconfigurationException(
+                    f"min_layer_density={self.min_layer_density} alone keeps {kept} weights, but sparsity="
+                    f"{self.sparsity_target} leaves {left}. Lower one of them."
+                )
+
+    def starts(self) -> list[int]:
+        """Return the epochs in which the trainings of this fit begin, but for the first."""
+        rounds, r = self.rounds - self._earlier, self.rewind_epoch
+        if rounds == 0:
+            return []
+        if self._epochs is None:
+            raise MisconfigurationException(
+                f"LotteryTicket divides the epochs of the fit into {rounds + 1} trainings: give the Trainer max_epochs."
+            )
+        length, rest = divmod(self._epochs + rounds * r, rounds + 1)
+        if rest or length <= r:
+            length = max(length, r + 1)
+            good = [(rounds + 1) * n - rounds * r for n in (length, length + 1)]
+            raise MisconfigurationException(
+                f"The fit's {self._epochs} epochs cannot be divided into {rounds + 1} trainings of equal length "
+                f"(rounds={self.rounds}, rewind_epoch={r}). Set max_epochs to {good[0]} or {good[1]}, or change rounds."
+            )
+        return [length + j * (length - r) for j in range(rounds)]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the state to rewind to; between two trainings prune and rewind, when the schedulers have stepped."""
+        super().on_train_epoch_start(trainer, pl_module)
+        epoch = trainer.current_epoch
+        if epoch == self.rewind_epoch and not self._rewind_point:
+            self._rewind_point = _snapshot(trainer, pl_module)
+        if self._earlier + sum(start <= epoch for start in self.starts()) > self._pruned:
+            self._pruned += 1
+            for pool in self._pools.values():
+                self._prune(pool.weights)
+            self._rewind(trainer, pl_module)
+            rank_zero_info(f"LotteryTicket: round {self._pruned} of {self.rounds} leaves density {self.density:.4g}.")
+
+    # ------------------------------------------------------------------ prune and rewind
+
+    def count(self, weights: Sequence[MaskedWeight], rounds: int) -> int:
+        """Return the number of connections that so many rounds leave to ``weights``."""
+        size = sum(weight.mask.numel() for weight in weights)
+        return [size, *budgets(size, budget(self.sparsity_target, size), self.rounds)][rounds]
+
+    @torch.no_grad()
+    def _prune(self, weights: Sequence[MaskedWeight]) -> None:
+        """Keep the largest ``|W|``, as many as the rounds so far leave."""
+        total, active = self.count(weights, self._pruned), [weight.active for weight in weights]
+        if self.scope == "global":
+            counts = masks.count_global_top_k(
+                [weight.W for weight in weights],
+                total,
+                [weight.mask for weight in weights],
+                list(map(self.least, weights)),
+                score=torch.abs,
+            )
+        else:
+            shapes = {weight.name: tuple(weight.mask.shape) for weight in weights}
+            wanted = layer_counts(self.distribution, shapes, total, self.min_layer_density)
+            counts = apportion(total, [wanted[weight.name] for weight in weights], active)
+        for weight, count in zip(weights, counts, strict=True):
+            kept = masks.top_k(weight.W.abs(), count, among=weight.mask)
+            weight.change(weight.mask & ~kept, torch.zeros_like(kept))
+
+    @torch.no_grad()
+    def _rewind(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring back the state that was taken, but for what is pruned."""
+        point = self._rewind_point
+        for name, tensor in _tensors(pl_module).items():
+            if name in point["tensors"]:
+                tensor.copy_(point["tensors"][name])
+        for optimizer, saved in zip(trainer.optimizers, point["optimizers"].values(), strict=True):
+            _load(optimizer, saved)
+        for config, saved in zip(trainer.lr_scheduler_configs, point["schedulers"].values(), strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(saved))
+        for weight in self._weights.values():
+            masks.zero_outside_(weight.W, weight.mask)
+            for state in weight.optimizer_state():
+                masks.zero_outside_(state, weight.mask)
+
+    # ------------------------------------------------------------------ the family's verbs and state
+
+    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
+        """Take the weights over; another fit goes on with the rounds that are left."""
+        super().attach(choices, optimizers, resumed)
+        if not resumed:
+            self._pruned = self._pruned if self.density < 1 else 0
+            self._earlier, self._rewind_point = self._pruned, {}
+
+    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+        """Prune newcomers at once as far as the others are."""
+        super().attach_more(choices, optimizer)
+        self._prune([self._weights[choice.name] for choice in choices])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks, rounds and the state to rewind to."""
+        return {
+            **super().state_dict(),
+            "pruned": self._pruned,
+            "earlier": self._earlier,
+            "rewind_point": self._rewind_point,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state."""
+        super().load_state_dict(state_dict)
+        self._pruned, self._earlier = state_dict["pruned"], state_dict["earlier"]
+        self._rewind_point = state_dict["rewind_point"]
+
+
+def _tensors(module: LightningModule) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _snapshot(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """Return what a training depends on: tensors on the CPU and plain values."""
+    return {
+        "tensors": {name: tensor.detach().cpu().clone() for name, tensor in _tensors(module).items()},
+        "optimizers": {str(i): copy.deepcopy(o.state_dict()) for i, o in enumerate(trainer.optimizers)},
+        "schedulers": {
+            str(i): copy.deepcopy(config.scheduler.state_dict())
+            for i, config in enumerate(trainer.lr_scheduler_configs)
+        },
+    }
+
+
+def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Bring an optimizer's state back; groups and weights that joined it since then stay, without state."""
+    now = optimizer.state_dict()["param_groups"]
+    then = saved["param_groups"]
+    groups = [{**group, "params": now[i]["params"]} for i, group in enumerate(then)] + now[len(then) :]
+    moved = {
+        old: new
+        for group, other in zip(then, groups, strict=False)
+        for old, new in zip(group["params"], other["params"], strict=False)
+    }
+    state = {moved[index]: values for index, values in saved["state"].items()}
+    optimizer.load_state_dict(copy.deepcopy({**saved, "state": state, "param_groups": groups}))

@@ -1,0 +1,258 @@
+"""LotteryTicket: rounds of one fit, exact counts, and a rewinding that leaves nothing behind."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import Lit, cnn, effective, fit, loader, same, saved, seeded, state, trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+
+from lightning_sparse import LotteryTicket
+from lightning_sparse.methods.lottery_ticket import _load
+
+
+def step_lr(optimizer):
+    return StepLR(optimizer, 1, 0.5)
+
+
+class Looks(pl.Callback):
+    """Keep what each epoch starts and ends with."""
+
+    def __init__(self, callback):
+        self.callback, self.starts, self.ends = callback, [], []
+
+    def look(self, trainer, module):
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {
+            "tensors": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+            "masks": dict(self.callback.masks),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "momentum": {
+                name: s["momentum_buffer"].clone()
+                for name, p in module.named_parameters()
+                if "momentum_buffer" in (s := trainer.optimizers[0].state.get(p, {}))
+            },
+        }
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 0:
+            self.starts.append(self.look(trainer, module))
+
+    def on_train_epoch_end(self, trainer, module):
+        self.ends.append(self.look(trainer, module))
+
+
+def train(callback, epochs, build=lambda: Lit(cnn(), scheduler=step_lr), **kwargs):
+    looks = Looks(callback)
+    module, run = fit([callback, looks], seeded(build), max_epochs=epochs, **kwargs)
+    return module, run, looks
+
+
+def masked(look, masks):
+    return {name: x * masks[name] if name in masks else x for name, x in look["tensors"].items()}
+
+
+def test_each_round_starts_from_the_very_same_surviving_values():
+    """Parameters, batch-norm statistics, learning rates; and no momentum."""
+    callback = LotteryTicket(0.8, rounds=3)
+    module, _, looks = train(callback, 8)
+    for start in range(2, 8, 2):
+        now = looks.starts[start]
+        assert now["tensors"].keys() == looks.starts[0]["tensors"].keys()
+        assert "net.5.running_mean" in now["tensors"]
+        assert same(now["tensors"], masked(looks.starts[0], now["masks"]))
+        assert now["momentum"] == {}
+        assert now["lr"] == 0.1
+    assert [look["lr"] for look in looks.starts] == [0.1, 0.05] * 4
+    assert effective(module, callback)
+
+
+def test_each_round_prunes_the_smallest_of_what_it_trained_and_the_counts_are_exact():
+    callback = LotteryTicket(0.9, rounds=3)
+    _, _, looks = train(callback, 4, Lit)
+    counts = [sum(int(m.sum()) for m in look["masks"].values()) for look in looks.ends]
+    final = 392 - round(0.9 * 392)
+    assert counts == [392, round(392 * (final / 392) ** (1 / 3)), round(392 * (final / 392) ** (2 / 3)), final]
+    for end, start in zip(looks.ends, looks.starts[1:], strict=False):
+        before, after = (torch.cat([m.flatten() for m in look["masks"].values()]) for look in (end, start))
+        W = torch.cat([end["tensors"][name].abs().flatten() for name in end["masks"]])
+        assert not (after & ~before).any()
+        assert W[after].min() >= W[before & ~after].max()
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erk"])
+def test_by_layer_each_has_its_own_count(distribution):
+    callback = LotteryTicket(0.75, rounds=2, scope="layer", distribution=distribution, min_layer_density=0.1)
+    train(callback, 3, Lit)
+    assert sum(int(m.sum()) for m in callback.masks.values()) == 98
+    if distribution == "uniform":
+        assert [int(m.sum()) for m in callback.masks.values()] == [48, 40, 10]
+    else:
+        assert callback.layer_density["net.0.weight"] < callback.layer_density["net.4.weight"]
+
+
+def test_the_first_training_is_a_dense_one_and_the_last_one_of_the_masked_start_alone():
+    """Trained by hand: dense; then from the masked first values with masked gradients."""
+    callback = LotteryTicket(0.8, rounds=1)
+    module, _, looks = train(callback, 4, lambda: Lit(scheduler=step_lr))
+    dense, _ = fit([], seeded(lambda: Lit(scheduler=step_lr)))
+    assert same(looks.ends[1]["tensors"], dict(dense.named_parameters()))
+
+    class Masked(Lit):
+        def on_before_optimizer_step(self, optimizer):
+            for name, mask in callback.masks.items():
+                self.get_parameter(name).grad *= mask
+
+    twin = seeded(lambda: Masked(scheduler=step_lr))
+    with torch.no_grad():
+        for name, mask in callback.masks.items():
+            twin.get_parameter(name).mul_(mask)
+    fit([], twin)
+    assert same(dict(module.named_parameters()), dict(twin.named_parameters()))
+
+
+def test_late_rewinding_repeats_the_epochs_from_there_on_with_their_momentum():
+    callback = LotteryTicket(0.8, rounds=2, rewind_epoch=1)
+    _, _, looks = train(callback, 3 + 2 * 2)
+    early = looks.starts[1]
+    assert early["momentum"]
+    for start in (3, 5):
+        now = looks.starts[start]
+        assert same(now["tensors"], masked(early, now["masks"]))
+        momentum = {n: m * now["masks"][n] if n in now["masks"] else m for n, m in early["momentum"].items()}
+        assert same(now["momentum"], momentum)
+    assert [look["lr"] for look in looks.starts] == [0.1, 0.05, 0.025, 0.05, 0.025, 0.05, 0.025]
+
+
+def test_schedules_of_steps_and_of_plateaus_restart_too():
+    class Cycled(Lit):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            return [optimizer], [{"scheduler": OneCycleLR(optimizer, 0.2, total_steps=31), "interval": "step"}]
+
+    class Plateau(Lit):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "flat"}}
+
+        def training_step(self, batch, batch_idx):
+            self.log("flat", 1.0, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    _, run, looks = train(LotteryTicket(0.8, rounds=2), 3, Cycled)
+    assert len({look["lr"] for look in looks.starts}) == len({look["lr"] for look in looks.ends}) == 1
+    assert run.lr_scheduler_configs[0].scheduler.last_epoch == 30
+    _, _, looks = train(LotteryTicket(0.8, rounds=1), 6, Plateau)
+    assert [look["lr"] for look in looks.starts] == pytest.approx([0.1, 0.1, 0.01] * 2)
+
+
+@pytest.mark.parametrize("rewind", [0, 1])
+@pytest.mark.parametrize("stop", range(1, 5))
+def test_a_run_stopped_in_any_round_resumes_to_the_last_bit(stop, rewind, tmp_path):
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch + 1 == stop
+
+    def build():
+        return LotteryTicket(0.8, rounds=2, rewind_epoch=rewind)
+
+    epochs = 6 if rewind == 0 else 7
+    whole, resumed = build(), build()
+    module, _, _ = train(whole, epochs)
+    _, run = fit([build(), Stop()], seeded(lambda: Lit(cnn(), scheduler=step_lr)), max_epochs=epochs)
+    saved(run, tmp_path / "half.ckpt")
+    again = seeded(lambda: Lit(cnn(), scheduler=step_lr), 9)
+    run = trainer(resumed, max_epochs=epochs)
+    run.fit(again, loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert whole.sparsity == pytest.approx(0.8, abs=0.01)
+    assert same(state(whole), state(resumed))
+    assert same(module.state_dict(), again.state_dict())
+
+
+def test_the_round_is_logged(tmp_path):
+    callback = LotteryTicket(0.8, rounds=2)
+    train(callback, 3, Lit, logger=CSVLogger(tmp_path))
+    (path,) = tmp_path.rglob("metrics.csv")
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    column = lines[0].index("sparsity/round")
+    assert [float(line[column]) for line in lines[1:]] == [0, 1, 2]
+
+
+def test_another_fit_trains_what_is_left_and_prunes_no_more():
+    callback = LotteryTicket(0.8, rounds=2)
+    module, _, _ = train(callback, 3)
+    before = callback.masks
+    fit(callback, module, max_epochs=1)
+    assert same(before, callback.masks)
+
+
+def test_weights_that_join_later_are_pruned_as_far_as_the_others_are():
+    class Joins(Lit):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net[:4].parameters(), lr=0.1, momentum=0.9)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 2:
+                self.optimizers().add_param_group({"params": list(self.net[4].parameters()), "lr": 0.05})
+
+    callback = LotteryTicket(0.8, rounds=2)
+    module, run, looks = train(callback, 6, Joins)
+    assert int(looks.ends[2]["masks"]["net.4.weight"].sum()) == round(40 * (8 / 40) ** 0.5)
+    assert callback.density == (392 - round(0.8 * 392)) / 392
+    assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.1, 0.05]
+    assert effective(module, callback)
+
+
+def test_an_optimizer_state_comes_back_where_weights_have_joined_a_group():
+    a, b, c = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1, momentum=0.9)
+    for p in (a, b):
+        p.grad = torch.ones(2) * (1 if p is a else 2)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[0]["params"].append(c)
+    optimizer.param_groups[0]["lr"] = 0.5
+    c.grad = torch.ones(2)
+    optimizer.step()
+    _load(optimizer, before)
+    assert optimizer.state[a]["momentum_buffer"].tolist() == [1, 1]
+    assert optimizer.state[b]["momentum_buffer"].tolist() == [2, 2]
+    assert c not in optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "good"),
+    [({"rounds": 2}, 7, "6 or 9"), ({"rounds": 2}, 2, "3 or 6"), ({"rounds": 1, "rewind_epoch": 2}, 2, "4 or 6")],
+)
+def test_epochs_that_do_not_make_up_the_rounds_are_refused_with_numbers_that_do(options, epochs, good):
+    with pytest.raises(MisconfigurationException, match=rf"{epochs} epochs cannot be divided .* max_epochs to {good}"):
+        fit(LotteryTicket(0.8, **options), max_epochs=epochs)
+
+
+def test_a_fit_without_end_is_refused():
+    with pytest.raises(MisconfigurationException, match=r"divides the epochs of the fit into 3 trainings.*max_epochs"):
+        fit(LotteryTicket(0.8, rounds=2), max_epochs=-1, max_time={"seconds": 20})
+
+
+def test_a_floor_above_the_budget_is_refused():
+    with pytest.raises(MisconfigurationException, match=r"min_layer_density=0.5 alone keeps 196 .* leaves 78"):
+        fit(LotteryTicket(0.8, rounds=1, min_layer_density=0.5), max_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
+        ({"rewind_epoch": -1}, "rewind_epoch must be an integer of at least 0, got -1"),
+        ({"scope": "row"}, "scope must be one of .* got 'row'"),
+        ({"sparsity": 1.0}, "sparsity must be below 1, got 1.0"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        LotteryTicket(**{"sparsity": 0.8, **options})
