@@ -11,11 +11,12 @@ import argparse
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from results import epochs, folder, spread, train
 
 ACROSS = {"SNIP", "GraSP", "SynFlow", "GMP", "LotteryTicket", "OptG"}  # their scores settle the layers' densities
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "RandomPruning": {},
     "SET": {},
     "DeepR": {},
@@ -26,22 +27,23 @@ METHODS = {
     "MEST": {},
     "GGR": {},
     "MemoryEfficientDST": {"update_every": 200, "heuristic": "grabo"},
-    "TopKAST": {},
+    "TopKAST": {"backward_sparsity": lambda sparsity: round(1 - 2 * (1 - sparsity), 6), "update_every": 10},
     "SNIP": {},
     "GraSP": {},
     "SynFlow": {},
     "GraNet": {},
     "GMP": {},
-    "LotteryTicket": {},
-    "OptG": {},
-    "SWAT": {},
+    "LotteryTicket": {"rounds": 4},
+    "OptG": {"update_every": 10},
+    "SWAT": {"update_every": 10},
 }
 OWN_DENSITY = ["dense-{}-mnist", "dst-{}-mnist", "dfbst-{}-mnist"]
 
 
 def run_name(network: str, method: str, sparsity: float, distribution: str | None) -> str:
     """Name a run as ``results.train`` understands it."""
-    arguments = {"sparsity": sparsity, **METHODS[method]}
+    settings = {key: value(sparsity) if callable(value) else value for key, value in METHODS[method].items()}
+    arguments = {"sparsity": sparsity, **settings}
     if distribution:
         arguments["distribution"] = distribution
     return f"dense-{network}-mnist+{method}" + "".join(f"@{key}={value}" for key, value in arguments.items())
