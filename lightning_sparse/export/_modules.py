@@ -1,0 +1,74 @@
+"""What all exports share: a module's evaluation on an example, and how far two results are apart."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Example", "arguments", "check_equal", "evaluating", "results", "tensors"]
+
+#: an input of a module: a tensor, or a tuple of positional arguments
+Example = Tensor | tuple[Any, ...]
+
+#: how far results may be apart, relative to the larger of 1 and the largest output
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def arguments(example_input: Example) -> tuple[Any, ...]:
+    """Return the positional arguments that ``example_input`` stands for."""
+    return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` into eval mode without gradients; afterwards every submodule gets its own mode back."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of a nested output in order."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def results(module: nn.Module, example_input: Example) -> list[Tensor]:
+    """Return the tensors that ``module`` gives for the example in eval mode."""
+    with evaluating(module):
+        return tensors(module(*arguments(example_input)))
+
+
+def check_equal(expected: list[Tensor], found: list[Tensor], tolerance: float | None, what: str) -> None:
+    """Compare two results.
+
+    Args:
+        expected: tensors of the original.
+        found: tensors of the export.
+        tolerance: the largest difference allowed, relative to the larger of 1 and the largest output; None: by dtype,
+            1e-5 for float32.
+        what: names the export in the message.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    if [x.shape for x in expected] != [x.shape for x in found]:
+        shapes = [tuple(x.shape) for x in expected], [tuple(x.shape) for x in found]
+        raise RuntimeError(f"{what} gives tensors of shapes {shapes[1]} instead of {shapes[0]} on the example input.")
+    for right, x in zip(expected, found, strict=True):
+        allowed = (_TOLERANCE.get(right.dtype, 0.0)) if tolerance is None else tolerance
+        right, x = right.double().cpu(), x.double().cpu()
+        scale = float(right[right.isfinite()].abs().max()) if right.isfinite().any() else 0.0
+        if not torch.allclose(x, right, rtol=0.0, atol=allowed * max(1.0, scale), equal_nan=True):
+            raise RuntimeError(
+                f"{what} differs from the module by {float((x - right).abs().max()):.1e} on the example input, where "
+                f"{allowed * max(1.0, scale):.1e} is allowed. If the module is random or has a state that it changes "
+                "in eval mode, it cannot be exported; if it computes in low precision, raise tolerance."
+            )

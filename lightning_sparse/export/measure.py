@@ -1,0 +1,296 @@
+"""Which export pays here: time, file size and memory of a module and of what it can be exported to, measured."""
+
+import io
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_sparse._extras import extra
+from lightning_sparse.export._modules import Example, arguments, evaluating
+from lightning_sparse.export.compaction import compact, trace
+from lightning_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
+from lightning_sparse.export.files import save_sparse
+from lightning_sparse.export.onnx import onnx_session, to_onnx
+from lightning_sparse.process import peak_memory, resident_memory
+
+__all__ = ["Benchmark", "Measurement", "benchmark"]
+
+_MIB = 2**20
+# one timing of a variant lasts as long as this, at least
+_SECONDS = 0.005
+
+
+@dataclass
+class Measurement:
+    """One row of the table.
+
+    Attributes:
+        milliseconds: by batch size, the median time of a forward pass.
+        file_bytes: of the state dict as ``torch.save`` writes it, or of the ONNX file.
+        memory_bytes: what loading it and running the largest batch adds to the memory of a process, at its peak;
+            None: not measured.
+    """
+
+    milliseconds: dict[int, float]
+    file_bytes: int
+    memory_bytes: float | None
+
+
+@dataclass
+class Benchmark:
+    """What was measured; ``str`` makes a Markdown table of it, and says which one pays.
+
+    Attributes:
+        rows: measurements by name; the first is the module itself, "dense".
+        skipped: by name of what could not be made, why.
+        sparse_file_bytes: of the module's state dict as ``save_sparse`` writes it; None: safetensors is not installed.
+    """
+
+    rows: dict[str, Measurement]
+    skipped: dict[str, str]
+    sparse_file_bytes: int | None
+
+    def __str__(self) -> str:
+        batches = list(self.rows["dense"].milliseconds)
+        head = ["", *(f"batch {batch} (ms)" for batch in batches), "file (MiB)", "peak memory added (MiB)"]
+        lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+        for name, row in self.rows.items():
+            times = [f"{row.milliseconds[batch]:.3f}" for batch in batches]
+            added = "" if row.memory_bytes is None else f"{row.memory_bytes / _MIB:.1f}"
+            lines.append(_line([name, *times, f"{row.file_bytes / _MIB:.2f}", added]))
+        notes = [self._best(f"Fastest at batch {batch}", _time_at(batch)) for batch in batches]
+        notes.append(self._best("Smallest file", lambda row: row.file_bytes))
+        if self.sparse_file_bytes is not None:
+            notes.append(
+                f"The dense module's weights as save_sparse writes them: {self.sparse_file_bytes / _MIB:.2f} MiB."
+            )
+        if self.rows["dense"].memory_bytes is not None:
+            notes.append(self._best("Least memory", lambda row: row.memory_bytes or float("inf")))
+        notes += [f"Not measured: {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join([*lines, "", *notes])
+
+    def _best(self, title: str, cost: Callable[[Measurement], float]) -> str:
+        costs = {name: cost(row) for name, row in self.rows.items()}
+        best = min(costs, key=lambda name: costs[name])
+        ratio = costs["dense"] / costs[best]
+        return f"{title}: {best}" + ("." if best == "dense" else f", {ratio:.2f} times better than dense.")
+
+
+def benchmark(
+    module: nn.Module,
+    example_input: Example,
+    *,
+    batch_sizes: Sequence[int] = (1, 128),
+    rounds: int = 15,
+    min_sparsity: float = 0.9,
+    memory: bool = True,
+) -> Benchmark:
+    """Measure what a sparse module and its exports need on this machine's CPU.
+
+    These are the module as it is, compacted, with CSR layers, both, and if it is installed with onnxruntime, also
+    compacted. All run in turn with ``torch.get_num_threads()`` threads, so that a change of the machine's speed meets
+    all. Memory is that of a process of its own for each.
+
+    Args:
+        module: on the CPU, with exact zeros in its weights; it is not changed.
+        example_input: a tensor, or a tuple of positional tensors; its first row is repeated to make the batches.
+        batch_sizes: to time; the largest is used for memory.
+        rounds: how often each is timed; the median counts.
+        min_sparsity: as in ``to_csr``.
+        memory: measure memory, too, which starts a process for each.
+
+    Raises:
+        ValueError: an argument is out of range, or the module is not on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_sparse.export import benchmark
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight[:60].zero_()
+        >>> table = benchmark(net, torch.randn(2, 64), rounds=3, memory=False)
+        >>> table.rows["compacted"].file_bytes < table.rows["dense"].file_bytes
+        True
+    """
+    if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"rounds and batch_sizes must be at least 1, got rounds={rounds}, batch_sizes={batch_sizes}.")
+    if any(tensor.device.type != "cpu" for tensor in module.state_dict().values() if isinstance(tensor, Tensor)):
+        raise ValueError("module must be on the CPU, where benchmark measures: give module.cpu().")
+    batches = {size: tuple(_repeat(x, size) for x in arguments(example_input)) for size in batch_sizes}
+    skipped: dict[str, str] = {}
+    with TemporaryDirectory() as folder, evaluating(module):
+        variants = _variants(module, example_input, min_sparsity, Path(folder), skipped)
+        times = {size: _times(variants, inputs, rounds) for size, inputs in batches.items()}
+        peaks: dict[str, float | None] = {}
+        if memory:
+            torch.save(batches[max(batch_sizes)], Path(folder, "inputs"))
+            peaks = {name: _peak(name, variants, Path(folder), skipped) for name in variants}
+        files = {name: _file_size(name, variant, Path(folder)) for name, variant in variants.items()}
+        sparse_file = _sparse_file_size(module, Path(folder))
+    rows = {
+        name: Measurement({size: times[size][name] for size in batch_sizes}, files[name], peaks.get(name))
+        for name in variants
+    }
+    return Benchmark(rows, skipped, sparse_file)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _time_at(batch: int) -> Callable[[Measurement], float]:
+    return lambda row: row.milliseconds[batch]
+
+
+def _repeat(x: Tensor, size: int) -> Tensor:
+    return x[:1].repeat(size, *[1] * (x.ndim - 1))
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def _variants(
+    module: nn.Module, example_input: Example, min_sparsity: float, folder: Path, skipped: dict[str, str]
+) -> dict[str, Any]:
+    """Return what can be made of the module by name: a module, or the session of an ONNX file."""
+    variants: dict[str, Any] = {"dense": module}
+
+    def attempt(name: str, make: Callable[[], Any]) -> None:
+        try:
+            variants[name] = make()
+        except Exception as error:
+            skipped[name] = str(error).splitlines()[0]
+
+    def csr(source: str) -> nn.Module:
+        # without its LightningModule's or the script's class, it can be loaded by another process
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = to_csr(_portable(variants[source]), min_sparsity)
+        if not any(isinstance(layer, (CSRLinear, CSRConv2d)) for layer in result.modules()):
+            raise ValueError(f"no layer has a sparsity of {min_sparsity:.0%} or more")
+        return result
+
+    def onnx(source: str, name: str) -> Any:
+        to_onnx(variants[source], folder / name, example_input)
+        return onnx_session(folder / name)
+
+    attempt("compacted", lambda: compact(module, example_input)[0])
+    attempt("CSR", lambda: csr("dense"))
+    attempt("ONNX", lambda: onnx("dense", "ONNX"))
+    if "compacted" in variants:
+        attempt("compacted, CSR", lambda: csr("compacted"))
+        attempt("compacted, ONNX", lambda: onnx("compacted", "compacted, ONNX"))
+    return variants
+
+
+def _portable(module: nn.Module) -> nn.Module:
+    """Return the module as a graph of torch's layers if it can be traced, so that any process can load it."""
+    if isinstance(module, fx.GraphModule):
+        return module
+    try:
+        return trace(module)
+    except ValueError:
+        return module
+
+
+def _times(variants: Mapping[str, Any], inputs: tuple[Tensor, ...], rounds: int) -> dict[str, float]:
+    """Return each variant's median time in milliseconds."""
+    runs = {name: _runner(variant, inputs) for name, variant in variants.items()}
+    counts = {}
+    for name, run in runs.items():
+        run()
+        counts[name] = max(1, round(_SECONDS / _seconds(run, 1)))
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            taken[name].append(1e3 * _seconds(run, counts[name]))
+    return {name: median(values) for name, values in taken.items()}
+
+
+def _runner(variant: Any, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    if isinstance(variant, nn.Module):
+        return lambda: variant(*inputs)
+    given = {slot.name: x.numpy() for slot, x in zip(variant.get_inputs(), inputs, strict=True)}
+    return lambda: variant.run(None, given)
+
+
+def _seconds(run: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    return (time.perf_counter() - start) / count
+
+
+def _file_size(name: str, variant: Any, folder: Path) -> int:
+    if isinstance(variant, nn.Module):
+        torch.save(variant.state_dict(), folder / "state")
+        return os.path.getsize(folder / "state")
+    return sum(os.path.getsize(file) for file in folder.iterdir() if file.name in (name, f"{name}.data"))
+
+
+def _sparse_file_size(module: nn.Module, folder: Path) -> int | None:
+    try:
+        save_sparse(module, folder / "sparse")
+    except (ModuleNotFoundError, ValueError):
+        return None
+    return os.path.getsize(folder / "sparse")
+
+
+# ---------------------------------------------------------------------- memory, in a process of its own
+
+
+def _peak(name: str, variants: Mapping[str, Any], folder: Path, skipped: dict[str, str]) -> float | None:
+    """Return what loading and running a variant adds to the memory of a new process, in bytes."""
+    file, kind = folder / name, "onnx"
+    try:
+        if isinstance(variants[name], nn.Module):
+            file, kind = folder / "module", "torch"
+            torch.save(_portable(variants[name]), file)
+        command = [sys.executable, "-m", "lightning_sparse.export.measure", kind, str(file), str(folder / "inputs")]
+        command.append(str(torch.get_num_threads()))
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    except Exception as error:  # whatever the module's class does when it is pickled, and the process
+        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
+        skipped[f"memory of {name}"] = reason.splitlines()[-1] if reason else type(error).__name__
+        return None
+
+
+def _print_peak(kind: str, file: str, inputs: str, threads: str) -> None:
+    """Print what loading and running what is in the file adds to this process's memory."""
+    torch.set_num_threads(int(threads))
+    given = torch.load(inputs)
+    if kind == "onnx":
+        extra("onnxruntime", "export")
+    _warm_up()
+    before = resident_memory()
+    variant = onnx_session(file) if kind == "onnx" else torch.load(file, weights_only=False)
+    with torch.no_grad():
+        run = _runner(variant, given)
+        for _ in range(3):
+            run()
+    print(max(0.0, peak_memory() - before))
+
+
+def _warm_up() -> None:
+    """Load what torch loads when it is first used, which is not the network's memory."""
+    buffer = io.BytesIO()
+    torch.save(to_csr(trace(nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1))), min_sparsity=0), buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        torch.load(buffer, weights_only=False)(torch.ones(4, 4, 4))
+
+
+if __name__ == "__main__":
+    _print_peak(*sys.argv[1:])
