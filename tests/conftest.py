@@ -11,6 +11,14 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def _own_seed():
+    """Remove what ``seed_everything`` leaves in the environment, where processes of later tests would find it."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(params=["torch", "numba"])
 def kernel(request, monkeypatch):
     """Run a test with each set of kernels."""
