@@ -42,12 +42,22 @@ def random(among: Tensor, k: int, generator: Generator) -> Tensor:
 
     Drawn on the CPU, so that every device and every process with the same generator gets the same.
     """
-    if k == count(among):
+    candidates = count(among)
+    if k == candidates:
         return among.clone()
-    mask = torch.zeros(among.numel(), dtype=torch.bool)
-    if k > 0:
-        candidates = among.reshape(-1).cpu().nonzero().squeeze(1)
-        mask[candidates[torch.randperm(len(candidates), generator=generator)[:k]]] = True
+    if k > candidates:
+        raise ValueError(f"{k} of {candidates} candidates were asked for.")
+    where = among.reshape(-1).cpu()
+    mask = torch.zeros(len(where), dtype=torch.bool)
+    if 2 * k > candidates or 2 * candidates < len(where):  # many draws would be in vain
+        positions = where.nonzero().squeeze(1)
+        mask[positions[torch.randperm(candidates, generator=generator)[:k]]] = True
+    else:
+        missing = k
+        while missing:
+            drawn = torch.randint(len(where), (missing,), generator=generator)
+            mask[drawn[where[drawn]]] = True
+            missing = k - count(mask)
     return mask.view(among.shape).to(among.device)
 
 

@@ -203,14 +203,20 @@ def test_zeroing_outside_a_mask_is_a_product_with_it_in_any_layout(shape):
             assert y.stride() == values.stride()
 
 
-def test_random_choices_are_uniform_and_exact():
+@pytest.mark.parametrize(("candidates", "k"), [([0, 2, 3, 4], 1), ([0, 2, 3, 4], 3), ([1, 4], 1)])
+def test_random_choices_are_uniform_and_exact(candidates, k):
     generator = torch.Generator().manual_seed(0)
-    among = torch.tensor([True, False, True, True, True, False])
+    among = torch.zeros(6, dtype=torch.bool)
+    among[candidates] = True
     drawn = torch.zeros(6)
     for _ in range(2000):
-        mask = random(among, 2, generator)
-        assert int(mask.sum()) == 2
+        mask = random(among, k, generator)
+        assert int(mask.sum()) == k
         drawn += mask
     assert not drawn[~among].any()
-    assert ((drawn[among] - 1000).square() / 1000).sum() < 12  # chi-square of 3 degrees of freedom: 11.3 at 1 %
-    assert random(among, 4, generator).tolist() == among.tolist()
+    expected = 2000 * k / len(candidates)
+    assert ((drawn[among] - expected).square() / expected).sum() < 11.3  # chi-square of 3 degrees of freedom at 1 %
+    assert random(among, len(candidates), generator).tolist() == among.tolist()
+    assert not random(among, 0, generator).any()
+    with pytest.raises(ValueError, match=f"5 of {len(candidates)} candidates"):
+        random(among, 5, generator)
