@@ -24,6 +24,7 @@ from lightning_sparse.methods.str import STR
 from lightning_sparse.methods.swat import SWAT
 from lightning_sparse.methods.synflow import SynFlow
 from lightning_sparse.methods.topkast import TopKAST
+from lightning_sparse.storage.checkpoint import load_dense
 
 __all__ = [
     "DFBST",
@@ -51,6 +52,7 @@ __all__ = [
     "SynFlow",
     "TopKAST",
     "__version__",
+    "load_dense",
 ]
 
 __version__ = "0.1.0"

@@ -3,7 +3,7 @@
 ``python -m lightning_sparse.bench overhead`` times a bare training step with each method against a dense one,
 ``... trainer`` the same in a Lightning Trainer, ``... compile`` compiled by inductor against eager; ``... hooks`` shows
 the cost of Lightning's hooks alone, ``... memory`` the peak memory, ``... update`` the time in which methods of prune
-and grow move connections. ``--help`` lists the options.
+and grow move connections, ``... storage`` time and memory of truly sparse layers. ``--help`` lists the options.
 """
 
 import argparse
@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sparse import DFBST, DST, GGR, SET, STR, AutoSparse, RigL, kernels
+from lightning_sparse import DFBST, DST, GGR, SET, STR, AutoSparse, RigL, kernels, sampling
 from lightning_sparse._extras import extra
 from lightning_sparse._lightning import PACKAGE, Callback, LightningModule, Trainer
 from lightning_sparse.callback import SparseCallback
+from lightning_sparse.distributions import budget
 from lightning_sparse.layers import choose
 from lightning_sparse.process import peak_memory, resident_memory
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.storage import make_sparse_
+from lightning_sparse.storage.backends import backend
 
 __all__ = ["main"]
 
@@ -225,6 +228,88 @@ def update(arguments: argparse.Namespace) -> None:
         )
 
 
+def _stored(arguments: argparse.Namespace, storage: str, sparsity: float) -> Callable[[], None]:
+    """Return a function that takes one step of training of a network whose weights are stored so."""
+    torch.manual_seed(0)
+    build, shape = NETWORKS[arguments.network]
+    if storage == "sparse":
+        with torch.device("meta"):
+            module = build()
+        for layer in list(module.modules()):
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                size = layer.weight.numel()
+                make_sparse_(layer, sampling.distinct(budget(sparsity, size), size, torch.default_generator))
+            elif isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
+                layer.to_empty(device="cpu").reset_parameters()
+    else:
+        module = build()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    callback = None
+    if storage == "masked":
+        callback = SET(sparsity, distribution="uniform", update_every=_NEVER)
+        callback.attach([choice for choice in choose(module) if choice.reason is None], [optimizer], False)
+    x, y = torch.randn(arguments.batch, *shape), torch.randint(10, (arguments.batch,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(x), y).backward()  # type: ignore[no-untyped-call]
+        if callback is not None:
+            callback.before_step(optimizer, 1.0, 1.0)
+            callback.enter_step(optimizer)
+        optimizer.step()
+        if callback is not None:
+            callback.after_step(optimizer)
+
+    return step
+
+
+def storage(arguments: argparse.Namespace) -> None:
+    """Print step time and peak memory with masks and with sparse layers over those of dense training."""
+    print(f"{arguments.network}, batch {arguments.batch}, {_hardware('cpu')}, {backend(torch.zeros(1)).__name__}")
+    own = [sys.executable, "-m", "lightning_sparse.bench", "stored", "--network", arguments.network]
+    own += ["--batch", str(arguments.batch), "--threads", str(arguments.threads)]
+
+    def peak_above(kind: str, sparsity: float) -> float:
+        command = [*own, "--methods", kind, "--sparsities", str(sparsity)]
+        before, after = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        return after - before
+
+    memory = peak_above("dense", 0.0)
+    print(f"dense: peak {memory:.0f} MB above the process's own memory")
+    print("sparsity  step time / dense: masked  sparse (range)           peak memory / dense: masked  sparse")
+    for sparsity in map(float, arguments.sparsities.split(",")):
+        dense = _stored(arguments, "dense", 0.0)
+        steps = {kind: _stored(arguments, kind, sparsity) for kind in ("masked", "sparse")}
+        for step in (dense, *steps.values()):
+            step()
+        count = {kind: max(1, int(arguments.seconds / _seconds(step, 1, "cpu"))) for kind, step in steps.items()}
+        ratios: dict[str, list[float]] = {kind: [] for kind in steps}
+        for _ in range(arguments.rounds):
+            for kind, step in steps.items():
+                before, ours = _seconds(dense, 1, "cpu"), _seconds(step, count[kind], "cpu")
+                ratios[kind].append(2 * ours / (before + _seconds(dense, 1, "cpu")))
+        times = {kind: statistics.median(values) for kind, values in ratios.items()}
+        low, high = min(ratios["sparse"]), max(ratios["sparse"])
+        peaks = {kind: peak_above(kind, sparsity) / memory for kind in steps}
+        print(
+            f"{sparsity:<8g}  {times['masked']:25.3f}  {times['sparse']:6.3f} ({low:.3f} to {high:.3f})"
+            f"  {peaks['masked']:27.3f}  {peaks['sparse']:6.3f}",
+            flush=True,
+        )
+
+
+def stored(arguments: argparse.Namespace) -> None:
+    """Print this process's memory in MB before a network is made and its peak after five steps."""
+    kind, sparsity = arguments.methods, float(arguments.sparsities)
+    small = argparse.Namespace(network="lenet300", batch=1)
+    _stored(small, kind, sparsity)()  # loads and compiles what is needed
+    before = resident_memory()
+    step = _stored(arguments, kind, sparsity)
+    for _ in range(5):
+        step()
+    print(before / 1e6, peak_memory() / 1e6)
+
+
 class _Idle(SparseCallback):
     """A method that does nothing: what remains is what Lightning's hooks cost."""
 
@@ -350,10 +435,13 @@ def main(arguments: list[str] | None = None) -> None:
         "trainer": trainer,
         "hooks": hooks,
         "peak": peak,
+        "storage": storage,
+        "stored": stored,
     }
     parser.add_argument("benchmark", choices=benchmarks)
     parser.add_argument("--network", choices=NETWORKS, default="lenet300")
     parser.add_argument("--methods", default="dst,dfbst,autosparse,str", help="separated by commas")
+    parser.add_argument("--sparsities", default="0.9,0.95,0.98,0.99,0.995", help="for storage, separated by commas")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")

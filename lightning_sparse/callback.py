@@ -62,6 +62,9 @@ class SparseCallback(Callback, ABC):
     _module: LightningModule | None
     _trainer: Trainer | None
 
+    #: ``"masked"``: weights are dense tensors with exact zeros; ``"sparse"``: layers that hold the nonzeros alone
+    storage: str = "masked"
+
     def __init__(
         self, include: Sequence[str] | None = None, exclude: Sequence[str] = (), log_every_n_steps: int | None = None
     ) -> None:
@@ -177,6 +180,7 @@ class SparseCallback(Callback, ABC):
         choices = choose(pl_module, self.include, self.exclude)
         self._refuse_unowned(choices, trainer.optimizers)
         self._refuse_overlap(choices, trainer)
+        self._refuse_storage(choices)
         self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
         self.attach([choice for choice in choices if choice.reason is None], trainer.optimizers, self._restored)
         self._restored = False
@@ -324,7 +328,7 @@ class SparseCallback(Callback, ABC):
     def _take_newcomers(self, optimizer: Optimizer) -> None:
         """Take over weights that were added to ``optimizer``, or unfrozen, since the fit started."""
         assert self._module is not None
-        known = set(self.masks)
+        known = set(self.layer_density)
         owned = _owned(optimizer)
         choices = choose(self._module, self.include, self.exclude)
         new = [c for c in choices if c.reason is None and c.name not in known and id(c.parameter) in owned]
@@ -398,12 +402,22 @@ class SparseCallback(Callback, ABC):
         mine = {choice.name for choice in choices if choice.reason is None}
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, SparseCallback) and other is not self and other._trainer is trainer:
-                both = sorted(mine & set(other.masks))
+                both = sorted(mine & set(other.layer_density))
                 if both:
                     raise MisconfigurationException(
                         f"{type(other).__name__} and {type(self).__name__} both claim {both}. "
                         "Divide the weights with include and exclude."
                     )
+
+    def _refuse_storage(self, choices: Sequence[Choice]) -> None:
+        """Raise unless all the weights are stored as this method trains them."""
+        for choice in choices:
+            if choice.reason is None and (choice.sparse is not None) != (self.storage == "sparse"):
+                raise MisconfigurationException(
+                    f"{choice.name} is {'' if choice.sparse is not None else 'not '}held by a sparse layer, but "
+                    f"{type(self).__name__} trains with storage={self.storage!r}. Leave it out with exclude, or make "
+                    "sparse layers dense with lightning_sparse.storage.to_dense(module)."
+                )
 
     def _scalars(self) -> dict[str, float]:
         sparsity = {f"sparsity/{name}": 1 - density for name, density in self.layer_density.items()}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.sampling import unit_sums
+from lightning_sparse.storage.layers import SparseLayer, SparseLinear
 
-__all__ = ["Activity", "SynapticFlow", "readable"]
+__all__ = ["Activity", "Hooks", "SynapticFlow", "readable"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORM = nn.modules.batchnorm._NormBase
@@ -33,11 +34,11 @@ def readable(root: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in layers.items()
-        if isinstance(layer, _LAYERS) and holders.get(id(layer.weight)) == 1
+        if isinstance(layer, SparseLayer) or (isinstance(layer, _LAYERS) and holders.get(id(layer.weight)) == 1)
     }
 
 
-class _Hooks:
+class Hooks:
     """Hooks that hear nothing once they are closed, and nothing in copies of the module."""
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class _Hooks:
         return {"_open": False, "_handles": []}
 
 
-class Activity(_Hooks):
+class Activity(Hooks):
     """Sums of ``|h|`` over what enters a layer and of ``|delta|`` over the gradients of what leaves it.
 
     For each input and each output unit or channel, over the batch and all further dimensions, from now on until
@@ -80,19 +81,19 @@ class Activity(_Hooks):
         return self._sums
 
     def _called(self, name: str, layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        if self._open and torch.is_grad_enabled() and layer.weight.requires_grad and output.requires_grad:
+        if self._open and torch.is_grad_enabled() and _weight(layer).requires_grad and output.requires_grad:
             self.calls[name] += 1
-            self._add(name, 0, layer, args[0] if args else kwargs["input"])
+            self._add(name, 0, layer, args[0] if args else kwargs.get("input", kwargs.get("x")))
             output.register_hook(partial(self._add, name, 1, layer))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _add(self, name: str, end: int, layer: Any, x: Tensor) -> None:
         if self._open:
-            units = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+            units = -1 if isinstance(layer, (nn.Linear, SparseLinear)) else -1 - len(layer.kernel_size)
             self._sums[name][end].add_(unit_sums(x, units))
 
 
-class SynapticFlow(_Hooks):
+class SynapticFlow(Hooks):
     """The flow of ones through ``|W|`` in place of ``W``, from the input to each unit and from each unit to the output.
 
     The network is the outermost module called that holds all the weights. Its first call is remembered, and repeated
@@ -153,10 +154,16 @@ def _around(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 def _zeros(layer: Any) -> tuple[Tensor, Tensor]:
     """Return a 0 for each input and each output."""
-    groups = getattr(layer, "groups", 1)
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    inputs, outputs = layer.weight.shape[1] * groups, layer.weight.shape[0]
-    return layer.weight.new_zeros(inputs, dtype=dtype), layer.weight.new_zeros(outputs, dtype=dtype)
+    weight = _weight(layer)
+    outputs, per_group = (layer if isinstance(layer, SparseLayer) else weight).shape[:2]
+    inputs, dtype = per_group * getattr(layer, "groups", 1), torch.promote_types(weight.dtype, torch.float32)
+    return weight.new_zeros(inputs, dtype=dtype), weight.new_zeros(outputs, dtype=dtype)
+
+
+def _weight(layer: Any) -> Tensor:
+    """Return the weight, or the nonzeros of a sparse layer."""
+    weight: Tensor = layer.values if isinstance(layer, SparseLayer) else layer.weight
+    return weight
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
 """Which parameters of a module are weights to make sparse, and why the others are not."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+
+from lightning_sparse.storage.layers import SparseConv2d, SparseLayer, SparseLinear
 
 __all__ = ["FROZEN", "Choice", "as_matrix", "choose", "table", "write_matrix"]
 
@@ -17,6 +20,8 @@ _BY_DEFAULT: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("weight",),
     nn.Conv3d: ("weight",),
     nn.RNNBase: ("weight_",),
+    SparseLinear: ("weight",),
+    SparseConv2d: ("weight",),
     nn.RNNCellBase: ("weight_",),
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 }
@@ -39,6 +44,7 @@ class Choice:
         reason: why it is left dense; None if it is made sparse.
         transposed_groups: the number of groups of a transposed convolution, whose outputs lie along the second
             dimension; 0 for every other layer.
+        sparse: the layer, if it holds only the nonzeros of the weight: ``parameter`` is the vector of their values.
     """
 
     name: str
@@ -46,6 +52,12 @@ class Choice:
     parameter: nn.Parameter
     reason: str | None
     transposed_groups: int = 0
+    sparse: SparseLayer | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.parameter.shape) if self.sparse is None else self.sparse.shape
 
 
 def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[str, str, nn.Module]]]]:
@@ -53,6 +65,8 @@ def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[str, s
     found: dict[nn.Parameter, list[tuple[str, str, nn.Module]]] = {}
     for prefix, owner in module.named_modules():
         for local, parameter in owner.named_parameters(recurse=False):
+            if isinstance(owner, SparseLayer) and local == "values":
+                local = "weight"  # of the dense layer it stands for
             found.setdefault(parameter, []).append((f"{prefix}.{local}" if prefix else local, local, owner))
     yield from found.items()
 
@@ -81,11 +95,13 @@ def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Seq
     choices = []
     unused = {*(include or ()), *exclude}
     for parameter, places in _places(module):
-        name, _, owner = places[0]
+        name, first, owner = places[0]
+        sparse = owner if isinstance(owner, SparseLayer) and first == "weight" else None
+        shape = tuple(parameter.shape) if sparse is None else sparse.shape
         names = [place[0] for place in places]
         reason = None
         matched = {pattern for pattern in (*(include or ()), *exclude) if _matches(pattern, names)}
-        if parameter.ndim < 2 or any(local.startswith("bias") or isinstance(o, _NORMS) for _, local, o in places):
+        if len(shape) < 2 or any(local.startswith("bias") or isinstance(o, _NORMS) for _, local, o in places):
             reason = "bias, norm or scalar"
         else:
             unused -= matched
@@ -98,14 +114,14 @@ def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Seq
                 reason = f"{others[0]}: only on request (include)"
             elif not parameter.requires_grad:
                 reason = FROZEN
-            elif not parameter.is_floating_point() or parameter.numel() == 0:
+            elif not parameter.is_floating_point() or math.prod(shape) == 0:
                 reason = "not a real-valued tensor with elements"
         transposed = [holder for _, _, holder in places if isinstance(holder, _TRANSPOSED)]
         groups = int(transposed[0].groups) if transposed else 0
         kind = type(owner).__name__ + (f", tied to {', '.join(names[1:])}" if len(names) > 1 else "")
-        choices.append(Choice(name, kind, parameter, reason, groups))
+        choices.append(Choice(name, kind, parameter, reason, groups, sparse))
     if unused:
-        weights = [choice.name for choice in choices if choice.parameter.ndim >= 2]
+        weights = [choice.name for choice in choices if len(choice.shape) >= 2]
         raise ValueError(
             f"include and exclude must match the names of weights, but {sorted(unused)} match none. "
             f"Biases and norms are never made sparse. The weights are: {weights}."
@@ -118,18 +134,18 @@ def table(title: str, choices: Sequence[Choice]) -> str:
     rows = [("weight", "layer", "shape", "training")]
     small: dict[str, list[Choice]] = {}
     for choice in choices:
-        if choice.reason is not None and choice.parameter.ndim < 2:
+        if choice.reason is not None and len(choice.shape) < 2:
             small.setdefault(choice.reason, []).append(choice)
             continue
         state = "sparse" if choice.reason is None else f"dense ({choice.reason})"
-        shape = " x ".join(map(str, choice.parameter.shape))
+        shape = " x ".join(map(str, choice.shape))
         rows.append((choice.name, choice.layer, shape, state))
     rows += [(f"{len(group)} small ones", "", "", f"dense ({reason})") for reason, group in small.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
-    sparse = sum(choice.parameter.numel() for choice in choices if choice.reason is None)
-    total = sum(choice.parameter.numel() for choice in choices)
+    sparse = sum(math.prod(choice.shape) for choice in choices if choice.reason is None)
+    total = sum(math.prod(choice.shape) for choice in choices)
     count = sum(choice.reason is None for choice in choices)
     lines.append(f"{count} weights, {sparse:,} of {total:,} parameters ({sparse / max(total, 1):.1%}) train sparse")
     return "\n".join([title, *lines])

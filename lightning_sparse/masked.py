@@ -5,15 +5,16 @@ the weight after it, whatever the optimizer has done. Connections move among the
 at a step whose gradients are whole and averaged over processes, so all processes move the same ones.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, masks
+from lightning_sparse import checks, masks, sampling
 from lightning_sparse._lightning import MisconfigurationException, rank_zero_warn
 from lightning_sparse.callback import SparseCallback, refuse_other_weights
 from lightning_sparse.distributions import DISTRIBUTIONS, budget, layer_counts, least
@@ -43,6 +44,16 @@ class MaskedWeight:
     transposed_groups: int = 0
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.mask.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of connections there might be."""
+        return math.prod(self.shape)
+
+    @property
     def active(self) -> int:
         """Number of active connections."""
         return masks.count(self.mask)
@@ -50,7 +61,22 @@ class MaskedWeight:
     @property
     def room(self) -> int:
         """Number of connections that may be grown."""
-        return self.mask.numel() - self.active
+        return self.size - self.active
+
+    @property
+    def connections(self) -> Tensor:
+        """A tensor that is another object after connections have been moved."""
+        return self.mask
+
+    @property
+    def positions(self) -> Tensor:
+        """Flat positions of the active connections, ascending; on the CPU."""
+        return self.mask.reshape(-1).nonzero().squeeze(1).cpu()
+
+    @property
+    def magnitudes(self) -> Tensor:
+        """``|W|`` of the active connections, in the order of their positions."""
+        return self.W[self.mask].abs()
 
     @property
     def W(self) -> Tensor:
@@ -82,6 +108,46 @@ class MaskedWeight:
             self.W.masked_fill_(grown, value)
         for state in self.optimizer_state():
             masks.zero_outside_(state, untouched)
+
+    def gradient_at(self, positions: Tensor) -> Tensor:
+        """Return the gradients of some connections, active or not, given by flat positions."""
+        return self.dP.reshape(-1)[positions.to(self.dP.device)]
+
+    def start(self, positions: Tensor, generator: Generator) -> None:
+        """Have active connections at these flat positions, and no others; ``generator`` is for values not yet drawn."""
+        self.mask = self._marked(positions)
+
+    def exchange(self, dropped: Tensor, grown: Tensor) -> None:
+        """Move connections, with fresh optimizer state; the new ones are 0.
+
+        Args:
+            dropped: boolean, for each active connection in the order of positions.
+            grown: flat positions, ascending, not active before.
+        """
+        self.change(torch.zeros_like(self.mask).masked_scatter_(self.mask, dropped), self._marked(grown))
+
+    def keep_zeros(self) -> None:
+        """Set to 0 what is not active."""
+        masks.zero_outside_(self.W, self.mask)
+
+    def keep_zero_gradients(self) -> None:
+        """Set to 0 the gradients of what is not active."""
+        masks.zero_outside_(self.dP, self.mask)
+
+    def detach(self) -> None:
+        """Let go of the module and the optimizer; keep the state on the CPU."""
+        self.parameter = self.optimizer = None
+        self.mask = self.mask.cpu()
+        self.buffers = {key: buffer.cpu() for key, buffer in self.buffers.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"mask": self.mask, "buffers": dict(self.buffers)}
+
+    def _marked(self, positions: Tensor) -> Tensor:
+        marks = torch.zeros(self.size, dtype=torch.bool, device=self.mask.device)
+        marks[positions.to(marks.device)] = True
+        return marks.view(self.shape)
 
     def optimizer_state(self) -> Iterable[Tensor]:
         """Yield what the optimizer keeps for each element: momentum, moments."""
@@ -176,11 +242,11 @@ class MaskedCallback(SparseCallback):
 
     def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
         """Draw the masks a fit starts with: random ones, with the counts that ``distribution`` gives."""
-        shapes = {weight.name: tuple(weight.mask.shape) for weight in weights}
-        total = budget(self.initial_sparsity, sum(weight.mask.numel() for weight in weights))
+        shapes = {weight.name: weight.shape for weight in weights}
+        total = budget(self.initial_sparsity, sum(weight.size for weight in weights))
         counts = layer_counts(self.distribution, shapes, total, self.min_layer_density)
         for weight in weights:
-            weight.mask = masks.random(torch.ones_like(weight.mask), counts[weight.name], self.generator)
+            weight.start(sampling.distinct(counts[weight.name], weight.size, self.generator), self.generator)
 
     def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
         """Return further tensors of a weight's state, of its shape."""
@@ -208,13 +274,24 @@ class MaskedCallback(SparseCallback):
 
     def least(self, weight: MaskedWeight) -> int:
         """Return how many connections ``min_layer_density`` leaves to a weight at least."""
-        return least(self.min_layer_density, weight.mask.numel())
+        return least(self.min_layer_density, weight.size)
 
     # ------------------------------------------------------------------ what users read
 
     @property
     def masks(self) -> dict[str, Tensor]:  # noqa: D102  (inherited)
         return {name: weight.mask for name, weight in self._weights.items()}
+
+    @property
+    def layer_density(self) -> dict[str, float]:  # noqa: D102  (inherited)
+        return {name: weight.active / weight.size for name, weight in self._weights.items()}
+
+    @property
+    def density(self) -> float:  # noqa: D102  (inherited)
+        weights = self._weights.values()
+        if not weights:
+            return super().density  # which raises
+        return sum(weight.active for weight in weights) / sum(weight.size for weight in weights)
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:
@@ -237,10 +314,12 @@ class MaskedCallback(SparseCallback):
             "epoch": self._epoch,
             "clocks": {str(index): clock for index, clock in enumerate(clocks)},
             "generator": self.generator.get_state(),
-            "weights": {
-                name: {"mask": weight.mask, "buffers": dict(weight.buffers)} for name, weight in self._weights.items()
-            },
+            "weights": {name: weight.state() for name, weight in self._weights.items()},
         }
+
+    def loaded_weight(self, name: str, state: dict[str, Any]) -> MaskedWeight:
+        """Return a weight with the state of a checkpoint."""
+        return MaskedWeight(name, state["mask"].bool(), dict(state["buffers"]))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -253,10 +332,7 @@ class MaskedCallback(SparseCallback):
         self._epoch = state_dict["epoch"]
         self._clocks = list(state_dict["clocks"].values())
         self.generator.set_state(state_dict["generator"].cpu())
-        loaded = {
-            name: MaskedWeight(name, state["mask"].bool(), dict(state["buffers"]))
-            for name, state in state_dict["weights"].items()
-        }
+        loaded = {name: self.loaded_weight(name, state) for name, state in state_dict["weights"].items()}
         if self._module is None:
             self._weights = loaded
         else:
@@ -269,8 +345,8 @@ class MaskedCallback(SparseCallback):
 
     @torch.no_grad()
     def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
-        shapes = {choice.name: tuple(choice.parameter.shape) for choice in choices}
-        held = {name: tuple(weight.mask.shape) for name, weight in self._weights.items()}
+        shapes = {choice.name: choice.shape for choice in choices}
+        held = {name: weight.shape for name, weight in self._weights.items()}
         state = self._weights
         if resumed and state:  # none in a checkpoint of before the fit, as LearningRateFinder writes it
             refuse_other_weights(self, shapes, held)
@@ -318,7 +394,7 @@ class MaskedCallback(SparseCallback):
             pool.step += 1
         for weight in weights:
             if share:
-                masks.zero_outside_(weight.dP, weight.mask)
+                weight.keep_zero_gradients()
             elif weight.parameter is not None:
                 weight.parameter.grad = None
 
@@ -335,13 +411,13 @@ class MaskedCallback(SparseCallback):
         weights = self._pools.get(id(optimizer), Pool()).weights
         self.updated(weights)
         for weight in weights:
-            masks.zero_outside_(weight.W, weight.mask)
+            weight.keep_zeros()
 
     @torch.no_grad()
     def leave_step(self) -> None:  # noqa: D102
         for weight in self._weights.values():
             if weight.parameter is not None:
-                masks.zero_outside_(weight.W, weight.mask)
+                weight.keep_zeros()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""
@@ -350,9 +426,7 @@ class MaskedCallback(SparseCallback):
             self._clocks = [pool.clock for pool in self._pools.values()]
             self._pools = {}
             for weight in self._weights.values():
-                weight.parameter = weight.optimizer = None
-                weight.mask = weight.mask.cpu()
-                weight.buffers = {key: buffer.cpu() for key, buffer in weight.buffers.items()}
+                weight.detach()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer, the module and the optimizers."""
@@ -384,7 +458,7 @@ class MaskedCallback(SparseCallback):
 
     def _move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> bool:
         """Move connections, make sure that their number is what was asked for, and tell whether any moved."""
-        masks_before = [weight.mask for weight in weights]
+        connections = [weight.connections for weight in weights]
         before = sum(weight.active for weight in pool.weights)
         self.move(weights, pool, scale)
         asked, after = self.asked(pool), sum(weight.active for weight in pool.weights)
@@ -393,7 +467,7 @@ class MaskedCallback(SparseCallback):
                 f"{type(self).__name__} has {after} active weights after moving connections, not "
                 f"{before if asked is None else asked}. Please report this."
             )
-        return any(weight.mask is not mask for weight, mask in zip(weights, masks_before, strict=True))
+        return any(weight.connections is not then for weight, then in zip(weights, connections, strict=True))
 
     def _set_clocks(self) -> None:
         for pool, clock in zip(self._pools.values(), self._clocks, strict=False):

@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+
+from torch.optim import Optimizer
 
 from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException
 from lightning_sparse.distributions import apportion, share
+from lightning_sparse.endpoints import Hooks
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
 from lightning_sparse.schedules import ANNEALING
+from lightning_sparse.storage.training import Capture
 
 __all__ = ["PruneAndGrow"]
 
@@ -51,6 +56,7 @@ class PruneAndGrow(MaskedCallback):
         self.update_every = update_every
         self.stop_at = stop_at
         self._epochs: int | None = None
+        self._watched: dict[int, list[Hooks]] = {}
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """Drop about ``fraction`` of the connections and grow as many, with ``MaskedWeight.change``.
@@ -111,6 +117,56 @@ class PruneAndGrow(MaskedCallback):
     def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
         """Update with the share of now."""
         self.update(weights, self.fraction(pool), scale)
+
+    # ------------------------------------------------------------------ what an update needs of its step
+
+    def watchers(self, weights: Sequence[MaskedWeight]) -> list[Hooks]:
+        """Return what listens to the layers of ``weights`` from now until their connections have been moved."""
+        if self.storage == "masked":
+            return []
+        assert self._trainer is not None
+        return [Capture(weights, partial(self._trainer.strategy.reduce, reduce_op="mean"))]
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Watch the layers if the next step moves connections."""
+        self._watch()
+
+    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:
+        """Move connections if they are due, and watch no longer."""
+        try:
+            super().before_step(optimizer, share, scale)
+        finally:
+            self._unwatch([id(optimizer)])
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Bring back exact zeros, and watch the layers if the next step moves connections: it may be in this batch."""
+        super().after_step(optimizer)
+        self._watch()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave effective weights and no hooks behind."""
+        super().on_exception(trainer, pl_module, exception)
+        self._unwatch(list(self._watched))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the hooks, too."""
+        return {**super().__getstate__(), "_watched": {}}
+
+    def _release(self) -> None:
+        super()._release()
+        self._unwatch(list(self._watched))
+
+    def _watch(self) -> None:
+        if self._module is None:
+            return
+        for key, pool in self._pools.items():
+            if pool.weights and key not in self._watched and (pool.due or self.is_due(pool)):
+                self._watched[key] = self.watchers(pool.weights)
+
+    def _unwatch(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            for hooks in self._watched.pop(key, []):
+                hooks.close()
 
     def _last_epoch(self) -> float:
         assert self._epochs is not None

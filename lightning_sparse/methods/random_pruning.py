@@ -6,12 +6,13 @@ Decision: each layer's number of connections is exact, where a draw for each con
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_sparse.masked import MaskedCallback
+from lightning_sparse import checks
+from lightning_sparse.storage.training import STORAGES, SparseStorage
 
 __all__ = ["RandomPruning"]
 
 
-class RandomPruning(MaskedCallback):
+class RandomPruning(SparseStorage):
     """Random pruning at initialization: every layer keeps its share of connections, drawn uniformly.
 
     The baseline that every other method has to beat. It needs neither data nor a loss.
@@ -20,6 +21,8 @@ class RandomPruning(MaskedCallback):
         sparsity: share of zeros over all selected weights, in [0, 1).
         distribution: how the active weights are divided among layers: ``"erk"``, ``"er"``, ``"uniform"``,
             ``"uniform_first_dense"``, or a density for each glob pattern on parameter names.
+        storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
+            memory and time in proportion to them (linear layers and 2-d convolutions only).
         options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
             :class:`~lightning_sparse.masked.MaskedCallback`.
 
@@ -35,5 +38,13 @@ class RandomPruning(MaskedCallback):
         ICLR 2022.
     """
 
-    def __init__(self, sparsity: float, distribution: str | Mapping[str, float] = "erk", **options: Any) -> None:
+    def __init__(
+        self,
+        sparsity: float,
+        distribution: str | Mapping[str, float] = "erk",
+        storage: str = "masked",
+        **options: Any,
+    ) -> None:
         super().__init__(sparsity, distribution, **options)
+        checks.one_of(STORAGES, storage=storage)
+        self.storage = storage

@@ -7,14 +7,15 @@ ended; connections that were just dropped are not drawn again; new ones start at
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse import masks
+from lightning_sparse import checks, masks, sampling
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.storage.training import STORAGES, SparseStorage
 
 __all__ = ["SET"]
 
 
-class SET(PruneAndGrow):
+class SET(SparseStorage, PruneAndGrow):
     """Sparse Evolutionary Training: drop the smallest weights of each layer, grow as many at random.
 
     Args:
@@ -24,6 +25,8 @@ class SET(PruneAndGrow):
         update_every: number of optimizer steps from update to update; None: at the first step of each epoch but the
             first.
         stop_at: share of the training after which connections stay, in (0, 1].
+        storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
+            memory and time in proportion to them (linear layers and 2-d convolutions only).
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
             :class:`~lightning_sparse.masked.MaskedCallback`.
 
@@ -46,14 +49,17 @@ class SET(PruneAndGrow):
         decay: str = "none",
         update_every: int | None = None,
         stop_at: float = 1.0,
+        storage: str = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
+        checks.one_of(STORAGES, storage=storage)
+        self.storage = storage
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """In each layer drop the smallest ``|W|`` and grow at random where nothing was."""
         for weight in weights:
             n = self.to_move(weight, fraction)
-            dropped = masks.lowest(weight.W.abs(), n, among=weight.mask)
-            grown = masks.random(~weight.mask, n, self.generator)
-            weight.change(dropped, grown)
+            dropped = masks.lowest(weight.magnitudes, n)
+            grown = sampling.free_positions(n, weight.positions, weight.size, self.generator)
+            weight.exchange(dropped, grown)

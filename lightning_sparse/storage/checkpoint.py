@@ -1,0 +1,54 @@
+"""Checkpoints with the nonzeros alone, and what a plain module loads from them."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.storage.layers import dense_weight
+from lightning_sparse.storage.structure import structure
+
+__all__ = ["load_dense", "make_state_dense", "sparse_entries"]
+
+_ENTRIES = ("values", "crow", "col", "weight_shape")
+
+
+def load_dense(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain module's ``state_dict`` of a checkpoint written with ``storage="sparse"``.
+
+    Weights that are stored densely stay as they are, so any checkpoint may be given.
+
+    Args:
+        checkpoint: a file, or what ``torch.load`` has read from it; on the CPU.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_sparse.storage import SparseLinear
+        >>> layer = SparseLinear(6, 5, nnz=4)
+        >>> nn.Linear(6, 5).load_state_dict(load_dense({"state_dict": layer.state_dict()}))
+        <All keys matched successfully>
+    """
+    if isinstance(checkpoint, (str, Path)):
+        checkpoint = cast(dict[str, Any], torch.load(checkpoint, map_location="cpu", weights_only=True))
+    state = dict(checkpoint["state_dict"])
+    make_state_dense(state)
+    return state
+
+
+def make_state_dense(state: dict[str, Any], leave: Collection[str] = ()) -> None:
+    """Put dense weights in the place of sparse layers' entries, in place, but for the layers to ``leave``."""
+    prefixes = [key[: -len("weight_shape")] for key in state if key.split(".")[-1] == "weight_shape"]
+    for prefix in prefixes:
+        if prefix[:-1] not in leave and all(prefix + name in state for name in _ENTRIES):
+            values, crow, col, shape = (state.pop(prefix + name) for name in _ENTRIES)
+            state[f"{prefix}weight"] = dense_weight(values, crow, col, tuple(shape.tolist()))
+
+
+def sparse_entries(prefix: str, weight: Tensor, positions: Tensor, groups: int) -> dict[str, Tensor]:
+    """Return what the ``state_dict`` of a sparse layer has for a dense weight that is 0 outside ``positions``."""
+    positions = positions.to(weight.device)
+    matrix = structure(positions, tuple(weight.shape), groups).matrix
+    entries = weight.reshape(-1)[positions], matrix.crow, matrix.col, torch.tensor(weight.shape)
+    return {f"{prefix}.{name}": entry for name, entry in zip(_ENTRIES, entries, strict=True)}

@@ -1,0 +1,163 @@
+"""Linear layers and convolutions with a sparse weight, and their gradients: time and memory go with the nonzeros.
+
+A weight is a vector of values and a ``Structure``. Products run in float32 at least, whatever the dtype of the input.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from lightning_sparse.storage.backends import matmul, sampled
+from lightning_sparse.storage.structure import Structure
+
+__all__ = ["Geometry", "conv2d", "linear"]
+
+_CHUNK = 1 << 21  # elements of unfolded input at once, if one image has not more
+
+Pair = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """How a convolution reads its input."""
+
+    kernel_size: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    def outputs(self, space: Sequence[int]) -> Pair:
+        """Return height and width of the output."""
+        height, width = (
+            (size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in zip(space, *self, strict=True)
+        )
+        return height, width
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """Return what each output reads as a column, ``(channels * places, images * outputs)``."""
+        if self.reads_one:
+            columns = x.flatten(2)
+        else:
+            columns = functional.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
+        return columns.transpose(0, 1).reshape(columns.shape[1], -1)
+
+    def fold(self, columns: Tensor, images: int, space: Sequence[int]) -> Tensor:
+        """Add up what ``unfold`` has spread."""
+        columns = columns.view(len(columns), images, -1).transpose(0, 1)
+        if self.reads_one:
+            return columns.reshape(images, columns.shape[1], *space)
+        return functional.fold(
+            columns, (space[0], space[1]), self.kernel_size, self.dilation, self.padding, self.stride
+        )
+
+    @property
+    def reads_one(self) -> bool:
+        """The output at a place is that of the input there: 1 x 1, stride 1, no padding."""
+        return self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0)
+
+
+def linear(x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure) -> Tensor:
+    """Return ``x W.T + bias``.
+
+    Args:
+        x: ``(..., in)``.
+        values: the nonzeros of the weight ``(out, in)``, ``(nnz,)``.
+        bias: ``(out,)`` or None.
+        weight: where the nonzeros are.
+    """
+    result: Tensor = _Linear.apply(x, values, bias, weight)  # type: ignore[no-untyped-call]
+    return result
+
+
+def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure, geometry: Geometry) -> Tensor:
+    """Return the convolution of ``x`` ``(batch, in, height, width)``; other arguments as in ``linear``.
+
+    The input is unfolded for some images at a time, and again in the backward pass.
+    """
+    result: Tensor = _Conv2d.apply(x, values, bias, weight, geometry)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.weight = weight
+        dtype = _exact(values.dtype)
+        y = matmul(weight.matrix, values.to(dtype), _columns(x, dtype))
+        if bias is not None:
+            y += bias.to(dtype).unsqueeze(1)
+        return y.t().contiguous().view(*x.shape[:-1], len(y))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, values = ctx.saved_tensors
+        dtype = _exact(values.dtype)
+        G = _columns(gradient, dtype)
+        dx = dvalues = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _transposed(ctx.weight, values.to(dtype), G).t().contiguous().view(x.shape).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dvalues = sampled(ctx.weight.matrix, G, _columns(x, dtype)).to(values.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = G.sum(1).to(values.dtype)
+        return dx, dvalues, dbias, None
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure, geometry: Geometry
+    ) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.weight, ctx.geometry = weight, geometry
+        dtype = _exact(values.dtype)
+        exact = values.to(dtype)
+        y = x.new_empty(len(x), weight.matrix.shape[0], *geometry.outputs(x.shape[2:]), dtype=dtype)
+        for images in _chunks(x, y, weight):
+            part = matmul(weight.matrix, exact, geometry.unfold(x[images].to(dtype)))
+            y[images] = part.view(len(part), -1, *y.shape[2:]).transpose(0, 1)
+        return y if bias is None else y.add_(bias.to(dtype).view(-1, 1, 1))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, values = ctx.saved_tensors
+        weight, geometry, dtype = ctx.weight, ctx.geometry, _exact(values.dtype)
+        exact = values.to(dtype)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dvalues = torch.zeros_like(exact) if ctx.needs_input_grad[1] else None
+        for images in _chunks(x, gradient, weight):
+            G = gradient[images].to(dtype).transpose(0, 1).reshape(gradient.shape[1], -1)
+            if dx is not None:
+                columns = _transposed(weight, exact, G)
+                dx[images] = geometry.fold(columns, len(x[images]), x.shape[2:]).to(x.dtype)
+            if dvalues is not None:
+                dvalues += sampled(weight.matrix, G, geometry.unfold(x[images].to(dtype)))
+        dbias = gradient.sum((0, 2, 3), dtype=dtype).to(values.dtype) if ctx.needs_input_grad[2] else None
+        return dx, None if dvalues is None else dvalues.to(values.dtype), dbias, None, None
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``(..., features)`` as ``(features, n)``, contiguous."""
+    return x.reshape(-1, x.shape[-1]).t().to(dtype).contiguous()
+
+
+def _transposed(weight: Structure, values: Tensor, G: Tensor) -> Tensor:
+    return matmul(weight.transposed, values.index_select(0, weight.permutation), G)
+
+
+def _chunks(x: Tensor, y: Tensor, weight: Structure) -> Iterator[slice]:
+    """Yield as many images at a time as may be unfolded at once."""
+    unfolded = weight.matrix.shape[1] * max(1, y.shape[2] * y.shape[3])
+    at_once = max(1, _CHUNK // max(1, unfolded))
+    for first in range(0, len(x), at_once):
+        yield slice(first, first + at_once)

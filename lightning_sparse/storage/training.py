@@ -1,0 +1,472 @@
+"""``storage="sparse"``: a method's weights as layers that hold their nonzeros alone, from before the optimizer is made.
+
+The layers are exchanged after ``configure_model``: the module is whole by then, and neither its checkpoint has been
+loaded nor its optimizer been made. Then a weight's only parameter is the vector of its values, so gradients, optimizer
+state and what processes average have that size, too.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sparse import sampling
+from lightning_sparse._lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_sparse.callback import refuse_other_weights
+from lightning_sparse.distributions import budget
+from lightning_sparse.endpoints import Hooks
+from lightning_sparse.layers import Choice, choose
+from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
+from lightning_sparse.storage.checkpoint import make_state_dense, sparse_entries
+from lightning_sparse.storage.layers import SparseLayer, SparseLinear, make_sparse_, to_dense
+from lightning_sparse.storage.measure import time_over_dense
+
+__all__ = ["DENSE_LIMIT", "STORAGES", "Capture", "SparseStorage", "SparseWeight"]
+
+STORAGES = ("masked", "sparse")
+
+#: bytes of dense weights up to which a module is made dense again when the fit ends
+DENSE_LIMIT = 2 << 30
+
+_INDICES = ("crow", "col", "weight_shape", "transposed_crow", "transposed_col", "permutation")
+
+
+class SparseWeight(MaskedWeight):
+    """One weight of which the active connections alone exist; ``parameter`` is the vector of their values.
+
+    Args:
+        name: of the dense weight in the LightningModule.
+        shape: its shape.
+        layer: the layer that holds it, which ``start`` makes sparse; None outside fit.
+    """
+
+    def __init__(self, name: str, shape: Sequence[int], layer: nn.Module | None = None) -> None:
+        self.name = name
+        self.layer = layer
+        self.buffers = {}
+        self.optimizer = None
+        self.transposed_groups = 0
+        self.parameter = layer.values if isinstance(layer, SparseLayer) else None
+        #: inputs and output gradients of the calls of the layer in this step, if its connections are to be moved
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        self._reduce: Callable[[Tensor], Tensor] = torch.Tensor.detach
+        self._drawn = False
+        self._shape = tuple(shape)
+        self._positions: Tensor | None = None
+
+    @property
+    def sparse(self) -> SparseLayer:
+        """The layer that holds the values."""
+        assert isinstance(self.layer, SparseLayer)
+        return self.layer
+
+    @property
+    def known(self) -> bool:
+        """The connections are known: from the layer, or from an earlier fit in this process."""
+        return self.layer is not None or self._positions is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102  (inherited)
+        return self._shape
+
+    @property
+    def active(self) -> int:  # noqa: D102  (inherited)
+        return len(self.positions) if self.layer is None else self.sparse.nnz
+
+    @property
+    def connections(self) -> Tensor:  # noqa: D102  (inherited)
+        return self.sparse.col
+
+    @property
+    def positions(self) -> Tensor:  # noqa: D102  (inherited)
+        if self.layer is not None:
+            return self.sparse.positions.cpu()
+        if self._positions is None:
+            raise RuntimeError(f"The connections of {self.name} are in the module's part of the checkpoint.")
+        return self._positions
+
+    @property
+    def mask(self) -> Tensor:  # type: ignore[override]
+        """Where the weight is active, of the dense shape: made when asked for, for users alone."""
+        marks = torch.zeros(self.size, dtype=torch.bool)
+        marks[self.positions] = True
+        return marks.view(self.shape)
+
+    @property
+    def magnitudes(self) -> Tensor:  # noqa: D102  (inherited)
+        return self.W.abs()
+
+    def gradient_at(self, positions: Tensor) -> Tensor:
+        """Return gradients of connections that need not exist, averaged over processes."""
+        positions = positions.to(self.W.device)
+        total = torch.zeros(
+            len(positions), dtype=torch.promote_types(self.W.dtype, torch.float32), device=self.W.device
+        )
+        for h, delta in self.calls:
+            total += _gradient(self.sparse, h, delta, positions)
+        return self._reduce(total).to(self.W.dtype)
+
+    def start(self, positions: Tensor, generator: Generator) -> None:
+        """Make the layer sparse, with its own values at ``positions``; one on the meta device has them drawn."""
+        assert isinstance(self.layer, (nn.Linear, nn.Conv2d))
+        self._drawn = self.layer.weight.is_meta
+        self.layer = make_sparse_(self.layer, positions, generator)
+        self.parameter = self.layer.values
+
+    def scale_to_fan_in_(self) -> None:
+        """Multiply each neuron's values by the square root of its fan-in over what is left of it.
+
+        Not those that were drawn for the actual fan-in.
+        """
+        if not self._drawn:
+            fan_in = self.sparse.crow.diff()
+            factor = (math.prod(self.shape[1:]) / fan_in.clamp(min=1).double()).sqrt()
+            self.W.mul_(factor.repeat_interleave(fan_in, output_size=self.active))
+
+    def exchange(self, dropped: Tensor, grown: Tensor) -> None:
+        """Move connections: values, gradients and optimizer state go with them; the new ones have a gradient alone."""
+        if not (dropped.any() or len(grown)):
+            return
+        kept = ~dropped
+        positions, order = torch.cat((self.positions[kept.cpu()], grown)).sort()
+        order = order.to(self.W.device)
+
+        def moved(x: Tensor, new: Tensor) -> Tensor:
+            return torch.cat((x[kept], new.to(x)))[order]
+
+        fresh = self.W.new_zeros(len(grown))
+        values, gradient = moved(self.W, fresh), moved(self.dP, self.gradient_at(grown))
+        for state, key in self._state_entries():
+            state[key] = moved(state[key], fresh)
+        old = self.dP
+        self.sparse.set_connections(positions.to(self.W.device), values)
+        assert self.parameter is not None
+        self.parameter.grad = old.copy_(gradient) if len(old) == len(gradient) else gradient
+
+    def optimizer_state(self) -> Iterator[Tensor]:  # noqa: D102  (inherited)
+        for state, key in self._state_entries():
+            yield state[key]
+
+    def keep_zeros(self) -> None:
+        """Do nothing: what is not active does not exist."""
+
+    keep_zero_gradients = keep_zeros
+
+    def listen(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Make ready for calls; ``reduce`` averages over processes."""
+        self.calls, self._reduce = [], reduce
+
+    def detach(self) -> None:  # noqa: D102  (inherited)
+        self._positions = self.positions
+        self.layer = self.parameter = self.optimizer = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the module's part, which has the connections."""
+        return {"shape": torch.tensor(self.shape)}
+
+    def _state_entries(self) -> Iterator[tuple[dict[str, Any], str]]:
+        assert self.optimizer is not None
+        assert self.parameter is not None
+        state = self.optimizer.state.get(self.parameter, {})
+        for key, x in list(state.items()):
+            if isinstance(x, Tensor) and x.shape == self.parameter.shape:
+                yield state, key
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the module."""
+        positions = self._positions if self.layer is None else self.positions
+        return {
+            **super().__getstate__(),
+            "layer": None,
+            "calls": [],
+            "_reduce": torch.Tensor.detach,
+            "_positions": positions,
+        }
+
+
+class Capture(Hooks):
+    """Keeps what enters sparse layers, and the gradients of what leaves them, from now on until ``close``.
+
+    Calls without gradient, as in validation, do not count.
+
+    Args:
+        weights: those of sparse layers; their ``calls`` are filled.
+        reduce: averages a tensor over processes.
+    """
+
+    def __init__(self, weights: Sequence[MaskedWeight], reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._weights = [weight for weight in weights if isinstance(weight, SparseWeight)]
+        for weight in self._weights:
+            weight.listen(reduce)
+            hook = partial(self._called, weight)
+            self._handles.append(weight.sparse.register_forward_hook(hook, with_kwargs=True))
+
+    def close(self) -> None:
+        """Take the hooks away and forget the calls."""
+        super().close()
+        for weight in self._weights:
+            weight.calls = []
+
+    def _called(self, weight: SparseWeight, layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        if self._open and torch.is_grad_enabled() and output.requires_grad:
+            h = (args[0] if args else kwargs["x"]).detach()
+            output.register_hook(lambda delta: self._keep(weight, h, delta))  # type: ignore[no-untyped-call]
+
+    def _keep(self, weight: SparseWeight, h: Tensor, delta: Tensor) -> None:
+        if self._open:
+            weight.calls.append((h, delta.detach()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_weights": []}
+
+
+class SparseStorage(MaskedCallback):
+    """What methods with a fixed budget, whose growth needs no dense gradient, have for ``storage="sparse"``."""
+
+    #: layers exchange connections, so values change their length
+    resizes: bool = False
+
+    # ------------------------------------------------------------------ the exchange of layers
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the layers exchanged as soon as the module is whole."""
+        super().setup(trainer, pl_module, stage)
+        if self.storage == "sparse":
+            if stage == "fit":
+                exchange = partial(self._make_sparse, trainer, pl_module)
+                self._handles.append(_AfterConfigureModel(pl_module, exchange))
+            else:
+                hook = partial(_load_dense_hook, pl_module)
+                self._handles.append(pl_module._register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave effective weights and the module's own methods behind, also of a fit that has not come to its start."""
+        super().on_exception(trainer, pl_module, exception)
+        for handle in self._handles:
+            if isinstance(handle, _AfterConfigureModel):
+                handle.remove()
+
+    @torch.no_grad()
+    def _make_sparse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the connections, or take those of an earlier fit of the same weights, and exchange the layers."""
+        choices = [choice for choice in choose(pl_module, self.include, self.exclude) if choice.reason is None]
+        if choices and all(choice.sparse is not None for choice in choices):
+            return  # an earlier fit left them so; attach looks whether they are what was asked for
+        self._refuse_layers(pl_module, choices)
+        if trainer.world_size > 1:
+            self._refuse_processes()
+        earlier, weights = self._weights, []
+        for choice in choices:
+            layer = pl_module.get_submodule(choice.name.rpartition(".")[0])
+            weights.append(SparseWeight(choice.name, choice.shape, layer))
+        with torch.device("cpu"):  # where draws are made, whatever the device that configure_model builds on
+            if _continues(weights, earlier):
+                for weight in weights:
+                    weight.start(earlier[weight.name].positions, self.generator)
+            else:
+                if earlier:
+                    rank_zero_warn(
+                        f"This {type(self).__name__} holds the state of an earlier fit of other weights: it starts "
+                        "afresh."
+                    )
+                self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
+                self.generator.manual_seed(self.run_seed if self.seed is None else self.seed)
+                self.initial_masks(weights)
+        self._weights = {weight.name: weight for weight in weights}
+        prefixes = [name.rpartition(".")[0] for name in self._weights]
+        ignored = [f"{prefix}.{index}" for prefix in prefixes for index in _INDICES]
+        # all processes make the same indices: DDP need not send them
+        pl_module._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+
+    def _refuse_layers(self, module: nn.Module, choices: Sequence[Choice]) -> None:
+        """Raise if a weight is not that of a plain linear layer or 2-d convolution alone."""
+        problems = []
+        for choice in choices:
+            prefix, _, local = choice.name.rpartition(".")
+            owner = module.get_submodule(prefix)
+            if type(owner) not in (nn.Linear, nn.Conv2d) or local != "weight":
+                problems.append(f"{choice.name} ({choice.layer})")
+            elif "tied" in choice.layer:
+                problems.append(f"{choice.name} ({choice.layer}: a sparse layer cannot share its weight)")
+        if problems:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(storage='sparse') can exchange plain nn.Linear and nn.Conv2d layers only, not "
+                f"{', '.join(problems)}. Leave them dense with exclude=[...], or use storage='masked'."
+            )
+
+    def _refuse_processes(self) -> None:
+        if self.resizes:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(storage='sparse') moves connections between layers, so parameters change their "
+                "length, which DDP cannot follow. Use one process, storage='masked', or SET(storage='sparse')."
+            )
+
+    def to_dense(self, module: nn.Module) -> nn.Module:
+        """Turn the sparse layers of ``module`` into dense ones, in place; done at the end of a fit if there is room."""
+        return to_dense(module)
+
+    # ------------------------------------------------------------------ verbs
+
+    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+        if self.storage == "masked":
+            super().attach(choices, optimizers, resumed)
+            return
+        here = {choice.name: choice.shape for choice in choices}
+        held = {name: weight.shape for name, weight in self._weights.items()}
+        if resumed and held:  # none in a checkpoint of before the fit
+            refuse_other_weights(self, here, held)
+        elif here.keys() < held.keys():
+            raise MisconfigurationException(
+                f"No optimizer owns {sorted(held.keys() - here.keys())}, which {type(self).__name__} has made sparse. "
+                "Leave them out with exclude, or return them from configure_optimizers."
+            )
+        else:
+            self._epoch, self._clocks = 0, []
+        self._weights = {choice.name: SparseWeight(choice.name, choice.shape, choice.sparse) for choice in choices}
+        self._pools = {id(optimizer): Pool() for optimizer in optimizers}
+        for optimizer in optimizers:
+            self._join(optimizer, self._weights)
+        self._set_clocks()
+        weights = self._weights.values()
+        active, asked = (
+            sum(weight.active for weight in weights),
+            budget(self.sparsity_target, sum(weight.size for weight in weights)),
+        )
+        if active != asked:
+            raise MisconfigurationException(
+                f"The module's sparse layers have {active} connections, sparsity={self.sparsity_target!r} asks for "
+                f"{asked}. Give the sparsity they were made with, or make them dense with "
+                "lightning_sparse.storage.to_dense(module) to start afresh."
+            )
+
+        self._tell_time()
+
+    def _tell_time(self) -> None:
+        """Print how long the largest layer takes beside a dense one, and warn if it is longer."""
+        largest = max(self._weights.values(), key=lambda weight: weight.size)
+        assert isinstance(largest, SparseWeight)
+        if largest.W.device.type != "cpu":
+            return
+        ratio = time_over_dense(largest.sparse)
+        told = (
+            f"{largest.name}, of density {largest.active / largest.size:.3g}, takes about {ratio:.2g} x a dense layer's"
+        )
+        rank_zero_info(f"storage='sparse': {told} time on this machine.")
+        if ratio > 1:
+            rank_zero_warn(
+                f"storage='sparse' is slower than storage='masked' here, though it takes less memory: {told} time."
+            )
+
+    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+        if self.storage == "masked":
+            super().attach_more(choices, optimizer)
+            return
+        raise MisconfigurationException(
+            f"{type(self).__name__}(storage='sparse') exchanges layers before the optimizer is made, so "
+            f"{', '.join(choice.name for choice in choices)} cannot join later. Leave them out with exclude."
+        )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the module, and make it dense if that takes no more than ``DENSE_LIMIT`` bytes."""
+        weights = list(self._weights.values())
+        ours = self.storage == "sparse" and stage == "fit" and all(weight.parameter is not None for weight in weights)
+        size = sum(weight.size * weight.W.element_size() for weight in weights) if ours else 0
+        super().teardown(trainer, pl_module, stage)
+        if self.storage == "sparse" and stage != "fit":
+            self._release()
+        if ours and size <= DENSE_LIMIT:
+            self.to_dense(pl_module)
+        elif ours:
+            rank_zero_info(
+                f"The module keeps its sparse layers: dense weights would take {size / 1e9:.1f} GB. "
+                f"{type(self).__name__}.to_dense(module) makes them."
+            )
+
+    # ------------------------------------------------------------------ state
+
+    def loaded_weight(self, name: str, state: dict[str, Any]) -> MaskedWeight:
+        """Return a weight with the state of a checkpoint."""
+        if ("shape" in state) != (self.storage == "sparse"):
+            raise MisconfigurationException(
+                f"The checkpoint was written with another storage than {self.storage!r}, which this "
+                f"{type(self).__name__} has: give it the same."
+            )
+        if self.storage == "masked":
+            return super().loaded_weight(name, state)
+        return SparseWeight(name, state["shape"].tolist())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state; the connections are in the module."""
+        if self.storage == "sparse" and self._module is not None:
+            raise MisconfigurationException("storage='sparse' needs a strategy that loads checkpoints before setup.")
+        super().load_state_dict(state_dict)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the nonzeros alone also after the fit, when the module is dense again."""
+        if self.storage == "sparse" and self._module is None:
+            state = checkpoint["state_dict"]
+            for name, weight in self._weights.items():
+                if name in state:
+                    prefix = name.rpartition(".")[0]
+                    groups = getattr(pl_module.get_submodule(prefix), "groups", 1)
+                    state.update(sparse_entries(prefix, state.pop(name), weight.positions, groups))
+
+
+class _AfterConfigureModel:
+    """Calls ``function`` once, as soon as the Trainer has called the module's ``configure_model``."""
+
+    def __init__(self, module: LightningModule, function: Callable[[], None]) -> None:
+        configure = module.configure_model
+
+        def configure_model() -> None:
+            self.remove()
+            configure()
+            function()
+
+        self._module, self._hook = module, configure_model
+        module.configure_model = configure_model  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the module its own method back."""
+        if vars(self._module).get("configure_model") is self._hook:
+            del self._module.configure_model
+
+
+def _load_dense_hook(module: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
+    """Let a module with dense layers load a checkpoint with sparse ones."""
+    sparse = {name for name, layer in module.named_modules() if isinstance(layer, SparseLayer)}
+    make_state_dense(state_dict, leave=sparse)
+
+
+def _continues(weights: Sequence[SparseWeight], earlier: Mapping[str, MaskedWeight]) -> bool:
+    """Tell whether the dense weights are 0 wherever an earlier fit left them inactive."""
+    if {weight.name: weight.shape for weight in weights} != {name: w.shape for name, w in earlier.items()}:
+        return False
+    if any(isinstance(weight, SparseWeight) and not weight.known for weight in earlier.values()):
+        return False
+    for weight in weights:
+        assert isinstance(weight.layer, (nn.Linear, nn.Conv2d))
+        W = weight.layer.weight
+        if W.is_meta or W.count_nonzero() != W.reshape(-1)[earlier[weight.name].positions.to(W.device)].count_nonzero():
+            return False
+    return True
+
+
+def _gradient(layer: SparseLayer, h: Tensor, delta: Tensor, positions: Tensor) -> Tensor:
+    if isinstance(layer, SparseLinear):
+        return sampling.linear_gradient(h, delta, positions)
+    conv: Any = layer
+    images = (h, delta) if h.ndim == 4 else (h.unsqueeze(0), delta.unsqueeze(0))
+    options = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    return sampling.conv_gradient(*images, positions, conv.shape, *options)

@@ -1,0 +1,559 @@
+"""``storage="sparse"``: the same training as with masks, in layers that hold the nonzeros alone."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import storage_script
+import torch
+from helpers import Lit, fit, loader, mlp, saved, seeded, trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from test_ddp import free_port
+from torch import nn
+
+import lightning_sparse.storage.training as training
+from lightning_sparse import DST, SET, MemoryEfficientDST, RandomPruning, RigL
+from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
+from lightning_sparse.storage.measure import time_over_dense
+
+SCRIPT = Path(storage_script.__file__)
+METHODS = {
+    "SET": lambda **kw: SET(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "SET by epoch": lambda **kw: SET(**{"sparsity": 0.8, **kw}),
+    "MemoryEfficientDST random": lambda **kw: MemoryEfficientDST(
+        **{"sparsity": 0.8, "heuristic": "random", "subset_multiplier": 2, "update_every": 7, "stop_at": 0.9, **kw}
+    ),
+    "MemoryEfficientDST grabo": lambda **kw: MemoryEfficientDST(
+        **{"sparsity": 0.8, "update_every": 7, "stop_at": 0.9, "min_layer_density": 0.05, **kw}
+    ),
+    "MemoryEfficientDST synflow": lambda **kw: MemoryEfficientDST(
+        **{"sparsity": 0.8, "heuristic": "synflow", "update_every": 7, "stop_at": 0.9, **kw}
+    ),
+    "RandomPruning": lambda **kw: RandomPruning(**{"sparsity": 0.8, **kw}),
+}
+UPDATES = [name for name in METHODS if name != "RandomPruning"]
+
+
+def images(dtype=torch.float32):
+    return nn.Sequential(
+        nn.Unflatten(1, (4, 3, 1)),
+        nn.Conv2d(4, 6, (3, 1), padding="same", groups=2),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, (2, 1), stride=(2, 1), padding=(1, 0), bias=False),
+        nn.ReLU(),  # no batch-norm, which divides rounding errors by the variance of channels that have none
+        nn.Flatten(),
+        nn.Linear(16, 4),
+    ).to(dtype)
+
+
+NETWORKS = {"mlp": mlp, "images": images}
+OPTIMIZERS = {
+    "momentum": None,
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+def run(callback, network=mlp, optimizer=None, **kwargs):
+    module = seeded(lambda: Lit(network(torch.float64), optimizer))
+    return fit(callback, module, loader(dtype=torch.float64), **{"precision": "64-true", **kwargs})
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_training_is_that_with_masks(method, network, optimizer):
+    """60 steps with updates, from the same seed: the same connections and the same weights."""
+    masked, sparse = METHODS[method](seed=3), METHODS[method](seed=3, storage="sparse")
+    ours, _ = run(sparse, NETWORKS[network], OPTIMIZERS[optimizer])
+    theirs, _ = run(masked, NETWORKS[network], OPTIMIZERS[optimizer])
+    assert sparse.masks.keys() == masked.masks.keys()
+    for name, mask in masked.masks.items():
+        assert torch.equal(sparse.masks[name], mask)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, parameter in theirs.named_parameters():
+        difference = (ours.get_parameter(name) - parameter).norm() / parameter.norm()
+        assert difference < 1e-10, name
+    assert sparse.density == masked.density
+
+
+class Watches(pl.Callback):
+    """See what the layers are while they train."""
+
+    def __init__(self, callback):
+        self.callback, self.counts, self.sizes, self.connections = callback, set(), [], []
+
+    def on_train_batch_end(self, run, module, outputs, batch, batch_idx):
+        layers = {name: layer for name, layer in module.named_modules() if name in ("net.0", "net.2", "net.4")}
+        assert {type(layer) for layer in layers.values()} == {SparseLinear}
+        self.counts.add(sum(layer.nnz for layer in layers.values()))
+        self.sizes.append([layer.nnz for layer in layers.values()])
+        self.connections.append([layer.positions for layer in layers.values()])
+        (optimizer,) = run.optimizers
+        owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for layer in layers.values():
+            assert any(layer.values is parameter for parameter in owned)
+            momentum = optimizer.state[layer.values]["momentum_buffer"]
+            assert momentum.shape == layer.values.shape == layer.values.grad.shape == layer.col.shape
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_number_of_nonzeros_is_the_budget_at_every_step(method):
+    callback = METHODS[method](storage="sparse")
+    watches = Watches(callback)
+    module, _ = fit([callback, watches])
+    assert watches.counts == {392 - round(0.8 * 392)}
+    moved = any(not torch.equal(a, b) for a, b in zip(watches.connections[0], watches.connections[-1], strict=True))
+    assert moved == (method in UPDATES)
+    assert (len(set(map(tuple, watches.sizes))) > 1) == method.startswith("MemoryEfficientDST"), "layers change size"
+    assert {type(layer) for layer in module.net[::2]} == {nn.Linear}, "dense again after the fit"
+    for name, mask in callback.masks.items():
+        assert not module.get_parameter(name)[~mask].any()
+
+
+def test_momentum_and_moments_move_with_their_connections():
+    layer = SparseLinear(4, 3, 5)
+    layer.set_connections(torch.tensor([0, 2, 5, 6, 11]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.0)
+    weight = training.SparseWeight("weight", (3, 4), layer)
+    weight.optimizer = optimizer
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    state = optimizer.state[layer.values]
+    state["exp_avg"], state["exp_avg_sq"] = torch.arange(1.0, 6), torch.arange(11.0, 16)
+    layer.values.grad = torch.arange(21.0, 26)
+    weight.calls = [(torch.ones(1, 4), torch.tensor([[7.0, 8.0, 9.0]]))]
+    weight.exchange(torch.tensor([False, True, False, False, True]), torch.tensor([1, 4, 10]))
+    assert layer.positions.tolist() == [0, 1, 4, 5, 6, 10]
+    assert layer.values.tolist() == [1, 0, 0, 3, 4, 0]
+    assert layer.values.grad.tolist() == [21, 7, 8, 23, 24, 9]
+    assert state["exp_avg"].tolist() == [1, 0, 0, 3, 4, 0]
+    assert state["exp_avg_sq"].tolist() == [11, 0, 0, 13, 14, 0]
+    assert state["step"].shape == ()
+    optimizer.step()
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(method, optimizer, tmp_path):
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    def module(seed=0):
+        return seeded(lambda: Lit(images(), OPTIMIZERS[optimizer], schedule), seed)
+
+    class Saves(pl.Callback):
+        def on_train_epoch_end(self, run, module):
+            if run.current_epoch == 1:
+                run.save_checkpoint(tmp_path / "middle.ckpt")
+
+    whole, resumed = METHODS[method](storage="sparse"), METHODS[method](storage="sparse")
+    theirs, first = fit([whole, Saves()], module(), max_epochs=3)
+    ours = module(5)
+    second = trainer(resumed, max_epochs=3)
+    second.fit(ours, loader(), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    assert second.global_step == first.global_step == 90
+    for name, x in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], x), name
+    a, b = (run.optimizers[0].state_dict() for run in (first, second))
+    assert a["param_groups"] == b["param_groups"]
+    for key, state in a["state"].items():
+        assert all(torch.equal(torch.as_tensor(state[k]), torch.as_tensor(b["state"][key][k])) for k in state)
+    assert all(torch.equal(mask, resumed.masks[name]) for name, mask in whole.masks.items())
+    assert torch.equal(whole.generator.get_state(), resumed.generator.get_state())
+
+
+class SavesEachEpoch(pl.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, run, module):
+        run.save_checkpoint(self.path, weights_only=run.current_epoch == 0)
+
+
+def test_checkpoint_holds_the_nonzeros_alone_and_load_dense_gives_the_plain_keys(tmp_path):
+    callback = METHODS["MemoryEfficientDST grabo"](storage="sparse")
+    module, _ = fit([callback, SavesEachEpoch(tmp_path / "last.ckpt")])
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    sizes = {key: x.numel() for key, x in checkpoint["state_dict"].items()}
+    assert sizes["net.0.values"] + sizes["net.2.values"] + sizes["net.4.values"] == 78
+    assert not any(key.endswith("weight") for key in sizes)
+    assert "mask" not in str(checkpoint["callbacks"])
+    for given in (checkpoint, tmp_path / "last.ckpt", str(tmp_path / "last.ckpt")):
+        plain = load_dense(given)
+        assert plain.keys() == Lit().state_dict().keys()
+        assert all(torch.equal(plain[name], x) for name, x in module.state_dict().items())
+    Lit().load_state_dict(plain)
+
+
+def test_checkpoint_of_the_weights_alone_is_made_plain_too(tmp_path):
+    fit([METHODS["SET"](storage="sparse"), SavesEachEpoch(tmp_path / "w.ckpt")], max_epochs=1)
+    Lit().load_state_dict(load_dense(tmp_path / "w.ckpt"))
+
+
+def test_checkpoint_written_after_the_fit_can_be_continued(tmp_path):
+    module, run = fit(METHODS["SET"](storage="sparse"), seeded(lambda: Lit(images())), max_epochs=1)
+    checkpoint = saved(run, tmp_path / "end.ckpt")
+    assert "net.1.values" in checkpoint["state_dict"]
+    assert type(module.net[1]) is nn.Conv2d
+    assert all(torch.equal(load_dense(checkpoint)[name], x) for name, x in module.state_dict().items())
+    longer = trainer(METHODS["SET"](storage="sparse"), max_epochs=2)
+    longer.fit(seeded(lambda: Lit(images()), 4), loader(), ckpt_path=tmp_path / "end.ckpt")
+    assert longer.global_step == 60
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_a_checkpoint_of_sparse_layers_is_evaluated_in_the_plain_module(stage, tmp_path):
+    callback = METHODS["SET"](storage="sparse")
+    module, run = fit([callback, SavesEachEpoch(tmp_path / "last.ckpt")])
+    expected = copy.deepcopy(module.state_dict())
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    getattr(run, stage)(module, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert all(torch.equal(x, expected[name]) for name, x in module.state_dict().items())
+    assert not module._load_state_dict_pre_hooks
+
+
+def test_storages_are_not_mixed_up(tmp_path):
+    _, masked = fit(METHODS["SET"](), max_epochs=1)
+    masked.save_checkpoint(tmp_path / "masked.ckpt")
+    with pytest.raises(RuntimeError, match=r"net\.0\.weight is dense, the layer sparse: load it before"):
+        trainer(METHODS["SET"](storage="sparse")).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "masked.ckpt")
+
+
+# ---------------------------------------------------------------------- fits
+
+
+def test_a_second_fit_goes_on_with_the_connections_of_the_first():
+    callback = RandomPruning(0.8, storage="sparse")
+    module, _ = fit(callback)
+    before = callback.masks
+    fit(callback, module)
+    assert all(torch.equal(mask, callback.masks[name]) for name, mask in before.items())
+    fit(RandomPruning(0.8, storage="sparse", seed=99), module)
+
+
+def test_another_module_starts_afresh():
+    callback = RandomPruning(0.8, storage="sparse")
+    fit(callback)
+    with pytest.warns(UserWarning, match="starts afresh"):
+        fit(callback, seeded(Lit, 8))
+
+
+def test_a_large_module_keeps_its_sparse_layers_until_it_is_made_dense(monkeypatch):
+    monkeypatch.setattr(training, "DENSE_LIMIT", 1000)
+    callback = METHODS["MemoryEfficientDST grabo"](storage="sparse")
+    module, run = fit(callback)
+    assert {type(layer) for layer in module.net[::2]} == {SparseLinear}
+    run.validate(module, loader(), verbose=False)
+    before = module(torch.ones(1, 12))
+    fit(callback, module)
+    with pytest.raises(MisconfigurationException, match=r"have 78 connections, sparsity=0\.5 asks for 196"):
+        fit(RandomPruning(0.5, storage="sparse"), module)
+    after = module(torch.ones(1, 12))
+    assert not torch.equal(before, after)
+    assert callback.to_dense(module) is module
+    assert {type(layer) for layer in module.net[::2]} == {nn.Linear}
+    assert torch.allclose(module(torch.ones(1, 12)), after, atol=1e-6)
+
+
+def test_an_interrupted_fit_can_be_resumed_in_the_same_process(tmp_path):
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, run, module, outputs, batch, batch_idx):
+            if run.global_step == 40:
+                raise RuntimeError("stop")
+
+    callback, module = METHODS["SET"](storage="sparse"), seeded(Lit)
+    with pytest.raises(RuntimeError, match="stop"):
+        fit([callback, SavesEachFirst(tmp_path / "one.ckpt"), Stops()], module)
+    assert type(module.net[0]) is SparseLinear
+    assert not module.net[0]._forward_hooks
+    again = trainer(callback)
+    again.fit(module, loader(), ckpt_path=tmp_path / "one.ckpt")
+    whole = METHODS["SET"](storage="sparse")
+    expected, _ = fit(whole)
+    assert all(torch.equal(x, module.state_dict()[name]) for name, x in expected.state_dict().items())
+
+
+class SavesEachFirst(pl.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, run, module):
+        if run.current_epoch == 0:
+            run.save_checkpoint(self.path)
+
+
+class OnMeta(Lit):
+    """Has no weights before configure_model, and never a dense one."""
+
+    def __init__(self, bias=True):
+        super().__init__(nn.Identity())
+        self.bias = bias
+
+    def configure_model(self):
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(12, 300, self.bias), nn.ReLU(), nn.Linear(300, 4))
+
+
+@pytest.mark.parametrize("method", ["SET", "MemoryEfficientDST grabo"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_on_the_meta_device_are_drawn_for_their_actual_fan_in(method, bias):
+    class Looks(pl.Callback):
+        def on_train_start(self, run, module):
+            layer = module.net[2]
+            fan_in = layer.crow.diff().repeat_interleave(layer.crow.diff())
+            scaled = layer.values.detach() * fan_in.sqrt()
+            assert scaled.abs().max() <= 1
+            assert 0.4 < scaled.abs().mean() < 0.6, "uniform"
+            assert not any(parameter.is_meta for parameter in module.parameters())
+            self.started = layer.values.clone()
+
+    callback, twin, looks = METHODS[method](storage="sparse"), METHODS[method](storage="sparse"), [Looks(), Looks()]
+    module, _ = fit([callback, looks[0]], seeded(lambda: OnMeta(bias)))
+    fit([twin, looks[1]], seeded(lambda: OnMeta(bias)))
+    assert torch.equal(looks[0].started, looks[1].started), "the run's seed decides"
+    assert type(module.net[0]) is nn.Linear
+    assert sum(int(mask.sum()) for mask in callback.masks.values()) == 960
+
+
+def test_accumulated_batches_and_clipping_are_those_with_masks():
+    for options in ({"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}):
+        ours, _ = run(METHODS["MemoryEfficientDST grabo"](storage="sparse", update_every=3), **options)
+        theirs, _ = run(METHODS["MemoryEfficientDST grabo"](update_every=3), **options)
+        for name, parameter in theirs.named_parameters():
+            assert torch.allclose(ours.get_parameter(name), parameter, rtol=0, atol=1e-12)
+
+
+def test_bfloat16_autocast_trains():
+    module, _ = fit(METHODS["MemoryEfficientDST grabo"](storage="sparse"), precision="bf16-mixed")
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_callback_is_copied_and_pickled_during_and_after_fit():
+    callback = METHODS["MemoryEfficientDST grabo"](storage="sparse")
+
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, run, module, outputs, batch, batch_idx):
+            for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+                assert all(torch.equal(mask, other.masks[name]) for name, mask in callback.masks.items())
+
+    fit([callback, Copies()], max_epochs=1, limit_train_batches=8)
+    assert all(torch.equal(mask, copy.deepcopy(callback).masks[name]) for name, mask in callback.masks.items())
+
+
+def test_hooks_are_gone_but_for_the_steps_that_move_connections():
+    class Looks(pl.Callback):
+        def __init__(self):
+            self.hooked = []
+
+        def on_before_zero_grad(self, run, module, optimizer):
+            self.hooked.append(len(module.net[0]._forward_hooks))
+
+    looks = Looks()
+    fit([METHODS["SET"](storage="sparse"), looks], max_epochs=1)
+    assert [step for step, hooks in enumerate(looks.hooked) if hooks] == [7, 14, 21, 28]
+
+
+# ---------------------------------------------------------------------- what cannot be
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 6, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(x.view(-1, 3, 4))[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    ("network", "named", "exclude"),
+    [
+        (Recurrent, r"net\.rnn\.weight_ih_l0 \(GRU\), net\.rnn\.weight_hh_l0 \(GRU\)", ["*.rnn.*"]),
+        (Tied, r"net\.a\.weight \(Linear, tied to net\.b\.weight: a sparse layer cannot share", ["*.a.weight"]),
+        (lambda: nn.Sequential(nn.Bilinear(6, 6, 4)), r"net\.0\.weight \(Bilinear\)", None),
+    ],
+)
+def test_layers_that_have_no_sparse_form_are_named(network, named, exclude):
+    with pytest.raises(MisconfigurationException, match=f"plain nn.Linear and nn.Conv2d layers only, not .*{named}"):
+        fit(RandomPruning(0.5, storage="sparse"), Lit(network()))
+    if exclude is not None:
+        fit(RandomPruning(0.5, storage="sparse", exclude=exclude), Lit(network()))
+
+
+def test_code_that_reads_the_dense_weight_is_told_what_to_do():
+    class Reads(Lit):
+        def forward(self, x):
+            return nn.functional.linear(x, self.net[0].weight)
+
+    with pytest.raises(AttributeError, match="has no dense weight"):
+        fit(RandomPruning(0.5, storage="sparse"), Reads())
+
+
+def test_weights_that_no_optimizer_owns_are_named():
+    module = Lit()
+    module.make_optimizer = lambda p: torch.optim.SGD(module.net[0].parameters(), lr=0.1)
+    with pytest.raises(MisconfigurationException, match=r"No optimizer owns \['net\.2\.weight', 'net\.4\.weight'\]"):
+        fit(RandomPruning(0.5, storage="sparse"), module)
+
+
+def test_other_methods_refuse_sparse_layers(monkeypatch):
+    monkeypatch.setattr(training, "DENSE_LIMIT", 0)
+    module, _ = fit(RandomPruning(0.8, storage="sparse"))
+    for method in (DST(alpha=1e-3), RigL(0.8), SET(0.8)):
+        with pytest.raises(MisconfigurationException, match=r"net\.0\.weight is held by a sparse layer"):
+            fit(method, module)
+    fit(SET(0.8), to_dense(module))
+
+
+@pytest.mark.parametrize("method", [SET, MemoryEfficientDST, RandomPruning])
+def test_storage_is_checked(method):
+    with pytest.raises(ValueError, match=r"storage must be one of \['masked', 'sparse'\], got 'dense'"):
+        method(0.8, storage="dense")
+
+
+LARGE = """
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from lightning_sparse import MemoryEfficientDST
+from lightning_sparse.process import peak_memory
+from lightning_sparse.storage import SparseLinear
+
+torch.set_num_threads(1)
+
+
+class Wide(pl.LightningModule):
+    def configure_model(self):
+        with torch.device("meta"):
+            self.layer = nn.Linear(65536, 65536, bias=False)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+callback = MemoryEfficientDST(0.9999, update_every=1, stop_at=1.0, storage="sparse")
+run = pl.Trainer(max_steps=3, callbacks=callback, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                 enable_model_summary=False, accelerator="cpu")
+module = Wide()
+run.fit(module, torch.utils.data.DataLoader(torch.randn(12, 65536), batch_size=4))
+assert type(module.layer) is SparseLinear
+assert module.layer.nnz == 2**32 - round(0.9999 * 2**32)
+print(peak_memory())
+"""
+
+
+def test_a_layer_of_65536_by_65536_trains_and_moves_connections_in_little_memory():
+    """Dense it takes 17 GB, for each of weight, gradient and momentum."""
+    printed = subprocess.run([sys.executable, "-c", LARGE], check=True, capture_output=True, text=True).stdout
+    assert float(printed) < 1.5e9
+
+
+def test_two_processes_train_as_one_and_average_the_nonzeros_alone(tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen([sys.executable, SCRIPT, tmp_path], env={**environment, "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = storage_script.train("sparse", 0, 1)
+    ours, masked = first["sparse"], first["masked"]
+    for name, x in ours["parameters"].items():
+        assert torch.equal(x, second["sparse"]["parameters"][name])
+        for other in (masked, alone):
+            assert torch.allclose(x, other["parameters"][name], rtol=0, atol=1e-12)
+    assert all(torch.equal(mask, masked["masks"][name]) for name, mask in ours["masks"].items())
+    steps = 2 * 20 // 2
+    assert masked["bytes"] == steps * 8 * (392 + 30)
+    assert ours["bytes"] == steps * 8 * (78 + 30), "in proportion to the density, but for the biases"
+
+
+def test_a_fit_that_fails_before_its_start_leaves_the_module_alone():
+    class Fails(pl.Callback):
+        def setup(self, run, module, stage):
+            assert "configure_model" in vars(module)
+            raise RuntimeError("early")
+
+    module = seeded(Lit)
+    with pytest.raises(RuntimeError, match="early"):
+        fit([RandomPruning(0.8, storage="sparse"), Fails()], module)
+    assert "configure_model" not in vars(module)
+    assert type(module.net[0]) is nn.Linear
+    fit(SET(0.8), module)
+
+
+def test_two_methods_share_a_module():
+    first = SET(0.8, storage="sparse", update_every=7, include=["net.0.*"])
+    second = RandomPruning(0.5, storage="sparse", include=["net.2.*"])
+    fit([first, second, SET(0.7, include=["net.4.*"])])
+    assert (first.masks.keys(), second.masks.keys()) == ({"net.0.weight"}, {"net.2.weight"})
+    assert (int(first.masks["net.0.weight"].sum()), int(second.masks["net.2.weight"].sum())) == (38, 80)
+
+
+def test_methods_whose_layers_change_size_refuse_several_processes():
+    run = SimpleNamespace(world_size=2)
+    with pytest.raises(MisconfigurationException, match="parameters change their length, which DDP cannot follow"):
+        MemoryEfficientDST(0.8, storage="sparse")._make_sparse(run, Lit())
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.5])
+def test_the_time_beside_a_dense_layer_is_told_and_warned_of(ratio, monkeypatch):
+    monkeypatch.setattr(training, "time_over_dense", lambda layer: ratio)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(RandomPruning(0.8, storage="sparse"), max_epochs=1)
+    told = [str(warning.message) for warning in caught if "slower than storage='masked'" in str(warning.message)]
+    assert bool(told) == (ratio > 1)
+    assert all("net.0.weight, of density" in message for message in told)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        SparseLinear(3000, 2000, 60_000),
+        SparseLinear(5, 4, 3),
+        SparseConv2d(200, 100, (3, 1), 3000, stride=2, groups=4),
+        SparseConv2d(1, 6, 5, 20),
+    ],
+)
+def test_time_beside_a_dense_layer_is_measured_without_touching_random_numbers(layer):
+    before = torch.get_rng_state()
+    assert 0 < time_over_dense(layer) < 1000
+    assert torch.equal(torch.get_rng_state(), before)
+    assert layer.values.grad is None
