@@ -28,7 +28,7 @@ from lightning_sparse.endpoints import Hooks
 from lightning_sparse.layers import Choice, choose
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
 from lightning_sparse.storage.checkpoint import make_state_dense, sparse_entries
-from lightning_sparse.storage.layers import SparseLayer, SparseLinear, make_sparse_, to_dense
+from lightning_sparse.storage.layers import SparseLayer, SparseLinear, make_dense_, make_sparse_, to_dense
 from lightning_sparse.storage.measure import time_over_dense
 
 __all__ = ["DENSE_LIMIT", "STORAGES", "Capture", "SparseStorage", "SparseWeight"]
@@ -382,11 +382,14 @@ class SparseStorage(MaskedCallback):
         weights = list(self._weights.values())
         ours = self.storage == "sparse" and stage == "fit" and all(weight.parameter is not None for weight in weights)
         size = sum(weight.size * weight.W.element_size() for weight in weights) if ours else 0
+        layers = [weight.layer for weight in weights if isinstance(weight, SparseWeight)]  # others may be another's
         super().teardown(trainer, pl_module, stage)
         if self.storage == "sparse" and stage != "fit":
             self._release()
         if ours and size <= DENSE_LIMIT:
-            self.to_dense(pl_module)
+            for layer in layers:
+                assert isinstance(layer, SparseLayer)
+                make_dense_(layer)
         elif ours:
             rank_zero_info(
                 f"The module keeps its sparse layers: dense weights would take {size / 1e9:.1f} GB. "
