@@ -6,6 +6,7 @@ The count of each layer is settled once, in whole numbers that add up to the bud
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from fractions import Fraction
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -23,22 +24,27 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
+def _exact(fraction: float) -> Fraction:
+    """Return 3/10 for 0.3, which as a binary number is a little less."""
+    return Fraction(str(fraction))
+
+
 def budget(sparsity: float, size: int) -> int:
     """Return the number of active weights among ``size``.
 
     >>> budget(0.9, 266200)
     26620
     """
-    return size - round(sparsity * size)
+    return size - round(_exact(sparsity) * size)
 
 
 def share(fraction: float, count: int) -> int:
-    """Return ``fraction`` of ``count``, rounded down; a product that is whole but for rounding errors counts as whole.
+    """Return ``fraction``, taken as the decimal number it is written as, of ``count``, rounded down.
 
     >>> share(0.29, 100), share(0.3, 5)
     (29, 1)
     """
-    return math.floor(fraction * count + 1e-6)
+    return math.floor(_exact(fraction) * count)
 
 
 def least(density: float, size: int) -> int:
@@ -47,7 +53,7 @@ def least(density: float, size: int) -> int:
     >>> least(0.01, 250), least(0.07, 100)
     (3, 7)
     """
-    return math.ceil(density * size - 1e-6)
+    return math.ceil(_exact(density) * size)
 
 
 def apportion(total: int, weights: Sequence[float], capacities: Sequence[int]) -> list[int]:
