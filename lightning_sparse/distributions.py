@@ -24,18 +24,18 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
-def _exact(fraction: float) -> Fraction:
-    """Return 3/10 for 0.3, which as a binary number is a little less."""
-    return Fraction(str(fraction))
-
-
 def budget(sparsity: float, size: int) -> int:
     """Return the number of active weights among ``size``.
 
     >>> budget(0.9, 266200)
     26620
     """
-    return size - round(_exact(sparsity) * size)
+    return size - round(sparsity * size)
+
+
+def _exact(fraction: float) -> Fraction:
+    """Return 3/10 for 0.3, which as a binary number is a little less."""
+    return Fraction(str(fraction))
 
 
 def share(fraction: float, count: int) -> int:
