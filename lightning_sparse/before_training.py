@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse import masks
 from lightning_sparse._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_sparse.distributions import budget, least
+from lightning_sparse.distributions import budget, floors
 from lightning_sparse.layers import Choice
 from lightning_sparse.masked import MaskedCallback, MaskedWeight
 from lightning_sparse.probe import Probe, probing
@@ -64,9 +64,10 @@ class BeforeTraining(MaskedCallback):
     def choose(self, probe: Probe) -> list[Tensor]:
         """Return the masks: round by round, down to the budget."""
         chosen = [torch.ones_like(W, dtype=torch.bool, requires_grad=False) for W in probe.weights]
-        at_least = [least(self.min_layer_density, mask.numel()) for mask in chosen]
-        size = sum(mask.numel() for mask in chosen)
-        for k in budgets(size, budget(self.sparsity_target, size), self.rounds):
+        sizes = [mask.numel() for mask in chosen]
+        final = budget(self.sparsity_target, sum(sizes))
+        at_least = floors(self.min_layer_density, sizes, final)
+        for k in budgets(sum(sizes), final, self.rounds):
             scores = self.scores(probe)
             for name, score in zip(probe.names, scores, strict=True):
                 if not score.isfinite().all():
@@ -115,13 +116,8 @@ class BeforeTraining(MaskedCallback):
 
     def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
         """Leave all weights active until there are scores."""
-        sizes = [weight.mask.numel() for weight in weights]
-        total, needed = budget(self.sparsity_target, sum(sizes)), sum(least(self.min_layer_density, n) for n in sizes)
-        if needed > total:
-            raise ValueError(
-                f"min_layer_density={self.min_layer_density} alone takes {needed} weights, the budget is {total}. "
-                "Lower it or sparsity."
-            )
+        sizes = [weight.size for weight in weights]
+        floors(self.min_layer_density, sizes, budget(self.sparsity_target, sum(sizes)))
         self._scored = False
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lightning_sparse._lightning import (
 )
 from lightning_sparse.layers import FROZEN, Choice, choose, table
 
-__all__ = ["SparseCallback", "refuse_other_weights"]
+__all__ = ["SparseCallback", "refuse_other_sparsity", "refuse_other_weights"]
 
 
 class SparseCallback(Callback, ABC):
@@ -454,6 +454,15 @@ def refuse_other_weights(
         raise MisconfigurationException(
             f"The checkpoint's state of {type(callback).__name__} and this module differ in {differing}: "
             "choose the same weights (include, exclude, requires_grad, optimizers) as when it was written."
+        )
+
+
+def refuse_other_sparsity(callback: SparseCallback, there: float, here: float) -> None:
+    """Raise unless the loaded state has the sparsity that the callback was made with."""
+    if here != there:
+        raise MisconfigurationException(
+            f"The checkpoint was written with sparsity={there!r}, this {type(callback).__name__} has {here!r}: "
+            "give it the same."
         )
 
 

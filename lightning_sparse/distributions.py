@@ -8,12 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
 
+from lightning_sparse import checks
+
 __all__ = [
     "DISTRIBUTIONS",
     "apportion",
     "budget",
+    "check",
     "er",
     "erk",
+    "floors",
     "layer_counts",
     "least",
     "share",
@@ -22,6 +26,23 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
+
+
+def check(sparsity: float, distribution: str | Mapping[str, float], min_layer_density: float) -> None:
+    """Raise unless a method's arguments are in range.
+
+    Raises:
+        ValueError: one is not; it is named.
+    """
+    checks.fraction("It is the share of zeros, 0.9 for 10 % of the weights.", sparsity=sparsity)
+    if sparsity == 1:
+        raise ValueError(f"sparsity must be below 1, got {sparsity!r}: nothing would be left to train.")
+    if isinstance(distribution, str):
+        checks.one_of(DISTRIBUTIONS, distribution=distribution)
+    else:
+        for pattern, density in distribution.items():
+            checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)
+    checks.fraction("0 lets a layer become empty.", min_layer_density=min_layer_density)
 
 
 def budget(sparsity: float, size: int) -> int:
@@ -54,6 +75,21 @@ def least(density: float, size: int) -> int:
     (3, 7)
     """
     return math.ceil(_exact(density) * size)
+
+
+def floors(density: float, sizes: Sequence[int], total: int) -> list[int]:
+    """Return the number of weights that each layer of a budget keeps at least.
+
+    Raises:
+        ValueError: these alone are above the budget.
+    """
+    lowest = [least(density, size) for size in sizes]
+    if sum(lowest) > total:
+        raise ValueError(
+            f"min_layer_density={density} alone takes {sum(lowest)} weights, the budget is {total}. "
+            "Lower it or sparsity."
+        )
+    return lowest
 
 
 def apportion(total: int, weights: Sequence[float], capacities: Sequence[int]) -> list[int]:
@@ -154,11 +190,7 @@ def layer_counts(
         counts = dict(zip(names, DISTRIBUTIONS[distribution](list(shapes.values()), total), strict=True))
     else:
         counts = _by_pattern(distribution, sizes, total)
-    lowest = {name: least(floor, size) for name, size in sizes.items()}
-    if sum(lowest.values()) > total:
-        raise ValueError(
-            f"min_layer_density={floor} alone takes {sum(lowest.values())} weights, the budget is {total}."
-        )
+    lowest = dict(zip(names, floors(floor, list(sizes.values()), total), strict=True))
     raised = [name for name in names if counts[name] < lowest[name]]
     if raised:
         rest = [name for name in names if name not in raised]

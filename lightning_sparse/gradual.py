@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse import checks, masks
 from lightning_sparse._lightning import MisconfigurationException
-from lightning_sparse.distributions import budget
+from lightning_sparse.distributions import budget, floors
 from lightning_sparse.layers import Choice
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
 from lightning_sparse.schedules import cubic
@@ -70,12 +70,7 @@ class GradualPruning(MaskedCallback):
                 f"{self.end_at:.0%}. Give the Trainer max_epochs or max_steps."
             )
         for pool in self._pools.values():
-            kept = sum(map(self.least, pool.weights))
-            if kept > self.final(pool):
-                raise MisconfigurationException(
-                    f"min_layer_density={self.min_layer_density} alone keeps {kept} weights, but sparsity="
-                    f"{self.sparsity_target} leaves {self.final(pool)}. Lower one of them."
-                )
+            floors(self.min_layer_density, [weight.size for weight in pool.weights], self.final(pool))
         first, last = self.span()
         if last - first <= self.update_every:
             self._warn_once(
@@ -102,7 +97,7 @@ class GradualPruning(MaskedCallback):
 
     def final(self, pool: Pool) -> int:
         """Return the number of connections at the end of the schedule."""
-        return budget(self.sparsity_target, sum(weight.mask.numel() for weight in pool.weights))
+        return budget(self.sparsity_target, sum(weight.size for weight in pool.weights))
 
     def asked(self, pool: Pool) -> int:
         """Return the number of connections that the schedule leaves now."""

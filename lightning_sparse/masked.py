@@ -14,13 +14,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, masks, sampling
-from lightning_sparse._lightning import MisconfigurationException, rank_zero_warn
-from lightning_sparse.callback import SparseCallback, refuse_other_weights
-from lightning_sparse.distributions import DISTRIBUTIONS, budget, layer_counts, least
+from lightning_sparse import checks, distributions, masks, sampling
+from lightning_sparse._lightning import rank_zero_warn
+from lightning_sparse.callback import SparseCallback, refuse_other_sparsity, refuse_other_weights
+from lightning_sparse.distributions import budget, layer_counts, least
 from lightning_sparse.layers import Choice
 
-__all__ = ["MaskedCallback", "MaskedWeight", "Pool"]
+__all__ = ["MaskedCallback", "MaskedWeight", "Pool", "finite"]
 
 
 @dataclass
@@ -217,15 +217,7 @@ class MaskedCallback(SparseCallback):
         log_every_n_steps: int | None = None,
     ) -> None:
         super().__init__(include, exclude, log_every_n_steps)
-        checks.fraction("It is the share of zeros, 0.9 for 10 % of the weights.", sparsity=sparsity)
-        if sparsity == 1:
-            raise ValueError(f"sparsity must be below 1, got {sparsity!r}: nothing would be left to train.")
-        if isinstance(distribution, str):
-            checks.one_of(DISTRIBUTIONS, distribution=distribution)
-        else:
-            for pattern, density in distribution.items():
-                checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)
-        checks.fraction("0 lets a layer become empty.", min_layer_density=min_layer_density)
+        distributions.check(sparsity, distribution, min_layer_density)
         if seed is not None:
             checks.integer(0, "Leave it out to use the run's seed.", seed=seed)
         self.sparsity_target = self.initial_sparsity = sparsity
@@ -324,11 +316,7 @@ class MaskedCallback(SparseCallback):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; into the weights in use if fit has begun."""
-        if state_dict["sparsity"] != self.sparsity_target:
-            raise MisconfigurationException(
-                f"The checkpoint was written with sparsity={state_dict['sparsity']!r}, "
-                f"this {type(self).__name__} has {self.sparsity_target!r}: give it the same."
-            )
+        refuse_other_sparsity(self, state_dict["sparsity"], self.sparsity_target)
         self._epoch = state_dict["epoch"]
         self._clocks = list(state_dict["clocks"].values())
         self.generator.set_state(state_dict["generator"].cpu())
@@ -388,7 +376,7 @@ class MaskedCallback(SparseCallback):
             self.observe(weights, scale)
             pool.due = pool.due or self.is_due(pool)
             # AMP skips a step that overflowed, and its gradients are no scores: the next step moves
-            if pool.due and all(bool(weight.dP.isfinite().all()) for weight in weights):
+            if pool.due and finite(weights):
                 pool.due = False
                 pool.moved = self._move(weights, pool, scale)
             pool.step += 1
@@ -454,7 +442,7 @@ class MaskedCallback(SparseCallback):
         for weight in weights:
             weight.mask = torch.empty_like(weight.W, dtype=torch.bool).copy_(weight.mask)
             weight.buffers = self.new_buffers(weight)
-            masks.zero_outside_(weight.W, weight.mask)
+            weight.keep_zeros()
 
     def _move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> bool:
         """Move connections, make sure that their number is what was asked for, and tell whether any moved."""
@@ -474,6 +462,11 @@ class MaskedCallback(SparseCallback):
             pool.clock = clock
 
 
+def finite(weights: Sequence[MaskedWeight]) -> bool:
+    """Tell whether all gradients are finite: AMP skips a step in which they are not."""
+    return all(bool(weight.dP.isfinite().all()) for weight in weights)
+
+
 def _new(choice: Choice) -> MaskedWeight:
     mask = torch.ones_like(choice.parameter, dtype=torch.bool, requires_grad=False)
     return MaskedWeight(choice.name, mask, parameter=choice.parameter, transposed_groups=choice.transposed_groups)
@@ -485,7 +478,7 @@ def _place(weight: MaskedWeight, state: MaskedWeight) -> None:
     weight.buffers = {
         key: torch.empty_like(weight.mask, dtype=buffer.dtype).copy_(buffer) for key, buffer in state.buffers.items()
     }
-    masks.zero_outside_(weight.W, weight.mask)
+    weight.keep_zeros()
 
 
 def _fits(choice: Choice, state: MaskedWeight) -> bool:

@@ -188,7 +188,7 @@ class PruneAndGrow(MaskedCallback):
 
         A layer keeps what ``min_layer_density`` asks for, counting the places it has free. A dense one may lose some.
         """
-        loss = [min(n, w.mask.numel() - self.least(w)) for w, n in zip(weights, wanted, strict=True)]
+        loss = [min(n, w.size - self.least(w)) for w, n in zip(weights, wanted, strict=True)]
         return apportion(min(sum(loss), sum(w.room for w in weights)), loss, loss)
 
     def needed(self, weights: Sequence[MaskedWeight], dropped: Sequence[int]) -> list[int]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, masks
-from lightning_sparse._lightning import MisconfigurationException
-from lightning_sparse.distributions import DISTRIBUTIONS, budget, layer_counts, least
+from lightning_sparse import checks, distributions, masks
+from lightning_sparse.callback import refuse_other_sparsity
+from lightning_sparse.distributions import budget, floors, layer_counts
 from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight
 from lightning_sparse.layers import Choice
 
@@ -50,17 +50,9 @@ class TopKCallback(LatentCallback):
         log_every_n_steps: int | None = None,
     ) -> None:
         super().__init__(0.0, granularity, include, exclude, log_every_n_steps)
-        checks.fraction("It is the share of zeros, 0.9 for 10 % of the weights.", sparsity=sparsity)
-        if sparsity == 1:
-            raise ValueError(f"sparsity must be below 1, got {sparsity!r}: nothing would be left to train.")
         checks.one_of(("global", "layer"), scope=scope)
         checks.integer(1, "1 chooses anew at every step.", update_every=update_every)
-        if isinstance(distribution, str):
-            checks.one_of(DISTRIBUTIONS, distribution=distribution)
-        else:
-            for pattern, density in distribution.items():
-                checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)
-        checks.fraction("0 lets a layer become empty.", min_layer_density=min_layer_density)
+        distributions.check(sparsity, distribution, min_layer_density)
         self.sparsity_target = sparsity
         self.scope = scope
         self.update_every = update_every
@@ -105,13 +97,7 @@ class TopKCallback(LatentCallback):
         if self.scope == "layer":
             shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
             return list(layer_counts(self.distribution, shapes, total, self.min_layer_density).values())
-        floors = [least(self.min_layer_density, size) for size in sizes]
-        if sum(floors) > total:
-            raise ValueError(
-                f"min_layer_density={self.min_layer_density} alone takes {sum(floors)} weights, the budget is {total}. "
-                "Lower it or sparsity."
-            )
-        return self.largest(weights, total, floors)
+        return self.largest(weights, total, floors(self.min_layer_density, sizes, total))
 
     def largest(self, weights: Sequence[LatentWeight], total: int, floors: Sequence[int]) -> list[int]:
         """Return how many of the ``total`` largest scores of all lie in each weight, ``floors`` of them in any case."""
@@ -196,11 +182,7 @@ class TopKCallback(LatentCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
-        if state_dict["sparsity"] != self.sparsity_target:
-            raise MisconfigurationException(
-                f"The checkpoint was written with sparsity={state_dict['sparsity']!r}, "
-                f"this {type(self).__name__} has {self.sparsity_target!r}: give it the same."
-            )
+        refuse_other_sparsity(self, state_dict["sparsity"], self.sparsity_target)
         self._updates = dict(state_dict["updates"])
         super().load_state_dict(state_dict)
 

@@ -194,9 +194,7 @@ def test_a_training_without_end_is_refused():
 
 
 def test_layers_that_must_keep_more_than_the_target_are_refused():
-    with pytest.raises(
-        MisconfigurationException, match=r"min_layer_density=0\.2 alone keeps \d+ weights, but sparsity=0\.9"
-    ):
+    with pytest.raises(ValueError, match=r"min_layer_density=0\.2 alone takes \d+ weights, the budget is \d+"):
         watched(GMP(0.9, min_layer_density=0.2))
 
 

@@ -240,7 +240,7 @@ def test_a_fit_without_end_is_refused():
 
 
 def test_a_floor_above_the_budget_is_refused():
-    with pytest.raises(MisconfigurationException, match=r"min_layer_density=0.5 alone keeps 196 .* leaves 78"):
+    with pytest.raises(ValueError, match=r"min_layer_density=0.5 alone takes 196 weights, the budget is 78"):
         fit(LotteryTicket(0.8, rounds=1, min_layer_density=0.5), max_epochs=2)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_sparse import checks, masks
-from lightning_sparse.masked import MaskedCallback, MaskedWeight
+from lightning_sparse.masked import MaskedCallback, MaskedWeight, finite
 
 __all__ = ["DeepR"]
 
@@ -73,7 +73,7 @@ class DeepR(MaskedCallback):
 
     def observe(self, weights: Sequence[MaskedWeight], scale: float) -> None:
         """Note which weights the step that follows updates: none if AMP skips it."""
-        if all(bool(weight.dP.isfinite().all()) for weight in weights):
+        if finite(weights):
             self._stepping.update(weight.name for weight in weights)
 
     def updated(self, weights: Sequence[MaskedWeight]) -> None:

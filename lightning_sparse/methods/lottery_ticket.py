@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_sparse import checks, masks
 from lightning_sparse._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_sparse.before_training import budgets
-from lightning_sparse.distributions import apportion, budget, layer_counts
+from lightning_sparse.distributions import apportion, budget, floors, layer_counts
 from lightning_sparse.layers import Choice
 from lightning_sparse.masked import MaskedCallback, MaskedWeight
 
@@ -84,12 +84,8 @@ class LotteryTicket(MaskedCallback):
         super().on_train_start(trainer, pl_module)
         self.starts()
         for pool in self._pools.values():
-            kept, left = sum(map(self.least, pool.weights)), self.count(pool.weights, self.rounds)
-            if kept > left:
-                raise MisconfigurationException(
-                    f"min_layer_density={self.min_layer_density} alone keeps {kept} weights, but sparsity="
-                    f"{self.sparsity_target} leaves {left}. Lower one of them."
-                )
+            sizes = [weight.size for weight in pool.weights]
+            floors(self.min_layer_density, sizes, self.count(pool.weights, self.rounds))
 
     def starts(self) -> list[int]:
         """Return the epochs in which the trainings of this fit begin, but for the first."""
@@ -127,7 +123,7 @@ class LotteryTicket(MaskedCallback):
 
     def count(self, weights: Sequence[MaskedWeight], rounds: int) -> int:
         """Return the number of connections that so many rounds leave to ``weights``."""
-        size = sum(weight.mask.numel() for weight in weights)
+        size = sum(weight.size for weight in weights)
         return [size, *budgets(size, budget(self.sparsity_target, size), self.rounds)][rounds]
 
     @torch.no_grad()

@@ -102,7 +102,7 @@ class MEST(PruneAndGrow):
         """Return how many connections above its budget a layer has from now on; half of the free places at most."""
         if pool.step >= self.last_step():
             return 0
-        return min(share(self.fraction(pool), self.budget(weight)), (weight.mask.numel() - self.budget(weight)) // 2)
+        return min(share(self.fraction(pool), self.budget(weight)), (weight.size - self.budget(weight)) // 2)
 
     def budget(self, weight: MaskedWeight) -> int:
         """Return the number of a layer's connections, without those above it."""

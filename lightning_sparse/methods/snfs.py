@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_sparse import checks, masks
 from lightning_sparse.distributions import share
-from lightning_sparse.masked import MaskedWeight
+from lightning_sparse.masked import MaskedWeight, finite
 from lightning_sparse.prune_and_grow import PruneAndGrow
 
 __all__ = ["SNFS"]
@@ -79,7 +79,7 @@ class SNFS(PruneAndGrow):
 
     def observe(self, weights: Sequence[MaskedWeight], scale: float) -> None:
         """Average the gradients of all steps but those that AMP skips."""
-        if all(bool(weight.dP.isfinite().all()) for weight in weights):
+        if finite(weights):
             for weight in weights:
                 momentum = weight.buffers["momentum"]
                 momentum.lerp_(weight.dP.to(momentum.dtype) / scale, 1 - self.smoothing)
