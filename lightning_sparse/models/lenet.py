@@ -1,11 +1,12 @@
 """LeNet-300-100 and LeNet-5-Caffe, the networks of the MNIST tables of DST and DFBST."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
-from lightning_sparse.models.classifier import Classifier, LRSchedulerCallable, OptimizerCallable, sgd
+from lightning_sparse.models.classifier import Classifier
 
 __all__ = ["LeNet5Caffe", "LeNet300"]
 
@@ -17,8 +18,7 @@ class LeNet300(Classifier):
         inputs: number of pixels of an image: 784 for MNIST, 64 for digits.
         hidden: neurons of the two hidden layers.
         classes: number of classes.
-        optimizer: makes the optimizer from the parameters; default SGD, learning rate 0.01, momentum 0.9.
-        lr_scheduler: makes the scheduler from the optimizer; None: a constant rate.
+        **training: the arguments of ``Classifier``: optimizer (default SGD, learning rate 0.01, momentum 0.9), ...
 
     Example:
         >>> from lightning_sparse.models import LeNet300
@@ -31,10 +31,9 @@ class LeNet300(Classifier):
         inputs: int = 784,
         hidden: Sequence[int] = (300, 100),
         classes: int = 10,
-        optimizer: OptimizerCallable = sgd,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        **training: Any,
     ) -> None:
-        super().__init__(classes, optimizer, lr_scheduler)
+        super().__init__(classes, **training)
         first, second = hidden
         self.fc1 = nn.Linear(inputs, first)
         self.fc2 = nn.Linear(first, second)
@@ -54,8 +53,7 @@ class LeNet5Caffe(Classifier):
 
     Args:
         classes: number of classes.
-        optimizer: makes the optimizer from the parameters; default SGD, learning rate 0.01, momentum 0.9.
-        lr_scheduler: makes the scheduler from the optimizer; None: a constant rate.
+        **training: the arguments of ``Classifier``: optimizer (default SGD, learning rate 0.01, momentum 0.9), ...
 
     Example:
         >>> from lightning_sparse.models import LeNet5Caffe
@@ -63,10 +61,8 @@ class LeNet5Caffe(Classifier):
         430500
     """
 
-    def __init__(
-        self, classes: int = 10, optimizer: OptimizerCallable = sgd, lr_scheduler: LRSchedulerCallable | None = None
-    ) -> None:
-        super().__init__(classes, optimizer, lr_scheduler)
+    def __init__(self, classes: int = 10, **training: Any) -> None:
+        super().__init__(classes, **training)
         self.conv1 = nn.Conv2d(1, 20, 5)
         self.conv2 = nn.Conv2d(20, 50, 5)
         self.fc1 = nn.Linear(800, 500)

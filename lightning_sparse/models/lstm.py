@@ -1,8 +1,10 @@
 """LSTM-a and LSTM-b, which read an image row by row: the recurrent networks of DST's MNIST table."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from lightning_sparse.models.classifier import Classifier, LRSchedulerCallable, OptimizerCallable, sgd
+from lightning_sparse.models.classifier import Classifier
 
 __all__ = ["SequenceLSTM"]
 
@@ -15,9 +17,8 @@ class SequenceLSTM(Classifier):
         hidden: units of each layer: 128 is the paper's LSTM-a, 256 its LSTM-b.
         layers: number of LSTM layers.
         classes: number of classes.
-        optimizer: makes the optimizer from the parameters; default SGD, learning rate 0.01, momentum 0.9 (the paper
-            trains this network with Adam, learning rate 1e-3).
-        lr_scheduler: makes the scheduler from the optimizer; None: a constant rate.
+        **training: the arguments of ``Classifier``: optimizer (default SGD, learning rate 0.01, momentum 0.9; the
+            paper trains this network with Adam, learning rate 1e-3), ...
 
     Example:
         >>> from lightning_sparse.models import SequenceLSTM
@@ -31,10 +32,9 @@ class SequenceLSTM(Classifier):
         hidden: int = 128,
         layers: int = 2,
         classes: int = 10,
-        optimizer: OptimizerCallable = sgd,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        **training: Any,
     ) -> None:
-        super().__init__(classes, optimizer, lr_scheduler)
+        super().__init__(classes, **training)
         self.inputs = inputs
         self.lstm = nn.LSTM(inputs, hidden, layers, batch_first=True)
         self.fc = nn.Linear(hidden, classes)
