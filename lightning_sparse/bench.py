@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sparse import DFBST, DST, GGR, SET, STR, AutoSparse, RigL, kernels, sampling
-from lightning_sparse._extras import extra
 from lightning_sparse._lightning import PACKAGE, Callback, LightningModule, Trainer
 from lightning_sparse.callback import SparseCallback
 from lightning_sparse.distributions import budget
 from lightning_sparse.layers import choose
+from lightning_sparse.models import VGG16, LeNet300, ResNet18
 from lightning_sparse.process import peak_memory, resident_memory
 from lightning_sparse.prune_and_grow import PruneAndGrow
 from lightning_sparse.storage import make_sparse_
@@ -45,43 +45,16 @@ METHODS: dict[str, Callable[[], SparseCallback]] = {
 }
 
 
-def lenet300() -> nn.Module:
-    """LeNet-300-100 for 28 x 28 images."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
-    )
-
-
-def vgg16() -> nn.Module:
-    """VGG-16 with batch norm as DST uses it for CIFAR: 13 convolutions and two linear layers, 15.0 M weights."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
-        if width == 0:
-            layers.append(nn.MaxPool2d(2))
-            continue
-        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        channels = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 10))
-
-
 def mlp4096() -> nn.Module:
     """Three layers of 4096 x 4096."""
     return nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096))
 
 
-def resnet18() -> nn.Module:
-    """ResNet-18 for 32 x 32 images: torchvision's, with a first convolution of 3 x 3 and no first pooling."""
-    network: nn.Module = extra("torchvision.models", "examples").resnet18(num_classes=10)
-    network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    return network
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "lenet300": (lenet300, (1, 28, 28)),
-    "vgg16": (vgg16, (3, 32, 32)),
+    "lenet300": (LeNet300, (1, 28, 28)),
+    "vgg16": (VGG16, (3, 32, 32)),
     "mlp4096": (mlp4096, (4096,)),
-    "resnet18": (resnet18, (3, 32, 32)),
+    "resnet18": (ResNet18, (3, 32, 32)),
 }
 
 
