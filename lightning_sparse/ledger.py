@@ -55,7 +55,8 @@ def dense_flops(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Flop
 
     Args:
         module: the module that ``loss`` calls, not compiled.
-        loss: runs the forward pass on a real batch and returns the scalar loss.
+        loss: runs the forward pass on a batch and returns the scalar loss. Module and batch may be on the meta
+            device, where nothing is computed or stored.
 
     Returns:
         the operations of each parameter that a product or convolution reads; under ``OTHER``, those of no parameter.
@@ -100,8 +101,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_su
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.places = [
-            (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
-            for name, tensor in weights.items()
+            (*_place(tensor), tensor.numel() * tensor.element_size(), name) for name, tensor in weights.items()
         ]
         self.counts: Counter[str] = Counter()
         self.convolved: set[str] = set()
@@ -123,7 +123,14 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_su
         """Return the weight that ``arg`` is a view of."""
         if not isinstance(arg, Tensor):
             return None
-        return next((name for start, end, name in self.places if start <= arg.data_ptr() < end), None)
+        storage, offset = _place(arg)
+        found = (name for whole, start, size, name in self.places if whole == storage and 0 <= offset - start < size)
+        return next(found, None)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Return which storage a tensor views, and from which byte on: on the meta device there are no addresses."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.element_size()
 
 
 def inference(flops: Mapping[str, Flops], density: Mapping[str, float]) -> float:
