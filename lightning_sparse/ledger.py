@@ -130,7 +130,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_su
 
 def _place(tensor: Tensor) -> tuple[int, int]:
     """Return which storage a tensor views, and from which byte on: on the meta device there are no addresses."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.element_size()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.element_size()
 
 
 def inference(flops: Mapping[str, Flops], density: Mapping[str, float]) -> float:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import DST
+from lightning_sparse import DST, STR
 from lightning_sparse._extras import extra
 from lightning_sparse.cli import run
-from lightning_sparse.models import LeNet5Caffe, LeNet300, SequenceLSTM
+from lightning_sparse.models import VGG16, LeNet5Caffe, LeNet300, SequenceLSTM
 from tests.helpers import trainer
 
 
@@ -57,6 +57,91 @@ def test_optimizer_and_scheduler_are_given_from_outside():
     run.fit(module, images())
     assert isinstance(run.optimizers[0], torch.optim.AdamW)
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+def test_biases_and_norms_decay_unless_told_otherwise():
+    def groups(**training):
+        module = VGG16(width=0.125, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-4), **training)
+        return module, module.configure_optimizers().param_groups
+
+    module, (group,) = groups()
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters()}
+    module, (weights, others) = groups(decay_norm_and_bias=False)
+    assert (weights["weight_decay"], others["weight_decay"]) == (1e-4, 0)
+    layers = [m.weight for m in module.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert {id(p) for p in weights["params"]} == {id(p) for p in layers}
+    assert len(weights["params"]) + len(others["params"]) == len(list(module.parameters()))
+
+
+def test_thresholds_join_the_weights_that_decay():
+    callback = STR(init_threshold=-2.5)
+    module = LeNet300(16, (8, 8), optimizer=lambda p: torch.optim.SGD(p, 0.1), decay_norm_and_bias=False)
+    run = trainer(callback, max_epochs=1)
+    run.fit(module, images(size=4))
+    weights, others = (group["params"] for group in run.optimizers[0].param_groups)
+    assert len(weights) == 3 + 3
+    assert {id(p) for p in others} == {id(layer.bias) for layer in (module.fc1, module.fc2, module.fc3)}
+
+
+def test_label_smoothing_is_for_training_alone():
+    plain, smoothed = LeNet300(), LeNet300(label_smoothing=0.1)
+    smoothed.load_state_dict(plain.state_dict())
+    x, y = batch = next(iter(images()))
+    logs = plain(x).log_softmax(1)
+    exact = -logs[torch.arange(len(y)), y].mean()
+    run = trainer([], max_epochs=1, limit_train_batches=1)
+    run.fit(smoothed, DataLoader(TensorDataset(*batch), batch_size=8))
+    assert torch.allclose(run.callback_metrics["train_loss"], 0.9 * exact - 0.1 * logs.mean())
+    smoothed.load_state_dict(plain.state_dict())
+    run.validate(smoothed, DataLoader(TensorDataset(*batch), batch_size=8), verbose=False)
+    assert torch.allclose(run.callback_metrics["val_loss"], exact)
+
+
+def test_top5_is_the_share_of_images_whose_class_is_among_five():
+    module = LeNet300(inputs=1, hidden=(1, 1), classes=7, top5=True)
+    with torch.no_grad():  # logits 6, 5, 4, 3, 2, 1, 0
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.fc3.bias.copy_(torch.arange(6.0, -1, -1))
+    data = DataLoader(TensorDataset(torch.zeros(8, 1), torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])), batch_size=3)
+    run = trainer([])
+    run.test(module, data, verbose=False)
+    assert (run.callback_metrics["test_acc"], run.callback_metrics["test_acc5"]) == (0.25, 0.75)
+    with pytest.raises(ValueError, match="top5 must be False with up to five classes, got True with classes=5"):
+        LeNet300(classes=5, top5=True)
+
+
+def test_yaml_says_all_of_a_recipe_without_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-sparse"])
+    (tmp_path / "mine.yaml").write_text(
+        """
+        model:
+          class_path: lightning_sparse.models.LeNet300
+          init_args:
+            inputs: 64
+            optimizer:
+              class_path: torch.optim.SGD
+              init_args: {lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 1.0e-4}
+            lr_scheduler:
+              class_path: lightning_sparse.models.WarmupMultiStepLR
+              init_args: {milestones: [60, 120, 160], gamma: 0.2, warmup: 1}
+            lr_interval: step
+            label_smoothing: 0.1
+            decay_norm_and_bias: false
+            top5: true
+        data: lightning_sparse.data.DigitsDataModule
+        trainer: {max_epochs: 1, logger: false, enable_checkpointing: false, enable_progress_bar: false}
+        """
+    )
+    done = run(["fit", "-c", "mine.yaml"])
+    weights, others = done.trainer.optimizers[0].param_groups
+    assert (weights["weight_decay"], others["weight_decay"]) == (1e-4, 0)
+    steps = done.trainer.global_step
+    assert steps == 23
+    assert weights["lr"] == others["lr"] == pytest.approx(0.1)
+    assert done.trainer.lr_scheduler_configs[0].scheduler.steps_per_epoch == steps
+    assert "val_acc5" in done.trainer.callback_metrics
 
 
 @pytest.mark.parametrize("module", [LeNet300(), LeNet5Caffe(), SequenceLSTM(hidden=8)], ids=lambda m: type(m).__name__)

@@ -23,7 +23,7 @@ def sgd(params: Iterable[Any]) -> Optimizer:
 
 
 class NetworkModule(LightningModule):
-    """A network with a loss smoothed by its labels, an optimizer and a learning-rate schedule.
+    """Base of the networks: optimizer, learning-rate schedule, weight decay and label smoothing are arguments.
 
     Args:
         optimizer: makes the optimizer from the parameters. In YAML: ``class_path`` and ``init_args``.
