@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help:
 	@echo "make demo   train DFBST and its dense twin on scikit-learn's digits, and compare (ARGS='--epochs 1' passes options)"
 	@echo "make test   run the tests and the examples in docstrings (JOBS=$(JOBS) at a time)"
 	@echo "make lint   ruff and mypy"
-	@echo "make clean  remove the virtual environment, caches and runs/demo-*"
+	@echo "make docs   build the documentation into site/; warnings are errors"
+	@echo "make clean  remove the virtual environment, caches, site and runs/demo-*"
 
 # Set up once, and again when pyproject.toml changes.
 $(VENV)/installed: pyproject.toml
@@ -31,5 +32,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f .mkdocs.yml
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs/demo-*
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache runs/demo-*

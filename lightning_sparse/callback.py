@@ -32,15 +32,13 @@ class SparseCallback(Callback, ABC):
 
     A step of training passes through these verbs, which a family of methods defines:
 
-    ====================  ===============================================================================
-    ``attach``            fit start: take the chosen weights over, from a checkpoint's state if there is one
-    ``attach_more``       the same for weights that join an optimizer later
-    ``begin_epoch``       set what changes from epoch to epoch
-    ``before_step``       once a step, when gradients are whole: make them the gradients of the method
-    ``enter_step``        the optimizer's update is about to run
-    ``after_step``        the update has run: bring back exact zeros
-    ``leave_step``        the update was broken off: bring back exact zeros
-    ====================  ===============================================================================
+    - ``attach``: fit start: take the chosen weights over, from a checkpoint's state if there is one
+    - ``attach_more``: the same for weights that join an optimizer later
+    - ``begin_epoch``: set what changes from epoch to epoch
+    - ``before_step``: once a step, when gradients are whole: make them the gradients of the method
+    - ``enter_step``: the optimizer's update is about to run
+    - ``after_step``: the update has run: bring back exact zeros
+    - ``leave_step``: the update was broken off: bring back exact zeros
 
     Args:
         include: glob patterns on parameter names such as ``["encoder.*"]``; only weights that match are made sparse,

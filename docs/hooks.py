@@ -1,0 +1,83 @@
+"""What the site needs beyond docs/: pages from the repository's top level, formulas as MathML, docstrings."""
+
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+from griffe import Extension, Object
+from latex2mathml.converter import convert
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
+
+#: files of the top level and the pages that they become
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "LICENSE": "LICENSE"}
+
+
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that do not lie in docs/."""
+    root = Path(config.config_file_path).parent
+    for name, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(root / name)))
+    for notebook in sorted(root.glob("notebooks/*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{notebook.name}", abs_src_path=str(notebook)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Let links that work in the repository work in the site, where docs/ is the top level."""
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would name this page alone
+    if page.file.src_uri.startswith("methods/"):
+        markdown = _with_results(markdown, files.get_file_from_path("results.md").content_string)
+    above = "docs/" if page.file.src_uri in PAGES.values() else "../" * (page.file.src_uri.count("/") + 1)
+
+    def in_site(link: re.Match[str]) -> str:
+        target = link[1].removeprefix(above)
+        if target != link[1] and above != "docs/":  # it left docs/
+            return f"]({above[3:]}{PAGES.get(target, target)}"
+        return f"]({PAGES.get(target, target)}"
+
+    return re.sub(r"\]\(([^)#\s]+)", in_site, markdown)
+
+
+def _with_results(card: str, results: str) -> str:
+    """Put the rows of docs/results.md that are of a card's method at the card's end."""
+    method = re.search(r"`from lightning_sparse import (\w+)`", card)
+    for heading, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", results, re.M | re.S):
+        for header, rule, rows in re.findall(r"^(\|.+\n)(\|[ :|-]+\n)((?:\|.+\n)+)", body, re.M):
+            ours = [r for r in rows.splitlines() if method and re.match(rf"\| {method[1]}[-@ ]", r, re.I)]
+            if ours:
+                card += "\n".join([f"\n**{heading}**", "", header + rule + "\n".join(ours), ""])
+    return card
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    r"""Write formulas, ``\(..\)`` and ``\[..\]``, as MathML, which browsers show without a script or the network."""
+    html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _mathml(m[1], "inline"), html, flags=re.S)
+    block = r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>'
+    return re.sub(block, lambda m: _mathml(m[1], "block"), html, flags=re.S)
+
+
+def _mathml(formula: str, display: str) -> str:
+    bar = '<mo stretchy="false">&#x0007C;</mo>'  # which MathML takes for a relation, with space around it
+    return str(convert(unescape(formula), display=display).replace(bar, bar.replace(">", ' lspace="0" rspace="0">', 1)))
+
+
+class Docstrings(Extension):  # type: ignore[misc]
+    """Turn what docstrings have of other markup into Markdown: ``:class:`~package.Name``` and doctests."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        """Rewrite the docstring of one module, class or function."""
+        if obj.docstring:
+            text = re.sub(r":[a-z]+:`~?([\w.]*?)(\w+)`", _reference, obj.docstring.value)
+            obj.docstring.value = re.sub(r"^( *)>>> .*(\n\1\S.*|\n\1 .*)*", _fenced, text, flags=re.M)
+
+
+def _reference(role: re.Match[str]) -> str:
+    return f"[{role[2]}][{role[1] or 'lightning_sparse.'}{role[2]}]"
+
+
+def _fenced(doctest: re.Match[str]) -> str:
+    return f"{doctest[1]}```pycon\n{doctest[0]}\n{doctest[1]}```"

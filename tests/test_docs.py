@@ -1,0 +1,117 @@
+"""The documentation runs: Python blocks page by page; every card, method and module has its place."""
+
+import os
+import re
+from pathlib import Path
+from unittest import mock
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_sparse
+from lightning_sparse import SparseCallback
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CARDS = sorted((ROOT / "docs" / "methods").glob("*.md"))
+METHODS = [name for name in lightning_sparse.__all__ if isinstance(getattr(lightning_sparse, name), type)]
+METHODS.remove(SparseCallback.__name__)
+SYBIL = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()])
+
+
+class MyModule(pl.LightningModule):
+    """What a reader has: an encoder and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(12, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.head(self.encoder(x).relu())
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+class MyData(pl.LightningDataModule):
+    def train_dataloader(self) -> TRAIN_DATALOADERS:
+        x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(x, x.argmax(1) % 4), batch_size=8)
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A folder and an environment of its own; no process group left behind by strategy="ddp"."""
+    monkeypatch.chdir(tmp_path)
+    with mock.patch.dict(os.environ):
+        yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page):
+    return list(SYBIL.parse(page).examples()) if "```python" in page.read_text() else []
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=relative)
+def test_python_blocks_of_a_page_run_one_after_the_other(page):
+    document = SYBIL.parse(page)
+    document.namespace.update(
+        __name__="page", MyModule=MyModule, AnyLightningModule=MyModule, datamodule=MyData(), __file__=str(page)
+    )
+    for example in document.examples():
+        example.evaluate()
+
+
+@pytest.mark.parametrize("card", CARDS, ids=relative)
+def test_a_card_has_its_parts_in_order(card):
+    text = card.read_text()
+    parts = ["# ", "from lightning_sparse import", "**When to use.**", "**Formula.**"]
+    parts += ["| argument | start with | effect |", "## Differences from the paper", "## Our numbers", "../results.md"]
+    places = [text.find(part) for part in parts]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+def test_every_method_has_a_card_and_the_cards_name_real_arguments():
+    named = set()
+    for card in CARDS:
+        method = re.search(r"`from lightning_sparse import (\w+)`", card.read_text())[1]
+        named.add(method)
+        table = card.read_text().split("| argument |")[1].split("\n\n")[0]
+        cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+        arguments = {name for cell in cells if "optimizer's" not in cell for name in re.findall(r"`(\w+)`", cell)}
+        kinds = getattr(lightning_sparse, method).__mro__
+        known = {name for kind in kinds for name in getattr(kind.__init__, "__annotations__", ())}
+        assert arguments <= known, f"{card.name}: {arguments - known}"
+    assert named == set(METHODS)
+
+
+def test_every_module_of_the_package_is_in_the_reference():
+    package = ROOT / "lightning_sparse"
+    modules = {path.stem for path in package.glob("*.py")}
+    modules |= {path.parent.name for path in package.glob("*/__init__.py")}
+    modules = {name for name in modules if not name.startswith("_")} - {"methods"}  # each is at the top level
+    documented = {
+        directive
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for directive in re.findall(r"^::: (\S+)", page.read_text(), re.M)
+    }
+    missing = {f"lightning_sparse.{name}" for name in modules} - documented
+    assert not missing, f"Add '::: NAME' to a page of docs/api for {sorted(missing)}."
+    assert "lightning_sparse" in documented
