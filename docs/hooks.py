@@ -7,6 +7,7 @@ from typing import Any
 
 from griffe import Extension, Object
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
@@ -21,7 +22,7 @@ def on_files(files: Any, config: Any) -> Any:
     for name, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(root / name)))
     for notebook in sorted(root.glob("notebooks/*.ipynb")):
-        files.append(File.generated(config, f"notebooks/{notebook.name}", abs_src_path=str(notebook)))
+        files.append(File(f"notebooks/{notebook.name}", str(root), config.site_dir, config.use_directory_urls))
     return files
 
 
@@ -53,11 +54,20 @@ def _with_results(card: str, results: str) -> str:
     return card
 
 
-def on_page_content(html: str, **_: Any) -> str:
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     r"""Write formulas, ``\(..\)`` and ``\[..\]``, as MathML, which browsers show without a script or the network."""
+    if page.file.src_uri.startswith("notebooks/"):  # whose Markdown MkDocs never sees
+        return re.sub(r'href="\.\./(docs/[^"#]+|\w+\.md)', lambda m: _from_notebook(m[1], page, files), html)
     html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _mathml(m[1], "inline"), html, flags=re.S)
     block = r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>'
     return re.sub(block, lambda m: _mathml(m[1], "block"), html, flags=re.S)
+
+
+def _from_notebook(target: str, page: Any, files: Any) -> str:
+    file = files.get_file_from_path(PAGES.get(target, target.removeprefix("docs/")))
+    if file is None:
+        raise PluginError(f"{page.file.src_uri} contains a link '../{target}', but there is no such page.")
+    return f'href="{file.url_relative_to(page.file)}'
 
 
 def _mathml(formula: str, display: str) -> str:
