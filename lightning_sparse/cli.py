@@ -1,4 +1,4 @@
-"""The command ``lightning-sparse``, on LightningCLI: fit, validate, test, predict; recipes and the demo."""
+"""The command ``lightning-sparse``, on LightningCLI: fit, validate, test, predict; recipes, demo, compare."""
 
 import sys
 import warnings
@@ -21,6 +21,8 @@ _HELP = """Sparse training from the command line.
   lightning-sparse fit --recipe NAME [...]           train one
   lightning-sparse fit -c FILE.yaml [...]            train your own
   lightning-sparse demo [...]                        train DFBST and its dense twin, and compare
+  lightning-sparse compare --recipe NAME --methods A,B [...]
+                                                     train methods, several seeds each: one table, one plot
 
 --recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
 --data.init_args.data_dir=DIR, --trainer.max_epochs=5 or --seed_everything=1.
@@ -38,6 +40,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from lightning_sparse import demo
 
             demo.main(args[1:])
+        elif args[:1] == ["compare"]:
+            from lightning_sparse import compare
+
+            raise SystemExit(compare.main(args[1:]))
         else:
             run(args)
     except (ModuleNotFoundError, FileNotFoundError) as error:

@@ -1,0 +1,244 @@
+"""The command ``lightning-sparse compare``."""
+
+import argparse
+import json
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lightning_sparse
+from lightning_sparse._extras import extra
+from lightning_sparse.compare import figure, results
+from lightning_sparse.compare.plan import SYNTAX, Entry, check_option, entries, folder_name, methods
+from lightning_sparse.compare.recipe import Recipe
+from lightning_sparse.compare.runs import Run, train
+
+__all__ = ["main"]
+
+_DESCRIPTION = f"""Train methods under one recipe, several seeds each; print one table and draw one plot.
+
+  lightning-sparse compare --recipe dense-lenet300-digits --methods dense,dst,rigl,ggr:update_every=50 --seeds 3
+
+Methods: {SYNTAX}, separated by commas:
+dense, {", ".join(methods())}.
+Upper and lower case are alike. Values are YAML; put what holds brackets or quotes into quotes for your shell. An
+argument with a dot is an option of fit for this method alone (dst:model.init_args.optimizer.init_args.lr=0.05).
+What is not written comes from the recipe, if it is the method's, else from the method's own recipe of this package for
+the same network and data. TopKAST's backward density is twice its density unless backward_sparsity is given.
+
+Options --trainer.KEY=VALUE, --model.KEY=VALUE and --data.KEY=VALUE, such as --data.init_args.data_dir=DIR, go to every
+run.
+
+Runs that have finished are kept: repeat the command to go on after an interruption, or add methods, sparsities and
+seeds. Each run is one lightning-sparse fit in a process of its own; its folder holds log.txt, run.yaml and version_N.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Compare methods; return the exit status: 0, 1 if a run failed, 130 after an interruption.
+
+    Args:
+        args: of the command line; None: those of the process.
+
+    Raises:
+        SystemExit: the arguments are wrong.
+        ModuleNotFoundError: a package of an extra is not installed.
+    """
+    args = list(sys.argv[2:] if args is None else args)
+    parser = _parser()
+    given, options = parser.parse_known_args(args)
+    try:
+        for option in options:
+            check_option(option)
+        recipe = Recipe.read(given.recipe)
+        if given.epochs is not None and given.epochs < 1:
+            raise ValueError(f"--epochs must be at least 1, got {given.epochs}. Leave it out to train as the recipe.")
+        out = (given.out or Path("runs") / f"compare-{recipe.name}").resolve()
+        chosen = entries(given.methods, given.sparsities, recipe, _say)
+        runs = {
+            (entry.key, seed): _run(entry, seed, recipe, given.epochs, out, options)
+            for seed in given.seeds
+            for entry in chosen
+        }
+        for module in ("jsonargparse", "docstring_parser", "tqdm"):
+            extra(module, "cli")
+        if not given.no_plot:
+            extra("matplotlib", "report")
+        _settle(out, {"recipe": recipe.text, "epochs": given.epochs, "options": options})
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        with _terminated_as_interrupted():
+            failed = train(list(runs.values()), given.jobs, given.threads, given.epochs or recipe.epochs, _say)
+    except KeyboardInterrupt:
+        finished = sum(run.finished for run in runs.values())
+        _say(f"\nInterrupted: {finished} of {len(runs)} runs have finished and are kept in {out}.")
+        _say(f"Go on with: {_command(args)}")
+        return 130
+    try:
+        rows = [_row(entry, given.seeds, runs, given.metric) for entry in chosen]
+    except ValueError as error:
+        raise SystemExit(f"lightning-sparse compare: {error}") from error
+    plot = None if given.no_plot else given.plot or out / "pareto.png"
+    _report(rows, given, out, plot, f"{recipe.name}, mean of {len(given.seeds)} seeds", args)
+    for run in failed:
+        _say(f"FAILED  {run.name}: see {run.log}")
+    return 1 if failed else 0
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-sparse compare",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", required=True, help="name of a recipe of this package, or a YAML file")
+    parser.add_argument("--methods", required=True, help="what to compare, separated by commas; see above")
+    parser.add_argument(
+        "--sparsities",
+        type=_sparsities,
+        help="for methods that take one, such as 0.9,0.95,0.98 (default: the recipe's, else 0.9); "
+        "other methods find a density of their own and run once",
+    )
+    parser.add_argument(
+        "--seeds", type=_seeds, default="3", help="their number N, for 0 to N-1, or a list such as 0,5 (default: 3)"
+    )
+    parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--threads", type=_positive, default=1, help="CPU threads of each run (default: 1)")
+    parser.add_argument("--metric", default="val_acc", help="the logged value to compare (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for runs and results (default: runs/compare-RECIPE)")
+    parser.add_argument("--plot", type=Path, help="PNG file; an SVG is put beside it (default: OUT/pareto.png)")
+    parser.add_argument("--no-plot", action="store_true", help="draw nothing, which needs no matplotlib")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seeds(text: str) -> list[int]:
+    """Read a number of seeds, or a list.
+
+    >>> _seeds("3"), _seeds("0,5"), _seeds("7,")
+    ([0, 1, 2], [0, 5], [7])
+    """
+    if "," not in text:
+        return list(range(_positive(text)))
+    parts = [part for part in text.split(",") if part]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts) or not parts:
+        raise argparse.ArgumentTypeError(f"must be a number of seeds, or different seeds such as 0,5, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _sparsities(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, got {text!r}") from None
+
+
+def _settle(out: Path, settings: dict[str, Any]) -> None:
+    """Note what all runs in the folder share, or refuse a folder of runs that share something else."""
+    file = out / "comparison.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name in settings if settings[name] != before.get(name)]
+        if other:
+            raise ValueError(
+                f"{out} holds runs with another setting of: {', '.join(other)} (see {file.name} there). "
+                "Choose another folder with --out, or remove that one."
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def _run(entry: Entry, seed: int, recipe: Recipe, epochs: int | None, out: Path, options: Sequence[str]) -> Run:
+    callbacks = list(recipe.others)
+    if "SparsityMonitor" in lightning_sparse.__all__ and not recipe.monitored:
+        callbacks.append({"class_path": "lightning_sparse.SparsityMonitor"})
+    if entry.method != "dense":
+        callbacks.append({"class_path": f"lightning_sparse.{entry.method}", "init_args": entry.arguments})
+    trainer: dict[str, Any] = {"callbacks": callbacks}
+    if epochs is not None:
+        trainer["max_epochs"] = epochs
+    return Run(
+        f"{entry.name}, seed {seed}",
+        out / folder_name(entry.key) / f"seed{seed}",
+        recipe.file,
+        {"seed_everything": seed, "trainer": trainer},
+        (*options, *(f"--{option}" for option in entry.options)),
+    )
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal do what Ctrl-C does: no training is to outlive this process."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _row(entry: Entry, seeds: Sequence[int], runs: dict[tuple[str, int], Run], metric: str) -> results.Row:
+    """Return the row of the entry's runs that have finished."""
+    done = {seed: runs[entry.key, seed] for seed in seeds if runs[entry.key, seed].finished}
+    found = {seed: results.numbers(run.folder, metric, entry.method, entry.sparsity) for seed, run in done.items()}
+    return results.Row(entry.method, entry.title, entry.sparsity, found)
+
+
+# ---------------------------------------------------------------------- what comes out
+
+
+def _report(
+    rows: Sequence[results.Row], given: argparse.Namespace, out: Path, plot: Path | None, title: str, args: list[str]
+) -> None:
+    """Print the table; write it, and the plot."""
+    table = results.markdown(rows, given.metric)
+    caption = (
+        f"Mean ± sample standard deviation over the seeds. {given.jobs} at a time, threads a run: {given.threads}. "
+        f"lightning_sparse {lightning_sparse.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}."
+    )
+    print(f"{table}\n\n{caption}")
+    text = f"```\n{_command(args)}\n```\n\n{table}\n\n{caption}\n"
+    (out / "table.md").write_text(text, encoding="utf-8")
+    results.write_csv(rows, given.metric, out / "table.csv", out / "runs.csv")
+    written = [out / "table.md", out / "table.csv", out / "runs.csv"]
+    if plot is not None and any(row.runs for row in rows):
+        pictures = [plot.with_suffix(".png"), plot.with_suffix(".svg")]
+        figure.draw(rows, given.metric, title, pictures)
+        written += pictures
+    _say(f"Written: {', '.join(map(str, written))}")
+
+
+def _command(args: Sequence[str]) -> str:
+    return shlex.join(["lightning-sparse", "compare", *args])
+
+
+def _say(line: str) -> None:
+    extra("tqdm", "cli").tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
