@@ -136,6 +136,7 @@ def train(runs: Sequence[Run], jobs: int, threads: int, epochs: int | None, say:
         unit="epoch" if epochs else "run",
         file=sys.stderr,
         dynamic_ncols=True,
+        smoothing=0,  # the average rate: runs have slow beginnings
         disable=None,  # if it is no terminal
     )
     try:
