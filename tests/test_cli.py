@@ -112,7 +112,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for word in ("recipes", "demo", "--recipe NAME", "fit", "validate", "test", "predict"):
+    for word in ("recipes", "demo", "compare", "--recipe NAME", "fit", "validate", "test", "predict"):
         assert word in text
 
 

@@ -6,6 +6,7 @@ import platform
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ _DESCRIPTION = f"""Train methods under one recipe, several seeds each; print one
   lightning-sparse compare --recipe dense-lenet300-digits --methods dense,dst,rigl,ggr:update_every=50 --seeds 3
 
 Methods: {SYNTAX}, separated by commas:
-dense, {", ".join(methods())}.
+{textwrap.fill(f"dense, {', '.join(methods())}.", 120)}
 Upper and lower case are alike. Values are YAML; put what holds brackets or quotes into quotes for your shell. An
 argument with a dot is an option of fit for this method alone (dst:model.init_args.optimizer.init_args.lr=0.05).
 What is not written comes from the recipe, if it is the method's, else from the method's own recipe of this package for

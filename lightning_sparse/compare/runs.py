@@ -57,7 +57,7 @@ class Run:
         """Number of epochs that have been logged so far."""
         try:
             return len(history(self.folder))
-        except ValueError:  # a line is being written
+        except (ValueError, TypeError):  # a line is being written
             return 0
 
     def start(self, threads: int, checkpoint: Path | None) -> "subprocess.Popen[bytes]":
