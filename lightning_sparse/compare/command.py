@@ -88,7 +88,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(f"lightning-sparse compare: {error}") from error
     plot = None if given.no_plot else given.plot or out / "pareto.png"
-    _report(rows, given, out, plot, f"{recipe.name}, mean of {len(given.seeds)} seeds", args)
+    count = len(given.seeds)
+    _report(rows, given, out, plot, f"{recipe.name}, {f'mean of {count} seeds' if count > 1 else 'one seed'}", args)
     for run in failed:
         _say(f"FAILED  {run.name}: see {run.log}")
     return 1 if failed else 0
