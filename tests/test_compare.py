@@ -92,8 +92,8 @@ def test_what_the_methods_recipe_sets_beside_its_callback_is_told_with_the_way_t
         "STR: init_threshold=-5.0, as in the recipe str-lenet300-digits",
         f"STR: str-lenet300-digits also sets {key}, which is not taken over; to do so, add :{key}",
     ]
-    (entry,) = entries(f"str:{key}")
-    assert entry.options == (key,)
+    (entry,) = plan.entries(f"str:{key}:init_threshold=-4", None, Recipe.read(DIGITS), said.append)
+    assert (entry.options, len(said)) == ((key,), 2)
 
 
 def test_sparsities_go_to_methods_that_take_one_and_were_given_none():

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -150,7 +150,8 @@ def _entries(
         yield Entry("dense", " ".join(["dense", *options]), options=options)
         return
     method = kind.__name__
-    arguments = {**_defaults(method, given, recipe, note), **given}
+    written = {*given, *(option.partition("=")[0] for option in options)}
+    arguments = {**_defaults(method, written, recipe, note), **given}
     layers = {k: v for k, v in recipe.arguments.items() if k in ("include", "exclude") and k not in arguments}
     silent = {"sparsity", "include", "exclude"} - (given.keys() - {"sparsity"})
     shown = [f"{key}={value}" for key, value in arguments.items() if key not in silent]
@@ -236,19 +237,20 @@ def _find(name: str) -> type[SparseCallback] | None:
     return plain[wanted]
 
 
-def _defaults(method: str, given: Arguments, recipe: Recipe, note: Callable[[str], None]) -> Arguments:
-    """Return the method's arguments in the recipe, or in its own recipe for the same network and data."""
+def _defaults(method: str, written: Collection[str], recipe: Recipe, note: Callable[[str], None]) -> Arguments:
+    """Return the method's arguments in the recipe, or in its own recipe; note what of that is not ``written``."""
     if recipe.method == method:
         return recipe.arguments
     twin = recipe.twin(method)
     if twin is None:
         return {}
-    taken = ", ".join(f"{key}={value}" for key, value in twin.arguments.items() if key not in given)
+    taken = ", ".join(f"{key}={value}" for key, value in twin.arguments.items() if key not in written)
     if taken:
         note(f"{method}: {taken}, as in the recipe {twin.name}")
     for key, value in recipe.differences(twin).items():
-        remedy = f"; to do so, add :{key}={value}" if key.startswith(("model.", "data.")) else ""
-        note(f"{method}: {twin.name} also sets {key}={value}, which is not taken over{remedy}")
+        if key not in written:
+            remedy = f"; to do so, add :{key}={value}" if key.startswith(("model.", "data.")) else ""
+            note(f"{method}: {twin.name} also sets {key}={value}, which is not taken over{remedy}")
     return twin.arguments
 
 
