@@ -1,4 +1,7 @@
-"""Run by test_data.py: ``data_script.py DIRECTORY`` trains in one process, then in two, and notes the batches."""
+"""Run by test_data.py: ``data_script.py DIRECTORY`` trains in one process, then in two, and notes the batches.
+
+Once with images as they are, and once with augmented ones.
+"""
 
 import sys
 from pathlib import Path
@@ -6,8 +9,16 @@ from pathlib import Path
 import torch
 from helpers import pl, trainer
 
-from lightning_sparse.data import DigitsDataModule
+from lightning_sparse.data import ByteImages, DigitsDataModule, ImageDataModule
 from lightning_sparse.models import LeNet300
+
+
+class Augmented(ImageDataModule):
+    def setup(self, stage):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (90, 1, 8, 8), generator=generator, dtype=torch.uint8)
+        self.train = ByteImages(images, torch.arange(90) % 10, [0.5], [0.5], padding=2, flip=True, rotation=30)
+        self.val = self.test = ByteImages(images[:60], torch.arange(60) % 10, [0.5], [0.5])
 
 
 class Recorder(pl.Callback):
@@ -25,14 +36,16 @@ class Recorder(pl.Callback):
         torch.save(self.seen, f"{self.folder}/{trainer.global_rank}.pt")
 
 
-def fit(folder, batch_size, **kwargs):
-    folder.mkdir()
+def fit(folder, data, **kwargs):
+    folder.mkdir(parents=True)
     run = trainer(Recorder(folder), num_sanity_val_steps=0, **kwargs)
-    run.fit(LeNet300(inputs=64, hidden=(4, 4)), DigitsDataModule(batch_size=batch_size, seed=0))
+    run.fit(LeNet300(inputs=64, hidden=(4, 4)), data)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    fit(folder / "two", 400, strategy="ddp_fork", devices=2)
-    fit(folder / "one", 800)
+    fit(folder / "plain" / "two", DigitsDataModule(400, seed=0), strategy="ddp_fork", devices=2)
+    fit(folder / "augmented" / "two", Augmented(20, 0, 100), strategy="ddp_fork", devices=2)
+    fit(folder / "plain" / "one", DigitsDataModule(800, seed=0))
+    fit(folder / "augmented" / "one", Augmented(40, 0, 100))

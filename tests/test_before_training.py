@@ -13,12 +13,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sparse import SNIP, GraSP, RandomPruning, SynFlow
 from lightning_sparse.before_training import budgets
-from lightning_sparse.data import ResumableLoader
+from lightning_sparse.data import ResumableLoader, ResumableSampler
 from lightning_sparse.distributions import budget
 
 METHODS = {
@@ -362,7 +362,7 @@ def shuffled(**kwargs):
 
 
 def resumable():
-    return ResumableLoader(dataset(), 24, sampler=DistributedSampler(dataset(), 1, 0, shuffle=True, seed=3))
+    return ResumableLoader(dataset(), 24, sampler=ResumableSampler(dataset(), 1, 0, shuffle=True, seed=3))
 
 
 LOADERS = {

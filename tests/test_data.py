@@ -235,10 +235,29 @@ def test_evaluation_goes_through_the_images_in_order():
 def test_two_processes_share_the_batches_of_one(tmp_path):
     script = Path(__file__).parent / "data_script.py"  # forks, which a process that has used autograd may not
     subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300)
-    one = torch.load(tmp_path / "one" / "0.pt")
-    ranks = [torch.load(tmp_path / "two" / f"{rank}.pt") for rank in (0, 1)]
-    for whole, *parts in zip(one, *ranks, strict=True):
-        if whole[0] == "val":
-            assert sum(part[2] for part in parts) == whole[2] == 360
-        elif whole[1] == 0:  # the last batch may hold an image more, so that ranks are even
-            assert sorted(parts[0][2] + parts[1][2]) == whole[2]
+    for kind, held_out in (("plain", 360), ("augmented", 60)):
+        one = torch.load(tmp_path / kind / "one" / "0.pt")
+        ranks = [torch.load(tmp_path / kind / "two" / f"{rank}.pt") for rank in (0, 1)]
+        batches = sum(whole[0] != "val" for whole in one) // 2
+        for whole, *parts in zip(one, *ranks, strict=True):
+            if whole[0] == "val":
+                assert sum(part[2] for part in parts) == whole[2] == held_out
+            elif whole[1] < batches - 1:  # the last batch may hold an image more, so that ranks are even
+                assert sorted(parts[0][2] + parts[1][2]) == whole[2]
+
+
+def test_a_resumed_pass_loads_nothing_that_was_handed_out():
+    class Counting(TensorImages):
+        loaded = 0
+
+        def __getitems__(self, indices):
+            self.loaded += len(indices)
+            return super().__getitems__(indices)
+
+    data = DigitsDataModule(batch_size=400, seed=0)
+    data.setup("fit")
+    data.train = Counting(data.train.images, data.train.labels)
+    loader = data.train_dataloader()
+    loader.load_state_dict({"epoch": 0, "batches": 3})
+    assert [len(y) for _, y in loader] == [237]
+    assert data.train.loaded == 237
