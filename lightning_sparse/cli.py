@@ -17,15 +17,15 @@ _EXTRAS = "cli,examples"
 
 _HELP = """Sparse training from the command line.
 
-  lightning-sparse recipes                           list the recipes of this package
-  lightning-sparse fit --recipe NAME [...]           train one
-  lightning-sparse fit -c FILE.yaml [...]            train your own
-  lightning-sparse demo [...]                        train DFBST and its dense twin, and compare
-  lightning-sparse compare --recipe NAME --methods A,B [...]
-                                                     train methods, several seeds each: one table, one plot
+  lightning-sparse recipes                                     list the recipes of this package
+  lightning-sparse fit --recipe NAME [...]                     train one
+  lightning-sparse fit --recipe NAME --recipe ADDITION [...]   train one with a method added
+  lightning-sparse fit -c FILE.yaml [...]                      train your own
+  lightning-sparse demo [...]                                  train DFBST and its dense twin, and compare
+  lightning-sparse compare --recipe NAME --methods A,B [...]   train methods, several seeds each: one table, one plot
 
 --recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
---data.init_args.data_dir=DIR, --trainer.max_epochs=5 or --seed_everything=1.
+--data.data_dir=DIR, --trainer.callbacks.sparsity=0.95 (of the method), --trainer.max_epochs=5 or --seed_everything=1.
 A run goes to runs/NAME/version_N: config.yaml, metrics.csv and checkpoints/last.ckpt.
 """
 
@@ -91,16 +91,30 @@ def _expand(args: Sequence[str]) -> tuple[str | None, list[str]]:
         if not value:
             raise ValueError(f"{option} needs a value.")
         if option == "--recipe":
-            value = str(recipes.path(value))
+            file = recipes.path(value)
+            if not recipes.is_addition(value):
+                name = name or value.replace("/", "-")
+            elif name is None:
+                raise ValueError(f"{value} adds to a training: name one before it (see lightning-sparse recipes).")
+            else:
+                name += f"+{file.stem}"
+            value = str(file)
         name = name or Path(value).stem
         expanded += ["--config", value]
     return name, expanded
 
 
 def _list_recipes() -> None:
+    trainings = [name for name in recipes.names() if not recipes.is_addition(name)]
+    additions = [name for name in recipes.names() if recipes.is_addition(name)]
     width = max(map(len, recipes.names()))
-    for name in recipes.names():
-        print(f"{name:{width}}  {recipes.summary(name)}")
+    for title, some in (
+        ("Trainings: lightning-sparse fit --recipe TRAINING", trainings),
+        ("Additions: lightning-sparse fit --recipe TRAINING --recipe ADDITION", additions),
+    ):
+        print(title)
+        for name in some:
+            print(f"  {name:{width}}  {recipes.summary(name)}")
 
 
 def _cli_class() -> Any:

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from lightning_sparse import DST, cli, demo, recipes
+from lightning_sparse import DST, RigL, cli, demo, recipes
 from lightning_sparse.models import LeNet300
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
@@ -103,9 +103,38 @@ def test_checkpoints_can_be_switched_off(elsewhere):
 
 def test_recipes_are_listed_with_what_they_are(capsys):
     cli.main(["recipes"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == recipes.names()
-    assert "ICLR 2020" in next(line for line in lines if line.startswith("dst-lenet300-mnist "))
+    titles, lines = [], {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("  "):
+            name, text = line.split(maxsplit=1)
+            lines[name] = text
+        else:
+            titles.append((line.split(":")[0], len(lines)))
+    trainings = sum(not recipes.is_addition(name) for name in recipes.names())
+    assert titles == [("Trainings", 0), ("Additions", trainings)]
+    assert sorted(lines) == recipes.names()
+    assert "ICLR 2020" in lines["dst-lenet300-mnist"]
+
+
+def test_a_method_is_added_to_a_training(elsewhere):
+    options = ["--trainer.callbacks.sparsity=0.8", "--trainer.callbacks.update_every=5"]
+    fit = cli.run(["fit", "--recipe", "dense-lenet300-digits", "--recipe", "medst/rigl", *SHORT, *options])
+    (method,) = (c for c in fit.trainer.callbacks if isinstance(c, RigL))
+    assert method.sparsity == pytest.approx(0.8)
+    assert (method.update_every, method.drop_fraction) == (5, 0.2)
+    assert (elsewhere / "runs" / "dense-lenet300-digits+rigl" / "version_0").is_dir()
+
+
+def test_a_method_is_added_to_a_users_own_file(elsewhere):
+    (elsewhere / "mine.yaml").write_text(recipes.path("dense-lenet300-digits").read_text())
+    fit = cli.run(["fit", "-c", "mine.yaml", "--recipe", "dst/dst", *SHORT])
+    assert any(isinstance(c, DST) for c in fit.trainer.callbacks)
+    assert (elsewhere / "runs" / "mine+dst").is_dir()
+
+
+def test_an_addition_by_itself_is_refused():
+    with pytest.raises(SystemExit, match="medst/rigl adds to a training: name one before it"):
+        cli.main(["fit", "--recipe", "medst/rigl"])
 
 
 def test_help_names_every_command(capsys):

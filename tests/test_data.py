@@ -246,6 +246,14 @@ def test_two_processes_share_the_batches_of_one(tmp_path):
                 assert sorted(parts[0][2] + parts[1][2]) == whole[2]
 
 
+def test_overfitting_takes_the_first_batches_again_and_again():
+    seen = Seen()
+    run = trainer(seen, max_epochs=2, overfit_batches=2)
+    run.fit(LeNet300(inputs=64, hidden=(4, 4)), DigitsDataModule(batch_size=400))
+    assert [batch[2:] for batch in seen.batches[:2]] == [batch[2:] for batch in seen.batches[2:]]
+    assert len(seen.batches) == 4
+
+
 def test_a_resumed_pass_loads_nothing_that_was_handed_out():
     class Counting(TensorImages):
         loaded = 0

@@ -395,3 +395,10 @@ def test_a_resumed_run_of_images_from_disk_sees_what_it_would_have_seen(imagenet
     fit(after, imagenet / "middle.ckpt")
     assert len(whole.batches) == 10
     assert before.batches[:7] + after.batches == whole.batches
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_lightning_evaluates_images_from_disk_and_from_memory(cifar, imagenet, stage):
+    for data, inputs in ((CIFAR10DataModule(str(cifar)), 3072), (small(imagenet, workers=1), 768)):
+        result = getattr(trainer([]), stage)(LeNet300(inputs=inputs, hidden=(4, 4)), data)
+        assert result

@@ -44,25 +44,28 @@ class ResumableSampler(DistributedSampler[Any]):
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader that knows its place: Lightning writes it into checkpoints and gives it back.
 
-    Its sampler must be a :class:`ResumableSampler`. What was handed out before the checkpoint is not loaded again.
+    Its sampler must be a :class:`ResumableSampler`. What was handed out before the checkpoint is not loaded again. With
+    another sampler, which Lightning puts there for ``overfit_batches``, every pass begins at the beginning.
     """
 
-    sampler: ResumableSampler
     _taken = 0
     _resume: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator: runs when the epoch is known
         place, self._resume = self._resume, None
-        skip = place[1] if place is not None and place[0] == self.sampler.epoch else 0
-        if hasattr(self.dataset, "begin_epoch"):
-            self.dataset.begin_epoch(self.sampler.seed, self.sampler.epoch)
-        self.sampler.start = skip * (self.batch_size or 1)
+        skip = 0
+        if isinstance(self.sampler, ResumableSampler):
+            if place is not None and place[0] == self.sampler.epoch:
+                skip = place[1]
+            if hasattr(self.dataset, "begin_epoch"):
+                self.dataset.begin_epoch(self.sampler.seed, self.sampler.epoch)
+            self.sampler.start = skip * (self.batch_size or 1)
         for self._taken, batch in enumerate(super().__iter__(), skip + 1):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and the number of its batches that were handed out."""
-        return {"epoch": self.sampler.epoch, "batches": self._taken}
+        return {"epoch": getattr(self.sampler, "epoch", -1), "batches": self._taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Skip the batches that were handed out, if the next pass is of that epoch."""
@@ -99,7 +102,7 @@ class DataModule(LightningDataModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = ResumableSampler(self.train, num_replicas=processes, rank=rank, shuffle=True, seed=seed)
-        return ResumableLoader(self.train, self.batch_size, sampler=sampler, **self._options(self.train))
+        return ResumableLoader(self.train, batch_size=self.batch_size, sampler=sampler, **self._options(self.train))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation batches."""
@@ -114,7 +117,7 @@ class DataModule(LightningDataModule):
         return self._in_order(self.test)
 
     def _in_order(self, items: Dataset[Any]) -> DataLoader[Any]:
-        return DataLoader(items, self.eval_batch_size, **self._options(items))
+        return DataLoader(items, batch_size=self.eval_batch_size, **self._options(items))
 
     def _options(self, items: Dataset[Any]) -> dict[str, Any]:
         whole = self.batch_size is None or hasattr(items, "__getitems__")

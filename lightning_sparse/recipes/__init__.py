@@ -1,10 +1,15 @@
-"""Recipes: one YAML file per row of the papers' tables, named ``METHOD-NET-DATA``."""
+"""Recipes: YAML files for the rows of the papers' tables.
+
+A *training* is whole: network, data, optimizer and schedule, dense or with a method (``METHOD-NET-DATA``). An
+*addition* puts a method, with a paper's settings, into a training, or changes its data. So a row is one recipe or two:
+``PAPER/NET-DATA`` and ``PAPER/METHOD``.
+"""
 
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["names", "path", "summary"]
+__all__ = ["is_addition", "names", "path", "summary"]
 
 
 def _folder() -> Path:
@@ -14,10 +19,10 @@ def _folder() -> Path:
 def names() -> list[str]:
     """Return the names of all recipes.
 
-    >>> "dfbst-lenet300-mnist" in names()
+    >>> {"dfbst-lenet300-mnist", "medst/resnet56-cifar10", "medst/rigl"} <= set(names())
     True
     """
-    return sorted(file.stem for file in _folder().glob("*.yaml"))
+    return sorted(file.relative_to(_folder()).with_suffix("").as_posix() for file in _folder().rglob("*.yaml"))
 
 
 def path(name: str) -> Path:
@@ -36,6 +41,15 @@ def path(name: str) -> Path:
             f"no recipe is named {name!r}. Near: {', '.join(near)}. List them all with: lightning-sparse recipes"
         )
     return _folder() / f"{name}.yaml"
+
+
+def is_addition(name: str) -> bool:
+    """Tell whether a recipe has no network of its own, so that it needs a training before it.
+
+    >>> is_addition("medst/rigl"), is_addition("medst/resnet56-cifar10")
+    (True, False)
+    """
+    return "\nmodel:\n  class_path:" not in path(name).read_text(encoding="utf-8")
 
 
 def summary(name: str) -> str:
