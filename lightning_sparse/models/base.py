@@ -74,8 +74,10 @@ class NetworkModule(LightningModule):
         return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
 
     def _steps_per_epoch(self) -> float:
-        self.trainer.fit_loop.setup_data()  # the number of batches is not known before
+        loop = self.trainer.fit_loop
+        loop.setup_data()  # the number of batches is not known before
         batches = self.trainer.num_training_batches
+        loop._combined_loader = None  # set up anew later, when a checkpoint's place in the epoch can be restored
         if batches == float("inf"):
             raise ValueError(
                 'lr_interval must be "epoch" when the length of the training data is not known, got "step": '
