@@ -7,6 +7,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import functional
 
+from lightning_sparse import RigL
 from lightning_sparse.data import (
     ByteImages,
     CIFAR10DataModule,
@@ -16,7 +17,7 @@ from lightning_sparse.data import (
     TinyImageNetDataModule,
 )
 from lightning_sparse.data.images import crop, flip, mean_and_std, rotate
-from lightning_sparse.models import LeNet300
+from lightning_sparse.models import LeNet300, WarmupCosineLR
 from tests.helpers import pl, trainer
 from tests.test_data import Seen
 
@@ -364,11 +365,12 @@ def test_the_middle_cannot_be_larger_than_the_image():
 
 @pytest.mark.parametrize("stop_after", [2, 3, 5], ids=lambda n: f"batch{n}")
 def test_a_resumed_run_sees_the_augmented_images_it_would_have_seen(cifar, stop_after):
-    """Three batches an epoch: in the middle of the first, at its end, in the middle of the second."""
+    """Three batches an epoch: in the middle of the first, at its end, in the middle of the second; under a method."""
 
     def fit(seen, ckpt_path=None):
-        run = trainer(seen, max_epochs=2, default_root_dir=cifar, limit_val_batches=0)
-        module = LeNet300(inputs=3072, hidden=(4, 4))
+        method = RigL(sparsity=0.5, update_every=2)
+        run = trainer([seen, method], max_epochs=2, default_root_dir=cifar, limit_val_batches=0)
+        module = LeNet300(3072, (4, 4), lr_scheduler=lambda o: WarmupCosineLR(o, 2, 0.5), lr_interval="step")
         run.fit(module, CIFAR10DataModule(str(cifar), batch_size=20, rotation=15), ckpt_path=ckpt_path)
         return module
 
