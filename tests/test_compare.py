@@ -140,6 +140,7 @@ def test_a_callback_may_stand_alone_or_be_named_without_its_module(tmp_path):
         (["--methods", "set", "--sparsities", "a"], "must be numbers separated by commas, got 'a'"),
         (["--methods", "set,set"], "SET at sparsity 0.9 comes twice"),
         (["--methods", "dense", "--recipe", "dense-lenet300-digit"], "no recipe is named 'dense-lenet300-digit'"),
+        (["--methods", "dense", "--recipe", "medst/rigl"], "medst/rigl is no training but adds to one"),
         (["--methods", "dense", "--recipe", "none.yaml"], "there is no file none.yaml"),
         (["--methods", "dense", "--seeds", "0"], "must be an integer of at least 1, got '0'"),
         (["--methods", "dense", "--seeds", "1,1"], "must be a number of seeds, or different seeds such as 0,5"),

@@ -48,6 +48,8 @@ class Recipe:
         file = Path(name) if is_file else recipes.path(name)
         if not file.is_file():
             raise ValueError(f"there is no file {name}. Give a YAML file or a name of: lightning-sparse recipes")
+        if not is_file and recipes.is_addition(name):
+            raise ValueError(f"{name} is no training but adds to one. See lightning-sparse recipes.")
         text = file.read_text(encoding="utf-8")
         yaml = extra("yaml", "cli")
         try:
