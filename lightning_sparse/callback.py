@@ -24,7 +24,7 @@ from lightning_sparse._lightning import (
 )
 from lightning_sparse.layers import FROZEN, Choice, choose, table
 
-__all__ = ["SparseCallback", "refuse_other_sparsity", "refuse_other_weights"]
+__all__ = ["SparseCallback", "refuse_other_sparsity", "refuse_other_weights", "unscales"]
 
 
 class SparseCallback(Callback, ABC):
@@ -229,8 +229,7 @@ class SparseCallback(Callback, ABC):
         share = self._backwards / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
         self._backwards = 0
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-        unscaled = scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False)
-        self.before_step(optimizer, share, 1.0 if unscaled else scaler.get_scale())
+        self.before_step(optimizer, share, 1.0 if scaler is None or unscales(optimizer) else scaler.get_scale())
         self._prepared.add(id(optimizer))
 
     def on_train_batch_end(
@@ -441,6 +440,11 @@ def _detached() -> dict[str, Any]:
         "_module": None,
         "_trainer": None,
     }
+
+
+def unscales(optimizer: Optimizer | None) -> bool:
+    """Tell whether a gradient scaler, if there is one, divides gradients itself: a fused ``optimizer`` does it else."""
+    return not getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def refuse_other_weights(

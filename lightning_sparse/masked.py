@@ -6,7 +6,7 @@ at a step whose gradients are whole and averaged over processes, so all processe
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,11 @@ class MaskedWeight:
         assert self.parameter.grad is not None
         return self.parameter.grad
 
+    @property
+    def finite(self) -> bool:
+        """All gradients are finite, also those of connections that are not active."""
+        return bool(self.dP.isfinite().all())
+
     def change(self, dropped: Tensor, grown: Tensor, value: float = 0.0) -> None:
         """Take connections away and put others in, all with fresh optimizer state.
 
@@ -113,18 +118,32 @@ class MaskedWeight:
         """Return the gradients of some connections, active or not, given by flat positions."""
         return self.dP.reshape(-1)[positions.to(self.dP.device)]
 
+    def free_gradients(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``|dP|`` part by part, flat, each after the position where it begins: -1 where one is active."""
+        yield 0, self.dP.abs().masked_fill_(self.mask, -1).reshape(-1)
+
+    def steepest(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:
+        """Return the flat positions of the ``n`` inactive connections of largest ``|dP|``, ascending, and these.
+
+        Args:
+            n: how many at most; of equals the earlier position's.
+            above: only what is larger counts.
+        """
+        return masks.largest(self.free_gradients(), n, above)
+
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Have active connections at these flat positions, and no others; ``generator`` is for values not yet drawn."""
         self.mask = self._marked(positions)
 
-    def exchange(self, dropped: Tensor, grown: Tensor) -> None:
-        """Move connections, with fresh optimizer state; the new ones are 0.
+    def exchange(self, dropped: Tensor, grown: Tensor, value: float = 0.0) -> None:
+        """Move connections, with fresh optimizer state.
 
         Args:
             dropped: boolean, for each active connection in the order of positions.
-            grown: flat positions, ascending, not active before.
+            grown: flat positions, different, not active before.
+            value: the values of the grown.
         """
-        self.change(torch.zeros_like(self.mask).masked_scatter_(self.mask, dropped), self._marked(grown))
+        self.change(torch.zeros_like(self.mask).masked_scatter_(self.mask, dropped), self._marked(grown), value)
 
     def keep_zeros(self) -> None:
         """Set to 0 what is not active."""
@@ -464,7 +483,7 @@ class MaskedCallback(SparseCallback):
 
 def finite(weights: Sequence[MaskedWeight]) -> bool:
     """Tell whether all gradients are finite: AMP skips a step in which they are not."""
-    return all(bool(weight.dP.isfinite().all()) for weight in weights)
+    return all(weight.finite for weight in weights)
 
 
 def _new(choice: Choice) -> MaskedWeight:

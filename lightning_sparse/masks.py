@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from lightning_sparse.layers import as_matrix
 
-__all__ = ["count", "count_global_top_k", "global_top_k", "lowest", "random", "top_k", "zero_outside_"]
+__all__ = ["count", "count_global_top_k", "global_top_k", "largest", "lowest", "random", "top_k", "zero_outside_"]
 
 _CHUNK = 1 << 18
 _SAMPLED_FROM = 1 << 17
@@ -140,6 +140,33 @@ def _likely_bound(
         sample = score(tensor.reshape(-1)[::stride])[candidates.reshape(-1)[::stride]]
         samples.append(sample.to(samples[0]) if samples else sample)
     return _likely(torch.cat(samples), k / stride, largest=True)
+
+
+def largest(blocks: Iterable[tuple[int, Tensor]], k: int, above: float = -1.0) -> tuple[Tensor, Tensor]:
+    """Return the positions, ascending, of the ``k`` largest scores of a long vector, and these scores; on the CPU.
+
+    The vector comes in blocks, and beside the block at hand only the best so far are kept, up to three times ``k``.
+
+    Args:
+        blocks: the position of a block's first score in the vector, and its scores ``(n,)``; in ascending order.
+        k: how many. Fewer are returned if there are not so many candidates.
+        above: candidates are the scores larger than this.
+
+    >>> largest([(0, torch.tensor([2.0, 5.0])), (2, torch.tensor([-1.0, 5.0]))], 2)
+    (tensor([1, 3]), tensor([5., 5.]))
+    """
+    best, positions = torch.empty(0), torch.empty(0, dtype=torch.long)
+    for first, scores in blocks if k else ():
+        candidates = scores > above
+        found = _positions(scores, min(k, count(candidates)), candidates)
+        best = torch.cat((best.to(scores), scores[found]))
+        positions = torch.cat((positions.to(found.device), found + first))
+        if len(best) >= 2 * k:
+            kept = _positions(best, k, None)
+            best, positions = best[kept], positions[kept]
+            above = float(best.min())  # who only equals it comes later, and loses
+    kept = _positions(best, min(k, len(best)), None)
+    return positions[kept].cpu(), best[kept].cpu()
 
 
 def zero_outside_(x: Tensor, mask: Tensor) -> None:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException
+from lightning_sparse.callback import unscales
 from lightning_sparse.distributions import apportion, share
 from lightning_sparse.endpoints import Hooks
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
@@ -59,7 +61,7 @@ class PruneAndGrow(MaskedCallback):
         self._watched: dict[int, list[Hooks]] = {}
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
-        """Drop about ``fraction`` of the connections and grow as many, with ``MaskedWeight.change``.
+        """Drop about ``fraction`` of the connections and grow as many, with ``MaskedWeight.exchange`` or ``change``.
 
         What a method defines, unless it needs the pool and defines ``move``.
 
@@ -124,8 +126,7 @@ class PruneAndGrow(MaskedCallback):
         """Return what listens to the layers of ``weights`` from now until their connections have been moved."""
         if self.storage == "masked":
             return []
-        assert self._trainer is not None
-        return [Capture(weights, partial(self._trainer.strategy.reduce, reduce_op="mean"))]
+        return [Capture(weights, partial(self._whole, weights[0].optimizer))]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Watch the layers if the next step moves connections."""
@@ -155,6 +156,14 @@ class PruneAndGrow(MaskedCallback):
     def _release(self) -> None:
         super()._release()
         self._unwatch(list(self._watched))
+
+    def _whole(self, optimizer: Optimizer | None, gradient: Tensor) -> Tensor:
+        """Make of a gradient with the loss scale, of this process, one as the parameters of ``optimizer`` have it."""
+        assert self._trainer is not None
+        scaler: Any = getattr(self._trainer.precision_plugin, "scaler", None)
+        if scaler is not None and unscales(optimizer):
+            gradient = gradient / scaler.get_scale()
+        return cast(Tensor, self._trainer.strategy.reduce(gradient, reduce_op="mean"))
 
     def _watch(self) -> None:
         if self._module is None:

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
 __all__ = [
     "conv_gradient",
+    "conv_gradient_rows",
     "distinct",
     "draw",
     "free_positions",
     "linear_gradient",
+    "linear_gradient_rows",
     "probabilities",
     "subset",
     "unit_sums",
@@ -211,6 +214,44 @@ def conv_gradient(
         here = k == place
         window = (slice(None), slice(None), *_windows(place, kernel, stride, dilation, delta.shape[2:]))
         gradient[here] = _products(h[window], delta, a[here], o[here], chunk)
+    return gradient
+
+
+def linear_gradient_rows(h: Tensor, delta: Tensor, rows: slice) -> Tensor:
+    """Return the gradient of some rows of a linear layer's weight, ``(rows, in)``; other arguments as above."""
+    dtype = torch.promote_types(delta.dtype, torch.float32)
+    outputs = delta.reshape(-1, delta.shape[-1])[:, rows]
+    return outputs.t().to(dtype) @ h.reshape(-1, h.shape[-1]).to(dtype)
+
+
+def conv_gradient_rows(
+    h: Tensor,
+    delta: Tensor,
+    rows: slice,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    chunk: int = _CHUNK,
+) -> Tensor:
+    """Return the gradient of some filters of a 2-d convolution, ``(rows, in / groups, *kernel)``.
+
+    Arguments as in ``conv_gradient``, but ``chunk``: elements of the unfolded input at once, if one image has not more.
+    """
+    out, per_group, *kernel = shape
+    dtype = torch.promote_types(delta.dtype, torch.float32)
+    h = _padded(h, kernel, padding, dilation, padding_mode)
+    at_once = max(1, chunk // max(1, h[:1].numel() * math.prod(kernel)))
+    gradient = torch.zeros(rows.stop - rows.start, per_group, *kernel, dtype=dtype, device=h.device)
+    for images, outputs in zip(torch.split(h, at_once), torch.split(delta, at_once), strict=True):
+        for group in range(rows.start * groups // out, (rows.stop - 1) * groups // out + 1):
+            low, high = max(rows.start, group * out // groups), min(rows.stop, (group + 1) * out // groups)
+            inputs = images[:, group * per_group : (group + 1) * per_group].to(dtype)
+            size, deltas = (high - low, per_group, *kernel), outputs[:, low:high].to(dtype)
+            part = conv2d_weight(inputs, size, deltas, stride, 0, dilation)  # type: ignore[no-untyped-call]
+            gradient[low - rows.start : high - rows.start] += part
     return gradient
 
 

@@ -9,7 +9,9 @@ from helpers import Lit, data, mlp, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import SET
+from lightning_sparse import SET, RigL
+
+METHODS = {"SET": SET, "RigL": RigL}
 
 
 class Communicates(pl.Callback):
@@ -26,11 +28,11 @@ class Communicates(pl.Callback):
         return future.then(lambda done: done.value()[0].div_(world))
 
 
-def train(storage, rank, world):
+def train(method, storage, rank, world):
     torch.manual_seed(rank)
     x, y = data(240, torch.float64)
     mine = TensorDataset(x[rank::world], y[rank::world])  # the ranks' rows make up global batches
-    callback, counter = SET(0.8, update_every=5, seed=3, storage=storage), Communicates()
+    callback, counter = METHODS[method](0.8, update_every=5, seed=3, storage=storage), Communicates()
     options = {"devices": world, "use_distributed_sampler": False, "accumulate_grad_batches": 2, "max_epochs": 2}
     if world > 1:
         options["strategy"] = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)
@@ -46,5 +48,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     rank = int(os.environ["LOCAL_RANK"])
-    results = {storage: train(storage, rank, 2) for storage in ("masked", "sparse")}
+    results = {
+        method: {storage: train(method, storage, rank, 2) for storage in ("masked", "sparse")} for method in METHODS
+    }
     torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")

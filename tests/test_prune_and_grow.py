@@ -1,6 +1,7 @@
 """Methods that move connections: small updates worked out by hand, and exact budgets everywhere."""
 
 import warnings
+from itertools import pairwise
 
 import lightning.pytorch as pl
 import pytest
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import DSR, GGR, ITOP, MEST, SET, SNFS, DeepR, GraNet, RigL, masks
 from lightning_sparse.layers import choose
+from lightning_sparse.masked import MaskedWeight
+from lightning_sparse.methods.ggr import ranking
 
 
 def attached(callback, weights, grids=None):
@@ -291,6 +294,40 @@ def test_counts_of_the_global_top_k_keep_what_each_layer_needs(layers, draw):
     rest = masks.top_k(torch.cat(scores), k - sum(least), among=~torch.cat(sure))
     expected = [n + int(p.sum()) for n, p in zip(least, rest.split([len(s) for s in scores]), strict=True)]
     assert masks.count_global_top_k(scores, k, among, least) == expected
+
+
+@given(st.lists(st.integers(-1, 4), max_size=40), st.data())
+def test_the_largest_of_blocks_are_those_of_the_whole(scores, draw):
+    """With ties, of which the earlier position wins, and marks of what is no candidate."""
+    whole = torch.tensor(scores, dtype=torch.float32)
+    edges = [0, *sorted(draw.draw(st.lists(st.integers(0, len(scores)), max_size=5))), len(scores)]
+    blocks = [(a, whole[a:b]) for a, b in pairwise(edges)]
+    above = draw.draw(st.sampled_from([-1.0, 0.0, 2.0]))
+    candidates = whole > above
+    k = draw.draw(st.integers(0, masks.count(candidates)))
+    expected = masks.top_k(whole, k, among=candidates).nonzero().squeeze(1)
+    for asked in {k, 50} if k == masks.count(candidates) else {k}:
+        positions, values = masks.largest(blocks, asked, above)
+        assert torch.equal(positions, expected)
+        assert torch.equal(values, whole[expected])
+
+
+@settings(deadline=None)
+@given(scores_of_layers, st.data())
+def test_ggrs_ranking_is_that_of_all_layers_together(layers, draw):
+    weights = []
+    for index, layer in enumerate(layers):
+        mask = torch.tensor([draw.draw(st.lists(st.booleans(), min_size=len(layer), max_size=len(layer)))])
+        weights.append(MaskedWeight(str(index), mask, parameter=nn.Parameter(torch.zeros(1, len(layer)))))
+        weights[-1].parameter.grad = torch.tensor([layer], dtype=torch.float32)
+    free, gradients = [~weight.mask for weight in weights], [weight.dP for weight in weights]
+    least = [draw.draw(st.integers(0, weight.room)) for weight in weights]
+    k = draw.draw(st.integers(sum(least), sum(weight.room for weight in weights)))
+    counts = masks.count_global_top_k(gradients, k, free, least)
+    for won, count, gradient, among in zip(ranking(weights, k, least), counts, gradients, free, strict=True):
+        best = masks.top_k(gradient, count, among).reshape(-1).nonzero().squeeze(1)
+        order = gradient.reshape(-1)[best].sort(descending=True, stable=True).indices
+        assert torch.equal(won, best[order])
 
 
 @settings(deadline=None)

@@ -216,6 +216,28 @@ def test_convolution_subset_gradient_is_the_dense_one_there(space, options, chun
         assert torch.allclose(gradient, dense[positions], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("leading", [(5,), (2, 5), ()])
+def test_gradient_of_rows_of_a_linear_layer_is_the_dense_one_there(leading):
+    torch.manual_seed(0)
+    h, delta, dense = run(nn.Linear(6, 4).double(), torch.randn(*leading, 6, dtype=torch.float64))
+    for rows in (slice(0, 4), slice(1, 3), slice(3, 4)):
+        gradient = sampling.linear_gradient_rows(h, delta, rows)
+        assert torch.allclose(gradient, dense.view(4, 6)[rows], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [options for space, options in CONVOLUTIONS if space == 2])
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_gradient_of_filters_is_the_dense_one_there(options, chunk):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 8, **options).double()
+    h, delta, dense = run(layer, torch.randn(3, 4, 9, 8, dtype=torch.float64))
+    others = layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+    for rows in (slice(0, 8), slice(1, 6), slice(7, 8)):
+        gradient = sampling.conv_gradient_rows(h, delta, rows, layer.weight.shape, *others, chunk)
+        assert torch.allclose(gradient, dense.view(layer.weight.shape)[rows], rtol=0, atol=1e-10)
+
+
 class Largest(TorchDispatchMode):
     """Note the size of the largest tensor made, views apart."""
 

@@ -14,12 +14,15 @@ import pytest
 import storage_script
 import torch
 from helpers import Lit, fit, loader, mlp, saved, seeded, trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_ddp import free_port
+from test_sampling import Largest
 from torch import nn
 
 import lightning_sparse.storage.training as training
-from lightning_sparse import DST, SET, MemoryEfficientDST, RandomPruning, RigL
+from lightning_sparse import DST, GGR, SET, MemoryEfficientDST, RandomPruning, RigL, masks
+from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
 from lightning_sparse.storage.measure import time_over_dense
 
@@ -36,9 +39,14 @@ METHODS = {
     "MemoryEfficientDST synflow": lambda **kw: MemoryEfficientDST(
         **{"sparsity": 0.8, "heuristic": "synflow", "update_every": 7, "stop_at": 0.9, **kw}
     ),
+    "RigL": lambda **kw: RigL(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "GGR": lambda **kw: GGR(
+        **{"sparsity": 0.8, "drop_fraction": 0.3, "update_every": 7, "stop_at": 0.9, "min_layer_density": 0.05, **kw}
+    ),
     "RandomPruning": lambda **kw: RandomPruning(**{"sparsity": 0.8, **kw}),
 }
 UPDATES = [name for name in METHODS if name != "RandomPruning"]
+RESIZES = [name for name in METHODS if name.startswith("MemoryEfficientDST") or name == "GGR"]
 
 
 def images(dtype=torch.float32):
@@ -50,6 +58,13 @@ def images(dtype=torch.float32):
         nn.ReLU(),  # no batch-norm, which divides rounding errors by the variance of channels that have none
         nn.Flatten(),
         nn.Linear(16, 4),
+    ).to(dtype)
+
+
+def tokens(dtype=torch.float32):
+    """A linear layer whose inputs have three dimensions."""
+    return nn.Sequential(
+        nn.Unflatten(1, (3, 4)), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Flatten(), nn.Linear(24, 4)
     ).to(dtype)
 
 
@@ -100,7 +115,9 @@ class Watches(pl.Callback):
         for layer in layers.values():
             assert any(layer.values is parameter for parameter in owned)
             momentum = optimizer.state[layer.values]["momentum_buffer"]
-            assert momentum.shape == layer.values.shape == layer.values.grad.shape == layer.col.shape
+            assert momentum.shape == layer.values.shape == layer.col.shape
+            if layer.values.grad is not None:  # RigL's updates leave none to the optimizer
+                assert layer.values.grad.shape == layer.values.shape
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -111,7 +128,7 @@ def test_the_number_of_nonzeros_is_the_budget_at_every_step(method):
     assert watches.counts == {392 - round(0.8 * 392)}
     moved = any(not torch.equal(a, b) for a, b in zip(watches.connections[0], watches.connections[-1], strict=True))
     assert moved == (method in UPDATES)
-    assert (len(set(map(tuple, watches.sizes))) > 1) == method.startswith("MemoryEfficientDST"), "layers change size"
+    assert (len(set(map(tuple, watches.sizes))) > 1) == (method in RESIZES), "layers change size"
     assert {type(layer) for layer in module.net[::2]} == {nn.Linear}, "dense again after the fit"
     for name, mask in callback.masks.items():
         assert not module.get_parameter(name)[~mask].any()
@@ -326,12 +343,90 @@ def test_layers_on_the_meta_device_are_drawn_for_their_actual_fan_in(method, bia
     assert sum(int(mask.sum()) for mask in callback.masks.values()) == 960
 
 
-def test_accumulated_batches_and_clipping_are_those_with_masks():
-    for options in ({"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}):
-        ours, _ = run(METHODS["MemoryEfficientDST grabo"](storage="sparse", update_every=3), **options)
-        theirs, _ = run(METHODS["MemoryEfficientDST grabo"](update_every=3), **options)
-        for name, parameter in theirs.named_parameters():
-            assert torch.allclose(ours.get_parameter(name), parameter, rtol=0, atol=1e-12)
+class Scales(MixedPrecision):
+    """A gradient scaler, but no autocast: what remains is exactly comparable."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+    def forward_context(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+@pytest.mark.parametrize("method", ["MemoryEfficientDST grabo", "RigL", "GGR"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"accumulate_grad_batches": 2, "max_epochs": 3},
+        lambda: {"gradient_clip_val": 0.1},
+        lambda: {"plugins": [Scales()], "precision": None},
+    ],
+    ids=["accumulated", "clipped", "scaled"],
+)
+def test_what_lightning_does_with_gradients_is_as_with_masks(method, options):
+    ours, theirs = (
+        run(METHODS[method](storage=storage, update_every=5, seed=3), tokens, **options())[0]
+        for storage in ("sparse", "masked")
+    )
+    for name, parameter in theirs.named_parameters():
+        assert torch.allclose(ours.get_parameter(name), parameter, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", ["RigL", "GGR"])
+def test_growth_does_not_depend_on_how_many_rows_are_looked_at_at_once(method, network, monkeypatch):
+    expected, _ = run(METHODS[method](storage="sparse", seed=3), NETWORKS[network])
+    monkeypatch.setattr(training, "_CHUNK", 1)
+    module, _ = run(METHODS[method](storage="sparse", seed=3), NETWORKS[network])
+    assert all(torch.equal(x, module.state_dict()[name]) for name, x in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["RigL", "GGR"])
+def test_no_tensor_is_near_the_size_of_the_dense_weight(method, monkeypatch):
+    """Nor of its gradient, in the whole of a fit with updates."""
+    monkeypatch.setattr(training, "time_over_dense", lambda layer: 0.5)
+    monkeypatch.setattr(training, "DENSE_LIMIT", 0)
+    monkeypatch.setattr(training, "_CHUNK", 1 << 14)
+    callback = METHODS[method](storage="sparse", sparsity=0.98, update_every=2)
+    module = seeded(OnMeta)
+    module.configure_model()
+    module.configure_model, module.net[2] = lambda: None, nn.Linear(300, 300, device="meta")
+    module.net.append(nn.Linear(300, 4))
+    with Largest() as largest:
+        fit(callback, module, max_epochs=1)
+    assert type(module.net[2]) is SparseLinear
+    assert largest.size == 1 << 12, "that many float32 are a chunk"
+    assert largest.size < 300 * 300 / 20
+
+
+def test_equal_gradients_grow_by_position():
+    """As with masks, whatever is looked at at once; gradients of whole numbers, so that many are equal."""
+    generator = torch.Generator().manual_seed(0)
+    layer = SparseLinear(30, 20, 60, generator=generator)
+    h, delta = (torch.randint(-1, 2, (4, n), generator=generator).float() for n in (30, 20))
+    weight = training.SparseWeight("weight", (20, 30), layer)
+    weight.calls = [(h[:1], delta[:1]), (h[1:], delta[1:])]
+    dense = MaskedWeight("weight", weight.mask, parameter=nn.Parameter(layer.dense_weight()))
+    dense.parameter.grad = delta.t() @ h
+    for n in (0, 1, 5, 50, 200, 540):
+        positions, gradients = weight.steepest(n)
+        expected = masks.top_k(dense.dP.abs(), n, among=~dense.mask).reshape(-1).nonzero().squeeze(1)
+        assert torch.equal(positions, expected)
+        assert torch.equal(gradients, dense.dP.abs().reshape(-1)[expected])
+        for same, equal in zip(dense.steepest(n), (positions, gradients), strict=True):
+            assert torch.equal(same, equal)
+    assert (weight.steepest(540)[1] == weight.steepest(540, above=1.0)[1].min()).any()
+
+
+@pytest.mark.parametrize(("x", "finite"), [(1.0, True), (3e38, False), (float("inf"), False), (float("nan"), False)])
+def test_gradients_of_connections_that_do_not_exist_have_to_be_finite_too(x, finite):
+    layer = SparseLinear(3, 2, 1)
+    weight = training.SparseWeight("weight", (2, 3), layer)
+    layer.values.grad = torch.zeros(1)
+    assert weight.finite
+    weight.calls = [(torch.ones(2, 3), torch.tensor([[1.0, 1.0], [1.0, x]])), (torch.ones(0, 3), torch.ones(0, 2))]
+    weight.calls.append((torch.ones(2, 3), torch.tensor([[1.0, 1.0], [1.0, x]])))
+    assert weight.finite == finite
 
 
 def test_bfloat16_autocast_trains():
@@ -426,7 +521,7 @@ def test_other_methods_refuse_sparse_layers(monkeypatch):
     fit(SET(0.8), to_dense(module))
 
 
-@pytest.mark.parametrize("method", [SET, MemoryEfficientDST, RandomPruning])
+@pytest.mark.parametrize("method", [SET, RigL, GGR, MemoryEfficientDST, RandomPruning])
 def test_storage_is_checked(method):
     with pytest.raises(ValueError, match=r"storage must be one of \['masked', 'sparse'\], got 'dense'"):
         method(0.8, storage="dense")
@@ -492,16 +587,17 @@ def test_two_processes_train_as_one_and_average_the_nonzeros_alone(tmp_path):
         for process in processes:
             process.kill()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    alone = storage_script.train("sparse", 0, 1)
-    ours, masked = first["sparse"], first["masked"]
-    for name, x in ours["parameters"].items():
-        assert torch.equal(x, second["sparse"]["parameters"][name])
-        for other in (masked, alone):
-            assert torch.allclose(x, other["parameters"][name], rtol=0, atol=1e-12)
-    assert all(torch.equal(mask, masked["masks"][name]) for name, mask in ours["masks"].items())
-    steps = 2 * 20 // 2
-    assert masked["bytes"] == steps * 8 * (392 + 30)
-    assert ours["bytes"] == steps * 8 * (78 + 30), "in proportion to the density, but for the biases"
+    for method in storage_script.METHODS:
+        alone = storage_script.train(method, "sparse", 0, 1)
+        ours, masked = first[method]["sparse"], first[method]["masked"]
+        for name, x in ours["parameters"].items():
+            assert torch.equal(x, second[method]["sparse"]["parameters"][name])
+            for other in (masked, alone):
+                assert torch.allclose(x, other["parameters"][name], rtol=0, atol=1e-12)
+        assert all(torch.equal(mask, masked["masks"][name]) for name, mask in ours["masks"].items())
+        steps = 2 * 20 // 2
+        assert masked["bytes"] == steps * 8 * (392 + 30)
+        assert ours["bytes"] == steps * 8 * (78 + 30), "in proportion to the density, but for the biases"
 
 
 def test_a_fit_that_fails_before_its_start_leaves_the_module_alone():
@@ -526,10 +622,11 @@ def test_two_methods_share_a_module():
     assert (int(first.masks["net.0.weight"].sum()), int(second.masks["net.2.weight"].sum())) == (38, 80)
 
 
-def test_methods_whose_layers_change_size_refuse_several_processes():
+@pytest.mark.parametrize("method", [GGR, MemoryEfficientDST])
+def test_methods_whose_layers_change_size_refuse_several_processes(method):
     run = SimpleNamespace(world_size=2)
     with pytest.raises(MisconfigurationException, match="parameters change their length, which DDP cannot follow"):
-        MemoryEfficientDST(0.8, storage="sparse")._make_sparse(run, Lit())
+        method(0.8, storage="sparse")._make_sparse(run, Lit())
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.5])

@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lightning_sparse import checks, masks
+from lightning_sparse import checks, masks, sampling
 from lightning_sparse.distributions import share
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.storage.training import STORAGES, SparseStorage
 
 __all__ = ["GGR"]
 
 NEW = 1e-10  # Sec. 3.3: active, though tiny
 
 
-class GGR(PruneAndGrow):
+class GGR(SparseStorage, PruneAndGrow):
     """Global Gradient-based Redistribution: layers get new connections as they win in a ranking of all gradients.
 
     Args:
@@ -32,6 +34,9 @@ class GGR(PruneAndGrow):
         update_every: number of optimizer steps from update to update; None (the paper's): at the first step of each
             epoch but the first.
         stop_at: share of the training after which connections stay, in (0, 1].
+        storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
+            memory and time in proportion to them (linear layers and 2-d convolutions only); updates compute the
+            gradient of some rows at a time.
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
             :class:`~lightning_sparse.masked.MaskedCallback`.
 
@@ -46,6 +51,8 @@ class GGR(PruneAndGrow):
         "Gradient-based Weight Density Balancing for Robust Dynamic Sparse Training", ICML 2022.
     """
 
+    resizes = True
+
     def __init__(
         self,
         sparsity: float,
@@ -54,21 +61,55 @@ class GGR(PruneAndGrow):
         decay: str = "cosine",
         update_every: int | None = None,
         stop_at: float = 0.5,
+        storage: str = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
+        checks.one_of(STORAGES, storage=storage)
         checks.fraction("The paper's value is 0.5.", random_share=random_share)
         self.random_share = random_share
+        self.storage = storage
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
-        """Drop the smallest ``|W|`` of each layer; count the winners of the global top-k of ``|dP|``; fill them in."""
+        """Drop the smallest ``|W|`` of each layer, and grow as many as it wins in the ranking, some at random."""
         drops = self.to_drop(weights, [share(fraction, weight.active) for weight in weights])
-        free = [~weight.mask for weight in weights]
-        gradients = [weight.dP for weight in weights]
-        grows = masks.count_global_top_k(gradients, sum(drops), free, self.needed(weights, drops), score=torch.abs)
-        for weight, places, fewer, more in zip(weights, free, drops, grows, strict=True):
-            at_random = share(self.random_share, more)
-            dropped = masks.lowest(weight.W.abs(), fewer, among=weight.mask)
-            grown = masks.top_k(weight.dP.abs(), more - at_random, among=places)
-            grown |= masks.random(places & ~grown, at_random, self.generator)
-            weight.change(dropped, grown, value=NEW)
+        ranked = ranking(weights, sum(drops), self.needed(weights, drops))
+        for weight, fewer, won in zip(weights, drops, ranked, strict=True):
+            at_random = share(self.random_share, len(won))
+            dropped = masks.lowest(weight.magnitudes, fewer)
+            grown = won[: len(won) - at_random]
+            taken = torch.cat((weight.positions, grown)).sort().values
+            drawn = sampling.free_positions(at_random, taken, weight.size, self.generator)
+            weight.exchange(dropped, torch.cat((grown, drawn)), value=NEW)
+
+
+def ranking(weights: Sequence[MaskedWeight], k: int, at_least: Sequence[int]) -> list[Tensor]:
+    """Return which inactive connections are the ``k`` of largest ``|dP|`` of all layers together, for each layer.
+
+    The layers are taken one after the other, and only the best so far are kept (Sec. 3.3).
+
+    Args:
+        weights: the layers.
+        k: how many in all; of equals those of the earlier layer, and in it of the earlier position.
+        at_least: so many of each layer's largest are among them in any case.
+
+    Returns:
+        Flat positions, largest ``|dP|`` first.
+    """
+    extra = k - sum(at_least)
+    best, owners, positions = torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    sure, bound = [], -1.0
+    for owner, (weight, least) in enumerate(zip(weights, at_least, strict=True)):
+        found, gradients = weight.steepest(least + extra, above=-1.0 if least else bound)
+        gradients, order = gradients.sort(descending=True, stable=True)
+        found = found[order]
+        sure.append(found[:least])
+        best = torch.cat((best.to(gradients), gradients[least:]))
+        positions = torch.cat((positions, found[least:]))
+        owners = torch.cat((owners, torch.full((len(found) - least,), owner)))
+        if len(best) > extra:
+            kept = masks.top_k(best, extra).nonzero().squeeze(1)
+            best, positions, owners = best[kept], positions[kept], owners[kept]
+        if extra and len(best) == extra:
+            bound = float(best.min())
+    return [torch.cat((found, positions[owners == owner])) for owner, found in enumerate(sure)]

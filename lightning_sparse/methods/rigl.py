@@ -8,14 +8,15 @@ over processes.
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse import masks
+from lightning_sparse import checks, masks
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.storage.training import STORAGES, SparseStorage
 
 __all__ = ["RigL"]
 
 
-class RigL(PruneAndGrow):
+class RigL(SparseStorage, PruneAndGrow):
     """Rigged Lottery: drop the smallest weights of each layer, grow where the dense gradient is largest.
 
     The step that moves connections applies no optimizer update.
@@ -27,6 +28,9 @@ class RigL(PruneAndGrow):
         update_every: number of optimizer steps from update to update; None: at the first step of each epoch but the
             first.
         stop_at: share of the training after which connections stay, in (0, 1].
+        storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
+            memory and time in proportion to them (linear layers and 2-d convolutions only); updates compute the
+            gradient of some rows at a time.
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
             :class:`~lightning_sparse.masked.MaskedCallback`.
 
@@ -50,14 +54,17 @@ class RigL(PruneAndGrow):
         decay: str = "cosine",
         update_every: int | None = 100,
         stop_at: float = 0.75,
+        storage: str = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
+        checks.one_of(STORAGES, storage=storage)
+        self.storage = storage
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """In each layer drop the smallest ``|W|`` and grow the largest ``|dP|`` where nothing was."""
         for weight in weights:
             n = self.to_move(weight, fraction)
-            dropped = masks.lowest(weight.W.abs(), n, among=weight.mask)
-            grown = masks.top_k(weight.dP.abs(), n, among=~weight.mask)
-            weight.change(dropped, grown)
+            dropped = masks.lowest(weight.magnitudes, n)
+            grown, _ = weight.steepest(n)
+            weight.exchange(dropped, grown)

@@ -8,7 +8,7 @@ state and what processes average have that size, too.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -37,6 +37,8 @@ STORAGES = ("masked", "sparse")
 
 #: bytes of dense weights up to which a module is made dense again when the fit ends
 DENSE_LIMIT = 2 << 30
+
+_CHUNK = 1 << 22  # bytes of a gradient to compute at once, if one row has not more
 
 _INDICES = ("crow", "col", "weight_shape", "transposed_crow", "transposed_col", "permutation")
 
@@ -106,15 +108,41 @@ class SparseWeight(MaskedWeight):
     def magnitudes(self) -> Tensor:  # noqa: D102  (inherited)
         return self.W.abs()
 
+    @property
+    def finite(self) -> bool:
+        """All gradients are finite, also those of connections that do not exist, for a bound on them is."""
+        bound = torch.zeros((), dtype=self._exact, device=self.W.device)
+        for h, delta in self.calls:
+            if delta.numel():
+                peaks = [torch.linalg.vector_norm(x, math.inf, dtype=self._exact) for x in (h, delta)]
+                bound += peaks[0] * peaks[1] * (delta.numel() / self.shape[0])
+        return super().finite and bool(self._reduce(bound).isfinite())
+
     def gradient_at(self, positions: Tensor) -> Tensor:
         """Return gradients of connections that need not exist, averaged over processes."""
-        positions = positions.to(self.W.device)
-        total = torch.zeros(
-            len(positions), dtype=torch.promote_types(self.W.dtype, torch.float32), device=self.W.device
-        )
+        return self._gradient(positions.to(self.W.device), (len(positions),))
+
+    def free_gradients(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``|dP|`` of some rows at a time, computed for them alone, averaged over processes; -1: active."""
+        out, width = self.shape[0], math.prod(self.shape[1:])
+        positions, ends = self.sparse.positions, self.sparse.crow.tolist()
+        at_once = max(1, _CHUNK // (width * self._exact.itemsize))
+        for first in range(0, out, at_once):
+            last = min(first + at_once, out)
+            scores = self._gradient(slice(first, last), (last - first, *self.shape[1:])).abs_().view(-1)
+            scores[positions[ends[first] : ends[last]] - first * width] = -1
+            yield first * width, scores
+
+    def _gradient(self, where: Tensor | slice, shape: Sequence[int]) -> Tensor:
+        """Return gradients at flat positions or those of some rows, which have this ``shape``."""
+        total = torch.zeros(*shape, dtype=self._exact, device=self.W.device)
         for h, delta in self.calls:
-            total += _gradient(self.sparse, h, delta, positions)
+            total += _gradient(self.sparse, h, delta, where)
         return self._reduce(total).to(self.W.dtype)
+
+    @property
+    def _exact(self) -> torch.dtype:
+        return torch.promote_types(self.W.dtype, torch.float32)
 
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Make the layer sparse, with its own values at ``positions``; one on the meta device has them drawn."""
@@ -133,8 +161,8 @@ class SparseWeight(MaskedWeight):
             factor = (math.prod(self.shape[1:]) / fan_in.clamp(min=1).double()).sqrt()
             self.W.mul_(factor.repeat_interleave(fan_in, output_size=self.active))
 
-    def exchange(self, dropped: Tensor, grown: Tensor) -> None:
-        """Move connections: values, gradients and optimizer state go with them; the new ones have a gradient alone."""
+    def exchange(self, dropped: Tensor, grown: Tensor, value: float = 0.0) -> None:
+        """Move connections: values, gradients and optimizer state go with them; the new ones have no such state."""
         if not (dropped.any() or len(grown)):
             return
         kept = ~dropped
@@ -145,7 +173,7 @@ class SparseWeight(MaskedWeight):
             return torch.cat((x[kept], new.to(x)))[order]
 
         fresh = self.W.new_zeros(len(grown))
-        values, gradient = moved(self.W, fresh), moved(self.dP, self.gradient_at(grown))
+        values, gradient = moved(self.W, fresh + value), moved(self.dP, self.gradient_at(grown))
         for state, key in self._state_entries():
             state[key] = moved(state[key], fresh)
         old = self.dP
@@ -163,7 +191,7 @@ class SparseWeight(MaskedWeight):
     keep_zero_gradients = keep_zeros
 
     def listen(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Make ready for calls; ``reduce`` averages over processes."""
+        """Make ready for calls; ``reduce`` averages over processes, and takes the loss scale away."""
         self.calls, self._reduce = [], reduce
 
     def detach(self) -> None:  # noqa: D102  (inherited)
@@ -201,7 +229,8 @@ class Capture(Hooks):
 
     Args:
         weights: those of sparse layers; their ``calls`` are filled.
-        reduce: averages a tensor over processes.
+        reduce: makes of a gradient computed from the calls the one that the optimizer would see: averaged over
+            processes, without the loss scale if a gradient scaler has taken it away.
     """
 
     def __init__(self, weights: Sequence[MaskedWeight], reduce: Callable[[Tensor], Tensor]) -> None:
@@ -232,7 +261,7 @@ class Capture(Hooks):
 
 
 class SparseStorage(MaskedCallback):
-    """What methods with a fixed budget, whose growth needs no dense gradient, have for ``storage="sparse"``."""
+    """What methods with a fixed budget, whose growth needs no dense tensor, have for ``storage="sparse"``."""
 
     #: layers exchange connections, so values change their length
     resizes: bool = False
@@ -466,10 +495,14 @@ def _continues(weights: Sequence[SparseWeight], earlier: Mapping[str, MaskedWeig
     return True
 
 
-def _gradient(layer: SparseLayer, h: Tensor, delta: Tensor, positions: Tensor) -> Tensor:
+def _gradient(layer: SparseLayer, h: Tensor, delta: Tensor, where: Tensor | slice) -> Tensor:
+    """Return the gradients at flat positions, or of some rows."""
+    whole = isinstance(where, slice)
     if isinstance(layer, SparseLinear):
-        return sampling.linear_gradient(h, delta, positions)
+        of_linear: Any = sampling.linear_gradient_rows if whole else sampling.linear_gradient
+        return cast(Tensor, of_linear(h, delta, where))
     conv: Any = layer
+    of_conv: Any = sampling.conv_gradient_rows if whole else sampling.conv_gradient
     images = (h, delta) if h.ndim == 4 else (h.unsqueeze(0), delta.unsqueeze(0))
     options = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    return sampling.conv_gradient(*images, positions, conv.shape, *options)
+    return cast(Tensor, of_conv(*images, where, conv.shape, *options))
