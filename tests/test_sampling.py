@@ -245,7 +245,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
+        if isinstance(result, torch.Tensor) and not result.is_meta:
             self.size = max(self.size, result.untyped_storage().nbytes() // result.element_size())
         return result
 
