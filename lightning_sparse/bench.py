@@ -3,7 +3,7 @@
 ``python -m lightning_sparse.bench overhead`` times a bare training step with each method against a dense one,
 ``... trainer`` the same in a Lightning Trainer, ``... compile`` compiled by inductor against eager; ``... hooks`` shows
 the cost of Lightning's hooks alone, ``... memory`` the peak memory, ``... update`` the time in which methods of prune
-and grow move connections, ``... storage`` time and memory of truly sparse layers. ``--help`` lists the options.
+and grow move connections (``--storages masked,sparse``), ``... storage`` time and memory of truly sparse layers. ``--help`` lists the options.
 """
 
 import argparse
@@ -29,19 +29,20 @@ from lightning_sparse.process import peak_memory, resident_memory
 from lightning_sparse.prune_and_grow import PruneAndGrow
 from lightning_sparse.storage import make_sparse_
 from lightning_sparse.storage.backends import backend
+from lightning_sparse.storage.training import Capture, SparseWeight
 
 __all__ = ["main"]
 
 _NEVER = 10**12
-METHODS: dict[str, Callable[[], SparseCallback]] = {
+METHODS: dict[str, Callable[..., SparseCallback]] = {
     "dst": lambda: DST(alpha=5e-4),
     "dfbst": lambda: DFBST(alpha=5e-4, beta=0.01),
     "autosparse": lambda: AutoSparse(alpha=0.75, init_threshold=-5.0),
     "str": lambda: STR(init_threshold=-5.0),
     # connections move when the benchmark says so
-    "set": lambda: SET(sparsity=0.9, update_every=_NEVER),
-    "rigl": lambda: RigL(sparsity=0.9, update_every=_NEVER),
-    "ggr": lambda: GGR(sparsity=0.9, update_every=_NEVER),
+    "set": lambda **options: SET(**{"sparsity": 0.9, "update_every": _NEVER, **options}),
+    "rigl": lambda **options: RigL(**{"sparsity": 0.9, "update_every": _NEVER, **options}),
+    "ggr": lambda **options: GGR(**{"sparsity": 0.9, "update_every": _NEVER, **options}),
 }
 
 
@@ -169,36 +170,91 @@ def peak(arguments: argparse.Namespace) -> None:
     print(before / 1e6, after / 1e6)
 
 
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return a network whose linear layers and convolutions have no values yet."""
+    with torch.device("meta"):
+        module = build()
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
+            layer.to_empty(device="cpu").reset_parameters()
+    return module
+
+
+def _mover(
+    arguments: argparse.Namespace, method: str, storage: str, sparsity: float, device: str
+) -> Callable[[], float]:
+    """Return a function that takes a step in which connections move, and returns the seconds that these take."""
+    torch.manual_seed(0)
+    build, shape = NETWORKS[arguments.network]
+    callback = METHODS[method](sparsity=sparsity, storage=storage)
+    if not isinstance(callback, PruneAndGrow):
+        raise ValueError(f"--methods: {method} does not prune and grow.")
+    if storage == "sparse":
+        module = _on_meta(build)
+        choices = [choice for choice in choose(module) if choice.reason is None]
+        layers = [module.get_submodule(choice.name.rpartition(".")[0]) for choice in choices]
+        callback.initial_masks([SparseWeight(c.name, c.shape, layer) for c, layer in zip(choices, layers, strict=True)])
+    else:
+        module = build().to(device)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+    callback.attach([choice for choice in choose(module) if choice.reason is None], [optimizer], False)
+    (pool,) = callback._pools.values()
+    x = torch.randn(arguments.batch, *shape, device=device)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        capture = Capture(pool.weights, torch.Tensor.detach)
+        module(x).square().mean().backward()
+        start = time.perf_counter()
+        with torch.no_grad():
+            callback.update(pool.weights, 0.3, 1.0)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        capture.close()
+        callback.before_step(optimizer, 1.0, 1.0)
+        optimizer.step()
+        callback.after_step(optimizer)
+        return seconds
+
+    return step
+
+
 def update(arguments: argparse.Namespace) -> None:
-    """Print how long an update of the connections takes, beside a dense step of the same run."""
+    """Print how long an update of the connections takes, beside a dense step of the same run, and the peak memory."""
     print(f"{arguments.network}, batch {arguments.batch}, {_hardware(arguments.device)}")
     dense, _ = stepper(arguments.network, None, arguments.batch, arguments.device)
     print(f"dense step: {1e3 * _seconds(dense, 2, arguments.device):.0f} ms")
-    for name in arguments.methods.split(","):
-        torch.manual_seed(0)
-        build, shape = NETWORKS[arguments.network]
-        module = build().to(arguments.device)
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
-        callback = METHODS[name]()
-        if not isinstance(callback, PruneAndGrow):
-            raise ValueError(f"--methods: {name} does not prune and grow.")
-        callback.attach([choice for choice in choose(module) if choice.reason is None], [optimizer], False)
-        x = torch.randn(arguments.batch, *shape, device=arguments.device)
-        times = []
-        for _ in range(arguments.rounds):
-            optimizer.zero_grad()
-            module(x).square().mean().backward()
-            (pool,) = callback._pools.values()
-            start = time.perf_counter()
-            callback.update(pool.weights, 0.3, 1.0)
-            if arguments.device != "cpu":
-                torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-            callback.before_step(optimizer, 1.0, 1.0)
-            optimizer.step()
-        print(
-            f"{name:10s} update: {statistics.median(times):.0f} ms ({min(times):.0f} to {max(times):.0f})", flush=True
-        )
+    del dense
+    own = [sys.executable, "-m", "lightning_sparse.bench", "moved", "--network", arguments.network]
+    own += ["--batch", str(arguments.batch), "--device", arguments.device, "--threads", str(arguments.threads)]
+    for sparsity in (arguments.sparsities or "0.9").split(","):
+        for name in arguments.methods.split(","):
+            for kind in arguments.storages.split(","):
+                step = _mover(arguments, name, kind, float(sparsity), arguments.device)
+                times = [1e3 * step() for _ in range(arguments.rounds)]
+                del step
+                command = [*own, "--methods", name, "--storages", kind, "--sparsities", sparsity]
+                printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                before, after = map(float, printed.split())
+                print(
+                    f"{sparsity} {name:5s} {kind:6s} update: {statistics.median(times):.0f} ms "
+                    f"({min(times):.0f} to {max(times):.0f}); peak {after - before:.0f} MB above the process's own",
+                    flush=True,
+                )
+
+
+def moved(arguments: argparse.Namespace) -> None:
+    """Print this process's memory in MB before a network is made, and its peak after three updates of connections."""
+    name, kind, device = arguments.methods, arguments.storages, arguments.device
+    sparsity = float(arguments.sparsities)
+    _mover(argparse.Namespace(network="lenet300", batch=1), name, kind, sparsity, device)()  # loads what is needed
+    before = resident_memory() if device == "cpu" else torch.cuda.memory_allocated()
+    step = _mover(arguments, name, kind, sparsity, device)
+    for _ in range(3):
+        step()
+    after = peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated()
+    print(before / 1e6, after / 1e6)
 
 
 def _stored(arguments: argparse.Namespace, storage: str, sparsity: float) -> Callable[[], None]:
@@ -206,14 +262,11 @@ def _stored(arguments: argparse.Namespace, storage: str, sparsity: float) -> Cal
     torch.manual_seed(0)
     build, shape = NETWORKS[arguments.network]
     if storage == "sparse":
-        with torch.device("meta"):
-            module = build()
+        module = _on_meta(build)
         for layer in list(module.modules()):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 size = layer.weight.numel()
                 make_sparse_(layer, sampling.distinct(budget(sparsity, size), size, torch.default_generator))
-            elif isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
-                layer.to_empty(device="cpu").reset_parameters()
     else:
         module = build()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -250,7 +303,7 @@ def storage(arguments: argparse.Namespace) -> None:
     memory = peak_above("dense", 0.0)
     print(f"dense: peak {memory:.0f} MB above the process's own memory")
     print("sparsity  step time / dense: masked  sparse (range)           peak memory / dense: masked  sparse")
-    for sparsity in map(float, arguments.sparsities.split(",")):
+    for sparsity in map(float, (arguments.sparsities or "0.9,0.95,0.98,0.99,0.995").split(",")):
         dense = _stored(arguments, "dense", 0.0)
         steps = {kind: _stored(arguments, kind, sparsity) for kind in ("masked", "sparse")}
         for step in (dense, *steps.values()):
@@ -410,11 +463,13 @@ def main(arguments: list[str] | None = None) -> None:
         "peak": peak,
         "storage": storage,
         "stored": stored,
+        "moved": moved,
     }
     parser.add_argument("benchmark", choices=benchmarks)
     parser.add_argument("--network", choices=NETWORKS, default="lenet300")
     parser.add_argument("--methods", default="dst,dfbst,autosparse,str", help="separated by commas")
-    parser.add_argument("--sparsities", default="0.9,0.95,0.98,0.99,0.995", help="for storage, separated by commas")
+    parser.add_argument("--sparsities", help="for storage and update, separated by commas")
+    parser.add_argument("--storages", default="masked", help="for update, separated by commas")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")
