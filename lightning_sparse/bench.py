@@ -3,7 +3,8 @@
 ``python -m lightning_sparse.bench overhead`` times a bare training step with each method against a dense one,
 ``... trainer`` the same in a Lightning Trainer, ``... compile`` compiled by inductor against eager; ``... hooks`` shows
 the cost of Lightning's hooks alone, ``... memory`` the peak memory, ``... update`` the time in which methods of prune
-and grow move connections (``--storages masked,sparse``), ``... storage`` time and memory of truly sparse layers. ``--help`` lists the options.
+and grow move connections (``--storages masked,sparse``), ``... storage`` time and memory of truly sparse layers.
+``--help`` lists the options.
 """
 
 import argparse

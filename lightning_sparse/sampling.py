@@ -174,7 +174,14 @@ def linear_gradient(h: Tensor, delta: Tensor, positions: Tensor, chunk: int = _C
     """
     width = h.shape[-1]
     a, o = positions % width, positions.div(width, rounding_mode="floor")
-    return _products(h.reshape(-1, width), delta.reshape(-1, delta.shape[-1]), a, o, chunk)
+    inputs = h.reshape(-1, width).t().contiguous()  # what a connection needs lies together
+    outputs = delta.reshape(-1, delta.shape[-1]).t().contiguous()
+    dtype, at_once = torch.promote_types(delta.dtype, torch.float32), max(1, chunk // max(1, inputs.shape[1]))
+    parts = [
+        inputs[some_a].to(dtype).mul_(outputs[some_o]).sum(1)
+        for some_a, some_o in zip(torch.split(a, at_once), torch.split(o, at_once), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def conv_gradient(
