@@ -6,7 +6,7 @@ at a step whose gradients are whole and averaged over processes, so all processe
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,9 +118,9 @@ class MaskedWeight:
         """Return the gradients of some connections, active or not, given by flat positions."""
         return self.dP.reshape(-1)[positions.to(self.dP.device)]
 
-    def free_gradients(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield ``|dP|`` part by part, flat, each after the position where it begins: -1 where one is active."""
-        yield 0, self.dP.abs().masked_fill_(self.mask, -1).reshape(-1)
+    def free_sample(self, stride: int) -> Tensor:
+        """Return ``|dP|`` of the inactive ones among every ``stride``-th connection."""
+        return self.dP.reshape(-1)[::stride].abs()[~self.mask.reshape(-1)[::stride]]
 
     def steepest(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:
         """Return the flat positions of the ``n`` inactive connections of largest ``|dP|``, ascending, and these.
@@ -129,7 +129,15 @@ class MaskedWeight:
             n: how many at most; of equals the earlier position's.
             above: only what is larger counts.
         """
-        return masks.largest(self.free_gradients(), n, above)
+        likely = masks.likely_bound(self.size, n, lambda stride: [self.free_sample(stride)]) if above < 0 else None
+        found = self._free_above(above if likely is None else float(likely))
+        if likely is not None and len(found) < n:  # the sample was misleading
+            found = self._free_above(above)
+        slopes = self.dP.reshape(-1)[found].abs()
+        if len(found) > n:
+            best = masks.top_k(slopes, n)
+            found, slopes = found[best], slopes[best]
+        return found.cpu(), slopes.cpu()
 
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Have active connections at these flat positions, and no others; ``generator`` is for values not yet drawn."""
@@ -162,6 +170,11 @@ class MaskedWeight:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"mask": self.mask, "buffers": dict(self.buffers)}
+
+    def _free_above(self, floor: float) -> Tensor:
+        """Return the flat positions of the inactive connections whose ``|dP|`` is above ``floor``, ascending."""
+        dP = self.dP.reshape(-1)  # two comparisons are quicker than the absolute values of all
+        return (dP > floor).logical_or_(dP < -floor).logical_and_(~self.mask.reshape(-1)).nonzero().squeeze(1)
 
     def _marked(self, positions: Tensor) -> Tensor:
         marks = torch.zeros(self.size, dtype=torch.bool, device=self.mask.device)

@@ -1,13 +1,23 @@
 """Boolean masks: pure functions of tensors. Counts are exact, and among equal scores the earlier position wins."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
 
 from lightning_sparse.layers import as_matrix
 
-__all__ = ["count", "count_global_top_k", "global_top_k", "largest", "lowest", "random", "top_k", "zero_outside_"]
+__all__ = [
+    "count",
+    "count_global_top_k",
+    "global_top_k",
+    "largest",
+    "likely_bound",
+    "lowest",
+    "random",
+    "top_k",
+    "zero_outside_",
+]
 
 _CHUNK = 1 << 18
 _SAMPLED_FROM = 1 << 17
@@ -94,7 +104,13 @@ def count_global_top_k(
     extra = k - sum(least)
     if extra == 0:
         return least
-    won = _winners(tensors, extra, among, least, score, _likely_bound(tensors, k, among, score))
+
+    def sample(stride: int) -> Iterator[Tensor]:
+        for tensor, candidates in zip(tensors, among, strict=True):
+            yield score(tensor.reshape(-1)[::stride])[candidates.reshape(-1)[::stride]]
+
+    bound = likely_bound(sum(tensor.numel() for tensor in tensors), k, sample)
+    won = _winners(tensors, extra, among, least, score, bound)
     if sum(won) < extra:  # the sample was misleading
         won = _winners(tensors, extra, among, least, score, None)
     return [sure + more for sure, more in zip(least, won, strict=True)]
@@ -127,22 +143,22 @@ def _winners(
     return won
 
 
-def _likely_bound(
-    tensors: Sequence[Tensor], k: int, among: Sequence[Tensor], score: Callable[[Tensor], Tensor]
-) -> Tensor | None:
-    """Return a score that a few more than ``k`` candidates reach, as a sample tells; None if there are few."""
-    size = sum(tensor.numel() for tensor in tensors)
+def likely_bound(size: int, k: int, sample: Callable[[int], Iterable[Tensor]]) -> Tensor | None:
+    """Return a score that a few more than ``k`` candidates reach, as a sample tells; None if there are few.
+
+    Args:
+        size: number of scores in all.
+        k: how many.
+        sample: gives the candidates' scores, tensor by tensor, at every so-many-th position.
+    """
     if size < _SAMPLED_FROM:
         return None
     stride = size >> 14
-    samples: list[Tensor] = []
-    for tensor, candidates in zip(tensors, among, strict=True):
-        sample = score(tensor.reshape(-1)[::stride])[candidates.reshape(-1)[::stride]]
-        samples.append(sample.to(samples[0]) if samples else sample)
-    return _likely(torch.cat(samples), k / stride, largest=True)
+    first, *others = sample(stride)
+    return _likely(torch.cat((first, *(other.to(first) for other in others))), k / stride, largest=True)
 
 
-def largest(blocks: Iterable[tuple[int, Tensor]], k: int, above: float = -1.0) -> tuple[Tensor, Tensor]:
+def largest(blocks: Iterable[tuple[int, Tensor]], k: int, floor: float = -1.0) -> tuple[Tensor, Tensor]:
     """Return the positions, ascending, of the ``k`` largest scores of a long vector, and these scores; on the CPU.
 
     The vector comes in blocks, and beside the block at hand only the best so far are kept, up to three times ``k``.
@@ -150,21 +166,21 @@ def largest(blocks: Iterable[tuple[int, Tensor]], k: int, above: float = -1.0) -
     Args:
         blocks: the position of a block's first score in the vector, and its scores ``(n,)``; in ascending order.
         k: how many. Fewer are returned if there are not so many candidates.
-        above: candidates are the scores larger than this.
+        floor: candidates are the scores larger than this.
 
     >>> largest([(0, torch.tensor([2.0, 5.0])), (2, torch.tensor([-1.0, 5.0]))], 2)
     (tensor([1, 3]), tensor([5., 5.]))
     """
     best, positions = torch.empty(0), torch.empty(0, dtype=torch.long)
     for first, scores in blocks if k else ():
-        candidates = scores > above
+        candidates = scores > floor
         found = _positions(scores, min(k, count(candidates)), candidates)
         best = torch.cat((best.to(scores), scores[found]))
         positions = torch.cat((positions.to(found.device), found + first))
         if len(best) >= 2 * k:
             kept = _positions(best, k, None)
             best, positions = best[kept], positions[kept]
-            above = float(best.min())  # who only equals it comes later, and loses
+            floor = float(best.min())  # who only equals it comes later, and loses
     kept = _positions(best, min(k, len(best)), None)
     return positions[kept].cpu(), best[kept].cpu()
 

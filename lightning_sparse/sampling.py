@@ -20,6 +20,7 @@ __all__ = [
     "free_positions",
     "linear_gradient",
     "linear_gradient_rows",
+    "merged",
     "probabilities",
     "subset",
     "unit_sums",
@@ -125,6 +126,20 @@ def free_positions(n: int, taken: Tensor, size: int, generator: Generator) -> Te
     ranks = distinct(n, free, generator)
     free_before = taken - torch.arange(len(taken))
     return ranks + torch.searchsorted(free_before, ranks, right=True)
+
+
+def merged(a: Tensor, b: Tensor) -> Tensor:
+    """Return two ascending vectors without common elements as one, ascending.
+
+    >>> merged(torch.tensor([1, 4, 6]), torch.tensor([0, 5]))
+    tensor([0, 1, 4, 5, 6])
+    """
+    places = torch.searchsorted(a, b) + torch.arange(len(b))
+    others = torch.ones(len(a) + len(b), dtype=torch.bool)
+    others[places] = False
+    whole = torch.empty(len(others), dtype=a.dtype)
+    whole[places], whole[others] = b, a
+    return whole
 
 
 def distinct(n: int, below: int, generator: Generator) -> Tensor:

@@ -74,19 +74,20 @@ class GGR(SparseStorage, PruneAndGrow):
         """Drop the smallest ``|W|`` of each layer, and grow as many as it wins in the ranking, some at random."""
         drops = self.to_drop(weights, [share(fraction, weight.active) for weight in weights])
         ranked = ranking(weights, sum(drops), self.needed(weights, drops))
-        for weight, fewer, won in zip(weights, drops, ranked, strict=True):
+        for weight, fewer, (won, gradients) in zip(weights, drops, ranked, strict=True):
             at_random = share(self.random_share, len(won))
             dropped = masks.lowest(weight.magnitudes, fewer)
-            grown = won[: len(won) - at_random]
-            taken = torch.cat((weight.positions, grown)).sort().values
+            grown = won[masks.top_k(gradients, len(won) - at_random)]
+            taken = sampling.merged(weight.positions, grown)
             drawn = sampling.free_positions(at_random, taken, weight.size, self.generator)
-            weight.exchange(dropped, torch.cat((grown, drawn)), value=NEW)
+            weight.exchange(dropped, sampling.merged(grown, drawn), value=NEW)
 
 
-def ranking(weights: Sequence[MaskedWeight], k: int, at_least: Sequence[int]) -> list[Tensor]:
+def ranking(weights: Sequence[MaskedWeight], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Return which inactive connections are the ``k`` of largest ``|dP|`` of all layers together, for each layer.
 
-    The layers are taken one after the other, and only the best so far are kept (Sec. 3.3).
+    The layers are taken one after the other, and only the best so far are kept (Sec. 3.3); what cannot be among them,
+    as samples of all layers tell, is left out from the start.
 
     Args:
         weights: the layers.
@@ -94,22 +95,39 @@ def ranking(weights: Sequence[MaskedWeight], k: int, at_least: Sequence[int]) ->
         at_least: so many of each layer's largest are among them in any case.
 
     Returns:
-        Flat positions, largest ``|dP|`` first.
+        Flat positions, ascending, and their ``|dP|``.
     """
+    bound = masks.likely_bound(
+        sum(weight.size for weight in weights), k, lambda stride: [weight.free_sample(stride) for weight in weights]
+    )
+    ranked = _ranking(weights, k, at_least, -1.0 if bound is None else float(bound))
+    if sum(len(won) for won, _ in ranked) < k:  # the sample was misleading
+        ranked = _ranking(weights, k, at_least, -1.0)
+    return ranked
+
+
+def _ranking(
+    weights: Sequence[MaskedWeight], k: int, at_least: Sequence[int], bound: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the ranking of what is larger than ``bound`` or among ``at_least``."""
     extra = k - sum(at_least)
-    best, owners, positions = torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    sure, bound = [], -1.0
+    best, owners, places = torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    sure: list[tuple[Tensor, Tensor]] = []
     for owner, (weight, least) in enumerate(zip(weights, at_least, strict=True)):
         found, gradients = weight.steepest(least + extra, above=-1.0 if least else bound)
-        gradients, order = gradients.sort(descending=True, stable=True)
-        found = found[order]
-        sure.append(found[:least])
-        best = torch.cat((best.to(gradients), gradients[least:]))
-        positions = torch.cat((positions, found[least:]))
-        owners = torch.cat((owners, torch.full((len(found) - least,), owner)))
+        first = masks.top_k(gradients, least)
+        sure.append((found[first], gradients[first]))
+        rest = ~first & (gradients > bound)
+        best, places = torch.cat((best.to(gradients), gradients[rest])), torch.cat((places, found[rest]))
+        owners = torch.cat((owners, torch.full((len(best) - len(owners),), owner)))
         if len(best) > extra:
-            kept = masks.top_k(best, extra).nonzero().squeeze(1)
-            best, positions, owners = best[kept], positions[kept], owners[kept]
+            kept = masks.top_k(best, extra)
+            best, places, owners = best[kept], places[kept], owners[kept]
         if extra and len(best) == extra:
             bound = float(best.min())
-    return [torch.cat((found, positions[owners == owner])) for owner, found in enumerate(sure)]
+    ranked = []
+    for owner, (found, gradients) in enumerate(sure):
+        won = owners == owner
+        positions, order = torch.cat((found, places[won])).sort()
+        ranked.append((positions, torch.cat((gradients, best[won]))[order]))
+    return ranked

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse import sampling
+from lightning_sparse import masks, sampling
 from lightning_sparse._lightning import (
     LightningModule,
     MisconfigurationException,
@@ -122,8 +122,19 @@ class SparseWeight(MaskedWeight):
         """Return gradients of connections that need not exist, averaged over processes."""
         return self._gradient(positions.to(self.W.device), (len(positions),))
 
+    def free_sample(self, stride: int) -> Tensor:  # noqa: D102  (inherited)
+        every = torch.arange(0, self.size, stride)
+        every = every[~torch.isin(every, self.positions, assume_unique=True)]
+        return self.gradient_at(every).abs()
+
+    def steepest(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
+        return masks.largest(self.free_gradients(), n, above)
+
     def free_gradients(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield ``|dP|`` of some rows at a time, computed for them alone, averaged over processes; -1: active."""
+        """Yield ``|dP|`` of some rows at a time, computed for them alone, averaged over processes; -1: active.
+
+        Each part is flat and comes after the position where it begins.
+        """
         out, width = self.shape[0], math.prod(self.shape[1:])
         positions, ends = self.sparse.positions, self.sparse.crow.tolist()
         at_once = max(1, _CHUNK // (width * self._exact.itemsize))
