@@ -24,6 +24,7 @@ from lightning_sparse.methods.str import STR
 from lightning_sparse.methods.swat import SWAT
 from lightning_sparse.methods.synflow import SynFlow
 from lightning_sparse.methods.topkast import TopKAST
+from lightning_sparse.monitor import SparsityMonitor
 from lightning_sparse.storage.checkpoint import load_dense
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "RandomPruning",
     "RigL",
     "SparseCallback",
+    "SparsityMonitor",
     "SynFlow",
     "TopKAST",
     "__version__",

@@ -1,8 +1,9 @@
 """SparseCallback: Lightning's hooks become a method's verbs. The one file of the core that knows the Trainer."""
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +130,42 @@ class SparseCallback(Callback, ABC):
         """Number of optimizer steps of the whole fit; infinite if nothing bounds it."""
         assert self._trainer is not None
         return float(self._trainer.estimated_stepping_batches)
+
+    def mask(self, name: str) -> Tensor:
+        """Return one of ``masks``, without making the others."""
+        return self.masks[name]
+
+    @property
+    def layer_gradient_density(self) -> dict[str, float]:
+        """Share of each layer's weights whose gradient is used: that of its nonzero ones, unless a method differs."""
+        return self.layer_density
+
+    @property
+    def connections(self) -> dict[str, Tensor]:
+        """For each weight a tensor that is another object once connections have moved; empty: any step may move them."""
+        return {}
+
+    @property
+    def held(self) -> list[Mapping[str, Any]]:
+        """What is kept of each weight: tensors and containers of them; those of module and optimizer may be among them."""
+        return []
+
+    #: the step that moves connections computes the gradients of all weights
+    dense_gradient_to_move: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The settings by name: the arguments of the class and of the bases that take its ``options``."""
+        found: dict[str, Any] = {}
+        for kind in type(self).__mro__:
+            parameters = inspect.signature(kind.__init__).parameters if "__init__" in vars(kind) else {}
+            for name, parameter in parameters.items():
+                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self":
+                    held = "sparsity_target" if name == "sparsity" else name  # `sparsity` is the present one
+                    found.setdefault(name, getattr(self, held))
+            if parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break
+        return found
 
     @property
     def watched(self) -> dict[str, float]:

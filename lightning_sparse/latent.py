@@ -6,7 +6,7 @@ copy), with ``dW`` in its gradient; the thresholds sit in the same param group a
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -128,6 +128,10 @@ class LatentCallback(SparseCallback):
         return dict.fromkeys(self._weights, 1.0)
 
     @property
+    def held(self) -> list[Mapping[str, Any]]:  # noqa: D102  (inherited)
+        return [vars(weight) for weight in self._weights.values()]
+
+    @property
     def gradient_density(self) -> float:
         """Share of all selected weights whose gradient is used."""
         sizes = {name: weight.latent.numel() for name, weight in self._weights.items()}
@@ -138,6 +142,9 @@ class LatentCallback(SparseCallback):
     @property
     def masks(self) -> dict[str, Tensor]:  # noqa: D102  (inherited)
         return {name: self._effective(weight) != 0 for name, weight in self._weights.items()}
+
+    def mask(self, name: str) -> Tensor:  # noqa: D102  (inherited)
+        return self._effective(self._weights[name]) != 0
 
     @torch.no_grad()
     def _effective(self, weight: LatentWeight) -> Tensor:

@@ -1,30 +1,42 @@
-"""What sparsity saves: floating-point operations by weight, and what densities leave of them. Pure accounting.
+"""What sparsity saves: operations, bytes, and what masks look like and how they change. Pure accounting.
 
-The counts are theoretical: a dense layer's operations times the share of weights that are not zero. Hardware saves
-them only if it skips zeros, which masked training does not.
+Operations are theoretical: a dense layer's times the share of weights that are not zero. Hardware saves them only if it
+skips zeros, which masked training does not. Bytes are those that are really held.
 """
 
+import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from lightning_sparse.kernels.bits import pack
+from lightning_sparse.storage.layers import SparseLayer
 
 __all__ = [
     "OTHER",
     "Average",
+    "Explored",
     "Flops",
+    "cells",
+    "churn",
     "dense_flops",
     "empty_inputs",
     "empty_neurons",
     "inference",
+    "mask_bits",
     "shrunk_size",
+    "spread",
+    "stored_bytes",
     "training",
 ]
 
@@ -51,7 +63,8 @@ def dense_flops(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Flop
     """Count the operations of one forward and backward pass of a dense ``module``, by name of weight.
 
     What really runs is counted, with the formulas of torch's ``FlopCounterMode``: so the first layer has no input
-    gradient. Gradients are left alone; buffers, such as batch statistics, move as in any training step.
+    gradient. Sparse layers count as the dense ones that they stand for. Gradients are left alone; buffers, such as
+    batch statistics, move as in any training step.
 
     Args:
         module: the module that ``loss`` calls, not compiled.
@@ -69,18 +82,19 @@ def dense_flops(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Flop
         {'weight': Flops(forward=16000, input_gradient=0, weight_gradient=16000)}
     """
     weights = {name: parameter for name, parameter in module.named_parameters() if parameter.ndim > 1}
-    with _plain_kernels():
+    with _plain_kernels(), _sparse_layers(module) as sparse:
         with _Counter(weights) as forward, torch.enable_grad():
             value = loss()
         with _Counter(weights) as backward:
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
             torch.autograd.grad(value, trainable, allow_unused=True)
-    result = {}
+    result = dict(sparse)
     for name, count in forward.counts.items():
         if name != OTHER:
             result[name] = Flops(count, backward.counts[name], count if weights[name].requires_grad else 0)
     # a product that makes a weight's gradient has no weight among its operands: the rest is of activations alone
-    rest = backward.counts[OTHER] - sum(f.weight_gradient for n, f in result.items() if n not in backward.convolved)
+    own = sum(f.weight_gradient for n, f in result.items() if n not in backward.convolved and n not in sparse)
+    rest = backward.counts[OTHER] - own
     if forward.counts[OTHER] or rest:
         result[OTHER] = Flops(forward.counts[OTHER], rest)
     return result
@@ -93,6 +107,35 @@ def _plain_kernels() -> Iterator[None]:
         warnings.filterwarnings("ignore", "TF32 acceleration")
         with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
             yield
+
+
+@contextmanager
+def _sparse_layers(module: nn.Module) -> Iterator[dict[str, Flops]]:
+    """Count, by name of weight, what the calls of sparse layers would cost in dense ones."""
+    counts: dict[str, Flops] = {}
+
+    def called(
+        name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> None:
+        assert isinstance(layer, SparseLayer)
+        x = args[0] if args else kwargs["x"]
+        count, before = 2 * output.numel() * math.prod(layer.shape[1:]), counts.get(name, Flops())
+        counts[name] = Flops(
+            before.forward + count,
+            before.input_gradient + count * x.requires_grad,
+            before.weight_gradient + count * layer.values.requires_grad,
+        )
+
+    handles = [
+        layer.register_forward_hook(partial(called, f"{prefix}.weight" if prefix else "weight"), with_kwargs=True)
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, SparseLayer)
+    ]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_subclass__
@@ -110,7 +153,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_su
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        sparse = any(isinstance(arg, Tensor) and arg.layout != torch.strided for arg in args)  # see _sparse_layers
+        if formula is not None and not sparse:
             name = next((found for arg in args if (found := self._name(arg)) is not None), OTHER)
             counted = args
             if func._overloadpacket is torch.ops.aten.convolution_backward:
@@ -169,10 +213,10 @@ class Average:
     total: float = 0.0
     count: int = 0
 
-    def add(self, value: float) -> None:
-        """Take one more value into account."""
-        self.total += value
-        self.count += 1
+    def add(self, value: float, times: int = 1) -> None:
+        """Take one more value into account, or several equal ones."""
+        self.total += value * times
+        self.count += times
 
     @property
     def mean(self) -> float:
@@ -213,3 +257,169 @@ def shrunk_size(mask: Tensor) -> int:
     """
     outputs, inputs = len(mask) - empty_neurons(mask), mask.shape[1] - empty_inputs(mask)
     return outputs * inputs * mask[0, 0].numel()
+
+
+# ---------------------------------------------------------------------- how masks look
+
+
+def cells(matrix: Tensor, most: int = 128) -> list[list[float]]:
+    """Return a picture of a mask: its density in each cell of a grid, rounded to 3 digits.
+
+    Args:
+        matrix: boolean, ``(out, n)``.
+        most: the grid has at most so many rows and columns; smaller matrices have a cell an element.
+
+    >>> cells(torch.tensor([[True, False, True, True], [False, False, False, True]]), most=2)
+    [[0.5, 1.0], [0.0, 0.5]]
+    """
+    rows, columns = _edges(matrix.shape[0], most), _edges(matrix.shape[1], most)
+    counts = torch.stack([matrix[a:b].sum(0, dtype=torch.int32) for a, b in zip(rows, rows[1:], strict=False)])
+    sums = torch.nn.functional.pad(counts.cumsum(1), (1, 0))[:, columns].diff(dim=1).double()
+    area = torch.tensor(rows).diff().unsqueeze(1) * torch.tensor(columns).diff()
+    picture: list[list[float]] = [[round(x, 3) for x in row] for row in (sums.cpu() / area).tolist()]
+    return picture
+
+
+def _edges(size: int, most: int) -> list[int]:
+    """Divide ``size`` into at most ``most`` nearly equal parts."""
+    count = min(size, most)
+    return [index * size // count for index in range(count + 1)]
+
+
+def spread(values: Tensor, bins: int = 20) -> dict[str, Any]:
+    """Return minimum, mean, maximum and a histogram of some numbers: ``counts`` between ``edges``.
+
+    >>> spread(torch.tensor([0.0, 1.0, 1.0, 4.0]), bins=2)
+    {'min': 0.0, 'mean': 1.5, 'max': 4.0, 'counts': [3, 1], 'edges': [0.0, 2.0, 4.0]}
+    """
+    values = values.detach().reshape(-1).double().cpu()
+    low, high = float(values.min()), float(values.max())
+    bins = bins if low < high else 1
+    counts = [int(n) for n in torch.histc(values, bins, low, high).tolist()]
+    edges = [low + (high - low) * index / bins for index in range(bins + 1)]
+    return {"min": low, "mean": float(values.mean()), "max": high, "counts": counts, "edges": edges}
+
+
+# ---------------------------------------------------------------------- how masks change
+
+
+def mask_bits(mask: Tensor) -> Tensor:
+    """Return a mask as bits in the order of its elements, on the CPU: uint8, ``(ceil(size / 8),)``."""
+    return pack(mask.reshape(1, -1)).squeeze(0).cpu()
+
+
+def _ones(bits: Tensor) -> int:
+    """Return the number of ones among bits."""
+    frequency = torch.bincount(bits, minlength=256)
+    return int((frequency * torch.tensor([byte.bit_count() for byte in range(256)])).sum())
+
+
+def churn(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """Return how far masks have changed: the share of connections that are in one of two, not both.
+
+    ``|A xor B| / (|A| + |B|)`` over all weights: 0 for equal masks, 1 for disjoint ones, and with a fixed budget the
+    share of connections that were exchanged.
+
+    Args:
+        before: bits by name, from ``mask_bits``.
+        after: the same later.
+
+    >>> before, after = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    >>> churn({"weight": mask_bits(before)}, {"weight": mask_bits(after)})
+    0.5
+    """
+    different = sum(_ones(before[name] ^ bits) for name, bits in after.items())
+    both = sum(_ones(before[name]) + _ones(bits) for name, bits in after.items())
+    return different / both if both else 0.0
+
+
+@dataclass
+class Explored:
+    """Which connections have been active at any time, a bit each; their share is ITOP's exploration rate R_s.
+
+    >>> explored = Explored()
+    >>> explored.add("weight", torch.tensor([True, False, False, False]))
+    >>> explored.add("weight", torch.tensor([False, True, False, False]))
+    >>> explored.rate
+    0.5
+    """
+
+    bits: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, mask: Tensor) -> None:
+        """See a mask of the weight ``name``."""
+        self.add_bits(name, mask_bits(mask), mask.numel())
+
+    def add_bits(self, name: str, bits: Tensor, size: int) -> None:
+        """See a mask of ``size`` elements as bits, from ``mask_bits``."""
+        self.bits[name] = self.bits[name] | bits if name in self.bits else bits
+        self.sizes[name] = size
+
+    @property
+    def rate(self) -> float:
+        """Share of all weights that have been active at any time."""
+        return sum(map(_ones, self.bits.values())) / sum(self.sizes.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"bits": dict(self.bits), "sizes": dict(self.sizes)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint has kept."""
+        self.bits = {name: bits.cpu() for name, bits in state_dict["bits"].items()}
+        self.sizes = dict(state_dict["sizes"])
+
+
+# ---------------------------------------------------------------------- bytes
+
+
+def stored_bytes(module: nn.Module, optimizers: Sequence[Optimizer], method: object = None) -> dict[str, int]:
+    """Return the bytes of training's tensors as they are stored, each memory counted once.
+
+    Args:
+        module: the one that is trained, dense or with sparse layers.
+        optimizers: of its parameters.
+        method: what else holds tensors: lists and dictionaries, nested, such as ``SparseCallback.held``.
+
+    Returns:
+        ``weights``: of all parameters; ``buffers``: the module's, with the indices of sparse layers; ``gradients``:
+        of the parameters that train, whether they are allocated now or not; ``optimizer_state``; ``method``: masks,
+        latent weights and the like.
+
+    >>> net = nn.Linear(3, 2)
+    >>> stored_bytes(net, [torch.optim.SGD(net.parameters(), lr=0.1)])
+    {'weights': 32, 'buffers': 0, 'gradients': 32, 'optimizer_state': 0, 'method': 0}
+    """
+    seen: set[int] = set()
+    parameters = list(module.parameters())
+    weights = _new_bytes(parameters, seen)
+    buffers = _new_bytes(list(module.buffers()), seen)
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    seen.update(_storage(p.grad) for p in parameters if p.grad is not None)
+    state = _new_bytes([optimizer.state for optimizer in optimizers], seen)
+    return {
+        "weights": weights,
+        "buffers": buffers,
+        "gradients": gradients,
+        "optimizer_state": state,
+        "method": _new_bytes(method, seen),
+    }
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _new_bytes(thing: object, seen: set[int]) -> int:
+    """Return the bytes of the tensors within ``thing`` whose memory is not in ``seen``, and add it there."""
+    if isinstance(thing, Tensor):
+        if _storage(thing) in seen:
+            return 0
+        seen.add(_storage(thing))
+        return thing.untyped_storage().nbytes()
+    if isinstance(thing, Mapping):
+        return sum(_new_bytes(part, seen) for part in thing.values())
+    if isinstance(thing, (list, tuple)):
+        return sum(_new_bytes(part, seen) for part in thing)
+    return 0

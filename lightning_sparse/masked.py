@@ -317,10 +317,16 @@ class MaskedCallback(SparseCallback):
             return super().density  # which raises
         return sum(weight.active for weight in weights) / sum(weight.size for weight in weights)
 
+    def mask(self, name: str) -> Tensor:  # noqa: D102  (inherited)
+        return self._weights[name].mask
+
     @property
-    def layer_gradient_density(self) -> dict[str, float]:
-        """Share of each layer's weights whose gradient is used: that of its active ones."""
-        return self.layer_density
+    def connections(self) -> dict[str, Tensor]:  # noqa: D102  (inherited)
+        return {name: weight.connections for name, weight in self._weights.items()}
+
+    @property
+    def held(self) -> list[Mapping[str, Any]]:  # noqa: D102  (inherited)
+        return [vars(weight) for weight in self._weights.values()]
 
     @property
     def gradient_density(self) -> float:

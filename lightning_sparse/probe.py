@@ -66,7 +66,7 @@ class Probe:
         self._read(count)  # before the draws that are to be repeated
         with isolate_rng():
             for index, batch in enumerate(self.batches(count)):
-                yield self._loss(batch, index)
+                yield self.loss(batch, index)
 
     def gradient(self, count: int) -> list[Tensor]:
         """Return the gradient of the mean loss of ``count`` batches of every process, at least in single precision."""
@@ -102,7 +102,8 @@ class Probe:
         context: AbstractContextManager[Any] = self.trainer.precision_plugin.train_step_context()
         return context
 
-    def _loss(self, batch: Any, index: int) -> Tensor:
+    def loss(self, batch: Any, index: int) -> Tensor:
+        """Return what the copy's ``training_step`` returns for a batch that is on the device."""
         step: Callable[..., Any] = self.module.training_step
         if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
             raise MisconfigurationException(

@@ -88,6 +88,10 @@ class TopKCallback(LatentCallback):
         """The set A of each weight: a boolean tensor of the weight's shape, by parameter name."""
         return {name: weight.buffers["A"] for name, weight in self._weights.items()}
 
+    def mask(self, name: str) -> Tensor:
+        """Return the set A of one weight."""
+        return self._weights[name].buffers["A"]
+
     # ------------------------------------------------------------------ how many, and which
 
     def counts(self, weights: Sequence[LatentWeight]) -> list[int]:

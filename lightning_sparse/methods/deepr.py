@@ -66,6 +66,11 @@ class DeepR(MaskedCallback):
         self.scope = scope
         self._stepping: set[str] = set()
 
+    @property
+    def connections(self) -> dict[str, Tensor]:
+        """Nothing to go by: connections may move at every step."""
+        return {}
+
     def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
         """Fix the signs."""
         at_random = torch.rand(weight.mask.shape, generator=self.generator).to(weight.W.device) < 0.5

@@ -52,6 +52,7 @@ class GGR(SparseStorage, PruneAndGrow):
     """
 
     resizes = True
+    dense_gradient_to_move = True
 
     def __init__(
         self,

@@ -43,6 +43,8 @@ class GraNet(GradualPruning):
         "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", NeurIPS 2021.
     """
 
+    dense_gradient_to_move = True
+
     def __init__(
         self,
         sparsity: float,

@@ -58,7 +58,7 @@ class ITOP(PruneAndGrow):
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
         checks.one_of(("gradient", "random"), growth=growth)
         self.growth = growth
-        self.skips_update = growth == "gradient"
+        self.skips_update = self.dense_gradient_to_move = growth == "gradient"
 
     @property
     def exploration_rate(self) -> float:

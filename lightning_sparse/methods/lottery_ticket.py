@@ -5,7 +5,7 @@ weights that are left, and the last one the target exactly; all layers compete b
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ class LotteryTicket(MaskedCallback):
     def watched(self) -> dict[str, float]:
         """The number of prunings so far, to log."""
         return {"sparsity/round": float(self._pruned)}
+
+    @property
+    def held(self) -> list[Mapping[str, Any]]:
+        """The state to rewind to, too."""
+        return [*super().held, self._rewind_point]
 
     # ------------------------------------------------------------------ when
 

@@ -46,6 +46,7 @@ class RigL(SparseStorage, PruneAndGrow):
     """
 
     skips_update = True
+    dense_gradient_to_move = True
 
     def __init__(
         self,

@@ -1,0 +1,575 @@
+"""SparsityMonitor: writes the ledger of a run, sparse or dense, to its loggers and to ``sparsity.json``."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sparse import checks, ledger, run_file
+from lightning_sparse._extras import extra
+from lightning_sparse._lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_warn
+from lightning_sparse.callback import SparseCallback
+from lightning_sparse.latent import LatentCallback
+from lightning_sparse.layers import as_matrix, choose
+from lightning_sparse.ledger import Average, Explored, Flops
+from lightning_sparse.probe import probing
+from lightning_sparse.process import peak_memory
+from lightning_sparse.top_k import TopKCallback
+
+__all__ = ["FILE", "SparsityMonitor"]
+
+#: name of the file in the log directory
+FILE = "sparsity.json"
+
+
+@dataclass
+class _Layer:
+    """One of the selected weights.
+
+    Attributes:
+        name: of the parameter in the LightningModule.
+        shape: of the weight, dense.
+        groups: of a convolution.
+        transposed_groups: see ``layers.Choice``.
+        method: that makes it sparse; None in a dense run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    groups: int
+    transposed_groups: int
+    method: SparseCallback | None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def neurons(self) -> int:
+        return self.shape[1] * self.transposed_groups if self.transposed_groups else self.shape[0]
+
+    def mask(self) -> Tensor:
+        return torch.ones(self.shape, dtype=torch.bool) if self.method is None else self.method.mask(self.name)
+
+
+class _Clock:
+    """Times batches: on CUDA by events on the device, without waiting for it; of very many, an even share."""
+
+    _MOST = 2048
+
+    def __init__(self) -> None:
+        self._times: list[Any] = []
+        self._begun: Any = None
+        self._batches = 0
+        self._stride = 1
+
+    def start(self, device: torch.device) -> None:
+        self._begun = None
+        if self._batches % self._stride == 0:
+            self._begun = _event() if device.type == "cuda" else time.perf_counter()
+        self._batches += 1
+
+    def stop(self) -> None:
+        if self._begun is None:
+            return
+        timed = isinstance(self._begun, float)
+        self._times.append(time.perf_counter() - self._begun if timed else (self._begun, _event()))
+        if len(self._times) > self._MOST:
+            self._times, self._stride = self._times[::2], self._stride * 2
+
+    @property
+    def median(self) -> float | None:
+        """The median in seconds; None before the first batch."""
+        if not self._times:
+            return None
+        if isinstance(self._times[-1], float):
+            return median(self._times)
+        self._times[-1][1].synchronize()
+        return median(begun.elapsed_time(ended) for begun, ended in self._times) / 1000
+
+
+def _event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class SparsityMonitor(Callback):
+    """Logs density, theoretical operations, bytes, memory, time and the life of the masks; warns of collapsing layers.
+
+    It stands beside any sparse callbacks, in any order, or alone in a dense run, whose densities are 1. Once an epoch
+    it logs through ``pl_module.log`` and writes ``sparsity.json`` into the log directory. Training is the same bit for
+    bit with it and without it.
+
+    Args:
+        every_n_steps: masks are looked at every so many optimizer steps, and whenever a method with masks has moved
+            connections: the averages of training operations and the exploration rate are made of these looks.
+        collapse_below: warn of a layer whose density falls below this, in [0, 1]; None: of one with fewer weights than
+            output neurons. Of layers without any weight the methods warn themselves.
+        flops: count operations, by one pass forward and backward of a copy of the module on the first batch.
+        figures: draw densities and masks for TensorBoard at the end of each epoch (extra ``report``).
+
+    Raises:
+        ValueError: an argument is out of range.
+        ModuleNotFoundError: ``figures`` without matplotlib.
+
+    Example:
+        >>> from lightning_sparse import DST, SparsityMonitor
+        >>> callbacks = [DST(alpha=5e-4), SparsityMonitor()]
+    """
+
+    def __init__(
+        self, every_n_steps: int = 100, collapse_below: float | None = None, flops: bool = True, figures: bool = False
+    ) -> None:
+        checks.integer(1, "Looks cost time: 100 is a good start.", every_n_steps=every_n_steps)
+        if collapse_below is not None:
+            checks.fraction("None warns of fewer weights than output neurons.", collapse_below=collapse_below)
+        if figures:
+            extra("matplotlib", "report")
+        self.every_n_steps = every_n_steps
+        self.collapse_below = collapse_below
+        self.flops = flops
+        self.figures = figures
+        self._restored = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin a run."""
+        self._methods: list[SparseCallback] = []
+        self._layers: list[_Layer] = []
+        self._flops: dict[str, Flops] = {}
+        self._file: Path | None = None
+        self._head: dict[str, Any] = {}
+        self._pictures: dict[str, Any] = {}
+        self._low: set[str] = set()
+        self._begun = time.monotonic()
+        # kept in checkpoints
+        self._started = run_file.now()
+        self._earlier = 0.0  # seconds that the run took before it was resumed
+        self._epochs: dict[int, str] = {}  # records as JSON
+        self._training = Average()
+        self._updates = Average()
+        self._explored = Explored()
+        self._epoch_bits: dict[str, Tensor] = {}  # masks at the end of the epoch before
+        # of the epoch
+        self._latest: dict[str, Any] | None = None
+        self._clock = _Clock()
+        # of the latest look at the masks
+        self._step = 0
+        self._bits: dict[str, Tensor] = {}
+        self._connections: list[dict[str, Tensor]] = []
+        self._density: dict[str, float] = {}
+        self._gradient_density: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit."""
+        check_trainer(trainer, self)
+        if stage == "fit":
+            self._forget()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the methods and the place of the file."""
+        self._methods = [c for c in trainer.callbacks if isinstance(c, SparseCallback)]  # type: ignore[attr-defined]
+        folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._file = Path(folder, FILE)
+        self._step = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up what was logged at the end of the last epoch after this callback had its turn."""
+        self._close(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock; before the first step, when every method has its masks, describe the run."""
+        if not self._head:
+            self._begin(trainer, pl_module, batch)
+        self._clock.start(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock; look at the masks now and then, and when connections have moved."""
+        self._clock.stop()
+        moved = self._moved()
+        if moved or trainer.global_step - self._step >= self.every_n_steps:
+            self._look(trainer, pl_module, moved)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and write."""
+        if not self._head:
+            return
+        self._close(trainer)
+        self._look(trainer, pl_module, self._moved(), draw=True)
+        self._latest = self._record(trainer, pl_module)
+        self._latest["metrics"] = _floats(trainer.callback_metrics, leave_out=_scalars(self._latest))
+        self._epoch_bits, self._updates, self._clock = dict(self._bits), Average(), _Clock()
+        scalars = _scalars(self._latest)
+        pl_module.log("density/model", scalars.pop("density/model"), prog_bar=True, on_epoch=True, sync_dist=True)
+        if trainer.loggers:
+            pl_module.log_dict(scalars, on_step=False, on_epoch=True, sync_dist=True)
+        self._write("running")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up what was logged last."""
+        self._close(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that the run has finished."""
+        self._write("finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write how the run ended, without asking other processes, which may not have ended."""
+        interrupted = isinstance(exception, KeyboardInterrupt) or type(exception).__name__ == "SIGTERMException"
+        self._write("interrupted" if interrupted else "failed")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the methods."""
+        if stage == "fit":
+            self._methods, self._layers, self._connections = [], [], []
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return averages, explored connections as bits, and the epochs so far: tensors and plain values only."""
+        return {
+            "started": self._started,
+            "wall_time_s": self._wall_time(),
+            "epochs": {str(epoch): text for epoch, text in self._all_epochs().items()},
+            "training": vars(self._training).copy(),
+            "updates": vars(self._updates).copy(),
+            "explored": self._explored.state_dict(),
+            "epoch_bits": dict(self._epoch_bits),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with an earlier run."""
+        self._started, self._earlier = state_dict["started"], state_dict["wall_time_s"]
+        self._epochs = {int(epoch): text for epoch, text in state_dict["epochs"].items()}
+        self._training, self._updates = Average(**state_dict["training"]), Average(**state_dict["updates"])
+        self._explored.load_state_dict(state_dict["explored"])
+        self._epoch_bits = {name: bits.cpu() for name, bits in state_dict["epoch_bits"].items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the Trainer's part and what ties the callback to a fit."""
+        state = {**self.__dict__, "_methods": [], "_layers": [], "_connections": [], "_clock": _Clock()}
+        for attached in ("log", "log_dict"):  # the module's methods, which the Trainer gives its callbacks
+            state.pop(attached, None)
+        return state
+
+    # ------------------------------------------------------------------ the run
+
+    def _begin(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        """Describe the run, and look at the masks it begins with."""
+        self._flops = trainer.strategy.broadcast(self._count(trainer, module, batch) if self.flops else {})
+        self._find_layers(module)
+        self._keep_fitting()
+        examples = _batch_size(batch)
+        methods = [{"name": type(method).__name__, "arguments": method.arguments} for method in self._methods]
+        self._head = {
+            "method": None
+            if not methods
+            else methods[0]
+            if len(methods) == 1
+            else {
+                "name": " + ".join(method["name"] for method in methods),
+                "arguments": {method["name"]: method["arguments"] for method in methods},
+            },
+            "module": f"{type(module).__module__}.{type(module).__qualname__}",
+            "seed": run_file.seed(),
+            "versions": run_file.versions(),
+            "hardware": run_file.hardware(trainer),
+            "flops_of": None if not self._flops else "batch" if examples is None else "example",
+            **self._sizes(module, examples),
+        }
+        self._look(trainer, module, [])
+        if not self._epoch_bits:
+            self._epoch_bits = dict(self._bits)
+        self._write("running")
+
+    def _count(self, trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, Flops]:
+        """Count the operations of a step on this batch, on a copy of the module; nothing if that cannot be done."""
+        reason = "it optimizes manually"
+        if module.automatic_optimization:
+            try:
+                with probing(trainer, module, []) as probe:
+                    return ledger.dense_flops(probe.module, lambda: probe.loss(copy.deepcopy(batch), 0))
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+        rank_zero_warn(
+            f"SparsityMonitor could not count the operations of {type(module).__name__} on a copy of it ({reason}): "
+            "it reports densities, time and memory alone. SparsityMonitor(flops=False) does so without a warning."
+        )
+        return {}
+
+    def _find_layers(self, module: LightningModule) -> None:
+        """List the selected weights: those that the methods have, in a dense run those that they would choose."""
+        choices = {choice.name: choice for choice in choose(module)}
+        owners: dict[str, SparseCallback | None] = {n: method for method in self._methods for n in method.layer_density}
+        if not self._methods:
+            owners = {name: None for name, choice in choices.items() if choice.reason is None}
+        self._layers = [
+            _Layer(
+                name,
+                choice.shape,
+                int(getattr(module.get_submodule(name.rpartition(".")[0]), "groups", 1)),
+                choice.transposed_groups,
+                owners[name],
+            )
+            for name, choice in choices.items()
+            if name in owners
+        ]
+
+    def _sizes(self, module: LightningModule, examples: int | None) -> dict[str, Any]:
+        """Return what the file says of the weights."""
+        parameters = sum(math.prod(choice.shape) for choice in choose(module))
+
+        def of_one(operations: int) -> int | None:
+            return round(operations / (examples or 1)) if self._flops else None
+
+        layers = []
+        for layer in self._layers:
+            flops = self._flops.get(layer.name, Flops())
+            counts = {f"dense_{pass_}_flops": of_one(count) for pass_, count in vars(flops).items()}
+            layers.append({"name": layer.name, "shape": list(layer.shape), "size": layer.size, **counts})
+        return {
+            "layers": layers,
+            "other_parameters": parameters - sum(layer.size for layer in self._layers),
+            "dense_forward_flops": of_one(round(ledger.inference(self._flops, {}))),
+            "dense_training_flops": of_one(round(ledger.training(self._flops, {}, {}))),
+        }
+
+    def _keep_fitting(self) -> None:
+        """Forget what a checkpoint has of weights that are others now."""
+        sizes = {layer.name: layer.size for layer in self._layers}
+        fits = {name for name, size in self._explored.sizes.items() if sizes.get(name) == size}
+        self._explored = Explored(
+            {name: bits for name, bits in self._explored.bits.items() if name in fits},
+            {name: size for name, size in self._explored.sizes.items() if name in fits},
+        )
+        self._epoch_bits = {name: bits for name, bits in self._epoch_bits.items() if name in fits}
+
+    # ------------------------------------------------------------------ looks at the masks
+
+    def _moved(self) -> list[SparseCallback]:
+        """Return the methods that have moved connections since the last look, as far as they tell."""
+        return [
+            method
+            for method, before in zip(self._methods, self._connections, strict=False)
+            if any(connections is not before.get(name) for name, connections in method.connections.items())
+        ]
+
+    @torch.no_grad()
+    def _look(
+        self, trainer: Trainer, module: LightningModule, moved: Sequence[SparseCallback], draw: bool = False
+    ) -> None:
+        """Account for the steps since the last look, and see what the masks are now; ``draw`` them, too."""
+        self._account(trainer.global_step - self._step, moved)
+        self._step = trainer.global_step
+        gradients: dict[str, float] = {}
+        for method in self._methods:
+            gradients |= method.layer_gradient_density
+        if not gradients.keys() <= self._gradient_density.keys():  # at first, and when weights join the training
+            self._find_layers(module)
+        before = self._bits
+        self._gradient_density = gradients
+        self._connections = [method.connections for method in self._methods]
+        for layer in self._layers:
+            mask = layer.mask() if layer.method is not None or draw else None
+            if mask is not None and layer.method is not None:
+                self._see(layer, mask)
+            if mask is not None and draw:
+                self._pictures[layer.name] = _picture(layer, mask)
+        changed = [layer.name for layer in self._layers if layer.method in moved and layer.name in before]
+        if changed:
+            self._updates.add(ledger.churn({n: before[n] for n in changed}, {n: self._bits[n] for n in changed}))
+
+    def _see(self, layer: _Layer, mask: Tensor) -> None:
+        """Take up one mask, and warn if the layer is collapsing."""
+        name, active = layer.name, int(torch.count_nonzero(mask))
+        self._density[name] = active / layer.size
+        bits = ledger.mask_bits(mask)
+        self._bits = {**self._bits, name: bits}
+        self._explored.add_bits(name, bits, layer.size)
+        share = self.collapse_below
+        low = active < layer.neurons if share is None else active < share * layer.size
+        if low and active and name not in self._low:  # the methods themselves warn of layers without any weight
+            rule = f"fewer than its {layer.neurons} output neurons" if share is None else f"a density below {share:g}"
+            rank_zero_warn(
+                f"{name} is collapsing: {active} of its {layer.size} weights are left after step {self._step}, {rule}. "
+                "Keep it denser: a weaker regulariser or lower sparsity, min_layer_density, or exclude."
+            )
+        self._low = self._low | {name} if low else self._low - {name}
+
+    def _account(self, steps: int, moved: Sequence[SparseCallback]) -> None:
+        """Add the operations of the steps since the last look, which had the densities of then."""
+        if not self._flops or steps <= 0:
+            return
+        dense = ledger.training(self._flops, {}, {})
+        growing = [method for method in moved if method.dense_gradient_to_move]
+        if growing:  # the latest of the steps
+            full = {layer.name: 1.0 for layer in self._layers if layer.method in growing}
+            gradients = {**self._gradient_density, **full}
+            self._training.add(ledger.training(self._flops, self._density, gradients) / dense)
+        rest = steps - bool(growing)
+        self._training.add(ledger.training(self._flops, self._density, self._gradient_density) / dense, rest)
+
+    # ------------------------------------------------------------------ the epoch
+
+    def _record(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Return what the file says of the epoch that ends."""
+        step_time, peak = self._measured(trainer, module)
+        sizes = {layer.name: layer.size for layer in self._layers}
+        layers = {
+            layer.name: {
+                "density": self._density.get(layer.name, 1.0),
+                "backward_density": self._gradient_density.get(layer.name, 1.0),
+                **{key: self._pictures[layer.name][key] for key in ("empty_neurons", "empty_inputs")},
+            }
+            for layer in self._layers
+        }
+
+        def whole(key: str) -> float:
+            return sum(layers[name][key] * size for name, size in sizes.items()) / max(sum(sizes.values()), 1)
+
+        dense = ledger.inference(self._flops, {})
+        sparse = bool(self._methods)
+        known = {name: self._epoch_bits[name] for name in self._bits if name in self._epoch_bits}
+        return {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "density": whole("density"),
+            "backward_density": whole("backward_density"),
+            "layers": layers,
+            "inference_flops": ledger.inference(self._flops, self._density) / dense if dense else None,
+            "training_flops": self._training.mean if self._training.count else None,
+            "step_time_s": step_time,
+            "peak_memory_bytes": peak,
+            "churn": ledger.churn(known, {name: self._bits[name] for name in known}) if sparse else None,
+            "churn_per_update": self._updates.mean if self._updates.count else None,
+            "exploration": self._explored.rate if sparse else None,
+            "thresholds": self._thresholds(),
+            "bytes": ledger.stored_bytes(module, trainer.optimizers, [method.held for method in self._methods]),
+        }
+
+    def _measured(self, trainer: Trainer, module: LightningModule) -> tuple[float | None, int | None]:
+        """Return the median time of a step and the peak memory: of several processes, the largest."""
+        kind = module.device.type
+        peak = peak_memory() if kind == "cpu" else math.nan
+        if kind == "cuda":
+            peak = torch.cuda.max_memory_allocated(module.device)
+        seconds = self._clock.median
+        values = [math.nan if seconds is None else seconds, float(peak)]
+        if trainer.world_size > 1:
+            both = torch.tensor(values, dtype=torch.float64, device=module.device)
+            values = trainer.strategy.reduce(both, reduce_op="max").tolist()
+        seconds, peak = values
+        return None if math.isnan(seconds) else seconds, None if math.isnan(peak) else round(peak)
+
+    def _thresholds(self) -> dict[str, Any]:
+        """Return statistics of what ``|W|`` is compared with in each layer, where a method has thresholds."""
+        found = {}
+        for method in self._methods:
+            if isinstance(method, LatentCallback) and not isinstance(method, TopKCallback):
+                for name, t in method.thresholds.items():
+                    tau = method.level(t)
+                    if bool(tau.isfinite().all()):
+                        found[name] = ledger.spread(tau)
+        return found
+
+    def _close(self, trainer: Trainer) -> None:
+        """Complete the record of the latest epoch by its metrics, which other callbacks may have logged later."""
+        if self._latest is not None:
+            self._latest["metrics"] = _floats(trainer.callback_metrics, leave_out=_scalars(self._latest))
+            self._epochs = self._all_epochs()
+            self._latest = None
+
+    def _all_epochs(self) -> dict[int, str]:
+        """Return the records of all epochs as JSON."""
+        if self._latest is None:
+            return self._epochs
+        return {**self._epochs, self._latest["epoch"]: json.dumps(self._latest, allow_nan=False)}
+
+    # ------------------------------------------------------------------ the file
+
+    def _wall_time(self) -> float:
+        return self._earlier + time.monotonic() - self._begun
+
+    def _write(self, status: str) -> None:
+        """Write the file; a run goes on if that fails."""
+        if self._file is None:
+            return
+        head = {
+            "format": 1,
+            "status": status,
+            "started": self._started,
+            "updated": run_file.now(),
+            "wall_time_s": round(self._wall_time(), 3),
+            **self._head,
+        }
+        masks = {name: picture["mask"] for name, picture in self._pictures.items()}
+        # records are JSON already, so that a long history costs little each time
+        text = json.dumps(head, default=str)[:-1]
+        text += f', "epochs": [{", ".join(self._all_epochs().values())}], "masks": {json.dumps(masks)}}}\n'
+        try:
+            run_file.write(self._file, text)
+        except OSError as error:
+            rank_zero_warn(f"SparsityMonitor cannot write {self._file}: {error}. The run goes on without the file.")
+            self._file = None
+
+
+def _picture(layer: _Layer, mask: Tensor) -> dict[str, Any]:
+    """Return what a look at a mask as a matrix tells: empty neurons and inputs, and its picture."""
+    matrix = as_matrix(mask, layer.transposed_groups)
+    # the rows of a transposed convolution's weight are its inputs
+    empty_inputs = ledger.empty_neurons(mask) if layer.transposed_groups else ledger.empty_inputs(mask, layer.groups)
+    return {
+        "empty_neurons": ledger.empty_neurons(matrix),
+        "empty_inputs": empty_inputs,
+        "mask": {"rows": matrix.shape[0], "columns": matrix.shape[1], "density": ledger.cells(matrix)},
+    }
+
+
+def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return what is logged of an epoch's record, by the name it is logged under."""
+    found = {
+        "density/model": record["density"],
+        "density/backward": record["backward_density"],
+        "flops/inference": record["inference_flops"],
+        "flops/training": record["training_flops"],
+        "cost/step_time": record["step_time_s"],
+        "cost/peak_memory": record["peak_memory_bytes"],
+        "mask/churn": record["churn"],
+        "mask/churn_per_update": record["churn_per_update"],
+        "mask/exploration": record["exploration"],
+    }
+    found |= {f"bytes/{name}": count for name, count in record["bytes"].items()}
+    for name, layer in record["layers"].items():
+        found[f"density/{name}"] = layer["density"]
+        found[f"empty_neurons/{name}"] = layer["empty_neurons"]
+        found[f"empty_inputs/{name}"] = layer["empty_inputs"]
+    found |= {f"threshold/{name}": statistics["mean"] for name, statistics in record["thresholds"].items()}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _floats(metrics: Mapping[str, Any], leave_out: Mapping[str, float]) -> dict[str, float | None]:
+    """Return scalars as JSON has them: None for those that are not finite."""
+    values = {name: float(value) for name, value in metrics.items() if name not in leave_out}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _batch_size(batch: Any) -> int | None:
+    """Return the length of the first tensor in a batch; None if there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((size for part in parts if (size := _batch_size(part)) is not None), None)
