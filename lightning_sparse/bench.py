@@ -3,8 +3,8 @@
 ``python -m lightning_sparse.bench overhead`` times a bare training step with each method against a dense one,
 ``... trainer`` the same in a Lightning Trainer, ``... compile`` compiled by inductor against eager; ``... hooks`` shows
 the cost of Lightning's hooks alone, ``... memory`` the peak memory, ``... update`` the time in which methods of prune
-and grow move connections (``--storages masked,sparse``), ``... storage`` time and memory of truly sparse layers.
-``--help`` lists the options.
+and grow move connections (``--storages masked,sparse``), ``... storage`` time and memory of truly sparse layers,
+``... monitor`` the share of SparsityMonitor in the time of an epoch. ``--help`` lists the options.
 """
 
 import argparse
@@ -15,12 +15,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sparse import DFBST, DST, GGR, SET, STR, AutoSparse, RigL, kernels, sampling
+from lightning_sparse import DFBST, DST, GGR, SET, STR, AutoSparse, RigL, SparsityMonitor, kernels, sampling
 from lightning_sparse._lightning import PACKAGE, Callback, LightningModule, Trainer
 from lightning_sparse.callback import SparseCallback
 from lightning_sparse.distributions import budget
@@ -391,13 +395,13 @@ class _Repeated(Dataset[list[Tensor]]):
         return self.batch
 
 
-def _fit(network: nn.Module, batch: list[Tensor], steps: int, callbacks: list[Callback]) -> float:
+def _fit(network: nn.Module, batch: list[Tensor], steps: int, callbacks: list[Callback], logger: Any = False) -> float:
     """Return the seconds of a step in a Trainer that does nothing else."""
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
         callbacks=callbacks,
-        logger=False,
+        logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -444,6 +448,53 @@ def trainer(arguments: argparse.Namespace) -> None:
         )
 
 
+class _TimedMonitor(SparsityMonitor):
+    """Adds up the time that its own hooks take of this process, which other processes do not lengthen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spent: dict[str, float] = {}
+        for name in ("batch_start", "batch_end", "epoch_end", "start", "end"):
+            setattr(self, f"on_train_{name}", partial(self._timed, name, getattr(self, f"on_train_{name}")))
+
+    def _timed(self, name: str, hook: Callable[..., None], *args: Any) -> None:
+        first = name == "batch_start" and not self._head
+        start = time.process_time()
+        hook(*args)
+        key = "begin" if first else name
+        self.spent[key] = self.spent.get(key, 0.0) + time.process_time() - start
+
+
+def monitor(arguments: argparse.Namespace) -> None:
+    """Print the share of SparsityMonitor's hooks in the processor time of an epoch in a Trainer that logs."""
+    build, shape = NETWORKS[arguments.network]
+    batch = [torch.randn(arguments.batch, *shape), torch.randint(10, (arguments.batch,))]
+    CSVLogger = import_module(f"{PACKAGE}.loggers").CSVLogger
+    print(f"{arguments.network}, batch {arguments.batch}, {arguments.steps} steps an epoch, {_hardware('cpu')}")
+    for name in arguments.methods.split(","):
+        ratios, spent = [], []
+        for _ in range(arguments.rounds + 1):  # the first warms up
+            timed = _TimedMonitor()
+            callbacks: list[Callback] = [timed] if name == "none" else [METHODS[name](), timed]
+            with TemporaryDirectory() as folder:
+                start = time.process_time()
+                _fit(build(), batch, arguments.steps, callbacks, CSVLogger(folder))
+                whole = time.process_time() - start
+            own = sum(timed.spent.values())
+            ratios.append(whole / (whole - own))
+            spent.append({**timed.spent, "step": whole - own})
+        parts = {key: 1e3 * statistics.median(row[key] for row in spent[1:]) for key in spent[0]}
+        steps = arguments.steps
+        print(
+            f"{name:10s} time with the monitor / without: {statistics.median(ratios[1:]):.4f} "
+            f"({min(ratios[1:]):.4f} to {max(ratios[1:]):.4f}); "
+            f"once {parts['begin']:.0f} ms, an epoch's end {parts['epoch_end']:.1f} ms, "
+            f"a step {1e3 * (parts['batch_start'] + parts['batch_end']) / steps:.1f} us "
+            f"of {1e3 * parts['step'] / steps:.0f}",
+            flush=True,
+        )
+
+
 def _hardware(device: str) -> str:
     if device != "cpu":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -461,6 +512,7 @@ def main(arguments: list[str] | None = None) -> None:
         "compile": compiled,
         "trainer": trainer,
         "hooks": hooks,
+        "monitor": monitor,
         "peak": peak,
         "storage": storage,
         "stored": stored,
@@ -472,6 +524,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sparsities", help="for storage and update, separated by commas")
     parser.add_argument("--storages", default="masked", help="for update, separated by commas")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=938, help="of an epoch, for monitor; default: MNIST's")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")
     parser.add_argument("--threads", type=int, default=1)

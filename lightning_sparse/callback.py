@@ -142,12 +142,12 @@ class SparseCallback(Callback, ABC):
 
     @property
     def connections(self) -> dict[str, Tensor]:
-        """For each weight a tensor that is another object once connections have moved; empty: any step may move them."""
+        """A tensor for each weight, another object once connections have moved; empty: any step may move them."""
         return {}
 
     @property
     def held(self) -> list[Mapping[str, Any]]:
-        """What is kept of each weight: tensors and containers of them; those of module and optimizer may be among them."""
+        """What is kept of each weight: tensors, also those of module and optimizer, and containers of them."""
         return []
 
     #: the step that moves connections computes the gradients of all weights
@@ -158,7 +158,7 @@ class SparseCallback(Callback, ABC):
         """The settings by name: the arguments of the class and of the bases that take its ``options``."""
         found: dict[str, Any] = {}
         for kind in type(self).__mro__:
-            parameters = inspect.signature(kind.__init__).parameters if "__init__" in vars(kind) else {}
+            parameters = inspect.signature(vars(kind)["__init__"]).parameters if "__init__" in vars(kind) else {}
             for name, parameter in parameters.items():
                 if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self":
                     held = "sparsity_target" if name == "sparsity" else name  # `sparsity` is the present one

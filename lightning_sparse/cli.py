@@ -10,6 +10,7 @@ from typing import Any
 from lightning_sparse import recipes
 from lightning_sparse._extras import extra
 from lightning_sparse._lightning import PACKAGE, LightningModule, Trainer
+from lightning_sparse.monitor import SparsityMonitor
 
 __all__ = ["main"]
 
@@ -26,7 +27,7 @@ _HELP = """Sparse training from the command line.
 
 --recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
 --data.data_dir=DIR, --trainer.callbacks.sparsity=0.95 (of the method), --trainer.max_epochs=5 or --seed_everything=1.
-A run goes to runs/NAME/version_N: config.yaml, metrics.csv and checkpoints/last.ckpt.
+A run goes to runs/NAME/version_N: config.yaml, metrics.csv, sparsity.json and checkpoints/last.ckpt.
 """
 
 
@@ -132,7 +133,7 @@ def _cli_class() -> Any:
             """Leave the model as configured: a checkpoint of ``--ckpt_path`` does not override it."""
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-            """Add what runs have by default: a CSV log and a last checkpoint, in runs/NAME."""
+            """Add what runs have by default: a CSV log, a last checkpoint and a monitor, in runs/NAME."""
             given = self._get(self.config_init, "trainer")
             if self.subcommand != "fit":
                 self.save_config_callback = None  # it would make a directory of logs for its file
@@ -145,6 +146,9 @@ def _cli_class() -> Any:
                 # the latest alone: save_last with save_top_k=0 would write at the end of the fit only
                 last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
                 callbacks.append(last)
+            watched = any(isinstance(callback, SparsityMonitor) for callback in callbacks)
+            if self.subcommand == "fit" and given.logger is not False and not watched:
+                callbacks.append(SparsityMonitor())  # which writes sparsity.json
             kwargs["callbacks"] = callbacks
             trainer: Trainer = super().instantiate_trainer(**kwargs)
             return trainer

@@ -7,10 +7,11 @@ skips zeros, which masked training does not. Bytes are those that are really hel
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -273,7 +274,7 @@ def cells(matrix: Tensor, most: int = 128) -> list[list[float]]:
     [[0.5, 1.0], [0.0, 0.5]]
     """
     rows, columns = _edges(matrix.shape[0], most), _edges(matrix.shape[1], most)
-    counts = torch.stack([matrix[a:b].sum(0, dtype=torch.int32) for a, b in zip(rows, rows[1:], strict=False)])
+    counts = torch.stack([matrix[a:b].sum(0, dtype=torch.int32) for a, b in pairwise(rows)])
     sums = torch.nn.functional.pad(counts.cumsum(1), (1, 0))[:, columns].diff(dim=1).double()
     area = torch.tensor(rows).diff().unsqueeze(1) * torch.tensor(columns).diff()
     picture: list[list[float]] = [[round(x, 3) for x in row] for row in (sums.cpu() / area).tolist()]
@@ -310,8 +311,7 @@ def mask_bits(mask: Tensor) -> Tensor:
 
 def _ones(bits: Tensor) -> int:
     """Return the number of ones among bits."""
-    frequency = torch.bincount(bits, minlength=256)
-    return int((frequency * torch.tensor([byte.bit_count() for byte in range(256)])).sum())
+    return int(torch.bincount(bits, minlength=256) @ torch.tensor([byte.bit_count() for byte in range(256)]))
 
 
 def churn(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
@@ -338,28 +338,31 @@ class Explored:
     """Which connections have been active at any time, a bit each; their share is ITOP's exploration rate R_s.
 
     >>> explored = Explored()
-    >>> explored.add("weight", torch.tensor([True, False, False, False]))
-    >>> explored.add("weight", torch.tensor([False, True, False, False]))
-    >>> explored.rate
+    >>> for mask in ([True, False, False, False], [False, True, False, False]):
+    ...     _ = explored.add("weight", torch.tensor(mask))
+    >>> explored.rate(["weight"])
     0.5
     """
 
     bits: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
-    def add(self, name: str, mask: Tensor) -> None:
-        """See a mask of the weight ``name``."""
-        self.add_bits(name, mask_bits(mask), mask.numel())
+    def start(self, name: str, mask: Tensor) -> None:
+        """Begin anew with the first mask of the weight ``name``."""
+        self.bits.pop(name, None)
+        self.add(name, mask)
 
-    def add_bits(self, name: str, bits: Tensor, size: int) -> None:
-        """See a mask of ``size`` elements as bits, from ``mask_bits``."""
+    def add(self, name: str, mask: Tensor) -> Tensor:
+        """See a mask of the weight ``name``, and return its bits."""
+        bits = mask_bits(mask)
         self.bits[name] = self.bits[name] | bits if name in self.bits else bits
-        self.sizes[name] = size
+        self.sizes[name] = mask.numel()
+        return bits
 
-    @property
-    def rate(self) -> float:
-        """Share of all weights that have been active at any time."""
-        return sum(map(_ones, self.bits.values())) / sum(self.sizes.values())
+    def rate(self, names: Iterable[str]) -> float:
+        """Return the share of the weights ``names`` that have been active at any time."""
+        names = list(names)
+        return sum(_ones(self.bits[name]) for name in names) / sum(self.sizes[name] for name in names)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -80,8 +80,8 @@ class _Clock:
     def stop(self) -> None:
         if self._begun is None:
             return
-        timed = isinstance(self._begun, float)
-        self._times.append(time.perf_counter() - self._begun if timed else (self._begun, _event()))
+        on_host = isinstance(self._begun, float)
+        self._times.append(time.perf_counter() - self._begun if on_host else (self._begun, _event()))
         if len(self._times) > self._MOST:
             self._times, self._stride = self._times[::2], self._stride * 2
 
@@ -91,13 +91,13 @@ class _Clock:
         if not self._times:
             return None
         if isinstance(self._times[-1], float):
-            return median(self._times)
+            return float(median(self._times))
         self._times[-1][1].synchronize()
-        return median(begun.elapsed_time(ended) for begun, ended in self._times) / 1000
+        return float(median(begun.elapsed_time(ended) for begun, ended in self._times)) / 1000
 
 
 def _event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
@@ -154,6 +154,7 @@ class SparsityMonitor(Callback):
         # kept in checkpoints
         self._started = run_file.now()
         self._earlier = 0.0  # seconds that the run took before it was resumed
+        self._from_step: int | None = None
         self._epochs: dict[int, str] = {}  # records as JSON
         self._training = Average()
         self._updates = Average()
@@ -183,7 +184,10 @@ class SparsityMonitor(Callback):
         folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._file = Path(folder, FILE)
-        self._step = trainer.global_step
+        if self._from_step is None:
+            self._from_step = self._step = trainer.global_step
+        if self.figures and not _painters(trainer):
+            rank_zero_warn("SparsityMonitor(figures=True) draws for loggers that take figures, such as TensorBoard's.")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up what was logged at the end of the last epoch after this callback had its turn."""
@@ -212,11 +216,15 @@ class SparsityMonitor(Callback):
         self._look(trainer, pl_module, self._moved(), draw=True)
         self._latest = self._record(trainer, pl_module)
         self._latest["metrics"] = _floats(trainer.callback_metrics, leave_out=_scalars(self._latest))
-        self._epoch_bits, self._updates, self._clock = dict(self._bits), Average(), _Clock()
+        self._epoch_bits, self._updates, self._clock = self._bits, Average(), _Clock()
         scalars = _scalars(self._latest)
         pl_module.log("density/model", scalars.pop("density/model"), prog_bar=True, on_epoch=True, sync_dist=True)
         if trainer.loggers:
             pl_module.log_dict(scalars, on_step=False, on_epoch=True, sync_dist=True)
+        if self.figures and trainer.is_global_zero:
+            for painter in _painters(trainer):
+                for name, figure in self._figures().items():
+                    painter.add_figure(f"monitor/{name}", figure, global_step=trainer.global_step)
         self._write("running")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -244,20 +252,30 @@ class SparsityMonitor(Callback):
         return {
             "started": self._started,
             "wall_time_s": self._wall_time(),
+            "from_step": self._from_step or 0,
             "epochs": {str(epoch): text for epoch, text in self._all_epochs().items()},
             "training": vars(self._training).copy(),
             "updates": vars(self._updates).copy(),
             "explored": self._explored.state_dict(),
             "epoch_bits": dict(self._epoch_bits),
+            "look": {
+                "step": self._step,
+                "density": dict(self._density),
+                "gradient_density": dict(self._gradient_density),
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with an earlier run."""
         self._started, self._earlier = state_dict["started"], state_dict["wall_time_s"]
+        self._from_step = state_dict["from_step"]
         self._epochs = {int(epoch): text for epoch, text in state_dict["epochs"].items()}
         self._training, self._updates = Average(**state_dict["training"]), Average(**state_dict["updates"])
         self._explored.load_state_dict(state_dict["explored"])
         self._epoch_bits = {name: bits.cpu() for name, bits in state_dict["epoch_bits"].items()}
+        look = state_dict["look"]
+        self._step, self._density = look["step"], dict(look["density"])
+        self._gradient_density = dict(look["gradient_density"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer's part and what ties the callback to a fit."""
@@ -274,18 +292,11 @@ class SparsityMonitor(Callback):
         self._find_layers(module)
         self._keep_fitting()
         examples = _batch_size(batch)
-        methods = [{"name": type(method).__name__, "arguments": method.arguments} for method in self._methods]
         self._head = {
-            "method": None
-            if not methods
-            else methods[0]
-            if len(methods) == 1
-            else {
-                "name": " + ".join(method["name"] for method in methods),
-                "arguments": {method["name"]: method["arguments"] for method in methods},
-            },
+            "method": _described(self._methods),
             "module": f"{type(module).__module__}.{type(module).__qualname__}",
             "seed": run_file.seed(),
+            "from_step": self._from_step,
             "versions": run_file.versions(),
             "hardware": run_file.hardware(trainer),
             "flops_of": None if not self._flops else "batch" if examples is None else "example",
@@ -293,7 +304,7 @@ class SparsityMonitor(Callback):
         }
         self._look(trainer, module, [])
         if not self._epoch_bits:
-            self._epoch_bits = dict(self._bits)
+            self._epoch_bits = self._bits
         self._write("running")
 
     def _count(self, trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, Flops]:
@@ -314,9 +325,11 @@ class SparsityMonitor(Callback):
     def _find_layers(self, module: LightningModule) -> None:
         """List the selected weights: those that the methods have, in a dense run those that they would choose."""
         choices = {choice.name: choice for choice in choose(module)}
-        owners: dict[str, SparseCallback | None] = {n: method for method in self._methods for n in method.layer_density}
+        owners: dict[str, SparseCallback | None] = {}
+        for method in self._methods:
+            owners |= dict.fromkeys(method.layer_density, method)
         if not self._methods:
-            owners = {name: None for name, choice in choices.items() if choice.reason is None}
+            owners = dict.fromkeys(name for name, choice in choices.items() if choice.reason is None)
         self._layers = [
             _Layer(
                 name,
@@ -380,7 +393,7 @@ class SparsityMonitor(Callback):
             gradients |= method.layer_gradient_density
         if not gradients.keys() <= self._gradient_density.keys():  # at first, and when weights join the training
             self._find_layers(module)
-        before = self._bits
+        before, self._bits = self._bits, {}
         self._gradient_density = gradients
         self._connections = [method.connections for method in self._methods]
         for layer in self._layers:
@@ -397,9 +410,7 @@ class SparsityMonitor(Callback):
         """Take up one mask, and warn if the layer is collapsing."""
         name, active = layer.name, int(torch.count_nonzero(mask))
         self._density[name] = active / layer.size
-        bits = ledger.mask_bits(mask)
-        self._bits = {**self._bits, name: bits}
-        self._explored.add_bits(name, bits, layer.size)
+        self._bits[name] = self._explored.add(name, mask)
         share = self.collapse_below
         low = active < layer.neurons if share is None else active < share * layer.size
         if low and active and name not in self._low:  # the methods themselves warn of layers without any weight
@@ -439,7 +450,8 @@ class SparsityMonitor(Callback):
         }
 
         def whole(key: str) -> float:
-            return sum(layers[name][key] * size for name, size in sizes.items()) / max(sum(sizes.values()), 1)
+            total: float = sum(layers[name][key] * size for name, size in sizes.items())
+            return total / max(sum(sizes.values()), 1)
 
         dense = ledger.inference(self._flops, {})
         sparse = bool(self._methods)
@@ -456,7 +468,7 @@ class SparsityMonitor(Callback):
             "peak_memory_bytes": peak,
             "churn": ledger.churn(known, {name: self._bits[name] for name in known}) if sparse else None,
             "churn_per_update": self._updates.mean if self._updates.count else None,
-            "exploration": self._explored.rate if sparse else None,
+            "exploration": self._explored.rate(sizes) if sparse else None,
             "thresholds": self._thresholds(),
             "bytes": ledger.stored_bytes(module, trainer.optimizers, [method.held for method in self._methods]),
         }
@@ -499,6 +511,26 @@ class SparsityMonitor(Callback):
             return self._epochs
         return {**self._epochs, self._latest["epoch"]: json.dumps(self._latest, allow_nan=False)}
 
+    def _figures(self) -> dict[str, Any]:
+        """Draw the densities of the layers, and the masks: the darker a cell, the denser."""
+        matplotlib = extra("matplotlib.figure", "report")
+        names = [layer.name for layer in self._layers]
+        densities = matplotlib.Figure(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")
+        axes = densities.subplots()
+        axes.barh(names, [self._density.get(name, 1.0) for name in names])
+        axes.set(xlim=(0, 1), xlabel="density")
+        axes.invert_yaxis()
+        columns = min(len(names), 4)
+        rows = math.ceil(len(names) / columns)
+        masks = matplotlib.Figure(figsize=(3 * columns, 3 * rows), layout="constrained")
+        for place, name in enumerate(names):
+            axes = masks.add_subplot(rows, columns, place + 1)
+            picture = self._pictures[name]["mask"]
+            extent = (0, picture["columns"], picture["rows"], 0)
+            axes.imshow(picture["density"], cmap="Greys", vmin=0, vmax=1, aspect="auto", extent=extent)
+            axes.set(title=name, xlabel="inputs", ylabel="neurons")
+        return {"density": densities, "masks": masks}
+
     # ------------------------------------------------------------------ the file
 
     def _wall_time(self) -> float:
@@ -525,6 +557,22 @@ class SparsityMonitor(Callback):
         except OSError as error:
             rank_zero_warn(f"SparsityMonitor cannot write {self._file}: {error}. The run goes on without the file.")
             self._file = None
+
+
+def _painters(trainer: Trainer) -> list[Any]:
+    """Return what of the Trainer's loggers takes figures: TensorBoard's writers."""
+    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [experiment for experiment in experiments if hasattr(experiment, "add_figure")]
+
+
+def _described(methods: Sequence[SparseCallback]) -> dict[str, Any] | None:
+    """Return name and arguments of a method; of several, their names and the arguments of each."""
+    if len(methods) == 1:
+        return {"name": type(methods[0]).__name__, "arguments": methods[0].arguments}
+    names = [type(method).__name__ for method in methods]
+    unique = [f"{name}[{index}]" if names.count(name) > 1 else name for index, name in enumerate(names)]
+    arguments = {name: method.arguments for name, method in zip(unique, methods, strict=True)}
+    return {"name": " + ".join(names), "arguments": arguments} if methods else None
 
 
 def _picture(layer: _Layer, mask: Tensor) -> dict[str, Any]:

@@ -68,6 +68,24 @@ class Probe:
             for index, batch in enumerate(self.batches(count)):
                 yield self.loss(batch, index)
 
+    def loss(self, batch: Any, index: int) -> Tensor:
+        """Return what the copy's ``training_step`` returns for a batch that is on the device."""
+        step: Callable[..., Any] = self.module.training_step
+        if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                "The loss before training cannot be computed by a training_step with the argument dataloader_iter. "
+                "Write training_step(self, batch, batch_idx)."
+            )
+        with self._precision():
+            output = step(batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise MisconfigurationException(
+                f"training_step must return a loss that depends on the weights, or a dict with one, got {loss!r} "
+                f"for batch {index} before training."
+            )
+        return loss
+
     def gradient(self, count: int) -> list[Tensor]:
         """Return the gradient of the mean loss of ``count`` batches of every process, at least in single precision."""
         sums = [torch.zeros_like(W, dtype=whole(W).dtype, requires_grad=False) for W in self.weights]
@@ -101,24 +119,6 @@ class Probe:
             return nullcontext()
         context: AbstractContextManager[Any] = self.trainer.precision_plugin.train_step_context()
         return context
-
-    def loss(self, batch: Any, index: int) -> Tensor:
-        """Return what the copy's ``training_step`` returns for a batch that is on the device."""
-        step: Callable[..., Any] = self.module.training_step
-        if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-            raise MisconfigurationException(
-                "The loss before training cannot be computed by a training_step with the argument dataloader_iter. "
-                "Write training_step(self, batch, batch_idx)."
-            )
-        with self._precision():
-            output = step(batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise MisconfigurationException(
-                f"training_step must return a loss that depends on the weights, or a dict with one, got {loss!r} "
-                f"for batch {index} before training."
-            )
-        return loss
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import DSR, GGR, ITOP, MEST, SET, SNFS, DeepR, GraNet, RigL, masks
 from lightning_sparse.layers import choose
+from lightning_sparse.ledger import mask_bits
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.methods.ggr import ranking
 
@@ -534,8 +535,8 @@ def test_itop_explores_more_and_more_and_logs_it(tmp_path):
     assert logged == sorted(logged)
     assert 0.1 < logged[0] < logged[-1] < 1
     assert callback.watched == {"sparsity/explored": callback.exploration_rate}
-    ever = callback.state_dict()["weights"]["net.0.weight"]["buffers"]["explored"]
-    assert (ever | ~callback.masks["net.0.weight"]).all()
+    ever = callback.state_dict()["explored"]["bits"]["net.0.weight"]
+    assert (ever | ~mask_bits(callback.masks["net.0.weight"]) == 255).all()
 
 
 @pytest.mark.parametrize(("update_every", "stop_at"), [(3, 1.0), (4, 0.75), (None, 0.5), (None, 1.0), (5, 0.6)])

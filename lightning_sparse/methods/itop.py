@@ -4,12 +4,13 @@ Section 4. The updates of RigL or SET, but rare ones that move many connections 
 in the end nearly all weights have been active once. Decisions as in ``rigl.py`` and ``set.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_sparse import checks, masks
+from lightning_sparse.ledger import Explored
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
 
@@ -58,24 +59,39 @@ class ITOP(PruneAndGrow):
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
         checks.one_of(("gradient", "random"), growth=growth)
         self.growth = growth
+        self._explored = Explored()
         self.skips_update = self.dense_gradient_to_move = growth == "gradient"
 
     @property
     def exploration_rate(self) -> float:
         """R_s: the share of all selected weights that have been active at any time."""
-        explored = [weight.buffers["explored"] for weight in self._weights.values()]
-        if not explored:
+        if not self._weights:
             raise RuntimeError("ITOP has no weights yet: they are chosen when trainer.fit starts.")
-        return sum(map(masks.count, explored)) / sum(buffer.numel() for buffer in explored)
+        return self._explored.rate(self._weights)
 
     @property
     def watched(self) -> dict[str, float]:
         """R_s is logged, too."""
         return {"sparsity/explored": self.exploration_rate}
 
+    @property
+    def held(self) -> list[Mapping[str, Any]]:
+        """The explored connections, too."""
+        return [*super().held, self._explored.bits]
+
     def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
-        """Begin with the first mask."""
-        return {"explored": weight.mask.clone()}
+        """Begin with the first mask of the weight."""
+        self._explored.start(weight.name, weight.mask)
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been explored, too."""
+        return {**super().state_dict(), "explored": self._explored.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state."""
+        super().load_state_dict(state_dict)
+        self._explored.load_state_dict(state_dict["explored"])
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """In each layer drop the smallest ``|W|``, grow by ``|dP|`` or at random, and note what is active now."""
@@ -87,4 +103,4 @@ class ITOP(PruneAndGrow):
             else:
                 grown = masks.random(~weight.mask, n, self.generator)
             weight.change(dropped, grown)
-            weight.buffers["explored"] = weight.buffers["explored"] | weight.mask
+            self._explored.add(weight.name, weight.mask)
