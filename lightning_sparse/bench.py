@@ -449,7 +449,7 @@ def trainer(arguments: argparse.Namespace) -> None:
 
 
 class _TimedMonitor(SparsityMonitor):
-    """Adds up the time that its own hooks take of this process, which other processes do not lengthen."""
+    """Adds up the time that its own hooks take."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -459,14 +459,14 @@ class _TimedMonitor(SparsityMonitor):
 
     def _timed(self, name: str, hook: Callable[..., None], *args: Any) -> None:
         first = name == "batch_start" and not self._head
-        start = time.process_time()
+        start = time.perf_counter()
         hook(*args)
         key = "begin" if first else name
-        self.spent[key] = self.spent.get(key, 0.0) + time.process_time() - start
+        self.spent[key] = self.spent.get(key, 0.0) + time.perf_counter() - start
 
 
 def monitor(arguments: argparse.Namespace) -> None:
-    """Print the share of SparsityMonitor's hooks in the processor time of an epoch in a Trainer that logs."""
+    """Print the share of SparsityMonitor's hooks in the time of an epoch in a Trainer that logs."""
     build, shape = NETWORKS[arguments.network]
     batch = [torch.randn(arguments.batch, *shape), torch.randint(10, (arguments.batch,))]
     CSVLogger = import_module(f"{PACKAGE}.loggers").CSVLogger
@@ -477,18 +477,19 @@ def monitor(arguments: argparse.Namespace) -> None:
             timed = _TimedMonitor()
             callbacks: list[Callback] = [timed] if name == "none" else [METHODS[name](), timed]
             with TemporaryDirectory() as folder:
-                start = time.process_time()
+                start = time.perf_counter()
                 _fit(build(), batch, arguments.steps, callbacks, CSVLogger(folder))
-                whole = time.process_time() - start
-            own = sum(timed.spent.values())
-            ratios.append(whole / (whole - own))
-            spent.append({**timed.spent, "step": whole - own})
+                whole = time.perf_counter() - start
+            rest = whole - sum(timed.spent.values())
+            once = timed.spent["begin"]
+            ratios.append((whole - once) / rest)
+            spent.append({**timed.spent, "step": rest})
         parts = {key: 1e3 * statistics.median(row[key] for row in spent[1:]) for key in spent[0]}
         steps = arguments.steps
         print(
             f"{name:10s} time with the monitor / without: {statistics.median(ratios[1:]):.4f} "
             f"({min(ratios[1:]):.4f} to {max(ratios[1:]):.4f}); "
-            f"once {parts['begin']:.0f} ms, an epoch's end {parts['epoch_end']:.1f} ms, "
+            f"before the first step {parts['begin']:.0f} ms more; an epoch's end {parts['epoch_end']:.1f} ms, "
             f"a step {1e3 * (parts['batch_start'] + parts['batch_end']) / steps:.1f} us "
             f"of {1e3 * parts['step'] / steps:.0f}",
             flush=True,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -263,22 +262,30 @@ def shrunk_size(mask: Tensor) -> int:
 # ---------------------------------------------------------------------- how masks look
 
 
-def cells(matrix: Tensor, most: int = 128) -> list[list[float]]:
-    """Return a picture of a mask: its density in each cell of a grid, rounded to 3 digits.
+def cells(matrix: Tensor, most: int = 128) -> Tensor:
+    """Return a picture of a mask: its density in each cell of a grid, on the CPU.
 
     Args:
         matrix: boolean, ``(out, n)``.
         most: the grid has at most so many rows and columns; smaller matrices have a cell an element.
 
     >>> cells(torch.tensor([[True, False, True, True], [False, False, False, True]]), most=2)
-    [[0.5, 1.0], [0.0, 0.5]]
+    tensor([[0.5000, 1.0000],
+            [0.0000, 0.5000]], dtype=torch.float64)
     """
-    rows, columns = _edges(matrix.shape[0], most), _edges(matrix.shape[1], most)
-    counts = torch.stack([matrix[a:b].sum(0, dtype=torch.int32) for a, b in pairwise(rows)])
-    sums = torch.nn.functional.pad(counts.cumsum(1), (1, 0))[:, columns].diff(dim=1).double()
+    rows, columns = (_edges(size, most) for size in matrix.shape)
+    band = max(1, (1 << 20) // matrix.shape[1])  # rows at once: numbers take four times the memory of the mask
+    by_column = torch.cat([_sums(part, columns, dim=1) for part in torch.split(matrix, band)])
+    counts = _sums(by_column, rows, dim=0).double().cpu()
     area = torch.tensor(rows).diff().unsqueeze(1) * torch.tensor(columns).diff()
-    picture: list[list[float]] = [[round(x, 3) for x in row] for row in (sums.cpu() / area).tolist()]
-    return picture
+    return counts / area
+
+
+def _sums(x: Tensor, edges: list[int], dim: int) -> Tensor:
+    """Return the sums of ``x`` between each two of ``edges`` along ``dim``."""
+    ends = torch.tensor(edges[1:], device=x.device) - 1
+    sums = x.cumsum(dim, dtype=torch.int32).index_select(dim, ends)
+    return sums.diff(dim=dim, prepend=torch.zeros_like(sums.narrow(dim, 0, 1)))
 
 
 def _edges(size: int, most: int) -> list[int]:

@@ -1,10 +1,11 @@
 import csv
+import json
 import sys
 
 import pytest
 import torch
 
-from lightning_sparse import DST, RigL, cli, demo, recipes
+from lightning_sparse import DST, RigL, SparsityMonitor, cli, demo, recipes
 from lightning_sparse.models import LeNet300
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
@@ -23,6 +24,9 @@ def test_a_run_leaves_config_metrics_and_checkpoint_behind(elsewhere):
     assert (run / "config.yaml").is_file()
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     assert {"val_acc", "val_loss", "train_loss", "sparsity/model", "sparsity/backward"} <= set(rows[0])
+    found = json.loads((run / "sparsity.json").read_text())
+    assert (found["method"]["name"], found["seed"], len(found["epochs"])) == ("DFBST", 0, 1)
+    assert float(rows[-1]["sparsity/model"]) == pytest.approx(1 - found["epochs"][0]["density"])
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 23
     assert "fc1.weight" in checkpoint["state_dict"]
@@ -94,6 +98,13 @@ def test_a_users_logger_and_checkpoints_replace_the_defaults(elsewhere):
     assert fit.trainer.loggers == []
     assert len(fit.trainer.checkpoint_callbacks) == 1
     assert not (elsewhere / "runs").exists()
+
+
+def test_a_users_monitor_replaces_the_default(elsewhere):
+    monitor = ["--trainer.callbacks+=lightning_sparse.SparsityMonitor", "--trainer.callbacks.init_args.flops=false"]
+    fit = cli.run(["fit", "--recipe", "dense-lenet300-digits", *SHORT, *monitor])
+    (monitor,) = (callback for callback in fit.trainer.callbacks if isinstance(callback, SparsityMonitor))
+    assert monitor.flops is False
 
 
 def test_checkpoints_can_be_switched_off(elsewhere):

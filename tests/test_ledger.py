@@ -7,15 +7,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_sparse.ledger import (
     OTHER,
     Average,
+    Explored,
     Flops,
+    cells,
+    churn,
     dense_flops,
     empty_inputs,
     empty_neurons,
     inference,
+    mask_bits,
     shrunk_size,
+    spread,
+    stored_bytes,
     training,
 )
 from lightning_sparse.models import LeNet5Caffe, LeNet300, SequenceLSTM
+from lightning_sparse.storage import backends, torch_backend
+from lightning_sparse.storage.layers import SparseConv2d, SparseLinear
 
 BATCH = 8
 
@@ -123,6 +131,8 @@ def test_the_average_is_over_all_values():
     for value in (1.0, 2.0, 6.0):
         average.add(value)
     assert average.mean == 3.0
+    average.add(0.0, times=3)
+    assert (average.total, average.count) == (9.0, 6)
 
 
 def test_empty_neurons_and_inputs_are_counted_over_kernels_and_groups():
@@ -133,3 +143,71 @@ def test_empty_neurons_and_inputs_are_counted_over_kernels_and_groups():
     assert empty_inputs(mask, groups=2) == 3, "of 6: group 0 reads its input 1, group 1 its inputs 1 and 2"
     assert shrunk_size(mask) == 2 * 2 * 4
     assert (empty_neurons(mask[:0]), shrunk_size(torch.zeros(2, 3, dtype=torch.bool))) == (0, 0)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_sparse_layers_count_as_the_dense_ones_they_stand_for(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(backends, "backend", lambda x: torch_backend)
+    sparse = nn.Sequential(
+        SparseConv2d(4, 8, 3, nnz=40, groups=2), nn.ReLU(), nn.Flatten(), SparseLinear(128, 5, nnz=9), nn.Linear(5, 2)
+    )
+    dense = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5), nn.Linear(5, 2))
+    x = torch.randn(BATCH, 4, 6, 6)
+    ours = dense_flops(sparse, lambda: sparse(x).square().sum())
+    assert ours == dense_flops(dense, lambda: dense(x).square().sum())
+    assert ours["0.weight"] == expected(2 * BATCH * 8 * 2 * 9 * 16, first=True)
+
+
+def test_a_picture_averages_over_cells_of_nearly_equal_size():
+    mask = torch.rand(300, 1000, generator=torch.Generator().manual_seed(0)) < 0.3
+    picture = cells(mask)
+    assert picture.shape == (128, 128)
+    for i, j in ((0, 0), (57, 90), (127, 127)):
+        rows, columns = (slice(k * n // 128, (k + 1) * n // 128) for k, n in ((i, 300), (j, 1000)))
+        assert picture[i, j] == mask[rows, columns].double().mean()
+    assert torch.equal(cells(mask[:100, :7]), mask[:100, :7].double())
+
+
+def test_a_large_mask_is_pictured_band_by_band():
+    mask = torch.ones(1100, 2000, dtype=torch.bool)
+    mask[550:] = False
+    assert torch.equal(cells(mask, most=2), torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64))
+
+
+def test_the_spread_of_equal_values_is_one_bin():
+    assert spread(torch.full((4,), 2.0)) == {"min": 2.0, "mean": 2.0, "max": 2.0, "counts": [4], "edges": [2.0, 2.0]}
+
+
+def test_churn_is_0_for_equal_masks_1_for_disjoint_ones_and_weighs_by_connections():
+    a, b = torch.tensor([True] * 3 + [False] * 7), torch.tensor([False] * 7 + [True] * 3)
+    bits = {"a": mask_bits(a), "b": mask_bits(b)}
+    assert churn(bits, bits) == 0
+    assert churn({"a": bits["a"]}, {"a": bits["b"]}) == 1
+    assert churn(bits, {"a": bits["a"], "b": bits["a"]}) == 6 / 12
+    assert churn({"a": mask_bits(a & b)}, {"a": mask_bits(a & b)}) == 0
+
+
+def test_what_was_active_once_stays_explored():
+    explored = Explored()
+    for position in (0, 3, 3, 9):
+        mask = torch.zeros(10, dtype=torch.bool)
+        mask[position] = True
+        explored.add("a", mask)
+    assert explored.rate(["a"]) == 0.3
+    explored.start("a", mask)
+    assert explored.rate(["a"]) == 0.1
+
+
+def test_each_memory_is_counted_once():
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    shared = torch.zeros(10)
+    found = stored_bytes(net, [optimizer], [{"W": net[0].weight, "a": shared, "rest": [shared[2:]]}])
+    parameters = 4 * (6 + 2 + 2 + 2)
+    assert found["weights"] == found["gradients"] == parameters
+    assert found["buffers"] == 4 * (2 + 2) + 8
+    assert found["optimizer_state"] == 2 * parameters + 4 * 4, "two moments, and a step count for each parameter"
+    assert found["method"] == 40
