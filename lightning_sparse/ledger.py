@@ -7,7 +7,7 @@ skips zeros, which masked training does not. Bytes are those that are really hel
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -365,6 +365,11 @@ class Explored:
         self.bits[name] = self.bits[name] | bits if name in self.bits else bits
         self.sizes[name] = mask.numel()
         return bits
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all weights but ``names``."""
+        self.bits = {name: bits for name, bits in self.bits.items() if name in names}
+        self.sizes = {name: size for name, size in self.sizes.items() if name in names}
 
     def rate(self, names: Iterable[str]) -> float:
         """Return the share of the weights ``names`` that have been active at any time."""

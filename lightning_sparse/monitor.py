@@ -112,8 +112,9 @@ class SparsityMonitor(Callback):
     bit with it and without it.
 
     Args:
-        every_n_batches: masks are looked at after every so many batches, and whenever a method with masks has moved
-            connections: the average of training operations and the exploration rate are made of these looks.
+        every_n_batches: masks that may change at any step are looked at after every so many batches, the others
+            whenever connections have moved, and all at the end of an epoch: the average of training operations and
+            the exploration rate are made of these looks.
         collapse_below: warn of a layer whose density falls below this, in [0, 1]; None: of one with fewer weights than
             output neurons. Of layers without any weight the methods warn themselves.
         flops: count operations, by one pass forward and backward of a copy of the module on the first batch.
@@ -129,9 +130,9 @@ class SparsityMonitor(Callback):
     """
 
     def __init__(
-        self, every_n_batches: int = 100, collapse_below: float | None = None, flops: bool = True, figures: bool = False
+        self, every_n_batches: int = 200, collapse_below: float | None = None, flops: bool = True, figures: bool = False
     ) -> None:
-        checks.integer(1, "Looks cost time: 100 is a good start.", every_n_batches=every_n_batches)
+        checks.integer(1, "Looks cost time: 200 is a good start.", every_n_batches=every_n_batches)
         if collapse_below is not None:
             checks.fraction("None warns of fewer weights than output neurons.", collapse_below=collapse_below)
         if figures:
@@ -209,7 +210,7 @@ class SparsityMonitor(Callback):
         self._clock.stop()
         self._batches += 1
         moved = self._moved() if self._connections else []
-        if moved or self._batches >= self.every_n_batches:
+        if moved or (self._batches >= self.every_n_batches and len(self._connections) < len(self._methods)):
             self._look(trainer, pl_module, moved)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -370,10 +371,7 @@ class SparsityMonitor(Callback):
         """Forget what a checkpoint has of weights that are others now."""
         sizes = {layer.name: layer.size for layer in self._layers}
         fits = {name for name, size in self._explored.sizes.items() if sizes.get(name) == size}
-        self._explored = Explored(
-            {name: bits for name, bits in self._explored.bits.items() if name in fits},
-            {name: size for name, size in self._explored.sizes.items() if name in fits},
-        )
+        self._explored.keep(fits)
         self._epoch_bits = {name: bits for name, bits in self._epoch_bits.items() if name in fits}
 
     # ------------------------------------------------------------------ looks at the masks

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_sparse import checks, masks
+from lightning_sparse.layers import Choice
 from lightning_sparse.ledger import Explored
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
@@ -78,6 +80,11 @@ class ITOP(PruneAndGrow):
     def held(self) -> list[Mapping[str, Any]]:
         """The explored connections, too."""
         return [*super().held, self._explored.bits]
+
+    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
+        """Take the weights over, and forget those of an earlier fit."""
+        super().attach(choices, optimizers, resumed)
+        self._explored.keep(self._weights)
 
     def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
         """Begin with the first mask of the weight."""
