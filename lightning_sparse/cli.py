@@ -1,4 +1,4 @@
-"""The command ``lightning-sparse``, on LightningCLI: fit, validate, test, predict; recipes, demo, compare."""
+"""The command ``lightning-sparse``, on LightningCLI: fit, validate, test, predict; recipes, demo, compare, report."""
 
 import sys
 import warnings
@@ -24,6 +24,7 @@ _HELP = """Sparse training from the command line.
   lightning-sparse fit -c FILE.yaml [...]                      train your own
   lightning-sparse demo [...]                                  train DFBST and its dense twin, and compare
   lightning-sparse compare --recipe NAME --methods A,B [...]   train methods, several seeds each: one table, one plot
+  lightning-sparse report RUN_DIR [--dense DIR]                write a page on a run, beside its dense twin
 
 --recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
 --data.data_dir=DIR, --trainer.callbacks.sparsity=0.95 (of the method), --trainer.max_epochs=5 or --seed_everything=1.
@@ -45,6 +46,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from lightning_sparse import compare
 
             raise SystemExit(compare.main(args[1:]))
+        elif args[:1] == ["report"]:
+            from lightning_sparse import report
+
+            report.main(args[1:])
         else:
             run(args)
     except (ModuleNotFoundError, FileNotFoundError) as error:
