@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers import SETTINGS, fit
 from report_records import record, save
 
-from lightning_sparse import cli, report
+from lightning_sparse import SparsityMonitor, cli, report
 from lightning_sparse.report.charts import STYLES, mask
 from lightning_sparse.report.figures import settled
 
@@ -69,6 +70,18 @@ def test_without_a_dense_run_nothing_is_compared(run):
     assert "No dense run was given, so nothing measured is compared here" in page
     assert "points" not in page
     assert "No dense run was given, so time and memory have no bar." in page
+
+
+@pytest.mark.parametrize("name", ["DFBST", "STR", "RigL"])
+def test_what_the_monitor_writes_is_read(name, tmp_path):
+    fit([SETTINGS[name](), SparsityMonitor()], default_root_dir=tmp_path, max_epochs=1)
+    page = text(report.write(tmp_path))
+    assert f"{name} on Lit finished" in page
+    assert ("Thresholds at the end" in page) is (name != "RigL")
+    missing = page.partition("Missing in this run")[2]
+    assert missing.startswith(" an accuracy or a loss")
+    for part in ("FLOPs", "step times", "peak memory", "masks", "versions", "hardware"):
+        assert part not in missing
 
 
 def test_the_page_lies_in_the_run_or_where_it_is_asked_for(run, tmp_path):
