@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+OUT ?= runs/notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs notebooks clean
 
 help:
 	@echo "make demo   train DFBST and its dense twin on scikit-learn's digits, and compare (ARGS='--epochs 1' passes options)"
 	@echo "make test   run the tests and the examples in docstrings (JOBS=$(JOBS) at a time)"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   build the documentation into site/; warnings are errors"
+	@echo "make notebooks  run the notebooks, and write them to $(OUT) (OUT=notebooks renews what they show)"
 	@echo "make clean  remove the virtual environment, caches, site and runs/demo-*"
 
 # Set up once, and again when pyproject.toml changes.
@@ -34,6 +36,12 @@ lint: $(VENV)/installed
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .mkdocs.yml
+
+# Without times and names of kernels, which would be a difference at every run.
+notebooks: $(VENV)/installed
+	printf '%s\n' notebooks/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P $(JOBS) $(BIN)/jupyter-nbconvert --execute \
+		--to notebook --output-dir $(OUT) --NbConvertApp.use_output_suffix=False --log-level WARN \
+		--ExecutePreprocessor.record_timing=False --ClearMetadataPreprocessor.enabled=True
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache runs/demo-*
