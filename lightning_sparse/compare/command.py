@@ -173,8 +173,6 @@ def _settle(out: Path, settings: dict[str, Any]) -> None:
 
 def _run(entry: Entry, seed: int, recipe: Recipe, epochs: int | None, out: Path, options: Sequence[str]) -> Run:
     callbacks = list(recipe.others)
-    if "SparsityMonitor" in lightning_sparse.__all__ and not recipe.monitored:
-        callbacks.append({"class_path": "lightning_sparse.SparsityMonitor"})
     if entry.method != "dense":
         callbacks.append({"class_path": f"lightning_sparse.{entry.method}", "init_args": entry.arguments})
     trainer: dict[str, Any] = {"callbacks": callbacks}

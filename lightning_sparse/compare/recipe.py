@@ -81,11 +81,6 @@ class Recipe:
         epochs = (self.content.get("trainer") or {}).get("max_epochs")
         return epochs if isinstance(epochs, int) and epochs > 0 else None
 
-    @property
-    def monitored(self) -> bool:
-        """Whether it has a SparsityMonitor."""
-        return any(_class_of(callback).__name__ == "SparsityMonitor" for callback in self.others)
-
     def twin(self, method: str) -> "Recipe | None":
         """Return this package's recipe of a method for the same network and data, None if there is none."""
         name = f"{method.lower()}-{self.name.partition('-')[2]}"
