@@ -94,7 +94,9 @@ class CIFAR10DataModule(_CIFARDataModule):
 
 
 class CIFAR100DataModule(_CIFARDataModule):
-    """CIFAR-100: as CIFAR-10, in a hundred classes; for its arguments see :class:`~lightning_sparse.data.CIFAR10DataModule`.
+    """CIFAR-100: as CIFAR-10, in a hundred classes.
+
+    For its arguments see :class:`~lightning_sparse.data.CIFAR10DataModule`.
 
     Memory-efficient DST's recipe also has ``rotation=15``.
 
