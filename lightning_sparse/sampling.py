@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 _ROUNDS = 64  # of drawing and rejecting, before what is missing is filled up uniformly
-_BATCH = 1 << 10  # draws of a round, at least
-_CHUNK = 1 << 22  # elements that a gradient multiplies at once
+_BATCH, _AT_ONCE = 1 << 10, 1 << 18  # draws of a round, at least and at most
+_CHUNK = 1 << 18  # elements that a gradient multiplies at once
 
 
 # ---------------------------------------------------------------------- endpoint distributions
@@ -88,19 +88,16 @@ def subset(
         Flat positions, ascending.
     """
     size = math.prod(shape)
-    found = taken.new_empty(0)
-    if f is not None and g is not None and n < size - len(taken):
-        joint = _joint(f, g, groups)
-        for _ in range(_ROUNDS if joint.any() else 0):
+    used, found = taken, taken.new_empty(0)
+    if f is not None and g is not None and n < size - len(taken) and _joint(f, g, groups).any():
+        for _ in range(_ROUNDS + n // _AT_ONCE):
             missing = n - len(found)
             if not missing:
                 break
-            drawn = draw(max(missing, _BATCH), shape, f, g, generator, groups)
-            new = _first_occurrences(drawn[~torch.isin(drawn, torch.cat((taken, found)))])
-            found = torch.cat((found, new[:missing]))
-    used = torch.cat((taken, found)).sort().values
-    rest = free_positions(n - len(found), used, size, generator)
-    return torch.cat((found, rest)).sort().values
+            drawn = draw(min(max(missing, _BATCH), _AT_ONCE), shape, f, g, generator, groups)
+            new = _first_occurrences(drawn[~_contains(used, drawn)])[:missing].sort().values
+            used, found = merged(used, new), merged(found, new)
+    return merged(found, free_positions(n - len(found), used, size, generator))
 
 
 def draw(n: int, shape: Sequence[int], f: Tensor, g: Tensor, generator: Generator, groups: int = 1) -> Tensor:
@@ -165,6 +162,13 @@ def _invert(edges: Tensor, low: Tensor, high: Tensor, n: int, generator: Generat
     """Draw uniformly between ``low`` and ``high`` and return the intervals between ``edges`` that were hit."""
     u = low + (high - low) * torch.rand(n, generator=generator, dtype=edges.dtype)
     return torch.searchsorted(edges[1:].contiguous(), u, right=True)
+
+
+def _contains(ascending: Tensor, x: Tensor) -> Tensor:
+    """Tell which elements of ``x`` are among those of an ascending vector."""
+    if not len(ascending):
+        return torch.zeros_like(x, dtype=torch.bool)
+    return ascending[torch.searchsorted(ascending, x).clamp_(max=len(ascending) - 1)] == x
 
 
 def _first_occurrences(x: Tensor) -> Tensor:
