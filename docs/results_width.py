@@ -29,7 +29,7 @@ def network(kind: str, width: float) -> Any:
     import torch
     from torch import nn
 
-    from lightning_sparse.models.classifier import Classifier, sgd
+    from lightning_sparse.models.classifier import Classifier
 
     def wide(units: int) -> int:
         return round(width * units)
@@ -44,7 +44,7 @@ def network(kind: str, width: float) -> Any:
 
     class Wide(Classifier):
         def __init__(self) -> None:
-            super().__init__(10, sgd, None)
+            super().__init__(10)
             self.layers = nn.Sequential(*layers)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
