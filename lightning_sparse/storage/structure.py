@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["CSR", "Structure", "flat_positions", "structure"]
 
@@ -56,24 +57,26 @@ def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Struc
     out, n = shape[0], math.prod(shape[1:])
     if max(len(positions), out, n * groups) > _INT32:
         raise ValueError(f"A sparse layer holds at most {_INT32} rows, columns and nonzeros, got {tuple(shape)}.")
-    row = positions.div(n, rounding_mode="floor")
-    col = positions - row * n
+    device, columns = positions.device, n * groups
+    crow = torch.searchsorted(positions, torch.arange(out + 1, device=device) * n, out_int32=True)
+    col = (positions % n).int()
     if groups > 1:
-        col += row.div(out // groups, rounding_mode="floor") * n
-    matrix = CSR(_starts(row, out), col.int(), (out, n * groups))
-    permutation = matrix.col.sort(stable=True).indices
-    transposed = CSR(_starts(matrix.col, n * groups), row[permutation].int(), (n * groups, out))
-    return Structure(matrix, transposed, permutation.int())
+        col += _rows(crow, len(col)).div(out // groups, rounding_mode="floor") * n
+    transposed_crow = pad(torch.bincount(col, minlength=columns).cumsum(0, dtype=torch.int32), (1, 0))
+    permutation = col.sort(stable=True).indices.int()
+    transposed_col = _rows(crow, len(col)).index_select(0, permutation)
+    return Structure(
+        CSR(crow, col, (out, columns)), CSR(transposed_crow, transposed_col, (columns, out)), permutation
+    )
 
 
 def flat_positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the flat positions in a weight of ``shape``, ascending, that ``structure`` was made from; int64."""
-    rows = torch.arange(shape[0], device=crow.device).repeat_interleave(crow.diff(), output_size=len(col))
     n = math.prod(shape[1:])
-    return rows * n + col % n  # of a block diagonal matrix, what the groups have shifted
+    return _rows(crow, len(col)).long() * n + col % n  # of a block diagonal matrix, what the groups have shifted
 
 
-def _starts(rows: Tensor, count: int) -> Tensor:
-    starts = torch.zeros(count + 1, dtype=torch.int32, device=rows.device)
-    starts[1:] = torch.bincount(rows, minlength=count).cumsum(0)
-    return starts
+def _rows(crow: Tensor, nnz: int) -> Tensor:
+    """Return the row of each nonzero; int32, as sorting and indexing take several times the memory of an index."""
+    rows = torch.arange(len(crow) - 1, dtype=torch.int32, device=crow.device)
+    return rows.repeat_interleave(crow.diff(), output_size=nnz)
