@@ -1,5 +1,6 @@
-"""Run by test_sparse_storage.py in each of two processes; the environment numbers them."""
+"""Run by test_sparse_storage.py in each of several processes; the environment numbers them."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,48 +8,139 @@ import lightning.pytorch as pl
 import torch
 from helpers import Lit, data, mlp, trainer
 from lightning.pytorch.strategies import DDPStrategy
+from test_precision import Scaler, Unmixed
+from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import SET, RigL
+from lightning_sparse import GGR, SET, MemoryEfficientDST, RigL
+from lightning_sparse.storage.processes import average_gradients
 
-METHODS = {"SET": SET, "RigL": RigL}
+OPTIONS = {"sparsity": 0.8, "update_every": 5, "seed": 3}
+METHODS = {
+    "SET masked": lambda: SET(**OPTIONS),
+    "SET": lambda: SET(**OPTIONS, storage="sparse"),
+    "grabo": lambda: MemoryEfficientDST(**OPTIONS, stop_at=0.9, storage="sparse"),
+    "synflow": lambda: MemoryEfficientDST(**OPTIONS, stop_at=0.9, heuristic="synflow", storage="sparse"),
+    "RigL": lambda: RigL(**OPTIONS, storage="sparse"),
+    "GGR": lambda: GGR(**OPTIONS, drop_fraction=0.3, stop_at=0.9, storage="sparse"),
+}
+CASES = [("SET masked", 2), ("SET", 2), ("grabo", 1), ("grabo", 2), ("synflow", 2), ("RigL", 2), ("GGR", 2)]
 
 
 class Communicates(pl.Callback):
-    """Count the bytes of gradients that a step averages."""
+    """Count the bytes of each step that averages gradients; in steps that move connections, of their update, too."""
+
+    def __init__(self):
+        self.steps, self.bytes = [], 0
+
+    def on_fit_start(self, run, module):
+        self.reduce = distributed.all_reduce
+        distributed.all_reduce = self.by_python
 
     def on_train_start(self, run, module):
+        run.model.register_comm_hook(None, self.by_ddp)
         self.bytes = 0
-        run.model.register_comm_hook(None, self.averaged)
 
-    def averaged(self, state, bucket):
+    def by_python(self, tensor, *args, **kwargs):
+        self.bytes += tensor.nbytes
+        return self.reduce(tensor, *args, **kwargs)
+
+    def by_ddp(self, state, bucket):
         self.bytes += bucket.buffer().nbytes
-        world = torch.distributed.get_world_size()
-        future = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
-        return future.then(lambda done: done.value()[0].div_(world))
+        future = self.reduce(bucket.buffer(), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0].div_(distributed.get_world_size()))
+
+    def on_before_zero_grad(self, *args):
+        if self.bytes:
+            self.steps.append(self.bytes)
+        self.bytes = 0
+
+    on_train_end = on_before_zero_grad
+
+    def on_fit_end(self, run, module):
+        distributed.all_reduce = self.reduce
 
 
-def train(method, storage, rank, world):
-    torch.manual_seed(rank)
+class Saves(pl.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, run, module):
+        if run.current_epoch == 0:
+            run.save_checkpoint(self.path)
+
+
+class Fails(Lit):
+    """The loss of one process is not finite in one batch; another has no use for a layer."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if self.global_rank == 1 and batch_idx == 3 else loss
+
+    def forward(self, x):
+        return super().forward(x) if self.global_rank == 0 else self.net[4](x[:, :10])
+
+
+def strategy(**options):
+    return DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True, **options)
+
+
+def rows(rank, world):
     x, y = data(240, torch.float64)
     mine = TensorDataset(x[rank::world], y[rank::world])  # the ranks' rows make up global batches
-    callback, counter = METHODS[method](0.8, update_every=5, seed=3, storage=storage), Communicates()
-    options = {"devices": world, "use_distributed_sampler": False, "accumulate_grad_batches": 2, "max_epochs": 2}
+    return DataLoader(mine, 12 // world)
+
+
+def train(method, accumulate, rank, world, saves=None, resumes=None):
+    callback, counter = METHODS[method](), Communicates()
+    options = {"devices": world, "use_distributed_sampler": False, "accumulate_grad_batches": accumulate}
     if world > 1:
-        options["strategy"] = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)
-    run = trainer([callback, counter] if world > 1 else callback, **options)
-    torch.manual_seed(0)
+        options["strategy"] = strategy()
+    callbacks = [callback, *([counter] if world > 1 else []), *([Saves(saves)] if saves else [])]
+    run = trainer(callbacks, max_epochs=2, **options)
+    torch.manual_seed(rank if resumes is None else 50 + rank)  # the first process's values count
     module = Lit(mlp(torch.float64))
-    run.fit(module, DataLoader(mine, 12 // world))
-    return {"parameters": module.state_dict(), "masks": callback.masks, "bytes": getattr(counter, "bytes", 0)}
+    run.fit(module, rows(rank, world), ckpt_path=resumes, weights_only=True if resumes else None)
+    state = run.optimizers[0].state_dict()["state"].values()
+    return {
+        "parameters": module.state_dict(),
+        "masks": callback.masks,
+        "momentum": [entry["momentum_buffer"] for entry in state],
+        "bytes": counter.steps,
+    }
+
+
+def fail(rank, world):
+    """Train with a scaler, unused layers and an overflow that one process alone sees."""
+    callback, scaler = METHODS["grabo"](), Scaler()
+    options = {"devices": world, "use_distributed_sampler": False, "max_epochs": 1}
+    run = trainer(callback, strategy=strategy(find_unused_parameters=True), plugins=Unmixed(scaler), **options)
+    torch.manual_seed(0)
+    module = Fails(mlp(torch.float64))
+    run.fit(module, rows(rank, world))
+    return {"parameters": module.state_dict(), "masks": callback.masks, "skipped": scaler.skipped}
+
+
+def averages(rank, world):
+    """Average gradients of which some processes have none."""
+    used, unused, partly, single = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(4))
+    single.data = single.data.float()
+    used.grad = torch.full_like(used, rank + 1.0)
+    single.grad = torch.full_like(single, float("inf") if rank else 1.0)
+    if rank == 0:
+        partly.grad = torch.full_like(partly, 6.0)
+    average_gradients([used, unused, partly, single])
+    return [parameter.grad for parameter in (used, unused, partly, single)]
 
 
 if __name__ == "__main__":
-    import os
-
     torch.set_num_threads(1)
-    rank = int(os.environ["LOCAL_RANK"])
-    results = {
-        method: {storage: train(method, storage, rank, 2) for storage in ("masked", "sparse")} for method in METHODS
-    }
-    torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
+    rank, world, folder = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])
+    results = {}
+    for method, accumulate in CASES if world == 2 else CASES[2:3]:
+        results[method, accumulate] = train(method, accumulate, rank, world, saves=folder / f"{method}.ckpt")
+    if world == 2:
+        results["resumed"] = train("grabo", 2, rank, world, resumes=folder / "grabo.ckpt")
+        results["failed"] = fail(rank, world)
+    results["averages"] = averages(rank, world)
+    torch.save(results, folder / f"{rank}.pt")

@@ -1,6 +1,8 @@
 """``storage="sparse"``: the same training as with masks, in layers that hold the nonzeros alone."""
 
+import contextlib
 import copy
+import itertools
 import os
 import pickle
 import subprocess
@@ -14,17 +16,20 @@ import pytest
 import storage_script
 import torch
 from helpers import Lit, fit, loader, mlp, saved, seeded, trainer
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_ddp import free_port
+from test_precision import Scaler, Unmixed
 from test_sampling import Largest
 from torch import nn
 
+import lightning_sparse.storage.backends as storage_backends
 import lightning_sparse.storage.training as training
 from lightning_sparse import DST, GGR, SET, MemoryEfficientDST, RandomPruning, RigL, masks
+from lightning_sparse.kernels import numba_kernels
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
-from lightning_sparse.storage.measure import time_over_dense
+from lightning_sparse.storage.measure import measure
 
 SCRIPT = Path(storage_script.__file__)
 METHODS = {
@@ -45,6 +50,14 @@ METHODS = {
     ),
     "RandomPruning": lambda **kw: RandomPruning(**{"sparsity": 0.8, **kw}),
 }
+
+
+@pytest.fixture(autouse=True)
+def quick_and_the_same_everywhere(monkeypatch):
+    """No measurement decides who multiplies."""
+    monkeypatch.setattr(training, "measure", lambda layer: {"torch": 0.5, "dense": 1.0})
+
+
 UPDATES = [name for name in METHODS if name != "RandomPruning"]
 RESIZES = [name for name in METHODS if name.startswith("MemoryEfficientDST") or name == "GGR"]
 
@@ -159,9 +172,10 @@ def test_momentum_and_moments_move_with_their_connections():
 # ---------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(method, optimizer, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(method, optimizer, plain, tmp_path):
     def schedule(optimizer):
         return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
 
@@ -171,9 +185,12 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(method, optimi
     class Saves(pl.Callback):
         def on_train_epoch_end(self, run, module):
             if run.current_epoch == 1:
+                with torch.no_grad():
+                    module.net[6].values[:2] = torch.tensor([0.0, -0.0])  # of active connections
                 run.save_checkpoint(tmp_path / "middle.ckpt")
 
-    whole, resumed = METHODS[method](storage="sparse"), METHODS[method](storage="sparse")
+    whole = METHODS[method](storage="sparse", plain_checkpoints=plain)
+    resumed = METHODS[method](storage="sparse", plain_checkpoints=not plain)  # reads both
     theirs, first = fit([whole, Saves()], module(), max_epochs=3)
     ours = module(5)
     second = trainer(resumed, max_epochs=3)
@@ -197,14 +214,37 @@ class SavesEachEpoch(pl.Callback):
         run.save_checkpoint(self.path, weights_only=run.current_epoch == 0)
 
 
-def test_checkpoint_holds_the_nonzeros_alone_and_load_dense_gives_the_plain_keys(tmp_path):
-    callback = METHODS["MemoryEfficientDST grabo"](storage="sparse")
+@pytest.mark.parametrize("method", UPDATES)
+def test_checkpoint_written_during_a_fit_is_loaded_by_the_plain_module(method, tmp_path):
+    callback, path = METHODS[method](storage="sparse"), tmp_path / "last.ckpt"
+    module, _ = fit([callback, SavesEachEpoch(path)])
+    checkpoint = torch.load(path, weights_only=True)
+    assert list(checkpoint["state_dict"]) == list(Lit().state_dict())
+    for found in (Lit.load_from_checkpoint(path, weights_only=True).state_dict(), load_dense(path)):
+        assert all(torch.equal(found[name], x) for name, x in module.state_dict().items())
+    for name, mask in callback.masks.items():
+        positions = checkpoint["callbacks"][callback.state_key]["weights"][name]["positions"]
+        assert torch.equal(positions.long(), mask.reshape(-1).nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("limit", [4 * 392, 4 * 392 - 1])
+def test_checkpoints_are_plain_up_to_the_limit(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "DENSE_LIMIT", limit)
+    for asked in (None, True, False):
+        fit([METHODS["SET"](storage="sparse", plain_checkpoints=asked), SavesEachEpoch(tmp_path / "w.ckpt")])
+        state = torch.load(tmp_path / "w.ckpt", weights_only=True)["state_dict"]
+        plain = limit == 4 * 392 if asked is None else asked
+        assert ("net.0.weight" in state, "net.0.values" in state) == (plain, not plain)
+
+
+def test_checkpoint_holds_the_nonzeros_alone_if_asked_and_load_dense_gives_the_plain_keys(tmp_path):
+    callback = METHODS["MemoryEfficientDST grabo"](storage="sparse", plain_checkpoints=False)
     module, _ = fit([callback, SavesEachEpoch(tmp_path / "last.ckpt")])
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     sizes = {key: x.numel() for key, x in checkpoint["state_dict"].items()}
     assert sizes["net.0.values"] + sizes["net.2.values"] + sizes["net.4.values"] == 78
     assert not any(key.endswith("weight") for key in sizes)
-    assert "mask" not in str(checkpoint["callbacks"])
+    assert "positions" not in str(checkpoint["callbacks"])
     for given in (checkpoint, tmp_path / "last.ckpt", str(tmp_path / "last.ckpt")):
         plain = load_dense(given)
         assert plain.keys() == Lit().state_dict().keys()
@@ -212,32 +252,66 @@ def test_checkpoint_holds_the_nonzeros_alone_and_load_dense_gives_the_plain_keys
     Lit().load_state_dict(plain)
 
 
-def test_checkpoint_of_the_weights_alone_is_made_plain_too(tmp_path):
-    fit([METHODS["SET"](storage="sparse"), SavesEachEpoch(tmp_path / "w.ckpt")], max_epochs=1)
+@pytest.mark.parametrize("plain", [True, False])
+def test_checkpoint_of_the_weights_alone_is_plain_or_made_so(plain, tmp_path):
+    callback = METHODS["SET"](storage="sparse", plain_checkpoints=plain)
+    fit([callback, SavesEachEpoch(tmp_path / "w.ckpt")], max_epochs=1)
     Lit().load_state_dict(load_dense(tmp_path / "w.ckpt"))
+    if plain:
+        Lit.load_from_checkpoint(tmp_path / "w.ckpt", weights_only=True)
 
 
-def test_checkpoint_written_after_the_fit_can_be_continued(tmp_path):
-    module, run = fit(METHODS["SET"](storage="sparse"), seeded(lambda: Lit(images())), max_epochs=1)
+@pytest.mark.parametrize("plain", [True, False])
+def test_checkpoint_written_after_the_fit_can_be_continued(plain, tmp_path):
+    def callback():
+        return METHODS["SET"](storage="sparse", plain_checkpoints=plain)
+
+    module, run = fit(callback(), seeded(lambda: Lit(images())), max_epochs=1)
     checkpoint = saved(run, tmp_path / "end.ckpt")
-    assert "net.1.values" in checkpoint["state_dict"]
+    assert ("net.1.values" in checkpoint["state_dict"]) != plain
     assert type(module.net[1]) is nn.Conv2d
     assert all(torch.equal(load_dense(checkpoint)[name], x) for name, x in module.state_dict().items())
-    longer = trainer(METHODS["SET"](storage="sparse"), max_epochs=2)
+    longer = trainer(callback(), max_epochs=2)
     longer.fit(seeded(lambda: Lit(images()), 4), loader(), ckpt_path=tmp_path / "end.ckpt")
     assert longer.global_step == 60
 
 
+def test_state_dict_is_taken_back_during_a_fit_though_connections_are_0():
+    class Swaps(pl.Callback):
+        def on_train_epoch_end(self, run, module):
+            layer = module.net[2]
+            layer.values.data[:3] = 0
+            kept, before = module.state_dict(), [layer.positions, layer.values.detach().clone()]
+            layer.values.data += 1
+            module.load_state_dict(kept)
+            assert torch.equal(layer.positions, before[0])
+            assert torch.equal(layer.values, before[1])
+
+    fit([METHODS["SET"](storage="sparse"), Swaps()])
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("stage", ["test", "validate"])
-def test_a_checkpoint_of_sparse_layers_is_evaluated_in_the_plain_module(stage, tmp_path):
-    callback = METHODS["SET"](storage="sparse")
+def test_a_checkpoint_is_evaluated_in_the_module_be_it_plain_or_sparse(stage, plain, limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "DENSE_LIMIT", limit)
+    callback = METHODS["SET"](storage="sparse", plain_checkpoints=plain)
     module, run = fit([callback, SavesEachEpoch(tmp_path / "last.ckpt")])
-    expected = copy.deepcopy(module.state_dict())
+    assert type(module.net[0]) is (nn.Linear if limit else SparseLinear)
+    expected = copy.deepcopy(to_dense(copy.deepcopy(module)).state_dict())
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     getattr(run, stage)(module, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
-    assert all(torch.equal(x, expected[name]) for name, x in module.state_dict().items())
+    found = to_dense(module).state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
     assert not module._load_state_dict_pre_hooks
+
+
+def test_a_plain_checkpoint_is_evaluated_without_the_callback(tmp_path):
+    module, _ = fit([METHODS["SET"](storage="sparse"), SavesEachEpoch(tmp_path / "last.ckpt")])
+    other = Lit()
+    trainer([]).test(other, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert all(torch.equal(x, module.state_dict()[name]) for name, x in other.state_dict().items())
 
 
 def test_storages_are_not_mixed_up(tmp_path):
@@ -343,23 +417,13 @@ def test_layers_on_the_meta_device_are_drawn_for_their_actual_fan_in(method, bia
     assert sum(int(mask.sum()) for mask in callback.masks.values()) == 960
 
 
-class Scales(MixedPrecision):
-    """A gradient scaler, but no autocast: what remains is exactly comparable."""
-
-    def __init__(self):
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-
-    def forward_context(self):
-        return torch.autocast("cpu", enabled=False)
-
-
 @pytest.mark.parametrize("method", ["MemoryEfficientDST grabo", "RigL", "GGR"])
 @pytest.mark.parametrize(
     "options",
     [
         lambda: {"accumulate_grad_batches": 2, "max_epochs": 3},
         lambda: {"gradient_clip_val": 0.1},
-        lambda: {"plugins": [Scales()], "precision": None},
+        lambda: {"plugins": [Unmixed(Scaler())], "precision": None},
     ],
     ids=["accumulated", "clipped", "scaled"],
 )
@@ -524,9 +588,11 @@ def test_other_methods_refuse_sparse_layers(monkeypatch):
 
 
 @pytest.mark.parametrize("method", [SET, RigL, GGR, MemoryEfficientDST, RandomPruning])
-def test_storage_is_checked(method):
+def test_arguments_are_checked(method):
     with pytest.raises(ValueError, match=r"storage must be one of \['masked', 'sparse'\], got 'dense'"):
         method(0.8, storage="dense")
+    with pytest.raises(ValueError, match=r"plain_checkpoints is for storage='sparse', got True with storage='masked'"):
+        method(0.8, plain_checkpoints=True)
 
 
 LARGE = """
@@ -569,7 +635,10 @@ def test_a_layer_of_65536_by_65536_trains_and_moves_connections_in_little_memory
     assert float(printed) < 1.5e9
 
 
-def test_two_processes_train_as_one_and_average_the_nonzeros_alone(tmp_path):
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    """What each process saw."""
+    world, folder = request.param, tmp_path_factory.mktemp("ranks")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")])),
@@ -577,29 +646,72 @@ def test_two_processes_train_as_one_and_average_the_nonzeros_alone(tmp_path):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "NODE_RANK": "0",
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(world),
     }
     processes = [
-        subprocess.Popen([sys.executable, SCRIPT, tmp_path], env={**environment, "LOCAL_RANK": str(rank)})
-        for rank in range(2)
+        subprocess.Popen([sys.executable, SCRIPT, folder], env={**environment, "LOCAL_RANK": str(rank)})
+        for rank in range(world)
     ]
     try:
-        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+        assert [process.wait(timeout=250) for process in processes] == [0] * world
     finally:
         for process in processes:
             process.kill()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for method in storage_script.METHODS:
-        alone = storage_script.train(method, "sparse", 0, 1)
-        ours, masked = first[method]["sparse"], first[method]["masked"]
-        for name, x in ours["parameters"].items():
-            assert torch.equal(x, second[method]["sparse"]["parameters"][name])
-            for other in (masked, alone):
-                assert torch.allclose(x, other["parameters"][name], rtol=0, atol=1e-12)
-        assert all(torch.equal(mask, masked["masks"][name]) for name, mask in ours["masks"].items())
-        steps = 2 * 20 // 2
-        assert masked["bytes"] == steps * 8 * (392 + 30)
-        assert ours["bytes"] == steps * 8 * (78 + 30), "in proportion to the density, but for the biases"
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def equal(a, b):
+    return all(torch.equal(x, b[kind][name]) for kind in ("parameters", "masks") for name, x in a[kind].items())
+
+
+@pytest.mark.xdist_group("ddp")
+def test_processes_train_as_one_on_the_same_global_batches_and_agree_to_the_last_bit(ranks):
+    for case in [case for case in ranks[0] if isinstance(case, tuple)]:
+        first, *others = (rank[case] for rank in ranks)
+        assert all(equal(first, other) for other in others), case
+        alone = storage_script.train(*case, 0, 1)
+        assert all(torch.equal(mask, alone["masks"][name]) for name, mask in first["masks"].items()), case
+        for name, x in first["parameters"].items():
+            assert torch.allclose(x, alone["parameters"][name], rtol=0, atol=1e-12), case
+        for x, y in zip(first["momentum"], alone["momentum"], strict=True):
+            assert torch.allclose(x, y, rtol=0, atol=1e-12), case
+
+
+@pytest.mark.xdist_group("ddp")
+def test_a_step_sends_the_nonzeros_alone(ranks):
+    """Beside 30 biases, 8 bytes each; values that change their length are sent with a mark for each of 3 layers."""
+    for case in [case for case in ranks[0] if isinstance(case, tuple)]:
+        steps = ranks[0][case]["bytes"]
+        assert len(steps) == 40 // case[1]
+        sent = {"SET masked": 392, "SET": 78, "RigL": 78}.get(case[0], 78 + 3)
+        plain = [step for number, step in enumerate(steps) if number % 5 or not number]
+        assert set(plain) == {8 * (sent + 30)}, case
+
+
+@pytest.mark.xdist_group("ddp")
+def test_resume_under_ddp_is_that_of_the_uninterrupted_run(ranks):
+    if "resumed" in ranks[0]:
+        assert all(equal(rank["grabo", 2], rank["resumed"]) for rank in ranks)
+
+
+@pytest.mark.xdist_group("ddp")
+def test_processes_agree_on_unused_layers_and_on_steps_to_skip(ranks):
+    if "failed" in ranks[0]:
+        first, second = (rank["failed"] for rank in ranks)
+        assert equal(first, second)
+        assert first["skipped"] == second["skipped"] == 1
+        assert all(x.isfinite().all() for x in first["parameters"].values())
+
+
+@pytest.mark.xdist_group("ddp")
+def test_gradients_are_averaged_also_where_some_processes_have_none(ranks):
+    world = len(ranks)
+    for rank in ranks:
+        used, unused, partly, single = rank["averages"]
+        assert used.tolist() == pytest.approx([(world + 1) / 2] * 3)
+        assert unused is None
+        assert partly.tolist() == pytest.approx([6 / world] * 3)
+        assert single.isinf().all()
 
 
 def test_a_fit_that_fails_before_its_start_leaves_the_module_alone():
@@ -624,35 +736,109 @@ def test_two_methods_share_a_module():
     assert (int(first.masks["net.0.weight"].sum()), int(second.masks["net.2.weight"].sum())) == (38, 80)
 
 
-@pytest.mark.parametrize("method", [GGR, MemoryEfficientDST])
-def test_methods_whose_layers_change_size_refuse_several_processes(method):
-    run = SimpleNamespace(world_size=2)
-    with pytest.raises(MisconfigurationException, match="parameters change their length, which DDP cannot follow"):
-        method(0.8, storage="sparse")._make_sparse(run, Lit())
+def test_ddp_must_have_a_parameter_of_its_own():
+    module = Lit(nn.Linear(12, 4, bias=False))
+    strategy = SimpleNamespace(world_size=2, strategy=DDPStrategy())
+    with pytest.raises(MisconfigurationException, match=r"DDP needs a parameter of its own .* Give a layer"):
+        MemoryEfficientDST(0.8, storage="sparse", seed=1)._make_sparse(strategy, module)
 
 
-@pytest.mark.parametrize("ratio", [0.5, 1.5])
-def test_the_time_beside_a_dense_layer_is_told_and_warned_of(ratio, monkeypatch):
-    monkeypatch.setattr(training, "time_over_dense", lambda layer: ratio)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(RandomPruning(0.8, storage="sparse"), max_epochs=1)
-    told = [str(warning.message) for warning in caught if "slower than storage='masked'" in str(warning.message)]
-    assert bool(told) == (ratio > 1)
-    assert all("net.0.weight, of density" in message for message in told)
+@pytest.mark.parametrize("ends", ["whole", "error"])
+def test_after_a_fit_ddp_has_all_parameters_again(ends, monkeypatch):
+    monkeypatch.setattr(training, "DENSE_LIMIT", 0)
+
+    class Looks(pl.Callback):
+        def on_train_start(self, run, module):
+            assert {"mine", "net.0.values", "net.0.crow"} <= set(module._ddp_params_and_buffers_to_ignore)
+            if ends == "error":
+                raise RuntimeError("stop")
+
+    module = seeded(Lit)
+    module._ddp_params_and_buffers_to_ignore = ["mine"]
+    with contextlib.suppress(RuntimeError):
+        fit([METHODS["MemoryEfficientDST grabo"](storage="sparse"), Looks()], module, max_epochs=1)
+    assert module._ddp_params_and_buffers_to_ignore == ["mine"]
 
 
 @pytest.mark.parametrize(
-    "layer",
+    ("layer", "backends"),
     [
-        SparseLinear(3000, 2000, 60_000),
-        SparseLinear(5, 4, 3),
-        SparseConv2d(200, 100, (3, 1), 3000, stride=2, groups=4),
-        SparseConv2d(1, 6, 5, 20),
+        (SparseLinear(3000, 2000, 60_000), ["numba", "torch"]),
+        (SparseLinear(5, 4, 3, dtype=torch.bfloat16), ["numba", "torch"]),
+        (SparseConv2d(200, 100, (3, 1), 3000, stride=2, groups=4), ["torch"]),
+        (SparseConv2d(1, 6, 5, 20, dtype=torch.float64), ["numba"]),
     ],
 )
-def test_time_beside_a_dense_layer_is_measured_without_touching_random_numbers(layer):
+def test_times_are_measured_without_touching_random_numbers(layer, backends, monkeypatch):
+    monkeypatch.setattr(storage_backends.kernels, "_numba", lambda: None if backends == ["torch"] else numba_kernels)
+    monkeypatch.setattr(storage_backends.kernels, "_wanted", lambda: "numba" if backends == ["numba"] else "auto")
     before = torch.get_rng_state()
-    assert 0 < time_over_dense(layer) < 1000
+    seconds = measure(layer)
+    assert list(seconds) == [*backends, "dense"]
+    assert all(0 < time < 100 for time in seconds.values())
     assert torch.equal(torch.get_rng_state(), before)
     assert layer.values.grad is None
+    assert layer.backend is None
+
+
+def test_the_measurement_ends_when_its_time_is_up(monkeypatch):
+    clock = itertools.count(0, 0.4)  # a turn takes 0.4 s and as much passes before the next
+    monkeypatch.setattr("lightning_sparse.storage.measure.time.perf_counter", lambda: next(clock))
+    calls = []
+    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: calls.append(self.backend) or x * self.values.sum())
+    names = list(measure(SparseLinear(5, 4, 3)))[:-1]
+    assert calls == names * 2, "one that does not count, one that does"
+
+
+TIMES = {"numba": 0.5, "torch": 0.4, "dense": 1.0}
+
+
+def slower(told):
+    return [str(warning.message) for warning in told if "slower here than" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("factor", "warns"), [(1, False), (3, True)])
+def test_the_quicker_backend_is_chosen_and_slowness_is_warned_of(factor, warns, monkeypatch):
+    times = {name: seconds * (factor if name != "dense" else 1) for name, seconds in TIMES.items()}
+    monkeypatch.setattr(training, "measure", lambda layer: times)
+    looks, callback = Backends(), RandomPruning(0.8, storage="sparse")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([callback, looks], max_epochs=1)
+    assert looks.seen == {"torch"}
+    assert callback.state_dict()["backend"] == "torch"
+    assert bool(slower(caught)) == warns
+    told = "net.0.weight, of density 0.167, takes about 1.2 x a dense layer's time with torch, numba 1.5 x"
+    assert all(told in message for message in slower(caught))
+
+
+class Backends(pl.Callback):
+    """See who multiplies."""
+
+    def on_train_start(self, run, module):
+        self.seen = {layer.backend for layer in module.net if isinstance(layer, SparseLinear)}
+
+
+def test_a_resumed_run_multiplies_as_the_checkpoint_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "measure", lambda layer: TIMES)
+    fit([METHODS["SET"](storage="sparse"), SavesEachFirst(tmp_path / "one.ckpt")])
+    monkeypatch.setattr(training, "measure", lambda layer: {"numba": 0.1, "torch": 0.4, "dense": 1.0})
+    looks = Backends()
+    trainer([METHODS["SET"](storage="sparse"), looks]).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert looks.seen == {"torch"}
+    fit([METHODS["SET"](storage="sparse"), looks], max_epochs=1)
+    assert looks.seen == {"numba"}, "another fit measures again"
+    monkeypatch.setattr(training, "measure", lambda layer: {"numba": 0.1, "dense": 1.0})
+    with pytest.warns(UserWarning, match=r"trained with the backend 'torch', which is not available here \(numba\)"):
+        trainer([METHODS["SET"](storage="sparse"), looks]).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert looks.seen == {"numba"}
+
+
+def test_deterministic_training_does_not_choose_by_time(monkeypatch):
+    monkeypatch.setattr(training, "measure", lambda layer: TIMES)
+    looks = Backends()
+    try:
+        fit([RandomPruning(0.8, storage="sparse"), looks], max_epochs=1, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert looks.seen == {"numba"}

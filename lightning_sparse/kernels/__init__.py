@@ -16,12 +16,18 @@ from lightning_sparse.kernels import torch_kernels
 __all__ = ["for_tensors"]
 
 
-@cache
-def _numba() -> ModuleType | None:
-    """Return the compiled kernels, or None where they are not wanted or not installed."""
+def _wanted() -> str:
+    """Return which kernels the environment asks for: ``"auto"``, ``"torch"`` or ``"numba"``."""
     wanted = os.environ.get("LIGHTNING_SPARSE_KERNELS", "auto")
     if wanted not in ("auto", "torch", "numba"):
         raise ValueError(f"LIGHTNING_SPARSE_KERNELS must be 'auto', 'torch' or 'numba', got {wanted!r}.")
+    return wanted
+
+
+@cache
+def _numba() -> ModuleType | None:
+    """Return the compiled kernels, or None where they are not wanted or not installed."""
+    wanted = _wanted()
     if wanted == "torch":
         return None
     try:

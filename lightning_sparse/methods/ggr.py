@@ -14,7 +14,7 @@ from lightning_sparse import checks, masks, sampling
 from lightning_sparse.distributions import share
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.storage.training import STORAGES, SparseStorage
+from lightning_sparse.storage.training import SparseStorage
 
 __all__ = ["GGR"]
 
@@ -38,7 +38,8 @@ class GGR(SparseStorage, PruneAndGrow):
             memory and time in proportion to them (linear layers and 2-d convolutions only); updates compute the
             gradient of some rows at a time.
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`.
+            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
+            :class:`~lightning_sparse.storage.training.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -65,11 +66,9 @@ class GGR(SparseStorage, PruneAndGrow):
         storage: str = "masked",
         **options: Any,
     ) -> None:
-        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
-        checks.one_of(STORAGES, storage=storage)
+        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
         checks.fraction("The paper's value is 0.5.", random_share=random_share)
         self.random_share = random_share
-        self.storage = storage
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """Drop the smallest ``|W|`` of each layer, and grow as many as it wins in the ranking, some at random."""

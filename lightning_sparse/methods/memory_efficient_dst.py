@@ -18,7 +18,7 @@ from lightning_sparse.endpoints import Activity, Hooks, SynapticFlow, readable
 from lightning_sparse.layers import as_matrix, write_matrix
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.storage.training import STORAGES, SparseStorage, SparseWeight
+from lightning_sparse.storage.training import SparseStorage, SparseWeight
 
 __all__ = ["MemoryEfficientDST"]
 
@@ -76,14 +76,21 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
         storage: str = "masked",
         **options: Any,
     ) -> None:
-        super().__init__(sparsity, drop_fraction, "cosine", update_every, stop_at, distribution=distribution, **options)
+        super().__init__(
+            sparsity,
+            drop_fraction,
+            "cosine",
+            update_every,
+            stop_at,
+            distribution=distribution,
+            storage=storage,
+            **options,
+        )
         checks.one_of(HEURISTICS, heuristic=heuristic)
-        checks.one_of(STORAGES, storage=storage)
         checks.at_least(1, "With 1 all that is sampled is grown.", subset_multiplier=subset_multiplier)
         self.heuristic = heuristic
         self.subset_multiplier = subset_multiplier
         self.scale_init = scale_init
-        self.storage = storage
 
     def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
         """Draw random masks, and scale the weights to the fan-in they leave."""

@@ -6,8 +6,7 @@ Decision: each layer's number of connections is exact, where a draw for each con
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_sparse import checks
-from lightning_sparse.storage.training import STORAGES, SparseStorage
+from lightning_sparse.storage.training import SparseStorage
 
 __all__ = ["RandomPruning"]
 
@@ -45,6 +44,4 @@ class RandomPruning(SparseStorage):
         storage: str = "masked",
         **options: Any,
     ) -> None:
-        super().__init__(sparsity, distribution, **options)
-        checks.one_of(STORAGES, storage=storage)
-        self.storage = storage
+        super().__init__(sparsity, distribution, storage=storage, **options)

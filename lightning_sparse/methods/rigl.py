@@ -8,10 +8,10 @@ over processes.
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse import checks, masks
+from lightning_sparse import masks
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.storage.training import STORAGES, SparseStorage
+from lightning_sparse.storage.training import SparseStorage
 
 __all__ = ["RigL"]
 
@@ -32,7 +32,8 @@ class RigL(SparseStorage, PruneAndGrow):
             memory and time in proportion to them (linear layers and 2-d convolutions only); updates compute the
             gradient of some rows at a time.
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`.
+            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
+            :class:`~lightning_sparse.storage.training.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -58,9 +59,7 @@ class RigL(SparseStorage, PruneAndGrow):
         storage: str = "masked",
         **options: Any,
     ) -> None:
-        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
-        checks.one_of(STORAGES, storage=storage)
-        self.storage = storage
+        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """In each layer drop the smallest ``|W|`` and grow the largest ``|dP|`` where nothing was."""

@@ -7,10 +7,10 @@ ended; connections that were just dropped are not drawn again; new ones start at
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse import checks, masks, sampling
+from lightning_sparse import masks, sampling
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.storage.training import STORAGES, SparseStorage
+from lightning_sparse.storage.training import SparseStorage
 
 __all__ = ["SET"]
 
@@ -52,9 +52,7 @@ class SET(SparseStorage, PruneAndGrow):
         storage: str = "masked",
         **options: Any,
     ) -> None:
-        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
-        checks.one_of(STORAGES, storage=storage)
-        self.storage = storage
+        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """In each layer drop the smallest ``|W|`` and grow at random where nothing was."""

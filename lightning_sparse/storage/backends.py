@@ -1,6 +1,7 @@
 """Which code multiplies: ``torch_backend`` anywhere, ``numba_backend`` on CPU if the extra ``fast`` is installed.
 
-``LIGHTNING_SPARSE_KERNELS=torch`` (or ``numba``) forces one of them, as for the other kernels.
+A fit measures which is quicker and tells the layers; without, it is numba. ``LIGHTNING_SPARSE_KERNELS=torch`` (or
+``numba``) forces one of them, as for the other kernels.
 """
 
 import importlib
@@ -10,29 +11,36 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import kernels
-from lightning_sparse.storage import torch_backend
 from lightning_sparse.storage.structure import CSR
 
-__all__ = ["backend", "matmul", "sampled"]
+__all__ = ["backend", "candidates", "matmul", "sampled"]
 
 
-def backend(x: Tensor) -> ModuleType:
-    """Return the module of products that suits a tensor best."""
-    compiled = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and kernels._numba() is not None
-    return importlib.import_module("lightning_sparse.storage.numba_backend") if compiled else torch_backend
+def candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the names of the backends there are for tensors like this; the first is the quicker one as a rule."""
+    compiled = device.type == "cpu" and dtype in (torch.float32, torch.float64) and kernels._numba() is not None
+    if not compiled:
+        return ["torch"]
+    return ["numba"] if kernels._wanted() == "numba" else ["numba", "torch"]
 
 
-def matmul(csr: CSR, values: Tensor, X: Tensor) -> Tensor:
-    """Return the CSR matrix times ``X``; see ``torch_backend.matmul``."""
+def backend(x: Tensor, name: str | None = None) -> ModuleType:
+    """Return the module of products of this name, or the first of the candidates if it is none of them."""
+    names = candidates(x.device, x.dtype)
+    return importlib.import_module(f"lightning_sparse.storage.{name if name in names else names[0]}_backend")
+
+
+def matmul(csr: CSR, values: Tensor, X: Tensor, name: str | None = None) -> Tensor:
+    """Return the CSR matrix times ``X`` with the backend of this name; see ``torch_backend.matmul``."""
     if not X.numel() or not len(values):
         return X.new_zeros(csr.shape[0], X.shape[1])
-    product: Tensor = backend(X).matmul(csr, values, X)
+    product: Tensor = backend(X, name).matmul(csr, values, X)
     return product
 
 
-def sampled(csr: CSR, G: Tensor, X: Tensor) -> Tensor:
+def sampled(csr: CSR, G: Tensor, X: Tensor, name: str | None = None) -> Tensor:
     """Return ``G @ X.T`` where the CSR matrix has its nonzeros; see ``torch_backend.sampled``."""
     if not X.numel() or not len(csr.col):
         return X.new_zeros(len(csr.col))
-    gradient: Tensor = backend(X).sampled(csr, G, X)
+    gradient: Tensor = backend(X, name).sampled(csr, G, X)
     return gradient

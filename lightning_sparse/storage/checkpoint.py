@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_sparse.storage.layers import dense_weight
+from lightning_sparse.storage.layers import SparseLayer, dense_weight
 from lightning_sparse.storage.structure import structure
 
-__all__ = ["load_dense", "make_state_dense", "sparse_entries"]
+__all__ = ["load_dense", "load_for", "make_state_sparse", "sparse_entries"]
 
 _ENTRIES = ("values", "crow", "col", "weight_shape")
 
@@ -33,17 +33,32 @@ def load_dense(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(checkpoint, (str, Path)):
         checkpoint = cast(dict[str, Any], torch.load(checkpoint, map_location="cpu", weights_only=True))
     state = dict(checkpoint["state_dict"])
-    make_state_dense(state)
+    _make_state_dense(state)
     return state
 
 
-def make_state_dense(state: dict[str, Any], leave: Collection[str] = ()) -> None:
+def _make_state_dense(state: dict[str, Any], leave: Collection[str] = ()) -> None:
     """Put dense weights in the place of sparse layers' entries, in place, but for the layers to ``leave``."""
     prefixes = [key[: -len("weight_shape")] for key in state if key.split(".")[-1] == "weight_shape"]
     for prefix in prefixes:
         if prefix[:-1] not in leave and all(prefix + name in state for name in _ENTRIES):
             values, crow, col, shape = (state.pop(prefix + name) for name in _ENTRIES)
             state[f"{prefix}weight"] = dense_weight(values, crow, col, tuple(shape.tolist()))
+
+
+def load_for(module: nn.Module, state: dict[str, Any]) -> None:
+    """Make each entry of a ``state_dict`` what the layers of ``module`` load, be they dense or sparse, in place."""
+    sparse = {name: layer for name, layer in module.named_modules() if isinstance(layer, SparseLayer)}
+    _make_state_dense(state, leave=sparse)
+    for name, layer in sparse.items():
+        if f"{name}.weight" in state:
+            make_state_sparse(state, name, layer, state[f"{name}.weight"].reshape(-1).nonzero().squeeze(1))
+
+
+def make_state_sparse(state: dict[str, Any], prefix: str, layer: SparseLayer, positions: Tensor) -> None:
+    """Put what a sparse layer has in the place of a dense weight that is 0 outside ``positions``, in place."""
+    weight = state.pop(f"{prefix}.weight")
+    state.update(sparse_entries(prefix, weight, positions, getattr(layer, "groups", 1)))
 
 
 def sparse_entries(prefix: str, weight: Tensor, positions: Tensor, groups: int) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, values)
         ctx.weight = weight
         dtype = _exact(values.dtype)
-        y = matmul(weight.matrix, values.to(dtype), _columns(x, dtype))
+        y = matmul(weight.matrix, values.to(dtype), _columns(x, dtype), weight.backend)
         if bias is not None:
             y += bias.to(dtype).unsqueeze(1)
         return y.t().contiguous().view(*x.shape[:-1], len(y))
@@ -102,7 +102,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _transposed(ctx.weight, values.to(dtype), G).t().contiguous().view(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dvalues = sampled(ctx.weight.matrix, G, _columns(x, dtype)).to(values.dtype)
+            dvalues = sampled(ctx.weight.matrix, G, _columns(x, dtype), ctx.weight.backend).to(values.dtype)
         if ctx.needs_input_grad[2]:
             dbias = G.sum(1).to(values.dtype)
         return dx, dvalues, dbias, None
@@ -119,7 +119,7 @@ class _Conv2d(torch.autograd.Function):
         exact = values.to(dtype)
         y = x.new_empty(len(x), weight.matrix.shape[0], *geometry.outputs(x.shape[2:]), dtype=dtype)
         for images in _chunks(x, y, weight):
-            part = matmul(weight.matrix, exact, geometry.unfold(x[images].to(dtype)))
+            part = matmul(weight.matrix, exact, geometry.unfold(x[images].to(dtype)), weight.backend)
             y[images] = part.view(len(part), -1, *y.shape[2:]).transpose(0, 1)
         return y if bias is None else y.add_(bias.to(dtype).view(-1, 1, 1))
 
@@ -137,7 +137,7 @@ class _Conv2d(torch.autograd.Function):
                 columns = _transposed(weight, exact, G)
                 dx[images] = geometry.fold(columns, len(x[images]), x.shape[2:]).to(x.dtype)
             if dvalues is not None:
-                dvalues += sampled(weight.matrix, G, geometry.unfold(x[images].to(dtype)))
+                dvalues += sampled(weight.matrix, G, geometry.unfold(x[images].to(dtype)), weight.backend)
         dbias = gradient.sum((0, 2, 3), dtype=dtype).to(values.dtype) if ctx.needs_input_grad[2] else None
         return dx, None if dvalues is None else dvalues.to(values.dtype), dbias, None, None
 
@@ -152,7 +152,7 @@ def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _transposed(weight: Structure, values: Tensor, G: Tensor) -> Tensor:
-    return matmul(weight.transposed, values.index_select(0, weight.permutation), G)
+    return matmul(weight.transposed, values.index_select(0, weight.permutation), G, weight.backend)
 
 
 def _chunks(x: Tensor, y: Tensor, weight: Structure) -> Iterator[slice]:

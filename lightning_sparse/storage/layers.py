@@ -20,6 +20,7 @@ from lightning_sparse.storage.structure import CSR, Structure, flat_positions, s
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "dense_weight", "make_dense_", "make_sparse_", "to_dense"]
 
 _DERIVED = ("transposed_crow", "transposed_col", "permutation")
+_SAVED = ("values", "crow", "col", "weight_shape")
 
 Self = TypeVar("Self", bound="SparseLayer")
 Layer = TypeVar("Layer", bound="nn.Linear | nn.Conv2d | SparseLayer")
@@ -33,6 +34,8 @@ class SparseLayer(nn.Module):
         crow: where each row of the weight begins among them, ``(out + 1,)``, int32.
         col: the columns, ``(nnz,)``, int32, counted over all groups.
         weight_shape: of the dense weight, int64; not read, but what a checkpoint needs to be made dense.
+        plain: ``state_dict`` has the dense ``weight`` in the place of these.
+        backend: the module that multiplies, see ``storage.backends``; None: the one that is quicker as a rule.
     """
 
     values: nn.Parameter
@@ -42,6 +45,8 @@ class SparseLayer(nn.Module):
     transposed_crow: Tensor
     transposed_col: Tensor
     permutation: Tensor
+    plain: bool = False
+    backend: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +71,7 @@ class SparseLayer(nn.Module):
             CSR(self.crow, self.col, shape),
             CSR(self.transposed_crow, self.transposed_col, shape[::-1]),
             self.permutation,
+            self.backend,
         )
 
     def set_connections(self, positions: Tensor, values: Tensor) -> None:
@@ -140,6 +146,14 @@ class SparseLayer(nn.Module):
             raise RuntimeError(f"Input and weight of {self!r} must have the same dtype: {x.dtype}, {self.values.dtype}")
         return x, self.values.dtype
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write the dense weight instead, if ``plain``."""
+        entries: dict[str, Any] = {f"{prefix}weight": self.dense_weight()} if self.plain else {}
+        super()._save_to_state_dict(entries, prefix, keep_vars)
+        for name in _SAVED if self.plain else ():
+            del entries[prefix + name]
+        destination.update(entries)
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -150,7 +164,19 @@ class SparseLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take up another number of nonzeros, too."""
+        """Take up another number of nonzeros, too, and a dense weight that is 0 where there is no connection."""
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and f"{prefix}values" not in state_dict:
+            values = weight.reshape(-1)[self.positions.to(weight.device)] if weight.shape == self.shape else None
+            if values is None or values.count_nonzero() != weight.count_nonzero():
+                error_msgs.append(
+                    f"{prefix}weight is dense, the layer sparse: load it before the layer is made sparse, "
+                    "and fit without ckpt_path."
+                )
+                return
+            entries = values, self.crow, self.col, self.weight_shape
+            state_dict = {key: x for key, x in state_dict.items() if key != f"{prefix}weight"}
+            state_dict.update({prefix + name: entry for name, entry in zip(_SAVED, entries, strict=True)})
         values, col, shape = (state_dict.get(prefix + name) for name in ("values", "col", "weight_shape"))
         if shape is not None and tuple(shape.tolist()) != self.shape:
             error_msgs.append(f"{prefix}values belong to a weight of shape {shape.tolist()}, not {list(self.shape)}.")
@@ -158,12 +184,6 @@ class SparseLayer(nn.Module):
         if values is not None and col is not None and len(values) == len(col) != self.nnz:
             self._set_values(self.values.data.new_empty(len(values)))
             self.col = self.col.new_empty(len(col))
-        if values is None and f"{prefix}weight" in state_dict:
-            error_msgs.append(
-                f"{prefix}weight is dense, the layer sparse: load it before the layer is made sparse, "
-                "and fit without ckpt_path."
-            )
-            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -349,6 +369,8 @@ def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
     weight = nn.Parameter(layer.dense_weight(), layer.values.requires_grad)
     for name in ("crow", "col", "weight_shape", *_DERIVED):
         delattr(layer, name)
+    for name in ("plain", "backend"):
+        vars(layer).pop(name, None)
     parameters: dict[str, nn.Parameter | None] = {"weight": weight, "bias": layer.bias}
     layer._parameters = parameters
     layer.__class__ = _DENSE[type(layer)]  # type: ignore[assignment]

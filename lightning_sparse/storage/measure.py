@@ -1,4 +1,4 @@
-"""How long a sparse layer takes beside a dense one: a short measurement on this machine."""
+"""How long a sparse layer takes with each backend, and a dense one: a short measurement on this machine."""
 
 import math
 import time
@@ -6,46 +6,65 @@ import time
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_sparse.storage.backends import candidates
 from lightning_sparse.storage.layers import SparseConv2d, SparseLayer, SparseLinear
 
-__all__ = ["time_over_dense"]
+__all__ = ["DENSE", "measure"]
+
+DENSE = "dense"
 
 _FEATURES, _CHANNELS = 1024, 64  # at most, of the layers that are timed
 _ROWS, _IMAGES, _SIDE = 64, 4, 16
-_ROUNDS = 5
+_ROUNDS, _SECONDS = 5, 1.0  # at most, but for the round that is under way
 
 
-def time_over_dense(layer: SparseLayer) -> float:
-    """Return the time of a forward and backward pass over that of a dense layer, on the CPU.
+def measure(layer: SparseLayer) -> dict[str, float]:
+    """Return the seconds of a forward and backward pass with each backend, and under ``DENSE`` those of a dense layer.
 
-    It is measured on new layers of the same density and kernel, of at most 1024 features or 64 channels, with a batch
-    of 64 rows or four images of 16 x 16: the smallest of five times each, taken in turn. Torch's own random numbers are
-    left alone.
+    They are measured on new layers of the same density, kernel and device, of at most 1024 features or 64 channels,
+    with a batch of 64 rows or four images of 16 x 16: the smallest of up to five times each, taken in turn, after one
+    that does not count, in about a second. Torch's own random numbers are left alone.
     """
     generator = Generator().manual_seed(0)
     density = layer.nnz / math.prod(layer.shape)
+    device, dtype = layer.values.device, torch.promote_types(layer.values.dtype, torch.float32)
     twin: SparseLayer
     if isinstance(layer, SparseConv2d):
         out, channels = (min(size, _CHANNELS) for size in layer.shape[:2])
         places = layer.kernel_size[0] * layer.kernel_size[1]
         nnz = round(density * out * channels * places)
-        side = max(_SIDE, *layer.kernel_size)
+        side, padding = max(_SIDE, *layer.kernel_size), layer.kernel_size[0] // 2
         twin = SparseConv2d(
-            channels, out, layer.kernel_size, nnz, layer.stride, padding=layer.kernel_size[0] // 2, generator=generator
+            channels, out, layer.kernel_size, nnz, layer.stride, padding, generator=generator, dtype=dtype
         )
-        x = torch.rand(_IMAGES, channels, side, side, generator=generator)
+        x = torch.rand(_IMAGES, channels, side, side, generator=generator, dtype=dtype)
     else:
         out, inputs = (min(size, _FEATURES) for size in layer.shape)
-        twin = SparseLinear(inputs, out, round(density * out * inputs), generator=generator)
-        x = torch.rand(_ROWS, inputs, generator=generator)
-    dense = twin.to_dense()
-    x.requires_grad_()
-    pairs = [(_seconds(twin, x), _seconds(dense, x)) for _ in range(_ROUNDS + 1)][1:]
-    return min(sparse for sparse, _ in pairs) / min(other for _, other in pairs)
+        twin = SparseLinear(inputs, out, round(density * out * inputs), generator=generator, dtype=dtype)
+        x = torch.rand(_ROWS, inputs, generator=generator, dtype=dtype)
+    twin, x = twin.to(device), x.to(device).requires_grad_()
+    dense, names = twin.to_dense(), candidates(device, dtype)
+    best = dict.fromkeys([*names, DENSE], math.inf)
+    start = time.perf_counter()
+    for round_ in range(_ROUNDS + 1):
+        for name in best:
+            twin.backend = name
+            seconds = _seconds(dense if name == DENSE else twin, x)
+            if round_:
+                best[name] = min(best[name], seconds)
+        if round_ == 0:
+            start = time.perf_counter()  # the first one may compile
+        elif time.perf_counter() - start > _SECONDS:
+            break
+    return best
 
 
 def _seconds(layer: nn.Module, x: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
     start = time.perf_counter()
     with torch.enable_grad():
         layer(x).sum().backward()
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
     return time.perf_counter() - start

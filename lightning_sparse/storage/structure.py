@@ -34,11 +34,13 @@ class Structure(NamedTuple):
         matrix: the nonzeros row by row.
         transposed: those of the transpose.
         permutation: ``values[permutation]`` are the values in the order of ``transposed``, ``(nnz,)``, int32.
+        backend: the module that multiplies, see ``storage.backends``.
     """
 
     matrix: CSR
     transposed: CSR
     permutation: Tensor
+    backend: str | None = None
 
 
 def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Structure:
@@ -65,9 +67,7 @@ def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Struc
     transposed_crow = pad(torch.bincount(col, minlength=columns).cumsum(0, dtype=torch.int32), (1, 0))
     permutation = col.sort(stable=True).indices.int()
     transposed_col = _rows(crow, len(col)).index_select(0, permutation)
-    return Structure(
-        CSR(crow, col, (out, columns)), CSR(transposed_crow, transposed_col, (columns, out)), permutation
-    )
+    return Structure(CSR(crow, col, (out, columns)), CSR(transposed_crow, transposed_col, (columns, out)), permutation)
 
 
 def flat_positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse import masks, sampling
+from lightning_sparse import checks, masks, sampling
 from lightning_sparse._lightning import (
+    DDPStrategy,
     LightningModule,
     MisconfigurationException,
     Trainer,
@@ -27,15 +28,16 @@ from lightning_sparse.distributions import budget
 from lightning_sparse.endpoints import Hooks
 from lightning_sparse.layers import Choice, choose
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
-from lightning_sparse.storage.checkpoint import make_state_dense, sparse_entries
+from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
 from lightning_sparse.storage.layers import SparseLayer, SparseLinear, make_dense_, make_sparse_, to_dense
-from lightning_sparse.storage.measure import time_over_dense
+from lightning_sparse.storage.measure import DENSE, measure
+from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 
 __all__ = ["DENSE_LIMIT", "STORAGES", "Capture", "SparseStorage", "SparseWeight"]
 
 STORAGES = ("masked", "sparse")
 
-#: bytes of dense weights up to which a module is made dense again when the fit ends
+#: bytes of dense weights up to which checkpoints hold them, and a module is made dense again when the fit ends
 DENSE_LIMIT = 2 << 30
 
 _CHUNK = 1 << 22  # bytes of a gradient to compute at once, if one row has not more
@@ -272,29 +274,54 @@ class Capture(Hooks):
 
 
 class SparseStorage(MaskedCallback):
-    """What methods with a fixed budget, whose growth needs no dense tensor, have for ``storage="sparse"``."""
+    """What methods with a fixed budget, whose growth needs no dense tensor, have for ``storage="sparse"``.
+
+    Args:
+        args: of the next class.
+        storage: ``"masked"`` or ``"sparse"``.
+        plain_checkpoints: with ``storage="sparse"``, checkpoints written during a fit have the plain module's keys and
+            dense weights with exact zeros; False: the nonzeros alone; None: dense up to ``DENSE_LIMIT`` bytes of them.
+        options: of the next class.
+    """
 
     #: layers exchange connections, so values change their length
     resizes: bool = False
 
+    def __init__(
+        self, *args: Any, storage: str = "masked", plain_checkpoints: bool | None = None, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        checks.one_of(STORAGES, storage=storage)
+        if storage == "masked" and plain_checkpoints is not None:
+            raise ValueError(
+                f"plain_checkpoints is for storage='sparse', got {plain_checkpoints!r} with storage='masked', whose "
+                "checkpoints are always plain. Leave it out."
+            )
+        self.storage = storage
+        self.plain_checkpoints = plain_checkpoints
+        self._plain = False
+        self._backend: str | None = None
+
     # ------------------------------------------------------------------ the exchange of layers
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the layers exchanged as soon as the module is whole."""
+        """Have the layers exchanged as soon as the module is whole, and checkpoints loaded into what is there."""
         super().setup(trainer, pl_module, stage)
         if self.storage == "sparse":
             if stage == "fit":
+                self._backend = None
                 exchange = partial(self._make_sparse, trainer, pl_module)
-                self._handles.append(_AfterConfigureModel(pl_module, exchange))
+                self._handles.append(_After(pl_module, "configure_model", exchange))
+                self._handles.append(_After(pl_module, "on_load_checkpoint", self._take_checkpoint))
             else:
-                hook = partial(_load_dense_hook, pl_module)
+                hook = partial(_load_hook, pl_module)
                 self._handles.append(pl_module._register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave effective weights and the module's own methods behind, also of a fit that has not come to its start."""
         super().on_exception(trainer, pl_module, exception)
         for handle in self._handles:
-            if isinstance(handle, _AfterConfigureModel):
+            if isinstance(handle, (_After, Ignored)):
                 handle.remove()
 
     @torch.no_grad()
@@ -302,13 +329,15 @@ class SparseStorage(MaskedCallback):
         """Draw the connections, or take those of an earlier fit of the same weights, and exchange the layers."""
         choices = [choice for choice in choose(pl_module, self.include, self.exclude) if choice.reason is None]
         if choices and all(choice.sparse is not None for choice in choices):
-            return  # an earlier fit left them so; attach looks whether they are what was asked for
+            # an earlier fit left them so; attach looks whether they are what was asked for
+            self._hold(
+                [SparseWeight(choice.name, choice.shape, choice.sparse) for choice in choices], trainer, pl_module
+            )
+            return
         self._refuse_layers(pl_module, choices)
-        if trainer.world_size > 1:
-            self._refuse_processes()
         earlier, weights = self._weights, []
         for choice in choices:
-            layer = pl_module.get_submodule(choice.name.rpartition(".")[0])
+            layer = pl_module.get_submodule(_prefix(choice.name))
             weights.append(SparseWeight(choice.name, choice.shape, layer))
         with torch.device("cpu"):  # where draws are made, whatever the device that configure_model builds on
             if _continues(weights, earlier):
@@ -323,11 +352,21 @@ class SparseStorage(MaskedCallback):
                 self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
                 self.generator.manual_seed(self.run_seed if self.seed is None else self.seed)
                 self.initial_masks(weights)
+        self._hold(weights, trainer, pl_module)
+
+    def _hold(self, weights: Sequence[SparseWeight], trainer: Trainer, module: LightningModule) -> None:
+        """Take the weights of layers that are sparse now, and say what checkpoints and DDP do with them."""
         self._weights = {weight.name: weight for weight in weights}
-        prefixes = [name.rpartition(".")[0] for name in self._weights]
-        ignored = [f"{prefix}.{index}" for prefix in prefixes for index in _INDICES]
-        # all processes make the same indices: DDP need not send them
-        pl_module._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+        size = sum(weight.size * weight.W.element_size() for weight in weights)
+        self._plain = size <= DENSE_LIMIT if self.plain_checkpoints is None else self.plain_checkpoints
+        for weight in weights:
+            weight.sparse.plain = self._plain
+        # all processes make the same indices; values that change their length are averaged in on_after_backward
+        names = (*_INDICES, "values") if self.resizes else _INDICES
+        ignored = Ignored(module, [f"{_prefix(weight.name)}.{name}" for weight in weights for name in names])
+        self._handles.append(ignored)
+        if self.resizes and isinstance(trainer.strategy, DDPStrategy):
+            ignored.refuse_nothing_left()
 
     def _refuse_layers(self, module: nn.Module, choices: Sequence[Choice]) -> None:
         """Raise if a weight is not that of a plain linear layer or 2-d convolution alone."""
@@ -345,16 +384,28 @@ class SparseStorage(MaskedCallback):
                 f"{', '.join(problems)}. Leave them dense with exclude=[...], or use storage='masked'."
             )
 
-    def _refuse_processes(self) -> None:
-        if self.resizes:
-            raise MisconfigurationException(
-                f"{type(self).__name__}(storage='sparse') moves connections between layers, so parameters change their "
-                "length, which DDP cannot follow. Use one process, storage='masked', or SET(storage='sparse')."
-            )
-
     def to_dense(self, module: nn.Module) -> nn.Module:
         """Turn the sparse layers of ``module`` into dense ones, in place; done at the end of a fit if there is room."""
         return to_dense(module)
+
+    # ------------------------------------------------------------------ several processes
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have all processes begin with the same layers, and choose who multiplies."""
+        if self.storage == "sparse" and trainer.world_size > 1:
+            layers = [weight.layer for weight in self._weights.values() if isinstance(weight, SparseWeight)]
+            copy_from_first([layer for layer in layers if isinstance(layer, SparseLayer)])  # none of a checkpoint's
+        super().on_fit_start(trainer, pl_module)
+        if self.storage == "sparse":
+            self._choose_backend(trainer)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average the gradients that DDP leaves alone, whenever DDP has averaged the others."""
+        super().on_after_backward(trainer, pl_module)
+        model: Any = trainer.strategy.model
+        if self.storage == "sparse" and self.resizes and getattr(model, "require_backward_grad_sync", False):
+            parameters = [weight.parameter for weight in self._weights.values() if weight.parameter is not None]
+            average_gradients(parameters, model.process_group)
 
     # ------------------------------------------------------------------ verbs
 
@@ -390,23 +441,32 @@ class SparseStorage(MaskedCallback):
                 "lightning_sparse.storage.to_dense(module) to start afresh."
             )
 
-        self._tell_time()
-
-    def _tell_time(self) -> None:
-        """Print how long the largest layer takes beside a dense one, and warn if it is longer."""
+    def _choose_backend(self, trainer: Trainer) -> None:
+        """Multiply as is quickest for the largest layer, or as the checkpoint says; tell, and warn if it is slow."""
         largest = max(self._weights.values(), key=lambda weight: weight.size)
         assert isinstance(largest, SparseWeight)
-        if largest.W.device.type != "cpu":
-            return
-        ratio = time_over_dense(largest.sparse)
-        told = (
-            f"{largest.name}, of density {largest.active / largest.size:.3g}, takes about {ratio:.2g} x a dense layer's"
-        )
-        rank_zero_info(f"storage='sparse': {told} time on this machine.")
-        if ratio > 1:
+        seconds = trainer.strategy.broadcast(measure(largest.sparse) if trainer.is_global_zero else {})
+        names = [name for name in seconds if name != DENSE]
+        if self._backend is not None and self._backend not in names:
             rank_zero_warn(
-                f"storage='sparse' is slower than storage='masked' here, though it takes less memory: {told} time."
+                f"The checkpoint was trained with the backend {self._backend!r}, which is not available here "
+                f"({', '.join(names)}): the run continues, but not to the last bit as it would have."
             )
+        if self._backend not in names:
+            fixed = torch.are_deterministic_algorithms_enabled()
+            self._backend = names[0] if fixed else min(names, key=lambda name: seconds[name])
+        for weight in self._weights.values():
+            assert isinstance(weight, SparseWeight)
+            weight.sparse.backend = self._backend
+        ratios = {name: seconds[name] / seconds[DENSE] for name in names}
+        others = "".join(f", {name} {ratio:.2g} x" for name, ratio in ratios.items() if name != self._backend)
+        told = (
+            f"{largest.name}, of density {largest.active / largest.size:.3g}, takes about {ratios[self._backend]:.2g} "
+            f"x a dense layer's time with {self._backend}{others}"
+        )
+        rank_zero_info(f"storage='sparse': {told}.")
+        if ratios[self._backend] > 1:
+            rank_zero_warn(f"storage='sparse' is slower here than storage='masked', which takes more memory: {told}.")
 
     def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
         if self.storage == "masked":
@@ -449,47 +509,69 @@ class SparseStorage(MaskedCallback):
             return super().loaded_weight(name, state)
         return SparseWeight(name, state["shape"].tolist())
 
+    def state_dict(self) -> dict[str, Any]:
+        """Add who multiplies and, where the module's part has dense weights, the connections: some may be 0."""
+        state = super().state_dict()
+        if self.storage == "sparse":
+            state["backend"] = self._backend or ""
+            for name, weight in self._weights.items() if self._plain else ():
+                index = torch.int32 if weight.size < 2**31 else torch.int64
+                state["weights"][name]["positions"] = weight.positions.to(index)
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; the connections are in the module."""
         if self.storage == "sparse" and self._module is not None:
             raise MisconfigurationException("storage='sparse' needs a strategy that loads checkpoints before setup.")
         super().load_state_dict(state_dict)
+        self._backend = state_dict.get("backend") or None
+
+    def _take_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Have the dense weights of a checkpoint loaded by sparse layers."""
+        weights = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("weights", {})
+        for name, weight in self._weights.items():
+            positions = weights.get(name, {}).get("positions")
+            if positions is not None and name in checkpoint["state_dict"] and isinstance(weight, SparseWeight):
+                make_state_sparse(checkpoint["state_dict"], _prefix(name), weight.sparse, positions.long())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the nonzeros alone also after the fit, when the module is dense again."""
-        if self.storage == "sparse" and self._module is None:
+        """Write the nonzeros alone, if that is what checkpoints hold, also after the fit, when the module is dense."""
+        if self.storage == "sparse" and self._module is None and not self._plain:
             state = checkpoint["state_dict"]
             for name, weight in self._weights.items():
                 if name in state:
-                    prefix = name.rpartition(".")[0]
+                    prefix = _prefix(name)
                     groups = getattr(pl_module.get_submodule(prefix), "groups", 1)
                     state.update(sparse_entries(prefix, state.pop(name), weight.positions, groups))
 
 
-class _AfterConfigureModel:
-    """Calls ``function`` once, as soon as the Trainer has called the module's ``configure_model``."""
+class _After:
+    """Calls ``function``, with the same arguments, once, when the Trainer has called the module's ``method``."""
 
-    def __init__(self, module: LightningModule, function: Callable[[], None]) -> None:
-        configure = module.configure_model
+    def __init__(self, module: LightningModule, method: str, function: Callable[..., None]) -> None:
+        own = getattr(module, method)
 
-        def configure_model() -> None:
+        def hook(*args: Any) -> None:
             self.remove()
-            configure()
-            function()
+            own(*args)
+            function(*args)
 
-        self._module, self._hook = module, configure_model
-        module.configure_model = configure_model  # type: ignore[method-assign]
+        self._module, self._method, self._hook = module, method, hook
+        setattr(module, method, hook)
 
     def remove(self) -> None:
         """Give the module its own method back."""
-        if vars(self._module).get("configure_model") is self._hook:
-            del self._module.configure_model
+        if vars(self._module).get(self._method) is self._hook:
+            delattr(self._module, self._method)
 
 
-def _load_dense_hook(module: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
-    """Let a module with dense layers load a checkpoint with sparse ones."""
-    sparse = {name for name, layer in module.named_modules() if isinstance(layer, SparseLayer)}
-    make_state_dense(state_dict, leave=sparse)
+def _load_hook(module: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
+    """Let any layers load any checkpoint's."""
+    load_for(module, state_dict)
+
+
+def _prefix(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _continues(weights: Sequence[SparseWeight], earlier: Mapping[str, MaskedWeight]) -> bool:
