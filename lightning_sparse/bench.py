@@ -4,7 +4,8 @@
 ``... trainer`` the same in a Lightning Trainer, ``... compile`` compiled by inductor against eager; ``... hooks`` shows
 the cost of Lightning's hooks alone, ``... memory`` the peak memory, ``... update`` the time in which methods of prune
 and grow move connections (``--storages masked,sparse``), ``... storage`` time and memory of truly sparse layers,
-``... monitor`` the share of SparsityMonitor in the time of an epoch. ``--help`` lists the options.
+``... traffic`` what two processes send in a step, ``... monitor`` the share of SparsityMonitor in the time of an epoch.
+``--help`` lists the options.
 """
 
 import argparse
@@ -17,15 +18,28 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sparse import DFBST, DST, GGR, SET, STR, AutoSparse, RigL, SparsityMonitor, kernels, sampling
-from lightning_sparse._lightning import PACKAGE, Callback, LightningModule, Trainer
+from lightning_sparse import (
+    DFBST,
+    DST,
+    GGR,
+    SET,
+    STR,
+    AutoSparse,
+    MemoryEfficientDST,
+    RigL,
+    SparsityMonitor,
+    kernels,
+    sampling,
+)
+from lightning_sparse._lightning import PACKAGE, Callback, DDPStrategy, LightningModule, Trainer
 from lightning_sparse.callback import SparseCallback
 from lightning_sparse.distributions import budget
 from lightning_sparse.layers import choose
@@ -395,7 +409,9 @@ class _Repeated(Dataset[list[Tensor]]):
         return self.batch
 
 
-def _fit(network: nn.Module, batch: list[Tensor], steps: int, callbacks: list[Callback], logger: Any = False) -> float:
+def _fit(
+    network: nn.Module, batch: list[Tensor], steps: int, callbacks: list[Callback], logger: Any = False, **options: Any
+) -> float:
     """Return the seconds of a step in a Trainer that does nothing else."""
     trainer = Trainer(
         accelerator="cpu",
@@ -405,6 +421,7 @@ def _fit(network: nn.Module, batch: list[Tensor], steps: int, callbacks: list[Ca
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     start = time.perf_counter()
     trainer.fit(_Plain(network), DataLoader(_Repeated(batch, steps), batch_size=None))
@@ -424,6 +441,79 @@ def hooks(arguments: argparse.Namespace) -> None:
     extra = [hooked - bare for bare, hooked in pairs]
     bare = statistics.median(bare for bare, _ in pairs)
     print(f"hooks: +{statistics.median(extra):.0f} us a step ({min(extra):.0f} to {max(extra):.0f}) on {bare:.0f}")
+
+
+class Traffic(Callback):
+    """Counts the bytes that a process hands over to be averaged or summed in each step: by DDP and by callbacks.
+
+    Args:
+        path: file to which the first process writes the list when the training ends; default: none.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        #: bytes of each optimizer step
+        self.steps: list[int] = []
+        self._bytes = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to DDP and to ``torch.distributed.all_reduce``."""
+        self._all_reduce = distributed.all_reduce
+        distributed.all_reduce = self._counted
+        model: Any = trainer.strategy.model
+        model.register_comm_hook(None, lambda state, bucket: self._averaged(bucket))  # DDP reads annotations
+
+    def on_before_zero_grad(self, *args: Any) -> None:
+        """Begin a step."""
+        if self._bytes:
+            self.steps.append(self._bytes)
+        self._bytes = 0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen no longer."""
+        self.on_before_zero_grad()
+        distributed.all_reduce = self._all_reduce
+        if self.path is not None and trainer.is_global_zero:
+            torch.save(self.steps, self.path)
+
+    def _counted(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._bytes += tensor.nbytes
+        return self._all_reduce(tensor, *args, **kwargs)
+
+    def _averaged(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        self._bytes += bucket.buffer().nbytes
+        sent: Any = self._all_reduce(bucket.buffer(), async_op=True)
+        averaged: torch.futures.Future[Tensor] = sent.get_future().then(
+            lambda future: future.value()[0].div_(distributed.get_world_size())
+        )
+        return averaged
+
+
+def traffic(arguments: argparse.Namespace) -> None:
+    """Print the bytes that each of two processes (gloo) hands over in a step, dense and with ``storage="sparse"``."""
+    build, shape = NETWORKS[arguments.network]
+    batch = [torch.randn(arguments.batch, *shape), torch.randint(10, (arguments.batch,))]
+
+    def sent(callbacks: list[Callback]) -> list[int]:
+        with TemporaryDirectory() as folder:
+            strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+            traffic = Traffic(Path(folder) / "steps")
+            _fit(build(), batch, 6, [*callbacks, traffic], strategy=strategy, devices=2, use_distributed_sampler=False)
+            steps: list[int] = torch.load(Path(folder) / "steps")
+        return steps
+
+    dense = min(sent([]))
+    print(f"{arguments.network}, two processes, torch {torch.__version__}; bytes of a step, over those of a dense one")
+    print(f"dense: {dense}")
+    options: dict[str, Any] = {"distribution": "uniform", "update_every": 3, "stop_at": 1.0}
+    for sparsity in map(float, (arguments.sparsities or "0.9,0.98").split(",")):
+        for method in (SET, MemoryEfficientDST):
+            steps = sent([method(sparsity, storage="sparse", **options)])
+            print(
+                f"{sparsity:<8g}  {method.__name__:20s}{min(steps):12d} ({min(steps) / dense:.4f}); "
+                f"when connections move {max(steps):12d} ({max(steps) / dense:.4f})",
+                flush=True,
+            )
 
 
 def trainer(arguments: argparse.Namespace) -> None:
@@ -518,11 +608,12 @@ def main(arguments: list[str] | None = None) -> None:
         "storage": storage,
         "stored": stored,
         "moved": moved,
+        "traffic": traffic,
     }
     parser.add_argument("benchmark", choices=benchmarks)
     parser.add_argument("--network", choices=NETWORKS, default="lenet300")
     parser.add_argument("--methods", default="dst,dfbst,autosparse,str", help="separated by commas")
-    parser.add_argument("--sparsities", help="for storage and update, separated by commas")
+    parser.add_argument("--sparsities", help="for storage, update and traffic, separated by commas")
     parser.add_argument("--storages", default="masked", help="for update, separated by commas")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=938, help="of an epoch, for monitor; default: MNIST's")

@@ -457,12 +457,13 @@ class MaskedCallback(SparseCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer, the module and the optimizers."""
         clocks = [pool.clock for pool in self._pools.values()] or self._clocks
-        return {**super().__getstate__(), "generator": self.generator.get_state(), "_pools": {}, "_clocks": clocks}
+        generator = bytes(self.generator.get_state().tolist())  # a passing tensor does not reach a spawned process
+        return {**super().__getstate__(), "generator": generator, "_pools": {}, "_clocks": clocks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the random generator up where it was."""
         generator = torch.Generator()
-        generator.set_state(state["generator"])
+        generator.set_state(torch.tensor(list(state["generator"]), dtype=torch.uint8))
         self.__dict__.update({**state, "generator": generator})
 
     # ------------------------------------------------------------------ inside

@@ -9,10 +9,11 @@ import torch
 from helpers import Lit, data, mlp, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from test_precision import Scaler, Unmixed
-from torch import distributed, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import GGR, SET, MemoryEfficientDST, RigL
+from lightning_sparse.bench import Traffic
 from lightning_sparse.storage.processes import average_gradients
 
 OPTIONS = {"sparsity": 0.8, "update_every": 5, "seed": 3}
@@ -25,40 +26,6 @@ METHODS = {
     "GGR": lambda: GGR(**OPTIONS, drop_fraction=0.3, stop_at=0.9, storage="sparse"),
 }
 CASES = [("SET masked", 2), ("SET", 2), ("grabo", 1), ("grabo", 2), ("synflow", 2), ("RigL", 2), ("GGR", 2)]
-
-
-class Communicates(pl.Callback):
-    """Count the bytes of each step that averages gradients; in steps that move connections, of their update, too."""
-
-    def __init__(self):
-        self.steps, self.bytes = [], 0
-
-    def on_fit_start(self, run, module):
-        self.reduce = distributed.all_reduce
-        distributed.all_reduce = self.by_python
-
-    def on_train_start(self, run, module):
-        run.model.register_comm_hook(None, self.by_ddp)
-        self.bytes = 0
-
-    def by_python(self, tensor, *args, **kwargs):
-        self.bytes += tensor.nbytes
-        return self.reduce(tensor, *args, **kwargs)
-
-    def by_ddp(self, state, bucket):
-        self.bytes += bucket.buffer().nbytes
-        future = self.reduce(bucket.buffer(), async_op=True).get_future()
-        return future.then(lambda done: done.value()[0].div_(distributed.get_world_size()))
-
-    def on_before_zero_grad(self, *args):
-        if self.bytes:
-            self.steps.append(self.bytes)
-        self.bytes = 0
-
-    on_train_end = on_before_zero_grad
-
-    def on_fit_end(self, run, module):
-        distributed.all_reduce = self.reduce
 
 
 class Saves(pl.Callback):
@@ -92,7 +59,7 @@ def rows(rank, world):
 
 
 def train(method, accumulate, rank, world, saves=None, resumes=None):
-    callback, counter = METHODS[method](), Communicates()
+    callback, counter = METHODS[method](), Traffic()
     options = {"devices": world, "use_distributed_sampler": False, "accumulate_grad_batches": accumulate}
     if world > 1:
         options["strategy"] = strategy()

@@ -728,6 +728,16 @@ def test_a_fit_that_fails_before_its_start_leaves_the_module_alone():
     fit(SET(0.8), module)
 
 
+def test_the_module_is_pickled_during_a_fit():
+    class Pickles(pl.Callback):
+        def on_train_start(self, run, module):
+            assert not {"configure_model", "on_load_checkpoint"} & vars(module).keys()
+            pickle.loads(pickle.dumps(module.net))
+            copy.deepcopy(module)
+
+    fit([METHODS["MemoryEfficientDST grabo"](storage="sparse"), Pickles()], max_epochs=1)
+
+
 def test_two_methods_share_a_module():
     first = SET(0.8, storage="sparse", update_every=7, include=["net.0.*"])
     second = RandomPruning(0.5, storage="sparse", include=["net.2.*"])

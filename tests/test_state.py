@@ -197,3 +197,14 @@ def test_a_failed_fit_leaves_a_callback_that_can_be_used_again(method):
     two, _ = fit(fresh)
     assert same(state(fresh), state(callback))
     assert same(one.state_dict(), two.state_dict())
+
+
+def test_a_spawned_process_takes_up_the_callback():
+    """Whose pickle is read when the tensors made for it are gone."""
+    callback = SETTINGS["SET"]()
+    fit(callback, max_epochs=1)
+    held = {id(value) for value in vars(callback).values()}
+    made = [value for value in callback.__getstate__().values() if isinstance(value, torch.Tensor)]
+    assert all(id(value) in held for value in made)
+    again = pickle.loads(pickle.dumps(callback))
+    assert torch.equal(again.generator.get_state(), callback.generator.get_state())

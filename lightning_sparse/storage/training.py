@@ -320,8 +320,11 @@ class SparseStorage(MaskedCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave effective weights and the module's own methods behind, also of a fit that has not come to its start."""
         super().on_exception(trainer, pl_module, exception)
+        self._give_back((_After, Ignored))
+
+    def _give_back(self, kinds: tuple[type[Any], ...]) -> None:
         for handle in self._handles:
-            if isinstance(handle, (_After, Ignored)):
+            if isinstance(handle, kinds):
                 handle.remove()
 
     @torch.no_grad()
@@ -392,6 +395,7 @@ class SparseStorage(MaskedCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have all processes begin with the same layers, and choose who multiplies."""
+        self._give_back((_After,))  # no checkpoint was to be loaded
         if self.storage == "sparse" and trainer.world_size > 1:
             layers = [weight.layer for weight in self._weights.values() if isinstance(weight, SparseWeight)]
             copy_from_first([layer for layer in layers if isinstance(layer, SparseLayer)])  # none of a checkpoint's
