@@ -20,7 +20,8 @@ from lightning_sparse import SparseCallback
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CARDS = sorted((ROOT / "docs" / "methods").glob("*.md"))
-METHODS = [name for name in lightning_sparse.__all__ if isinstance(getattr(lightning_sparse, name), type)]
+PUBLIC = {name: getattr(lightning_sparse, name) for name in lightning_sparse.__all__}
+METHODS = [name for name, kind in PUBLIC.items() if isinstance(kind, type) and issubclass(kind, SparseCallback)]
 METHODS.remove(SparseCallback.__name__)
 SYBIL = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()])
 
