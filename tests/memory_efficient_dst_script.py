@@ -66,6 +66,7 @@ def main():
         strategy = DDPStrategy(process_group_backend="gloo")
         run = trainer([callback, Agrees(callback)], max_epochs=1, strategy=strategy, devices=2)
         run.fit(seeded(Holds), loader(160))
+    torch.distributed.destroy_process_group()  # without it gloo's threads now and then abort the exit
 
 
 if __name__ == "__main__":

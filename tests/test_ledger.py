@@ -148,7 +148,7 @@ def test_empty_neurons_and_inputs_are_counted_over_kernels_and_groups():
 @pytest.mark.parametrize("compiled", [True, False])
 def test_sparse_layers_count_as_the_dense_ones_they_stand_for(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(backends, "backend", lambda x: torch_backend)
+        monkeypatch.setattr(backends, "backend", lambda *_: torch_backend)
     sparse = nn.Sequential(
         SparseConv2d(4, 8, 3, nnz=40, groups=2), nn.ReLU(), nn.Flatten(), SparseLinear(128, 5, nnz=9), nn.Linear(5, 2)
     )
