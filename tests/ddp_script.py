@@ -61,6 +61,7 @@ def main(folder):
             )
     results["warnings"] = [str(warning.message) for warning in caught]
     torch.save(results, folder / f"{world}.{rank}.pt")
+    torch.distributed.destroy_process_group()  # without it gloo's threads now and then abort the exit
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def main(folder):
     fit([monitor, RigL(0.8, update_every=5)], seeded(Lit), **options)
     state = monitor.state_dict()
     torch.save({"epochs": state["epochs"], "bits": state["explored"]["bits"]}, Path(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()  # without it gloo's threads now and then abort the exit
 
 
 if __name__ == "__main__":

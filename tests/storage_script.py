@@ -111,3 +111,4 @@ if __name__ == "__main__":
         results["failed"] = fail(rank, world)
     results["averages"] = averages(rank, world)
     torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()  # without it gloo's threads now and then abort the exit
