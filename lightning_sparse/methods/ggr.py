@@ -120,11 +120,10 @@ def _ranking(
         rest = ~first & (gradients > bound)
         best, places = torch.cat((best.to(gradients), gradients[rest])), torch.cat((places, found[rest]))
         owners = torch.cat((owners, torch.full((len(best) - len(owners),), owner)))
-        if len(best) > extra:
-            kept = masks.top_k(best, extra)
+        if len(best) > 2 * extra or (owner + 1 == len(weights) and len(best) > extra):
+            kept = masks.top_k(best, extra).nonzero().squeeze(1)
             best, places, owners = best[kept], places[kept], owners[kept]
-        if extra and len(best) == extra:
-            bound = float(best.min())
+            bound = float(best.min()) if extra else bound  # who only equals it comes later, and loses
     ranked = []
     for owner, (found, gradients) in enumerate(sure):
         won = owners == owner

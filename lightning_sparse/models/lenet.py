@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, channels_last, nn
 from torch.nn.functional import max_pool2d, relu
 
 from lightning_sparse.models.classifier import Classifier
@@ -70,7 +70,8 @@ class LeNet5Caffe(Classifier):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(batch, classes)`` of images ``(batch, 1, 28, 28)``."""
-        x = max_pool2d(relu(self.conv1(x)), 2)
-        x = max_pool2d(relu(self.conv2(x)), 2)
+        x = x.to(memory_format=channels_last)  # on a CPU this and the order below take half the time
+        x = relu(max_pool2d(self.conv1(x), 2))
+        x = relu(max_pool2d(self.conv2(x), 2))
         logits: Tensor = self.fc2(relu(self.fc1(x.flatten(1))))
         return logits
