@@ -42,6 +42,7 @@ class MaskedWeight:
     parameter: nn.Parameter | None = None
     optimizer: Optimizer | None = None
     transposed_groups: int = 0
+    _places: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,15 +70,21 @@ class MaskedWeight:
         return self.mask
 
     @property
+    def places(self) -> Tensor:
+        """Flat positions of the active connections, ascending; on the weight's device. Found once between moves."""
+        if self._places is None or self._places[0] is not self.mask:
+            self._places = self.mask, masks.positions(self.mask)
+        return self._places[1]
+
+    @property
     def positions(self) -> Tensor:
         """Flat positions of the active connections, ascending; on the CPU."""
-        return self.mask.reshape(-1).nonzero().squeeze(1).cpu()
+        return self.places.cpu()
 
     @property
     def magnitudes(self) -> Tensor:
         """``|W|`` of the active connections, in the order of their positions."""
-        places = self.mask.reshape(-1).nonzero().squeeze(1)  # twice as quick as indexing by booleans
-        return self.W.reshape(-1).index_select(0, places).abs_()
+        return self.W.reshape(-1).index_select(0, self.places).abs_()
 
     @property
     def W(self) -> Tensor:
@@ -95,7 +102,7 @@ class MaskedWeight:
     @property
     def finite(self) -> bool:
         """All gradients are finite, also those of connections that are not active."""
-        return bool(self.dP.isfinite().all())
+        return not self.dP.numel() or all(bool(x.isfinite()) for x in self.dP.aminmax())
 
     def change(self, dropped: Tensor, grown: Tensor, value: float = 0.0) -> None:
         """Take connections away and put others in, all with fresh optimizer state.
@@ -142,17 +149,27 @@ class MaskedWeight:
 
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Have active connections at these flat positions, and no others; ``generator`` is for values not yet drawn."""
-        self.mask = self._marked(positions)
+        self.mask = torch.zeros(self.shape, dtype=torch.bool, device=self.mask.device)
+        masks.put_(self.mask, positions.to(self.mask.device), True)
 
-    def exchange(self, dropped: Tensor, grown: Tensor, value: float = 0.0) -> None:
+    def exchange(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:
         """Move connections, with fresh optimizer state.
 
         Args:
             dropped: boolean, for each active connection in the order of positions.
-            grown: flat positions, different, not active before.
-            value: the values of the grown.
+            grown: flat positions, different, not active before unless dropped.
+            value: the values of the grown, or one for all.
         """
-        self.change(torch.zeros_like(self.mask).masked_scatter_(self.mask, dropped), self._marked(grown), value)
+        dropped, grown = self.places[dropped.to(self.mask.device)], grown.to(self.mask.device)
+        if not (len(dropped) or len(grown)):
+            return
+        self.mask, self._places = self.mask.clone(), None
+        masks.put_(self.mask, dropped, False)
+        masks.put_(self.mask, grown, True)
+        for x in (self.W, *self.optimizer_state()):
+            masks.put_(x, dropped, 0.0)
+            masks.put_(x, grown, 0.0)
+        masks.put_(self.W, grown, value)
 
     def keep_zeros(self) -> None:
         """Set to 0 what is not active."""
@@ -164,7 +181,7 @@ class MaskedWeight:
 
     def detach(self) -> None:
         """Let go of the module and the optimizer; keep the state on the CPU."""
-        self.parameter = self.optimizer = None
+        self.parameter = self.optimizer = self._places = None
         self.mask = self.mask.cpu()
         self.buffers = {key: buffer.cpu() for key, buffer in self.buffers.items()}
 
@@ -174,13 +191,8 @@ class MaskedWeight:
 
     def _free_above(self, floor: float) -> Tensor:
         """Return the flat positions of the inactive connections whose ``|dP|`` is above ``floor``, ascending."""
-        dP = self.dP.reshape(-1)  # two comparisons are quicker than the absolute values of all
-        return (dP > floor).logical_or_(dP < -floor).logical_and_(~self.mask.reshape(-1)).nonzero().squeeze(1)
-
-    def _marked(self, positions: Tensor) -> Tensor:
-        marks = torch.zeros(self.size, dtype=torch.bool, device=self.mask.device)
-        marks[positions.to(marks.device)] = True
-        return marks.view(self.shape)
+        above = self.dP.reshape(-1).abs().gt(floor)
+        return masks.positions(torch.gt(above, self.mask.reshape(-1), out=above))
 
     def optimizer_state(self) -> Iterable[Tensor]:
         """Yield what the optimizer keeps for each element: momentum, moments."""
@@ -192,7 +204,7 @@ class MaskedWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the module."""
-        return {**self.__dict__, "parameter": None, "optimizer": None}
+        return {**self.__dict__, "parameter": None, "optimizer": None, "_places": None}
 
 
 @dataclass

@@ -14,6 +14,8 @@ __all__ = [
     "largest",
     "likely_bound",
     "lowest",
+    "positions",
+    "put_",
     "random",
     "top_k",
     "zero_outside_",
@@ -185,6 +187,31 @@ def largest(blocks: Iterable[tuple[int, Tensor]], k: int, floor: float = -1.0) -
     return positions[kept].cpu(), best[kept].cpu()
 
 
+def positions(mask: Tensor) -> Tensor:
+    """Return the flat positions of the True elements, counted as in ``mask.reshape(-1)``, ascending.
+
+    >>> positions(torch.tensor([[False, True], [True, False]]))
+    tensor([1, 2])
+    """
+    flat = mask.reshape(-1)
+    if flat.device.type != "cpu" or flat.numel() < _SAMPLED_FROM or count(flat) * 25 > flat.numel():
+        return flat.nonzero().squeeze(1)
+    whole = flat.numel() // 8 * 8  # where few are True, it is quicker to look for eight bytes that are not all 0 first
+    words = flat[:whole].view(torch.int64)
+    found = words.nonzero().squeeze(1)
+    within = words[found].view(torch.bool).nonzero().squeeze(1)
+    rest = flat[whole:].nonzero().squeeze(1).add_(whole)
+    return torch.cat((found[within >> 3].mul_(8).add_(within.bitwise_and_(7)), rest))
+
+
+def put_(x: Tensor, positions: Tensor, value: float | Tensor) -> None:
+    """Write ``value`` at flat positions, counted as in ``x.reshape(-1)`` whatever the layout in memory."""
+    if x.is_contiguous():
+        x.view(-1)[positions] = value
+    else:
+        x[torch.unravel_index(positions, x.shape)] = value
+
+
 def zero_outside_(x: Tensor, mask: Tensor) -> None:
     """Set ``x`` to 0 where ``mask`` is False; in chunks on the CPU, where a product with booleans is slow."""
     if x.device.type != "cpu" or x.stride() != mask.stride():
@@ -242,7 +269,7 @@ def _sampled(flat: Tensor, k: int, where: Tensor | None, largest: bool) -> Tenso
     within = flat >= bound if largest else flat <= bound
     if where is not None:
         within &= where
-    candidates = within.nonzero().squeeze(1)
+    candidates = positions(within)
     return candidates if len(candidates) >= k else None
 
 

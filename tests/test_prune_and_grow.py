@@ -563,7 +563,7 @@ def test_mest_tells_of_a_training_that_ended_above_the_budget():
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_deepr_keeps_signs(scope):
-    watch, module, _ = watched(DeepR(0.8, l1=0.01, temperature=1e-4, scope=scope), batches=20)
+    watch, module, _ = watched(DeepR(0.8, l1=0.01, temperature=1e-4, scope=scope), batches=40)
     start = {name: p.detach() > 0 for name, p in seeded(lambda: Lit(mlp())).named_parameters()}
     assert (len({tuple(counts) for counts in watch.counts}) == 1) is (scope == "layer")
     for name, mask in watch.callback.masks.items():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from lightning_sparse import checks, masks
+from lightning_sparse import checks, masks, sampling
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, finite
 
 __all__ = ["DeepR"]
@@ -85,27 +85,27 @@ class DeepR(MaskedCallback):
         """Decay, shake, and move the connections whose sign has changed."""
         weights = [weight for weight in weights if weight.name in self._stepping]
         self._stepping.difference_update(weight.name for weight in weights)
-        for weight in weights:
-            self.drift(weight)
-        flipped = [weight.mask & (weight.W != 0) & ((weight.W > 0) != weight.buffers["positive"]) for weight in weights]
-        drops = list(map(masks.count, flipped))
+        lost = [self.drift(weight) for weight in weights]
+        drops = list(map(masks.count, lost))
         grows = drops if self.scope == "layer" else self.anywhere(weights, drops)
-        for weight, dropped, fewer, more in zip(weights, flipped, drops, grows, strict=True):
+        for weight, dropped, fewer, more in zip(weights, lost, drops, grows, strict=True):
             if fewer or more:
-                new = min(more, weight.room)
-                grown = masks.random(~weight.mask, new, self.generator)
-                grown |= masks.random(dropped, more - new, self.generator)
-                weight.change(dropped, grown)
-                weight.W.add_(signed(weight, NEW) * grown)
+                new, left = min(more, weight.room), weight.places[dropped].cpu()
+                grown = sampling.free_positions(new, weight.positions, weight.size, self.generator)
+                again = left[torch.randperm(fewer, generator=self.generator)[: more - new]]
+                grown = torch.cat((grown, again)).to(weight.W.device)
+                weight.exchange(dropped, grown, NEW * signs(weight, grown))
 
-    def drift(self, weight: MaskedWeight) -> None:
-        """``theta -= lr l1`` and ``theta += sqrt(2 lr T) nu``, for active connections."""
-        lr = rate(weight)
-        if self.l1:
-            weight.W.sub_(signed(weight, lr * self.l1) * weight.mask)
+    def drift(self, weight: MaskedWeight) -> Tensor:
+        """``theta -= lr l1`` and ``theta += sqrt(2 lr T) nu``; return which active connections are below 0 now."""
+        lr, W = rate(weight), weight.W.reshape(-1)[weight.places]
+        sign = signs(weight, weight.places)
+        W -= lr * self.l1 * sign
         if self.temperature:
-            noise = torch.randn(weight.active, generator=self.generator) * math.sqrt(2 * lr * self.temperature)
-            weight.W[weight.mask] += noise.to(weight.W)
+            noise = torch.randn(len(W), generator=self.generator) * math.sqrt(2 * lr * self.temperature)
+            W += noise.to(W)
+        masks.put_(weight.W, weight.places, W)
+        return W * sign < 0
 
     def anywhere(self, weights: Sequence[MaskedWeight], drops: Sequence[int]) -> list[int]:
         """Draw how many connections each layer gets of all that were dropped."""
@@ -119,10 +119,9 @@ class DeepR(MaskedCallback):
         return grows
 
 
-def signed(weight: MaskedWeight, value: float) -> Tensor:
-    """Return ``value`` with each position's sign."""
-    W = weight.W
-    return torch.where(weight.buffers["positive"], W.new_tensor(value), W.new_tensor(-value))
+def signs(weight: MaskedWeight, places: Tensor) -> Tensor:
+    """Return the signs that go with some flat positions, 1 or -1."""
+    return weight.buffers["positive"].reshape(-1)[places].to(weight.W.dtype).mul_(2).sub_(1)
 
 
 def rate(weight: MaskedWeight) -> float:
