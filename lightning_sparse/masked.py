@@ -130,6 +130,14 @@ class MaskedWeight:
         """Return ``|dP|`` of the inactive ones among every ``stride``-th connection."""
         return self.dP.reshape(-1)[::stride].abs()[~self.mask.reshape(-1)[::stride]]
 
+    def smallest(self, n: int) -> Tensor:
+        """Return the flat positions of the ``n`` active connections of smallest ``|W|``, ascending.
+
+        Args:
+            n: how many; of equals the earlier position's.
+        """
+        return self.places[masks.lowest_positions(self.magnitudes, n)]
+
     def steepest(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:
         """Return the flat positions of the ``n`` inactive connections of largest ``|dP|``, ascending, and these.
 
@@ -143,7 +151,7 @@ class MaskedWeight:
             found = self._free_above(above)
         slopes = self.dP.reshape(-1)[found].abs()
         if len(found) > n:
-            best = masks.top_k(slopes, n)
+            best = masks.top_k_positions(slopes, n)
             found, slopes = found[best], slopes[best]
         return found.cpu(), slopes.cpu()
 
@@ -156,19 +164,20 @@ class MaskedWeight:
         """Move connections, with fresh optimizer state.
 
         Args:
-            dropped: boolean, for each active connection in the order of positions.
+            dropped: flat positions of active connections, ascending.
             grown: flat positions, different, not active before unless dropped.
             value: the values of the grown, or one for all.
         """
-        dropped, grown = self.places[dropped.to(self.mask.device)], grown.to(self.mask.device)
         if not (len(dropped) or len(grown)):
             return
+        dropped, grown = dropped.to(self.mask.device), grown.to(self.mask.device)
         self.mask, self._places = self.mask.clone(), None
         masks.put_(self.mask, dropped, False)
         masks.put_(self.mask, grown, True)
-        for x in (self.W, *self.optimizer_state()):
-            masks.put_(x, dropped, 0.0)
-            masks.put_(x, grown, 0.0)
+        for state in self.optimizer_state():
+            masks.put_(state, dropped, 0.0)
+            masks.put_(state, grown, 0.0)
+        masks.put_(self.W, dropped, 0.0)
         masks.put_(self.W, grown, value)
 
     def keep_zeros(self) -> None:

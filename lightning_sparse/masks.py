@@ -14,10 +14,12 @@ __all__ = [
     "largest",
     "likely_bound",
     "lowest",
+    "lowest_positions",
     "positions",
     "put_",
     "random",
     "top_k",
+    "top_k_positions",
     "zero_outside_",
 ]
 
@@ -41,11 +43,21 @@ def top_k(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     >>> top_k(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2)
     tensor([ True,  True, False, False])
     """
-    return _extreme(scores, k, among, largest=True)
+    return _marked(top_k_positions(scores, k, among), scores)
 
 
 def lowest(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     """Mark exactly the ``k`` smallest scores; arguments as in ``top_k``."""
+    return _marked(lowest_positions(scores, k, among), scores)
+
+
+def top_k_positions(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+    """Return the flat positions of exactly the ``k`` largest scores, ascending; arguments as in ``top_k``."""
+    return _extreme(scores, k, among, largest=True)
+
+
+def lowest_positions(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+    """Return the flat positions of exactly the ``k`` smallest scores, ascending; arguments as in ``top_k``."""
     return _extreme(scores, k, among, largest=False)
 
 
@@ -138,7 +150,7 @@ def _winners(
         best = torch.cat((best.to(values), values))
         owner = torch.cat((owner.to(values.device), torch.full((len(values),), index, device=values.device)))
         if len(best) > 2 * k or (index + 1 == len(tensors) and len(best) > k):
-            kept = _positions(best, k, None)  # among equals the earlier tensor's
+            kept = top_k_positions(best, k)  # among equals the earlier tensor's
             best, owner = best[kept], owner[kept]
             bound = best.min()
     won: list[int] = torch.bincount(owner, minlength=len(least)).tolist()
@@ -176,14 +188,14 @@ def largest(blocks: Iterable[tuple[int, Tensor]], k: int, floor: float = -1.0) -
     best, positions = torch.empty(0), torch.empty(0, dtype=torch.long)
     for first, scores in blocks if k else ():
         candidates = scores > floor
-        found = _positions(scores, min(k, count(candidates)), candidates)
+        found = top_k_positions(scores, min(k, count(candidates)), candidates)
         best = torch.cat((best.to(scores), scores[found]))
         positions = torch.cat((positions.to(found.device), found + first))
         if len(best) >= 2 * k:
-            kept = _positions(best, k, None)
+            kept = top_k_positions(best, k)
             best, positions = best[kept], positions[kept]
             floor = float(best.min())  # who only equals it comes later, and loses
-    kept = _positions(best, min(k, len(best)), None)
+    kept = top_k_positions(best, min(k, len(best)))
     return positions[kept].cpu(), best[kept].cpu()
 
 
@@ -226,18 +238,20 @@ def zero_outside_(x: Tensor, mask: Tensor) -> None:
         value.mul_(buffer[: len(keep)].copy_(keep))
 
 
+def _marked(positions: Tensor, like: Tensor) -> Tensor:
+    mask = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
+    mask[positions] = True
+    return mask.view(like.shape)
+
+
 def _extreme(scores: Tensor, k: int, among: Tensor | None, largest: bool) -> Tensor:
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    if k > 0:
-        mask[_positions(scores.reshape(-1), k, None if among is None else among.reshape(-1), largest)] = True
-    return mask.view(scores.shape)
-
-
-def _positions(flat: Tensor, k: int, where: Tensor | None, largest: bool = True) -> Tensor:
-    """Return the positions, ascending, of the ``k`` largest (or smallest) elements of a vector."""
+    """Return the flat positions, ascending, of the ``k`` largest (or smallest) scores."""
+    if k <= 0:
+        return torch.empty(0, dtype=torch.long, device=scores.device)
+    flat, where = scores.reshape(-1), None if among is None else among.reshape(-1)
     candidates = _sampled(flat, k, where, largest) if flat.numel() >= _SAMPLED_FROM else None
     if candidates is None and where is not None:
-        candidates = where.nonzero().squeeze(1)
+        candidates = positions(where)
     values = flat if candidates is None else flat[candidates]
     if len(values) < k:
         raise ValueError(f"{k} of {len(values)} candidates were asked for.")
@@ -247,7 +261,8 @@ def _positions(flat: Tensor, k: int, where: Tensor | None, largest: bool = True)
     chosen = values > bound if largest else values < bound
     ties = (values == bound).nonzero().squeeze(1)
     chosen[ties[: k - count(chosen)]] = True
-    return chosen.nonzero().squeeze(1) if candidates is None else candidates[chosen]
+    found = positions(chosen)
+    return found if candidates is None else candidates[found]
 
 
 def _kth(values: Tensor, k: int, largest: bool) -> Tensor:

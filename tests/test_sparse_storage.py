@@ -159,7 +159,7 @@ def test_momentum_and_moments_move_with_their_connections():
     state["exp_avg"], state["exp_avg_sq"] = torch.arange(1.0, 6), torch.arange(11.0, 16)
     layer.values.grad = torch.arange(21.0, 26)
     weight.calls = [(torch.ones(1, 4), torch.tensor([[7.0, 8.0, 9.0]]))]
-    weight.exchange(torch.tensor([False, True, False, False, True]), torch.tensor([1, 4, 10]))
+    weight.exchange(weight.positions[[1, 4]], torch.tensor([1, 4, 10]))
     assert layer.positions.tolist() == [0, 1, 4, 5, 6, 10]
     assert layer.values.tolist() == [1, 0, 0, 3, 4, 0]
     assert layer.values.grad.tolist() == [21, 7, 8, 23, 24, 9]

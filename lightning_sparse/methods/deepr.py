@@ -88,12 +88,12 @@ class DeepR(MaskedCallback):
         lost = [self.drift(weight) for weight in weights]
         drops = list(map(masks.count, lost))
         grows = drops if self.scope == "layer" else self.anywhere(weights, drops)
-        for weight, dropped, fewer, more in zip(weights, lost, drops, grows, strict=True):
+        for weight, leaving, fewer, more in zip(weights, lost, drops, grows, strict=True):
             if fewer or more:
-                new, left = min(more, weight.room), weight.places[dropped].cpu()
+                new, dropped = min(more, weight.room), weight.places[leaving]
                 grown = sampling.free_positions(new, weight.positions, weight.size, self.generator)
-                again = left[torch.randperm(fewer, generator=self.generator)[: more - new]]
-                grown = torch.cat((grown, again)).to(weight.W.device)
+                again = torch.randperm(fewer, generator=self.generator)[: more - new]
+                grown = torch.cat((grown.to(dropped.device), dropped[again.to(dropped.device)]))
                 weight.exchange(dropped, grown, NEW * signs(weight, grown))
 
     def drift(self, weight: MaskedWeight) -> Tensor:

@@ -76,11 +76,10 @@ class GGR(SparseStorage, PruneAndGrow):
         ranked = ranking(weights, sum(drops), self.needed(weights, drops))
         for weight, fewer, (won, gradients) in zip(weights, drops, ranked, strict=True):
             at_random = share(self.random_share, len(won))
-            dropped = masks.lowest(weight.magnitudes, fewer)
-            grown = won[masks.top_k(gradients, len(won) - at_random)]
+            grown = won[masks.top_k_positions(gradients, len(won) - at_random)]
             taken = sampling.merged(weight.positions, grown)
             drawn = sampling.free_positions(at_random, taken, weight.size, self.generator)
-            weight.exchange(dropped, sampling.merged(grown, drawn), value=NEW)
+            weight.exchange(weight.smallest(fewer), sampling.merged(grown, drawn), value=NEW)
 
 
 def ranking(weights: Sequence[MaskedWeight], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -111,22 +110,23 @@ def _ranking(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the ranking of what is larger than ``bound`` or among ``at_least``."""
     extra = k - sum(at_least)
-    best, owners, places = torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    sure: list[tuple[Tensor, Tensor]] = []
+    best, places, ends = torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    sure: dict[int, tuple[Tensor, Tensor]] = {}
     for owner, (weight, least) in enumerate(zip(weights, at_least, strict=True)):
         found, gradients = weight.steepest(least + extra, above=-1.0 if least else bound)
-        first = masks.top_k(gradients, least)
-        sure.append((found[first], gradients[first]))
-        rest = ~first & (gradients > bound)
-        best, places = torch.cat((best.to(gradients), gradients[rest])), torch.cat((places, found[rest]))
-        owners = torch.cat((owners, torch.full((len(best) - len(owners),), owner)))
+        if least:
+            first = masks.top_k(gradients, least)
+            sure[owner] = found[first], gradients[first]
+            rest = ~first & (gradients > bound)
+            found, gradients = found[rest], gradients[rest]
+        best, places = torch.cat((best.to(gradients), gradients)), torch.cat((places, found))
+        ends = torch.cat((ends, torch.tensor([len(best)])))  # those of each layer lie together
         if len(best) > 2 * extra or (owner + 1 == len(weights) and len(best) > extra):
-            kept = masks.top_k(best, extra).nonzero().squeeze(1)
-            best, places, owners = best[kept], places[kept], owners[kept]
+            kept = masks.top_k_positions(best, extra)
+            best, places, ends = best[kept], places[kept], torch.searchsorted(kept, ends)
             bound = float(best.min()) if extra else bound  # who only equals it comes later, and loses
-    ranked = []
-    for owner, (found, gradients) in enumerate(sure):
-        won = owners == owner
-        positions, order = torch.cat((found, places[won])).sort()
-        ranked.append((positions, torch.cat((gradients, best[won]))[order]))
+    ranked = list(zip(places.tensor_split(ends[:-1]), best.tensor_split(ends[:-1]), strict=True))
+    for owner, (found, gradients) in sure.items():
+        positions, order = torch.cat((found, ranked[owner][0])).sort()
+        ranked[owner] = positions, torch.cat((gradients, ranked[owner][1]))[order]
     return ranked

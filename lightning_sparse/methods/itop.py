@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, masks
+from lightning_sparse import checks, sampling
 from lightning_sparse.layers import Choice
 from lightning_sparse.ledger import Explored
 from lightning_sparse.masked import MaskedWeight
@@ -104,10 +104,9 @@ class ITOP(PruneAndGrow):
         """In each layer drop the smallest ``|W|``, grow by ``|dP|`` or at random, and note what is active now."""
         for weight in weights:
             n = self.to_move(weight, fraction)
-            dropped = masks.lowest(weight.W.abs(), n, among=weight.mask)
             if self.growth == "gradient":
-                grown = masks.top_k(weight.dP.abs(), n, among=~weight.mask)
+                grown, _ = weight.steepest(n)
             else:
-                grown = masks.random(~weight.mask, n, self.generator)
-            weight.change(dropped, grown)
+                grown = sampling.free_positions(n, weight.positions, weight.size, self.generator)
+            weight.exchange(weight.smallest(n), grown)
             self._explored.add(weight.name, weight.mask)

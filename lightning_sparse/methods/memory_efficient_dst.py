@@ -112,7 +112,7 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
         gradients = [weight.gradient_at(subset).abs() for weight, subset in zip(weights, subsets, strict=True)]
         best = masks.global_top_k(gradients, n, [_all(gradient) for gradient in gradients], [0] * len(weights))
         for weight, drop, subset, grow in zip(weights, dropped, subsets, best, strict=True):
-            weight.exchange(drop, subset[grow.to(subset.device)])
+            weight.exchange(weight.positions[drop.cpu()], subset[grow.to(subset.device)])
 
     def subsets(self, weights: Sequence[MaskedWeight], n: int) -> list[Tensor]:
         """Draw ``n`` inactive connections in all, in proportion to the layers' sizes: flat positions, ascending."""

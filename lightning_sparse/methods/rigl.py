@@ -8,7 +8,6 @@ over processes.
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse import masks
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
 from lightning_sparse.storage.training import SparseStorage
@@ -65,6 +64,5 @@ class RigL(SparseStorage, PruneAndGrow):
         """In each layer drop the smallest ``|W|`` and grow the largest ``|dP|`` where nothing was."""
         for weight in weights:
             n = self.to_move(weight, fraction)
-            dropped = masks.lowest(weight.magnitudes, n)
             grown, _ = weight.steepest(n)
-            weight.exchange(dropped, grown)
+            weight.exchange(weight.smallest(n), grown)

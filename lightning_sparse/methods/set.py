@@ -7,7 +7,7 @@ ended; connections that were just dropped are not drawn again; new ones start at
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse import masks, sampling
+from lightning_sparse import sampling
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
 from lightning_sparse.storage.training import SparseStorage
@@ -59,6 +59,5 @@ class SET(SparseStorage, PruneAndGrow):
         """In each layer drop the smallest ``|W|`` and grow at random where nothing was."""
         for weight in weights:
             n = self.to_move(weight, fraction)
-            dropped = masks.lowest(weight.magnitudes, n)
             grown = sampling.free_positions(n, weight.positions, weight.size, self.generator)
-            weight.exchange(dropped, grown)
+            weight.exchange(weight.smallest(n), grown)

@@ -92,9 +92,9 @@ class SparseWeight(MaskedWeight):
         return self.sparse.col
 
     @property
-    def positions(self) -> Tensor:  # noqa: D102  (inherited)
+    def places(self) -> Tensor:  # noqa: D102  (inherited)
         if self.layer is not None:
-            return self.sparse.positions.cpu()
+            return self.sparse.positions
         if self._positions is None:
             raise RuntimeError(f"The connections of {self.name} are in the module's part of the checkpoint.")
         return self._positions
@@ -174,13 +174,14 @@ class SparseWeight(MaskedWeight):
             factor = (math.prod(self.shape[1:]) / fan_in.clamp(min=1).double()).sqrt()
             self.W.mul_(factor.repeat_interleave(fan_in, output_size=self.active))
 
-    def exchange(self, dropped: Tensor, grown: Tensor, value: float = 0.0) -> None:
+    def exchange(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:
         """Move connections: values, gradients and optimizer state go with them; the new ones have no such state."""
-        if not (dropped.any() or len(grown)):
+        if not (len(dropped) or len(grown)):
             return
-        kept = ~dropped
-        positions, order = torch.cat((self.positions[kept.cpu()], grown)).sort()
-        order = order.to(self.W.device)
+        kept = torch.ones(self.active, dtype=torch.bool)
+        kept[torch.searchsorted(self.positions, dropped)] = False
+        positions, order = torch.cat((self.positions[kept], grown)).sort()
+        kept, order = kept.to(self.W.device), order.to(self.W.device)
 
         def moved(x: Tensor, new: Tensor) -> Tensor:
             return torch.cat((x[kept], new.to(x)))[order]
