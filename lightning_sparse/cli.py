@@ -70,6 +70,7 @@ def run(args: Sequence[str]) -> Any:
     except ValueError as error:
         raise SystemExit(f"lightning-sparse: {error}") from error
     warnings.filterwarnings("ignore", "The '.*dataloader' does not have many workers")  # data in memory need none
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # ours are those of the command line
     return _cli_class()(
         name,
         LightningModule,
@@ -140,8 +141,8 @@ def _cli_class() -> Any:
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             """Add what runs have by default: a CSV log, a last checkpoint and a monitor, in runs/NAME."""
             given = self._get(self.config_init, "trainer")
-            if self.subcommand != "fit":
-                self.save_config_callback = None  # it would make a directory of logs for its file
+            if self.subcommand != "fit" or given.logger is False:
+                self.save_config_callback = None  # it would make a directory of logs, or write where the command runs
             if given.logger is None:
                 log = CSVLogger("runs", name=self.run_name or type(self.model).__name__)
                 kwargs["logger"] = log if self.subcommand == "fit" else False

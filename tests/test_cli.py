@@ -74,6 +74,20 @@ def test_a_second_run_leaves_the_first_alone(elsewhere):
     assert len(list(elsewhere.glob("runs/dense-lenet300-digits/version_[01]/checkpoints/last.ckpt"))) == 2
 
 
+def test_runs_without_a_logger_write_no_configuration_that_a_second_one_would_stumble_over(elsewhere):
+    for _ in range(2):
+        fit = ["fit", "--recipe", "dense-lenet300-digits", *SHORT, "--trainer.logger=false"]
+        cli.run([*fit, "--trainer.enable_checkpointing=false"])
+    assert not list(elsewhere.iterdir())
+
+
+def test_arguments_of_the_command_line_are_not_warned_of(monkeypatch, recwarn):
+    args = ["fit", "--recipe", "dense-lenet300-digits", *SHORT, "--trainer.logger=false", "--trainer.fast_dev_run=true"]
+    monkeypatch.setattr(sys, "argv", ["lightning-sparse", *args])
+    cli.main()
+    assert not [warning for warning in recwarn if "args" in str(warning.message)]
+
+
 def test_a_run_is_resumed_validated_tested_and_predicted(elsewhere, capsys):
     cli.run(["fit", "--recipe", "dst-lenet300-digits", *SHORT])
     (path,) = elsewhere.glob("runs/*/version_0/checkpoints/last.ckpt")
