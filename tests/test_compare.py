@@ -268,6 +268,18 @@ def test_the_table_has_means_and_deviations_of_what_is_known():
     assert cells[4] == ["RigL", "0.95", "", "", "", "0"]
 
 
+def test_several_sparsities_are_columns_of_a_second_table():
+    rows = [*ROWS, results.Row("DST", "DST a=1", None, {0: {"metric": 0.75, "density": 0.25}})]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in results.by_sparsity(rows, "acc").split("\n")
+    ]
+    assert cells[0] == ["method", "acc % at 0.9", "acc % at 0.95", "own density"]
+    assert cells[2] == ["dense", "", "", "98.00 ± 1.41 at density 100.00 ± 0.00 %"]
+    assert cells[3] == ["RigL", "90.00", "", ""]
+    assert cells[4] == ["DST a=1", "", "", "75.00 at density 25.00 %"]
+    assert results.by_sparsity(rows[:2], "acc") == ""
+
+
 @pytest.mark.parametrize(("metric", "value", "shown"), [("acc", 97.5, "97.5000"), ("loss", 0.5, "0.5000")])
 def test_metrics_that_are_no_shares_are_shown_as_they_are(metric, value, shown):
     table = results.markdown([results.Row("dense", "dense", None, {0: {"metric": value}})], metric)

@@ -216,8 +216,8 @@ def _row(entry: Entry, seeds: Sequence[int], runs: dict[tuple[str, int], Run], m
 def _report(
     rows: Sequence[results.Row], given: argparse.Namespace, out: Path, plot: Path | None, title: str, args: list[str]
 ) -> None:
-    """Print the table; write it, and the plot."""
-    table = results.markdown(rows, given.metric)
+    """Print the table, with several sparsities a second one of these; write them, and the plot."""
+    table = "\n\n".join(filter(None, (results.markdown(rows, given.metric), results.by_sparsity(rows, given.metric))))
     caption = (
         f"Mean ± sample standard deviation over the seeds. {given.jobs} at a time, threads a run: {given.threads}. "
         f"lightning_sparse {lightning_sparse.__version__}, torch {torch.__version__}, "

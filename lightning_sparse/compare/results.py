@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLUMNS", "Column", "Row", "history", "is_percent", "markdown", "numbers", "summarise", "write_csv"]
+__all__ = [
+    "COLUMNS",
+    "Column",
+    "Row",
+    "by_sparsity",
+    "history",
+    "is_percent",
+    "markdown",
+    "numbers",
+    "summarise",
+    "write_csv",
+]
 
 Epoch = dict[str, float]
 
@@ -178,6 +189,28 @@ def markdown(rows: Sequence[Row], metric: str) -> str:
     for row in rows:
         cells = [_cell(row.values(column.name), column) for column in used]
         table.append([row.title, "" if row.sparsity is None else f"{row.sparsity:g}", *cells, str(len(row.runs))])
+    return _table(table)
+
+
+def by_sparsity(rows: Sequence[Row], metric: str) -> str:
+    """Return the metric alone, a row for each method and a column for each sparsity; nothing for fewer than two.
+
+    Methods that find a density of their own have it beside the metric, and dense training has 100 %.
+    """
+    sparsities = sorted({row.sparsity for row in rows if row.sparsity is not None})
+    if len(sparsities) < 2:
+        return ""
+    columns = {column.name: column for column in _columns(rows, metric)}
+    table = [["method", *(f"{columns['metric'].title} at {sparsity:g}" for sparsity in sparsities), "own density"]]
+    for title in dict.fromkeys(row.title for row in rows):
+        cells = {row.sparsity: _cell(row.values("metric"), columns["metric"]) for row in rows if row.title == title}
+        own = [_cell(row.values("density"), columns["density"]) for row in rows if row.title == title]
+        at_own = f"{cells[None]} at density {own[0]} %" if cells.get(None) else ""
+        table.append([title, *(cells.get(sparsity, "") for sparsity in sparsities), at_own])
+    return _table(table)
+
+
+def _table(table: list[list[str]]) -> str:
     table = [[cell.replace("|", "\\|") for cell in line] for line in table]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in table]
