@@ -3,8 +3,9 @@
 ``python -m lightning_sparse.bench overhead`` times a bare training step with each method against a dense one,
 ``... trainer`` the same in a Lightning Trainer, ``... compile`` compiled by inductor against eager; ``... hooks`` shows
 the cost of Lightning's hooks alone, ``... memory`` the peak memory, ``... update`` the time in which methods of prune
-and grow move connections (``--storages masked,sparse``), ``... storage`` time and memory of truly sparse layers,
-``... traffic`` what two processes send in a step, ``... monitor`` the share of SparsityMonitor in the time of an epoch.
+and grow move connections (``--storages masked,sparse``), ``... ranking`` that of GGR's allocation among layers alone,
+``... storage`` time and memory of truly sparse layers, ``... traffic`` what two processes send in a step,
+``... monitor`` the share of SparsityMonitor in the time of an epoch.
 ``--help`` lists the options.
 """
 
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,11 +29,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_sparse import (
     DFBST,
+    DSR,
     DST,
     GGR,
+    ITOP,
+    MEST,
     SET,
+    SNFS,
     STR,
     AutoSparse,
+    DeepR,
     MemoryEfficientDST,
     RigL,
     SparsityMonitor,
@@ -41,8 +47,10 @@ from lightning_sparse import (
 )
 from lightning_sparse._lightning import PACKAGE, Callback, DDPStrategy, LightningModule, Trainer
 from lightning_sparse.callback import SparseCallback
-from lightning_sparse.distributions import budget
+from lightning_sparse.distributions import budget, share
 from lightning_sparse.layers import choose
+from lightning_sparse.masked import MaskedWeight
+from lightning_sparse.methods import ggr
 from lightning_sparse.models import VGG16, LeNet300, ResNet18
 from lightning_sparse.process import peak_memory, resident_memory
 from lightning_sparse.prune_and_grow import PruneAndGrow
@@ -58,11 +66,19 @@ METHODS: dict[str, Callable[..., SparseCallback]] = {
     "dfbst": lambda: DFBST(alpha=5e-4, beta=0.01),
     "autosparse": lambda: AutoSparse(alpha=0.75, init_threshold=-5.0),
     "str": lambda: STR(init_threshold=-5.0),
-    # connections move when the benchmark says so
-    "set": lambda **options: SET(**{"sparsity": 0.9, "update_every": _NEVER, **options}),
-    "rigl": lambda **options: RigL(**{"sparsity": 0.9, "update_every": _NEVER, **options}),
-    "ggr": lambda **options: GGR(**{"sparsity": 0.9, "update_every": _NEVER, **options}),
+    "deepr": lambda: DeepR(sparsity=0.9),
 }
+for _method in (
+    SET,
+    RigL,
+    SNFS,
+    DSR,
+    ITOP,
+    MEST,
+    GGR,
+    MemoryEfficientDST,
+):  # connections move when the benchmark says so
+    METHODS[_method.__name__.lower()] = partial(_method, sparsity=0.9, update_every=_NEVER)
 
 
 def mlp4096() -> nn.Module:
@@ -199,13 +215,26 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     return module
 
 
+def _move(callback: PruneAndGrow, weights: Sequence[MaskedWeight]) -> None:
+    callback.update(weights, 0.3, 1.0)
+
+
+def _rank(callback: PruneAndGrow, weights: Sequence[MaskedWeight]) -> None:
+    ggr.ranking(weights, share(0.1, sum(weight.active for weight in weights)), [0] * len(weights))
+
+
 def _mover(
-    arguments: argparse.Namespace, method: str, storage: str, sparsity: float, device: str
+    arguments: argparse.Namespace,
+    method: str,
+    storage: str,
+    sparsity: float,
+    device: str,
+    move: Callable[[PruneAndGrow, Sequence[MaskedWeight]], None] = _move,
 ) -> Callable[[], float]:
-    """Return a function that takes a step in which connections move, and returns the seconds that these take."""
+    """Return a function that takes a step in which connections move, and returns the seconds that ``move`` takes."""
     torch.manual_seed(0)
     build, shape = NETWORKS[arguments.network]
-    callback = METHODS[method](sparsity=sparsity, storage=storage)
+    callback = METHODS[method](sparsity=sparsity, **({"storage": storage} if storage != "masked" else {}))
     if not isinstance(callback, PruneAndGrow):
         raise ValueError(f"--methods: {method} does not prune and grow.")
     if storage == "sparse":
@@ -226,7 +255,7 @@ def _mover(
         module(x).square().mean().backward()
         start = time.perf_counter()
         with torch.no_grad():
-            callback.update(pool.weights, 0.3, 1.0)
+            move(callback, pool.weights)
         if device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -237,6 +266,17 @@ def _mover(
         return seconds
 
     return step
+
+
+def ranking(arguments: argparse.Namespace) -> None:
+    """Print how long GGR takes to find which layers get a tenth of the connections: the first update's share."""
+    print(f"{arguments.network}, {_hardware(arguments.device)}")
+    for sparsity in (arguments.sparsities or "0.9").split(","):
+        step = _mover(arguments, "ggr", "masked", float(sparsity), arguments.device, _rank)
+        times = [1e3 * step() for _ in range(arguments.rounds)]
+        print(
+            f"{sparsity} ranking: {statistics.median(times):.0f} ms ({min(times):.0f} to {max(times):.0f})", flush=True
+        )
 
 
 def update(arguments: argparse.Namespace) -> None:
@@ -600,6 +640,7 @@ def main(arguments: list[str] | None = None) -> None:
         "overhead": overhead,
         "memory": memory,
         "update": update,
+        "ranking": ranking,
         "compile": compiled,
         "trainer": trainer,
         "hooks": hooks,
