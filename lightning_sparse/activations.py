@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
 from lightning_sparse import masks
@@ -51,7 +52,14 @@ class SparseInput:
     @staticmethod
     def suits(layer: nn.Module) -> bool:
         """Tell whether ``layer`` is a linear or convolution layer that reads its input as it is, or padded with 0."""
-        return isinstance(layer, _LAYERS) and getattr(layer, "padding_mode", "zeros") == "zeros"
+        if not isinstance(layer, _LAYERS) or isinstance(layer, NonDynamicallyQuantizableLinear):  # attention's own
+            return False
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            return False
+        if getattr(layer, "padding", 0) != "same":
+            return True
+        spans = zip(getattr(layer, "kernel_size", ()), getattr(layer, "dilation", ()), strict=True)
+        return all(d * (k - 1) % 2 == 0 for k, d in spans)  # else torch pads a copy first
 
     def register(self, layer: nn.Module) -> list[RemovableHandle]:
         """Put the hooks on ``layer``; return what takes them away."""

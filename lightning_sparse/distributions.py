@@ -21,6 +21,7 @@ __all__ = [
     "layer_counts",
     "least",
     "share",
+    "shrunk",
     "uniform",
     "uniform_first_dense",
 ]
@@ -128,6 +129,18 @@ def apportion(total: int, weights: Sequence[float], capacities: Sequence[int]) -
         left = total - sum(result)
         open_ = [i for i in open_ if i not in full]
     return result
+
+
+def shrunk(counts: Sequence[int], final: Sequence[int], total: int) -> list[int]:
+    """Take what ``counts`` have above ``final`` away in equal proportions, until ``total`` are left.
+
+    >>> shrunk([100, 20], [10, 20], 75)
+    [55, 20]
+    """
+    final = [min(n, count) for n, count in zip(final, counts, strict=True)]
+    above = [count - n for n, count in zip(final, counts, strict=True)]
+    left = apportion(total - sum(final), above, above)
+    return [n + more for n, more in zip(final, left, strict=True)]
 
 
 def uniform(shapes: Sequence[Shape], total: int) -> list[int]:

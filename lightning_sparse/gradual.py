@@ -91,9 +91,19 @@ class GradualPruning(MaskedCallback):
     def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
         """Let the newcomers, which start with ``initial_sparsity``, join at the present point of the schedule."""
         super().attach_more(choices, optimizer)
-        self._pools[id(optimizer)].due = True
+        pool = self._pools[id(optimizer)]
+        pool.due = True
+        if "start" in pool.values:
+            pool.values["start"] += sum(self._weights[choice.name].active for choice in choices)
 
     # ------------------------------------------------------------------ how many
+
+    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+        """Draw the masks of each optimizer's weights by themselves, as their schedule will go on."""
+        for pool in self._pools.values() if self.initial_sparsity else ():
+            own = [weight for weight in weights if any(weight is other for other in pool.weights)]
+            if own:
+                super().initial_masks(own)
 
     def final(self, pool: Pool) -> int:
         """Return the number of connections at the end of the schedule."""

@@ -431,6 +431,7 @@ class MaskedCallback(SparseCallback):
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
         pool = self._pools.get(id(optimizer), Pool())
+        pool.moved = False  # in a step that AMP has skipped
         weights = [w for w in pool.weights if w.parameter is not None and w.parameter.grad is not None]
         if share and weights:
             self.observe(weights, scale)

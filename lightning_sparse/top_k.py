@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse import checks, distributions, masks
 from lightning_sparse.callback import refuse_other_sparsity
-from lightning_sparse.distributions import budget, floors, layer_counts
+from lightning_sparse.distributions import budget, floors, layer_counts, shrunk
 from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight
 from lightning_sparse.layers import Choice
 
@@ -70,6 +70,10 @@ class TopKCallback(LatentCallback):
 
     def active(self, weights: Sequence[LatentWeight], updates: int) -> int:
         """Return how many of the weights of one optimizer are active after so many updates."""
+        return self.final(weights)
+
+    def final(self, weights: Sequence[LatentWeight]) -> int:
+        """Return how many of the weights of one optimizer the asked sparsity leaves."""
         return budget(self.sparsity_target, sum(weight.latent.numel() for weight in weights))
 
     def is_due(self, updates: int) -> bool:
@@ -100,8 +104,17 @@ class TopKCallback(LatentCallback):
         total = self.active(weights, self._clock(weights))
         if self.scope == "layer":
             shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
-            return list(layer_counts(self.distribution, shapes, total, self.min_layer_density).values())
+            final = layer_counts(self.distribution, shapes, self.final(weights), self.min_layer_density)
+            return shrunk(sizes, list(final.values()), total)
         return self.largest(weights, total, floors(self.min_layer_density, sizes, total))
+
+    def check(self, weights: Sequence[LatentWeight]) -> None:
+        """Raise ValueError if the counts at the end of a schedule cannot be met by the weights of one optimizer."""
+        if self.scope == "layer":
+            shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
+            layer_counts(self.distribution, shapes, self.final(weights), self.min_layer_density)
+        else:
+            floors(self.min_layer_density, [weight.latent.numel() for weight in weights], self.final(weights))
 
     def largest(self, weights: Sequence[LatentWeight], total: int, floors: Sequence[int]) -> list[int]:
         """Return how many of the ``total`` largest scores of all lie in each weight, ``floors`` of them in any case."""
@@ -134,7 +147,8 @@ class TopKCallback(LatentCallback):
         fresh = [weight for weight in self._weights.values() if not any(weight is old for old in held)]
         if not resumed:
             self._updates = {}
-        self._begin(fresh)
+        for optimizer in optimizers:
+            self._begin([weight for weight in self._owned(optimizer) if any(weight is other for other in fresh)])
 
     @torch.no_grad()
     def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102

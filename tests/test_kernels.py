@@ -21,6 +21,14 @@ def draw(shape, seed, dtype=torch.float64):
     return W, dP, tau
 
 
+@pytest.mark.parametrize("kernels", MODULES)
+def test_contributions_of_a_row_with_a_subnormal_sum_are_finite(kernels):
+    gradient, tau = torch.tensor([[1e-41, 0.0, -3e-41], [0.0, 0.0, 0.0]]), torch.zeros(2, 1)
+    weighted, plain, moments = torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, dtype=torch.float64)
+    kernels.backward_mask(gradient, tau, torch.empty(2, 1, dtype=torch.uint8), weighted, plain, moments)
+    assert all(x.isfinite().all() for x in (gradient, weighted, plain, moments))
+
+
 def surrogate(x):
     a = x.abs()
     return torch.where(a <= 0.4, 2 - 4 * a, (a <= 1).double() * 0.4)

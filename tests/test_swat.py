@@ -228,6 +228,19 @@ def test_layers_that_do_not_read_one_input_plainly_have_sparse_weights_alone():
     assert callback.layer_gradient_density["net.head.weight"] == 0.25
 
 
+def test_inputs_that_are_copied_before_they_are_read_are_not_told_as_sparse():
+    """Attention's output projection is never called, and torch pads a copy for even kernels with padding="same"."""
+    assert not SparseInput.suits(nn.MultiheadAttention(4, 2).out_proj)
+    assert [SparseInput.suits(nn.Conv2d(2, 2, k, padding="same")) for k in (1, 2, 3, (3, 4))] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert SparseInput.suits(nn.Conv1d(2, 2, 2, dilation=2, padding="same"))
+    assert SparseInput.suits(nn.Conv1d(2, 2, 2, padding=1))
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, "x"])
 def test_bad_arguments_are_refused(value):
     with pytest.raises(ValueError, match=r"^activation_sparsity must be a number from 0 to 1, got"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.kernels.bits import GATHER
+from lightning_sparse.kernels.torch_kernels import TINY
 
 __all__ = [
     "add_rows",
@@ -132,7 +133,7 @@ def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor, alpha: float
 @_compile
 def _backward_mask(G, tau, bits, weighted, plain, moments):  # type: ignore[no-untyped-def]
     real = G.dtype.type
-    one, zero, two, four, tail = real(1), real(0), real(2), real(4), real(0.4)
+    one, zero, two, four, tail, tiny = real(1), real(0), real(2), real(4), real(0.4), real(TINY)
     out, n = G.shape
     mask = np.zeros(8 * bits.shape[1], np.uint8)
     words, gather, shift = mask.view(np.uint64), np.uint64(GATHER), np.uint64(56)
@@ -141,7 +142,7 @@ def _backward_mask(G, tau, bits, weighted, plain, moments):  # type: ignore[no-u
         total = zero
         for j in range(n):
             total += abs(G[i, j])
-        scale = one / total if total != zero else zero
+        scale = zero if total < tiny else one / total
         a, b, c, d = zero, zero, zero, zero
         for j in range(n):
             g = G[i, j]

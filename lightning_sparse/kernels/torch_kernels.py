@@ -27,6 +27,9 @@ __all__ = [
     "variance_penalty",
 ]
 
+#: a row of contributions whose sum is below counts as zeros: the reciprocal of a subnormal sum may be infinite
+TINY = 2.0**-126
+
 _CHUNK = 1 << 18
 _TWO = {dtype: torch.tensor(2.0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -133,7 +136,7 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
         g = G[rows].to(tau.dtype)
         kept = torch.abs(g, out=_buffer(g, 0))
         total = kept.sum(1, keepdim=True)
-        kept.mul_(total.masked_fill_(total == 0, 1).reciprocal_()).sub_(tau[rows])
+        kept.mul_(total.masked_fill_(total < TINY, 1).reciprocal_()).sub_(tau[rows])
         gh = torch.abs(kept, out=_buffer(g, 1))
         gh = _surrogate_(gh, _buffer(g, 2), bound=tau[rows]).mul_(g)  # a share is at most 1
         kept.ge_(0)

@@ -4,6 +4,7 @@ Equations 1-9. Decisions: alpha is annealed over the Trainer's epochs; the set B
 found anew at every step, per layer, and never smaller than the active set A.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -126,4 +127,4 @@ def _largest(magnitude: Tensor, T: Tensor, density: float) -> Tensor:
     """Return B: the share ``density`` of largest magnitudes, at least all above ``T``."""
     active = magnitude > T
     k = round(density * magnitude.numel())
-    return active if int(active.sum()) >= k else top_k(magnitude, k)
+    return active if int(active.sum()) >= k else top_k(magnitude.masked_fill_(active, math.inf), k)

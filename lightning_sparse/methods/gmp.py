@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_sparse import checks
-from lightning_sparse.distributions import apportion, layer_counts
+from lightning_sparse.distributions import layer_counts, shrunk
 from lightning_sparse.gradual import GradualPruning
 from lightning_sparse.masked import MaskedWeight, Pool
 
@@ -68,9 +68,6 @@ class GMP(GradualPruning):
 
     def layer_counts(self, pool: Pool) -> list[int]:
         """Shrink what each layer has above its final count, in equal proportions."""
-        shapes = {weight.name: tuple(weight.mask.shape) for weight in pool.weights}
-        counts = layer_counts(self.distribution, shapes, self.final(pool), self.min_layer_density)
-        final = [min(counts[weight.name], weight.active) for weight in pool.weights]
-        above = [weight.active - n for weight, n in zip(pool.weights, final, strict=True)]
-        left = apportion(self.asked(pool) - sum(final), above, above)
-        return [n + more for n, more in zip(final, left, strict=True)]
+        shapes = {weight.name: weight.shape for weight in pool.weights}
+        final = layer_counts(self.distribution, shapes, self.final(pool), self.min_layer_density)
+        return shrunk([weight.active for weight in pool.weights], list(final.values()), self.asked(pool))

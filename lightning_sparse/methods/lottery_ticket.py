@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_sparse import checks, masks
 from lightning_sparse._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_sparse.before_training import budgets
-from lightning_sparse.distributions import apportion, budget, floors, layer_counts
+from lightning_sparse.distributions import budget, floors, layer_counts, shrunk
 from lightning_sparse.layers import Choice
 from lightning_sparse.masked import MaskedCallback, MaskedWeight
 
@@ -126,6 +126,9 @@ class LotteryTicket(MaskedCallback):
 
     # ------------------------------------------------------------------ prune and rewind
 
+    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+        """Begin dense, as all weights are."""
+
     def count(self, weights: Sequence[MaskedWeight], rounds: int) -> int:
         """Return the number of connections that so many rounds leave to ``weights``."""
         size = sum(weight.size for weight in weights)
@@ -134,7 +137,7 @@ class LotteryTicket(MaskedCallback):
     @torch.no_grad()
     def _prune(self, weights: Sequence[MaskedWeight]) -> None:
         """Keep the largest ``|W|``, as many as the rounds so far leave."""
-        total, active = self.count(weights, self._pruned), [weight.active for weight in weights]
+        total = self.count(weights, self._pruned)
         if self.scope == "global":
             counts = masks.count_global_top_k(
                 [weight.W for weight in weights],
@@ -144,9 +147,10 @@ class LotteryTicket(MaskedCallback):
                 score=torch.abs,
             )
         else:
-            shapes = {weight.name: tuple(weight.mask.shape) for weight in weights}
-            wanted = layer_counts(self.distribution, shapes, total, self.min_layer_density)
-            counts = apportion(total, [wanted[weight.name] for weight in weights], active)
+            shapes = {weight.name: weight.shape for weight in weights}
+            final = self.count(weights, self.rounds)
+            least = layer_counts(self.distribution, shapes, final, self.min_layer_density)
+            counts = shrunk([weight.active for weight in weights], list(least.values()), total)
         for weight, count in zip(weights, counts, strict=True):
             kept = masks.top_k(weight.W.abs(), count, among=weight.mask)
             weight.change(weight.mask & ~kept, torch.zeros_like(kept))

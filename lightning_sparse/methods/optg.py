@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException
-from lightning_sparse.distributions import budget
 from lightning_sparse.latent import LatentWeight
 from lightning_sparse.top_k import TopKCallback
 
@@ -85,6 +84,19 @@ class OptG(TopKCallback):
                 "OptG must know how long the training is, to reach its sparsity in time. "
                 "Give the Trainer max_epochs or max_steps."
             )
+        for optimizer in trainer.optimizers:
+            self.check(self._owned(optimizer))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Tell of a training that ended before its schedule."""
+        for optimizer in trainer.optimizers:
+            weights = self._owned(optimizer)
+            held, final = self.chosen(weights), self.final(weights)
+            if held > final:
+                self._warn_once(
+                    f"OptG has {held} active weights, not {final}: only {self._clock(weights)} updates of "
+                    f"{self.end()} planned were made. Lower end_at, or set max_epochs or max_steps to what is trained."
+                )
 
     def end(self) -> int:
         """Return the number of updates after which the target is reached."""
@@ -94,13 +106,16 @@ class OptG(TopKCallback):
         """Tell whether the mask is found anew after so many updates, the schedule's last in any case."""
         return super().is_due(updates) or updates == self.end()
 
+    def chosen(self, weights: Sequence[LatentWeight]) -> int:
+        """Return the number of weights that are active now."""
+        return sum(int(weight.buffers["A"].count_nonzero()) for weight in weights)
+
     def active(self, weights: Sequence[LatentWeight], updates: int) -> int:
         """Return the number of weights that the schedule leaves, never more than before."""
-        held = sum(int(weight.buffers["A"].count_nonzero()) for weight in weights)
+        held = self.chosen(weights)
         if updates == 0:
             return held
-        size = sum(weight.latent.numel() for weight in weights)
-        final = budget(self.sparsity_target, size)
+        size, final = sum(weight.latent.numel() for weight in weights), self.final(weights)
         u = min(updates / self.end(), 1.0)
         low, now, high = (_logistic(self.steepness * (x - 0.5)) for x in (0.0, u, 1.0))
         return min(held, size - round((size - final) * (now - low) / (high - low)))
@@ -123,4 +138,4 @@ class OptG(TopKCallback):
 
 
 def _logistic(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
+    return 0.5 * (1 + math.tanh(x / 2))  # exp would overflow
