@@ -25,7 +25,7 @@ from torch import nn
 
 import lightning_sparse.storage.backends as storage_backends
 import lightning_sparse.storage.training as training
-from lightning_sparse import DSR, DST, GGR, SET, MemoryEfficientDST, RandomPruning, RigL, masks
+from lightning_sparse import DSR, DST, GGR, ITOP, SET, MemoryEfficientDST, RandomPruning, RigL, masks
 from lightning_sparse.kernels import numba_kernels
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
@@ -48,6 +48,8 @@ METHODS = {
     "GGR": lambda **kw: GGR(
         **{"sparsity": 0.8, "drop_fraction": 0.3, "update_every": 7, "stop_at": 0.9, "min_layer_density": 0.05, **kw}
     ),
+    "ITOP gradient": lambda **kw: ITOP(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "ITOP random": lambda **kw: ITOP(**{"sparsity": 0.8, "growth": "random", "update_every": 7, **kw}),
     "DSR": lambda **kw: DSR(**{"sparsity": 0.8, "init_threshold": 0.05, "update_every": 7, **kw}),
     "RandomPruning": lambda **kw: RandomPruning(**{"sparsity": 0.8, **kw}),
 }
@@ -450,9 +452,9 @@ def test_growth_does_not_depend_on_how_many_rows_are_looked_at_at_once(method, n
     assert all(torch.equal(x, module.state_dict()[name]) for name, x in expected.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["RigL", "GGR", "DSR"])
+@pytest.mark.parametrize("method", ["RigL", "GGR", "ITOP gradient", "ITOP random", "DSR"])
 def test_no_tensor_is_near_the_size_of_the_dense_weight(method, monkeypatch):
-    """Nor of its gradient, in the whole of a fit with updates."""
+    """Nor of its gradient, in the whole of a fit with updates; ITOP has a bit for each weight."""
     monkeypatch.setattr(training, "measure", lambda layer: {"numba": 0.5, "dense": 1.0})  # Largest sees no CSR tensor
     monkeypatch.setattr(training, "DENSE_LIMIT", 0)
     monkeypatch.setattr(training, "_CHUNK", 1 << 14)
@@ -467,7 +469,7 @@ def test_no_tensor_is_near_the_size_of_the_dense_weight(method, monkeypatch):
         fit(METHODS[method](storage="sparse", sparsity=0.98, update_every=2, min_layer_density=0.0), module)
     assert type(module.net[2]) is SparseLinear
     rows = (1 << 14) // 4 // 300
-    assert largest.size < 300 * 300 / 10
+    assert largest.size <= 300 * 300 / (8 if "ITOP" in method else 10)
     if method in ("RigL", "GGR"):
         assert rows * 300 <= largest.size, "they look at some rows at a time"
 
@@ -594,7 +596,7 @@ def test_other_methods_refuse_sparse_layers(monkeypatch):
     fit(SET(0.8), to_dense(module))
 
 
-@pytest.mark.parametrize("method", [SET, RigL, GGR, DSR, MemoryEfficientDST, RandomPruning])
+@pytest.mark.parametrize("method", [SET, RigL, GGR, ITOP, DSR, MemoryEfficientDST, RandomPruning])
 def test_arguments_are_checked(method):
     with pytest.raises(ValueError, match=r"storage must be one of \['masked', 'sparse'\], got 'dense'"):
         method(0.8, storage="dense")
@@ -690,7 +692,7 @@ def test_a_step_sends_the_nonzeros_alone(ranks):
     for case in [case for case in ranks[0] if isinstance(case, tuple)]:
         steps = ranks[0][case]["bytes"]
         assert len(steps) == 40 // case[1]
-        sent = {"SET masked": 392, "SET": 78, "RigL": 78}.get(case[0], 78 + 3)
+        sent = {"SET masked": 392, "SET": 78, "RigL": 78, "ITOP": 78}.get(case[0], 78 + 3)
         plain = [step for number, step in enumerate(steps) if number % 5 or not number]
         assert set(plain) == {8 * (sent + 30)}, case
 
