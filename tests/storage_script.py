@@ -12,7 +12,7 @@ from test_precision import Scaler, Unmixed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import DSR, GGR, ITOP, SET, MemoryEfficientDST, RigL
+from lightning_sparse import DSR, GGR, ITOP, MEST, SET, MemoryEfficientDST, RigL
 from lightning_sparse.bench import Traffic
 from lightning_sparse.storage.processes import average_gradients
 
@@ -25,6 +25,8 @@ METHODS = {
     "RigL": lambda: RigL(**OPTIONS, storage="sparse"),
     "GGR": lambda: GGR(**OPTIONS, drop_fraction=0.3, stop_at=0.9, storage="sparse"),
     "ITOP": lambda: ITOP(**OPTIONS, storage="sparse"),
+    "MEST": lambda: MEST(**OPTIONS, storage="sparse"),
+    "MEST soft bound": lambda: MEST(**OPTIONS, soft_bound=True, storage="sparse"),
     "DSR": lambda: DSR(**OPTIONS, init_threshold=0.05, storage="sparse"),
 }
 CASES = [("grabo", 1), *((name, 2) for name in METHODS)]
