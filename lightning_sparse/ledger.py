@@ -354,10 +354,16 @@ class Explored:
     bits: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
-    def start(self, name: str, mask: Tensor) -> None:
-        """Begin anew with the first mask of the weight ``name``."""
-        self.bits.pop(name, None)
-        self.add(name, mask)
+    def start(self, name: str, positions: Tensor, size: int) -> None:
+        """Begin anew: of the ``size`` connections of the weight ``name``, those at flat ``positions`` are active."""
+        self.bits[name], self.sizes[name] = torch.zeros((size + 7) // 8, dtype=torch.uint8), size
+        self.mark(name, positions)
+
+    def mark(self, name: str, positions: Tensor) -> None:
+        """See more active connections of the weight ``name``, by their flat positions, all different."""
+        bits, byte, place = self.bits[name], positions >> 3, positions & 7
+        new = bits[byte] >> place & 1 == 0
+        self.bits[name] = bits.index_add(0, byte[new], (1 << place[new]).to(torch.uint8))  # a sum of different bits
 
     def add(self, name: str, mask: Tensor) -> Tensor:
         """See a mask of the weight ``name``, and return its bits."""

@@ -87,6 +87,11 @@ class MaskedWeight:
         return self.W.reshape(-1).index_select(0, self.places).abs_()
 
     @property
+    def slopes(self) -> Tensor:
+        """``|dP|`` of the active connections, in the order of their positions."""
+        return self.dP.reshape(-1).index_select(0, self.places).abs_()
+
+    @property
     def W(self) -> Tensor:
         """The weight's values."""
         assert self.parameter is not None
@@ -130,13 +135,14 @@ class MaskedWeight:
         """Return ``|dP|`` of the inactive ones among every ``stride``-th connection."""
         return self.dP.reshape(-1)[::stride].abs()[~self.mask.reshape(-1)[::stride]]
 
-    def smallest(self, n: int) -> Tensor:
+    def smallest(self, n: int, scores: Tensor | None = None) -> Tensor:
         """Return the flat positions of the ``n`` active connections of smallest ``|W|``, ascending.
 
         Args:
             n: how many; of equals the earlier position's.
+            scores: what counts instead of ``|W|``, in the order of positions.
         """
-        return self.places[masks.lowest_positions(self.magnitudes, n)]
+        return self.places[masks.lowest_positions(self.magnitudes if scores is None else scores, n)]
 
     def steepest(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:
         """Return the flat positions of the ``n`` inactive connections of largest ``|dP|``, ascending, and these.

@@ -61,7 +61,7 @@ class PruneAndGrow(MaskedCallback):
         self._watched: dict[int, list[Hooks]] = {}
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
-        """Drop about ``fraction`` of the connections and grow as many, with ``MaskedWeight.exchange`` or ``change``.
+        """Drop about ``fraction`` of the connections and grow as many, with ``MaskedWeight.exchange``.
 
         What a method defines, unless it needs the pool and defines ``move``.
 

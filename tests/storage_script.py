@@ -12,7 +12,7 @@ from test_precision import Scaler, Unmixed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import GGR, SET, MemoryEfficientDST, RigL
+from lightning_sparse import DSR, GGR, ITOP, MEST, SET, MemoryEfficientDST, RigL
 from lightning_sparse.bench import Traffic
 from lightning_sparse.storage.processes import average_gradients
 
@@ -24,8 +24,12 @@ METHODS = {
     "synflow": lambda: MemoryEfficientDST(**OPTIONS, stop_at=0.9, heuristic="synflow", storage="sparse"),
     "RigL": lambda: RigL(**OPTIONS, storage="sparse"),
     "GGR": lambda: GGR(**OPTIONS, drop_fraction=0.3, stop_at=0.9, storage="sparse"),
+    "ITOP": lambda: ITOP(**OPTIONS, storage="sparse"),
+    "MEST": lambda: MEST(**OPTIONS, storage="sparse"),
+    "MEST soft bound": lambda: MEST(**OPTIONS, soft_bound=True, storage="sparse"),
+    "DSR": lambda: DSR(**OPTIONS, init_threshold=0.05, storage="sparse"),
 }
-CASES = [("SET masked", 2), ("SET", 2), ("grabo", 1), ("grabo", 2), ("synflow", 2), ("RigL", 2), ("GGR", 2)]
+CASES = [("grabo", 1), *((name, 2) for name in METHODS)]
 
 
 class Saves(pl.Callback):
@@ -104,7 +108,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rank, world, folder = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])
     results = {}
-    for method, accumulate in CASES if world == 2 else CASES[2:3]:
+    for method, accumulate in CASES if world == 2 else CASES[:1]:
         results[method, accumulate] = train(method, accumulate, rank, world, saves=folder / f"{method}.ckpt")
     if world == 2:
         results["resumed"] = train("grabo", 2, rank, world, resumes=folder / "grabo.ckpt")

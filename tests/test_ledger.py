@@ -21,6 +21,7 @@ from lightning_sparse.ledger import (
     stored_bytes,
     training,
 )
+from lightning_sparse.masks import positions
 from lightning_sparse.models import LeNet5Caffe, LeNet300, SequenceLSTM
 from lightning_sparse.storage import backends, torch_backend
 from lightning_sparse.storage.layers import SparseConv2d, SparseLinear
@@ -195,8 +196,19 @@ def test_what_was_active_once_stays_explored():
         mask[position] = True
         explored.add("a", mask)
     assert explored.rate(["a"]) == 0.3
-    explored.start("a", mask)
+    explored.start("a", torch.tensor([9]), 10)
     assert explored.rate(["a"]) == 0.1
+
+
+def test_positions_are_explored_as_masks_are():
+    mask, more = (torch.rand(3, 7, generator=torch.Generator().manual_seed(seed)) < 0.4 for seed in (0, 1))
+    by_mask, by_position = Explored(), Explored()
+    by_position.start("a", positions(mask), 21)
+    by_position.mark("a", positions(more))
+    for x in (mask, more):
+        by_mask.add("a", x)
+    assert torch.equal(by_position.bits["a"], by_mask.bits["a"])
+    assert by_position.sizes == by_mask.sizes
 
 
 def test_each_memory_is_counted_once():

@@ -185,6 +185,7 @@ def test_itop_remembers_what_has_been_active():
     callback = ITOP(0.5)
     module, _, weights = attached(callback, W)
     graded(module, DP)
+    callback._explored.start(weights[0].name, weights[0].positions, 8)
     assert callback.exploration_rate == 0.5
     callback.update(weights, 0.5, 1.0)
     assert grid(weights[0]) == [[1, 0, 1, 0], [0, 0, 1, 1]]

@@ -8,15 +8,16 @@ in proportion; each optimizer has a threshold of its own.
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse import checks, masks
+from lightning_sparse import checks, masks, sampling
 from lightning_sparse.distributions import share
 from lightning_sparse.masked import MaskedWeight, Pool
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.storage.training import SparseStorage
 
 __all__ = ["DSR"]
 
 
-class DSR(PruneAndGrow):
+class DSR(SparseStorage, PruneAndGrow):
     """Dynamic Sparse Reparameterization: one adaptive threshold for all layers; who keeps more gets more.
 
     All connections with ``|W| < H`` are dropped, and as many are grown at random, shared out among layers in proportion
@@ -32,8 +33,11 @@ class DSR(PruneAndGrow):
         update_every: number of optimizer steps from update to update; None: at the first step of each epoch but the
             first.
         stop_at: share of the training after which connections stay, in (0, 1].
+        storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
+            memory and time in proportion to them (linear layers and 2-d convolutions only).
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`.
+            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
+            :class:`~lightning_sparse.storage.training.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -47,6 +51,8 @@ class DSR(PruneAndGrow):
         ICML 2019.
     """
 
+    resizes = True
+
     def __init__(
         self,
         sparsity: float,
@@ -56,9 +62,10 @@ class DSR(PruneAndGrow):
         decay: str = "none",
         update_every: int | None = 100,
         stop_at: float = 0.9,
+        storage: str = "masked",
         **options: Any,
     ) -> None:
-        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
+        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
         checks.at_least(0, "The paper's value is 1e-3.", init_threshold=init_threshold)
         checks.fraction("The paper's value is 0.1.", tolerance=tolerance)
         if not init_threshold:
@@ -83,7 +90,7 @@ class DSR(PruneAndGrow):
     def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
         """Drop what is below H in all layers, adapt H, and grow at random in proportion to each layer's survivors."""
         H = pool.values.setdefault("threshold", self.init_threshold)
-        below = [masks.count(weight.mask & (weight.W.abs() < H)) for weight in weights]
+        below = [masks.count(weight.magnitudes < H) for weight in weights]
         target = share(self.fraction(pool), sum(weight.active for weight in weights))
         pool.values["threshold"] = adapted(H, sum(below), target, self.tolerance)
 
@@ -91,9 +98,8 @@ class DSR(PruneAndGrow):
         survivors = [weight.active - n for weight, n in zip(weights, drops, strict=True)]
         grows = self.to_grow(weights, drops, survivors)
         for weight, fewer, more in zip(weights, drops, grows, strict=True):
-            dropped = masks.lowest(weight.W.abs(), fewer, among=weight.mask)
-            grown = masks.random(~weight.mask, more, self.generator)
-            weight.change(dropped, grown)
+            grown = sampling.free_positions(more, weight.positions, weight.size, self.generator)
+            weight.exchange(weight.smallest(fewer), grown)
 
 
 def adapted(threshold: float, dropped: int, target: int, tolerance: float) -> float:

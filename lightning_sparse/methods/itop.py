@@ -7,7 +7,6 @@ in the end nearly all weights have been active once. Decisions as in ``rigl.py``
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse import checks, sampling
@@ -15,11 +14,12 @@ from lightning_sparse.layers import Choice
 from lightning_sparse.ledger import Explored
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.storage.training import SparseStorage
 
 __all__ = ["ITOP"]
 
 
-class ITOP(PruneAndGrow):
+class ITOP(SparseStorage, PruneAndGrow):
     """In-Time Over-Parameterization: RigL or SET with long intervals, and a measure of what has been explored.
 
     ``exploration_rate`` (logged as ``sparsity/explored``) is the paper's R_s: the share of weights that have been
@@ -34,8 +34,12 @@ class ITOP(PruneAndGrow):
         update_every: number of optimizer steps from update to update, long enough for new weights to grow; None: at the
             first step of each epoch but the first.
         stop_at: share of the training after which connections stay, in (0, 1].
+        storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
+            memory and time in proportion to them (linear layers and 2-d convolutions only), beside a bit for each
+            weight that tells what has been active; updates by gradient compute that of some rows at a time.
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`.
+            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
+            :class:`~lightning_sparse.storage.training.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -56,9 +60,10 @@ class ITOP(PruneAndGrow):
         decay: str = "cosine",
         update_every: int | None = 1500,
         stop_at: float = 1.0,
+        storage: str = "masked",
         **options: Any,
     ) -> None:
-        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
+        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
         checks.one_of(("gradient", "random"), growth=growth)
         self.growth = growth
         self._explored = Explored()
@@ -85,11 +90,16 @@ class ITOP(PruneAndGrow):
         """Take the weights over, and forget those of an earlier fit."""
         super().attach(choices, optimizers, resumed)
         self._explored.keep(self._weights)
+        self._explore([weight for name, weight in self._weights.items() if name not in self._explored.bits])
 
-    def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
-        """Begin with the first mask of the weight."""
-        self._explored.start(weight.name, weight.mask)
-        return {}
+    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+        """Begin with the first connections."""
+        super().initial_masks(weights)
+        self._explore(weights)
+
+    def _explore(self, weights: Sequence[MaskedWeight]) -> None:
+        for weight in weights:
+            self._explored.start(weight.name, weight.positions, weight.size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been explored, too."""
@@ -101,7 +111,7 @@ class ITOP(PruneAndGrow):
         self._explored.load_state_dict(state_dict["explored"])
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
-        """In each layer drop the smallest ``|W|``, grow by ``|dP|`` or at random, and note what is active now."""
+        """In each layer drop the smallest ``|W|``, grow by ``|dP|`` or at random, and note what has been grown."""
         for weight in weights:
             n = self.to_move(weight, fraction)
             if self.growth == "gradient":
@@ -109,4 +119,4 @@ class ITOP(PruneAndGrow):
             else:
                 grown = sampling.free_positions(n, weight.positions, weight.size, self.generator)
             weight.exchange(weight.smallest(n), grown)
-            self._explored.add(weight.name, weight.mask)
+            self._explored.mark(weight.name, grown)

@@ -6,21 +6,22 @@ of the updates; the gradient is that of the step's own batch; connections that w
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_sparse import checks, masks
+from lightning_sparse import checks, sampling
 from lightning_sparse.distributions import share
 from lightning_sparse.masked import MaskedWeight, Pool
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.storage.training import SparseStorage
 
 __all__ = ["MEST"]
 
 
-class MEST(PruneAndGrow):
+class MEST(SparseStorage, PruneAndGrow):
     """Memory-Economic Sparse Training: drop the smallest ``|W| + lambda |dP|`` of each layer, grow at random.
 
     With ``soft_bound`` new connections come before old ones go: between two updates a layer has up to
@@ -35,8 +36,11 @@ class MEST(PruneAndGrow):
         update_every: number of optimizer steps from update to update; None: at the first step of each epoch but the
             first.
         stop_at: share of the training after which connections stay, in (0, 1].
+        storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
+            memory and time in proportion to them (linear layers and 2-d convolutions only).
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`.
+            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
+            :class:`~lightning_sparse.storage.training.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -58,33 +62,50 @@ class MEST(PruneAndGrow):
         decay: str = "cosine",
         update_every: int | None = None,
         stop_at: float = 0.75,
+        storage: str = "masked",
         **options: Any,
     ) -> None:
-        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
+        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
         checks.at_least(0, "0 looks at magnitudes alone.", gradient_weight=gradient_weight)
         self.gradient_weight = gradient_weight
-        self.soft_bound = soft_bound
+        self.soft_bound = self.resizes = soft_bound
+        self._above: Counter[str] = Counter()  # connections above the budget, by the layers' names
 
     def importance(self, weight: MaskedWeight, scale: float) -> Tensor:
-        """Return ``|W| + lambda |dP|``."""
+        """Return ``|W| + lambda |dP|`` of the active connections."""
         assert weight.parameter is not None
         if weight.parameter.grad is None:
-            return weight.W.abs()
-        return weight.W.abs() + self.gradient_weight / scale * weight.dP.abs()
+            return weight.magnitudes
+        return weight.magnitudes + self.gradient_weight / scale * weight.slopes
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """In each layer drop the least important and grow as many at random where nothing was."""
         for weight in weights:
             n = self.to_move(weight, fraction)
-            dropped = masks.lowest(self.importance(weight, scale), n, among=weight.mask)
-            grown = masks.random(~weight.mask, n, self.generator)
-            weight.change(dropped, grown)
+            grown = sampling.free_positions(n, weight.positions, weight.size, self.generator)
+            weight.exchange(weight.smallest(n, self.importance(weight, scale)), grown)
 
     # ------------------------------------------------------------------ the soft bound
 
-    def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
-        """Keep the connections above the budget: none at first."""
-        return {"extra": torch.zeros_like(weight.mask)} if self.soft_bound else {}
+    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+        """Begin with the budget."""
+        super().initial_masks(weights)
+        for weight in weights:
+            self._above[weight.name] = 0
+
+    @property
+    def surplus(self) -> int:
+        """Number of connections above the budget now."""
+        return sum(self._above[name] for name in self._weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is above the budgets, too."""
+        return {**super().state_dict(), "above": dict(self._above)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state."""
+        super().load_state_dict(state_dict)
+        self._above = Counter(state_dict["above"])
 
     def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
         """Update; under the soft bound drop to the budget and grow above it, also weights without gradient."""
@@ -92,11 +113,10 @@ class MEST(PruneAndGrow):
             super().move(weights, pool, scale)
             return
         for weight in pool.weights:
-            more = self.extra(weight, pool)
-            dropped = masks.lowest(self.importance(weight, scale), masks.count(weight.buffers["extra"]), weight.mask)
-            grown = masks.random(~weight.mask, more, self.generator)
-            weight.change(dropped, grown)
-            weight.buffers["extra"] = grown
+            fewer, more = self._above[weight.name], self.extra(weight, pool)
+            grown = sampling.free_positions(more, weight.positions, weight.size, self.generator)
+            weight.exchange(weight.smallest(fewer, self.importance(weight, scale)), grown)
+            self._above[weight.name] = more
 
     def extra(self, weight: MaskedWeight, pool: Pool) -> int:
         """Return how many connections above its budget a layer has from now on; half of the free places at most."""
@@ -106,7 +126,7 @@ class MEST(PruneAndGrow):
 
     def budget(self, weight: MaskedWeight) -> int:
         """Return the number of a layer's connections, without those above it."""
-        return weight.active - masks.count(weight.buffers["extra"])
+        return weight.active - self._above[weight.name]
 
     def asked(self, pool: Pool) -> int | None:
         """Return the budget and what is above it now."""
@@ -124,9 +144,8 @@ class MEST(PruneAndGrow):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before the soft bound did."""
-        above = sum(masks.count(weight.buffers["extra"]) for weight in self._weights.values()) if self.soft_bound else 0
-        if above:
+        if self.surplus:
             self._warn_once(
-                f"MEST has {above} active weights above its budget: the training ended before {self.stop_at:.0%} of "
-                "the steps planned. Set max_epochs or max_steps to what is really trained."
+                f"MEST has {self.surplus} active weights above its budget: the training ended before "
+                f"{self.stop_at:.0%} of the steps planned. Set max_epochs or max_steps to what is really trained."
             )

@@ -89,9 +89,8 @@ class SNFS(PruneAndGrow):
         drops = self.to_drop(weights, [share(fraction, weight.active) for weight in weights])
         grows = self.to_grow(weights, drops, [contribution(w.buffers["momentum"], w.mask) for w in weights])
         for weight, fewer, more in zip(weights, drops, grows, strict=True):
-            dropped = masks.lowest(weight.W.abs(), fewer, among=weight.mask)
-            grown = masks.top_k(weight.buffers["momentum"].abs(), more, among=~weight.mask)
-            weight.change(dropped, grown)
+            grown = masks.top_k_positions(weight.buffers["momentum"].abs(), more, among=~weight.mask)
+            weight.exchange(weight.smallest(fewer), grown)
 
 
 def contribution(momentum: Tensor, mask: Tensor) -> float:

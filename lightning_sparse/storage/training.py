@@ -111,6 +111,10 @@ class SparseWeight(MaskedWeight):
         return self.W.abs()
 
     @property
+    def slopes(self) -> Tensor:  # noqa: D102  (inherited)
+        return self.dP.abs()
+
+    @property
     def finite(self) -> bool:
         """All gradients are finite, also those of connections that do not exist, for a bound on them is."""
         bound = torch.zeros((), dtype=self._exact, device=self.W.device)
@@ -179,21 +183,22 @@ class SparseWeight(MaskedWeight):
         if not (len(dropped) or len(grown)):
             return
         kept = torch.ones(self.active, dtype=torch.bool)
-        kept[torch.searchsorted(self.positions, dropped)] = False
+        kept[torch.searchsorted(self.positions, dropped.cpu())] = False
         positions, order = torch.cat((self.positions[kept], grown)).sort()
         kept, order = kept.to(self.W.device), order.to(self.W.device)
 
         def moved(x: Tensor, new: Tensor) -> Tensor:
             return torch.cat((x[kept], new.to(x)))[order]
 
-        fresh = self.W.new_zeros(len(grown))
-        values, gradient = moved(self.W, fresh + value), moved(self.dP, self.gradient_at(grown))
+        assert self.parameter is not None
+        fresh, old = self.W.new_zeros(len(grown)), self.parameter.grad
+        values = moved(self.W, fresh + value)
+        gradient = None if old is None else moved(old, self.gradient_at(grown))
         for state, key in self._state_entries():
             state[key] = moved(state[key], fresh)
-        old = self.dP
         self.sparse.set_connections(positions.to(self.W.device), values)
-        assert self.parameter is not None
-        self.parameter.grad = old.copy_(gradient) if len(old) == len(gradient) else gradient
+        if old is not None and gradient is not None:
+            self.parameter.grad = old.copy_(gradient) if len(old) == len(gradient) else gradient
 
     def optimizer_state(self) -> Iterator[Tensor]:  # noqa: D102  (inherited)
         for state, key in self._state_entries():
@@ -302,6 +307,11 @@ class SparseStorage(MaskedCallback):
         self.plain_checkpoints = plain_checkpoints
         self._plain = False
         self._backend: str | None = None
+
+    @property
+    def surplus(self) -> int:
+        """Number of connections that the layers have above the budget for now."""
+        return 0
 
     # ------------------------------------------------------------------ the exchange of layers
 
@@ -435,10 +445,8 @@ class SparseStorage(MaskedCallback):
             self._join(optimizer, self._weights)
         self._set_clocks()
         weights = self._weights.values()
-        active, asked = (
-            sum(weight.active for weight in weights),
-            budget(self.sparsity_target, sum(weight.size for weight in weights)),
-        )
+        active = sum(weight.active for weight in weights)
+        asked = budget(self.sparsity_target, sum(weight.size for weight in weights)) + self.surplus
         if active != asked:
             raise MisconfigurationException(
                 f"The module's sparse layers have {active} connections, sparsity={self.sparsity_target!r} asks for "
