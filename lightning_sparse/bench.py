@@ -235,8 +235,8 @@ def _mover(
     torch.manual_seed(0)
     build, shape = NETWORKS[arguments.network]
     callback = METHODS[method](sparsity=sparsity, **({"storage": storage} if storage != "masked" else {}))
-    if not isinstance(callback, PruneAndGrow):
-        raise ValueError(f"--methods: {method} does not prune and grow.")
+    if not isinstance(callback, PruneAndGrow) or type(callback).update is PruneAndGrow.update:
+        raise ValueError(f"--methods: an update of {method} cannot be measured by itself.")
     if storage == "sparse":
         module = _on_meta(build)
         choices = [choice for choice in choose(module) if choice.reason is None]

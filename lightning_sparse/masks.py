@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lightning_sparse.layers import as_matrix
 
@@ -17,7 +17,6 @@ __all__ = [
     "lowest_positions",
     "positions",
     "put_",
-    "random",
     "top_k",
     "top_k_positions",
     "zero_outside_",
@@ -59,30 +58,6 @@ def top_k_positions(scores: Tensor, k: int, among: Tensor | None = None) -> Tens
 def lowest_positions(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     """Return the flat positions of exactly the ``k`` smallest scores, ascending; arguments as in ``top_k``."""
     return _extreme(scores, k, among, largest=False)
-
-
-def random(among: Tensor, k: int, generator: Generator) -> Tensor:
-    """Mark exactly ``k`` of the positions that are True in ``among``, each with the same probability.
-
-    Drawn on the CPU, so that every device and every process with the same generator gets the same.
-    """
-    candidates = count(among)
-    if k == candidates:
-        return among.clone()
-    if k > candidates:
-        raise ValueError(f"{k} of {candidates} candidates were asked for.")
-    where = among.reshape(-1).cpu()
-    mask = torch.zeros(len(where), dtype=torch.bool)
-    if 2 * k > candidates or 2 * candidates < len(where):  # many draws would be in vain
-        positions = where.nonzero().squeeze(1)
-        mask[positions[torch.randperm(candidates, generator=generator)[:k]]] = True
-    else:
-        missing = k
-        while missing:
-            drawn = torch.randint(len(where), (missing,), generator=generator)
-            mask[drawn[where[drawn]]] = True
-            missing = k - count(mask)
-    return mask.view(among.shape).to(among.device)
 
 
 def global_top_k(scores: Sequence[Tensor], k: int, among: Sequence[Tensor], at_least: Sequence[int]) -> list[Tensor]:
@@ -206,7 +181,8 @@ def positions(mask: Tensor) -> Tensor:
     tensor([1, 2])
     """
     flat = mask.reshape(-1)
-    if flat.device.type != "cpu" or flat.numel() < _SAMPLED_FROM or count(flat) * 25 > flat.numel():
+    large = flat.device.type == "cpu" and flat.numel() >= _SAMPLED_FROM and flat.storage_offset() % 8 == 0
+    if not large or not flat.is_contiguous() or count(flat) * 25 > flat.numel():
         return flat.nonzero().squeeze(1)
     whole = flat.numel() // 8 * 8  # where few are True, it is quicker to look for eight bytes that are not all 0 first
     words = flat[:whole].view(torch.int64)

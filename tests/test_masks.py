@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_sparse import DFBST, DST, STR, AutoSparse
 from lightning_sparse.layers import choose
-from lightning_sparse.masks import count_global_top_k, lowest, random, top_k, zero_outside_
+from lightning_sparse.masks import count_global_top_k, lowest, positions, put_, top_k, zero_outside_
 from lightning_sparse.methods.autosparse import _largest
 
 
@@ -203,20 +203,20 @@ def test_zeroing_outside_a_mask_is_a_product_with_it_in_any_layout(shape):
             assert y.stride() == values.stride()
 
 
-@pytest.mark.parametrize(("candidates", "k"), [([0, 2, 3, 4], 1), ([0, 2, 3, 4], 3), ([1, 4], 1)])
-def test_random_choices_are_uniform_and_exact(candidates, k):
-    generator = torch.Generator().manual_seed(0)
-    among = torch.zeros(6, dtype=torch.bool)
-    among[candidates] = True
-    drawn = torch.zeros(6)
-    for _ in range(2000):
-        mask = random(among, k, generator)
-        assert int(mask.sum()) == k
-        drawn += mask
-    assert not drawn[~among].any()
-    expected = 2000 * k / len(candidates)
-    assert ((drawn[among] - expected).square() / expected).sum() < 11.3  # chi-square of 3 degrees of freedom at 1 %
-    assert random(among, len(candidates), generator).tolist() == among.tolist()
-    assert not random(among, 0, generator).any()
-    with pytest.raises(ValueError, match=f"5 of {len(candidates)} candidates"):
-        random(among, 5, generator)
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("size", [5, (1 << 17) + 3, 1 << 18])
+def test_positions_are_those_of_nonzero(size, density):
+    mask = torch.rand(size + 1, generator=torch.Generator().manual_seed(0)) < density
+    for part in (mask[:size], mask[1:]):  # the latter not aligned to eight bytes
+        assert torch.equal(positions(part), part.nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_values_are_put_at_positions_as_in_reshape(layout):
+    x = torch.zeros(2, 3, 2, 2).to(memory_format=layout)
+    put_(x, torch.tensor([0, 5, 23]), torch.tensor([1.0, 2.0, 3.0]))
+    put_(x, torch.tensor([7]), 4.0)
+    expected = torch.zeros(24)
+    expected[[0, 5, 7, 23]] = torch.tensor([1.0, 2.0, 4.0, 3.0])
+    assert torch.equal(x.reshape(-1), expected)
+    assert x.is_contiguous(memory_format=layout)
