@@ -1,13 +1,14 @@
 """How strongly each unit of a layer takes part: sums at its inputs and outputs, read off a running network by hooks."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.compiled import Uncompiled, copied
 from lightning_sparse.sampling import unit_sums
 from lightning_sparse.storage.layers import SparseLayer, SparseLinear
 
@@ -121,12 +122,13 @@ class SynapticFlow(Hooks):
         """Return the flows over inputs and over outputs by name; zeros if the network was not called."""
         self.close()
         network, args, kwargs = self._call or (nn.Identity(), (torch.ones(1),), {})
-        network, layers = copy.deepcopy((network, self._layers))
+        network, layers = copied((network, self._layers), network)
         devices = {parameter.device for parameter in _positive(network).parameters()}
         activity = Activity(layers)
         with (
             torch.enable_grad(),
             torch.random.fork_rng([device for device in devices if device.type == "cuda"]),
+            closing(Uncompiled()),
             torch.backends.cudnn.flags(enabled=False),  # whose recurrent layers have no backward in evaluation mode
         ):
             outputs = network(*_map(args, _ones), **_map(kwargs, _ones))

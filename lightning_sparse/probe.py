@@ -7,7 +7,7 @@ have been without them: the same batches in the same order, random draws, batch-
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -25,10 +25,9 @@ from lightning_sparse._lightning import (
     is_param_in_hook_signature,
     isolate_rng,
 )
+from lightning_sparse.compiled import Uncompiled, copied
 
 __all__ = ["Probe", "probing"]
-
-_COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
 class Probe:
@@ -128,7 +127,6 @@ def probing(trainer: Trainer, module: LightningModule, names: list[str]) -> Iter
     Compiled parts of the module run uncompiled: they are few calls, and second derivatives need it.
     """
     loggers = trainer.loggers
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
     put_back = [
         _keep(generator)
         for loader in trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
@@ -137,7 +135,7 @@ def probing(trainer: Trainer, module: LightningModule, names: list[str]) -> Iter
     ]
     try:
         trainer.loggers = [DummyLogger() for _ in loggers]
-        with isolate_rng(), torch.enable_grad(), set_stance("force_eager") if set_stance else nullcontext():
+        with isolate_rng(), torch.enable_grad(), closing(Uncompiled()):
             yield Probe(trainer, module, names)
     finally:
         trainer.loggers = loggers
@@ -155,17 +153,13 @@ def whole(x: Tensor) -> Tensor:
 
 def _own_module(module: LightningModule, trainer: Trainer) -> LightningModule:
     """Return a copy that can run ``training_step`` but logs nothing."""
-    compiled = vars(module).get("_compiler_ctx")
     try:
-        own = copy.deepcopy(module, {} if compiled is None else {id(compiled): {}})
+        own = copied(module, module)
     except Exception as error:
         raise MisconfigurationException(
             f"{type(module).__name__} cannot be copied, and on itself scores would leave traces: {error}. "
             "Keep no results of earlier computations as attributes when trainer.fit starts (x.detach() can be copied)."
         ) from error
-    if compiled is not None:
-        for name in _COMPILED:  # attributes that are bound to the original
-            vars(own).pop(name, None)
     own.trainer = trainer
     for part in own.modules():
         if isinstance(part, LightningModule):

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException
 from lightning_sparse.callback import unscales
+from lightning_sparse.compiled import Uncompiled, can_pause, is_compiled
 from lightning_sparse.distributions import apportion, share
 from lightning_sparse.endpoints import Hooks
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
@@ -58,7 +59,7 @@ class PruneAndGrow(MaskedCallback):
         self.update_every = update_every
         self.stop_at = stop_at
         self._epochs: int | None = None
-        self._watched: dict[int, list[Hooks]] = {}
+        self._watched: dict[int, list[Hooks | Uncompiled]] = {}
 
     def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
         """Drop about ``fraction`` of the connections and grow as many, with ``MaskedWeight.exchange``.
@@ -140,9 +141,10 @@ class PruneAndGrow(MaskedCallback):
             self._unwatch([id(optimizer)])
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Bring back exact zeros, and watch the layers if the next step moves connections: it may be in this batch."""
+        """Bring back exact zeros, and watch the layers if the next step moves connections and may be in this batch."""
         super().after_step(optimizer)
-        self._watch()
+        if self._module is not None and not self._module.automatic_optimization:
+            self._watch()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave effective weights and no hooks behind."""
@@ -170,7 +172,14 @@ class PruneAndGrow(MaskedCallback):
             return
         for key, pool in self._pools.items():
             if pool.weights and key not in self._watched and (pool.due or self.is_due(pool)):
-                self._watched[key] = self.watchers(pool.weights)
+                listeners = self.watchers(pool.weights)
+                self._watched[key] = [*listeners, Uncompiled()] if listeners else []  # compiled code would not tell
+                if listeners and not can_pause() and is_compiled(self._module):
+                    self._warn_once(
+                        f"{type(self).__name__} moves connections by what enters and leaves the layers, which compiled "
+                        "ones do not tell: connections may grow in the wrong places. Update to PyTorch 2.6 or later, "
+                        "or train uncompiled."
+                    )
 
     def _unwatch(self, keys: Sequence[int]) -> None:
         for key in keys:

@@ -13,8 +13,9 @@ from helpers import SETTINGS, THRESHOLDS, Lit, fit, seeded
 from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
-from lightning_sparse import DFBST, DST, STR, AutoSparse
+from lightning_sparse import DFBST, DSR, DST, STR, AutoSparse
 
 NAN, INF = float("nan"), float("inf")
 
@@ -253,6 +254,30 @@ def test_a_layer_without_any_weight_left_is_told_of_by_name_once(build):
     for name in callback.masks:
         assert len(told(caught, f"{name} has no weight left: density 0 after epoch 0")) == 1
         assert len(told(caught, f"{name} has no weight left")) == 1
+
+
+class Residual(nn.Module):
+    """A block whose shortcut is a 1 x 1 convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.shortcut = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1, bias=False)
+
+    def forward(self, x):
+        return torch.relu(self.conv(x) + self.shortcut(x))
+
+
+@pytest.mark.parametrize("build", [lambda: STR(-2.5), lambda: DSR(0.5, init_threshold=1e-3, update_every=2)])
+def test_a_shortcut_without_any_weight_left_is_told_of_by_name(build):
+    net = seeded(lambda: nn.Sequential(nn.Unflatten(1, (3, 2, 2)), Residual(), nn.Flatten(), nn.Linear(32, 4)))
+    net[1].shortcut.weight.data.mul_(1e-6)  # below any threshold from the first
+    callback = build()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(callback, Lit(net, lambda p: torch.optim.SGD(p, lr=0.0, weight_decay=1e-9)), max_epochs=1)
+    name = "net.1.shortcut.weight"
+    assert callback.layer_density[name] == 0
+    assert told(caught, "no weight left") == [f"{name} has no weight left: density 0 after epoch 0."]
 
 
 @pytest.mark.parametrize("build", [lambda: DST(50.0), lambda: DFBST(50.0, 0.1)])

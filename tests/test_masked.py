@@ -91,10 +91,10 @@ def step(callback, optimizer, module, x):
     callback.after_step(optimizer)
 
 
-def by_hand(callback, make_optimizer, steps):
+def by_hand(callback, make_optimizer, steps, module=None):
     """Attach to a small network and take ``steps`` steps; return the network."""
     torch.manual_seed(0)
-    module = mlp()
+    module = mlp() if module is None else module
     optimizer = make_optimizer(module.parameters())
     callback.attach([c for c in choose(module) if c.reason is None], [optimizer], False)
     x = torch.randn(steps, 5, 12)
@@ -125,6 +125,56 @@ def test_connections_that_come_and_go_have_fresh_optimizer_state_and_others_keep
     assert torch.equal(weight.W[~changed], values[~changed])
     assert weight.mask[grown].all()
     assert not weight.mask[dropped].any()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adadelta"])
+def test_connections_exchanged_by_position_have_fresh_optimizer_state_and_others_keep_theirs(name, layout):
+    callback = RigL(0.5, update_every=10**9)
+    module = by_hand(callback, OPTIMIZERS[name], 5, seeded(cnn).to(memory_format=layout))
+    weight = callback._weights["4.weight"]
+    assert module[4].weight.is_contiguous(memory_format=layout)
+    before = [state.clone() for state in weight.optimizer_state()]
+    values, mask = weight.W.clone(), weight.mask.clone()
+    dropped = mask.reshape(-1).nonzero()[3:10, 0]
+    grown = (~mask).reshape(-1).nonzero()[5:14, 0]
+    weight.exchange(dropped, grown, torch.arange(1.0, 10.0))
+    # where a position is, in any layout: the index that reshape(-1) gives it
+    changed = torch.zeros(weight.shape, dtype=torch.bool)
+    for position in (*dropped.tolist(), *grown.tolist()):
+        changed[tuple(torch.unravel_index(torch.tensor(position), weight.shape))] = True
+    after = list(weight.optimizer_state())
+    assert len(after) == {"Adam": 3, "AdamW": 2, "RMSprop": 3, "Adadelta": 2}[name]
+    for old, new in zip(before, after, strict=True):
+        assert (old[changed] != 0).any(), "the test would prove nothing"
+        assert not new[changed].any()
+        assert torch.equal(new[~changed], old[~changed])
+    assert torch.equal(weight.mask, mask ^ changed)
+    assert weight.W.reshape(-1)[grown].tolist() == list(range(1, 10))
+    assert not weight.W.reshape(-1)[dropped].any()
+    assert torch.equal(weight.W[~changed], values[~changed])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adadelta"])
+@pytest.mark.parametrize("method", ["RigL", "SET", "GGR", "ITOP", "DeepR"])
+def test_what_a_method_grows_has_no_optimizer_state(method, name, layout):
+    options = {"l1": 5e-3, "temperature": 0.0} if method == "DeepR" else {"update_every": 10**9}
+    callback = MASKED[method](sparsity=0.5, **options)
+    module = by_hand(callback, OPTIMIZERS[name], 5, seeded(cnn).to(memory_format=layout))
+    before = {weight.name: weight.mask.clone() for weight in callback._weights.values()}
+    optimizer = next(iter(callback._weights.values())).optimizer
+    if method == "DeepR":  # moves after the optimizer's step
+        step(callback, optimizer, module, torch.randn(5, 12))
+    else:
+        module(torch.randn(5, 12)).square().sum().backward()
+        callback.update(list(callback._weights.values()), 0.3, 1.0)
+    for weight in callback._weights.values():
+        changed = weight.mask ^ before[weight.name]
+        assert changed.any() or weight.name != "4.weight"
+        for state in weight.optimizer_state():
+            assert state[weight.mask & ~changed].any()
+            assert not state[changed].any()
 
 
 def test_state_of_inactive_weights_is_0_under_the_usual_optimizers():

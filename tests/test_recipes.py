@@ -160,6 +160,65 @@ def test_methods_have_the_papers_values(name, expected):
     assert read(name)["trainer"]["callbacks"] == [expected]
 
 
+ONCE_AN_EPOCH = {"drop_fraction": 0.1, "decay": "cosine", "update_every": None, "stop_at": 0.5}
+EVERY_1000_STEPS = {"drop_fraction": 0.2, "update_every": 1000, "stop_at": 0.6, "distribution": "uniform"}
+
+
+# What the papers say; further settings of a file are ours, and it says so.
+@pytest.mark.parametrize(
+    ("name", "method", "expected"),
+    [
+        ("dfbst/dfbst", "DFBST", {"alpha": 5e-6, "beta": 0.1}),
+        ("dfbst/dst", "DST", {"alpha": 5e-6}),
+        ("dst/dst", "DST", {"alpha": 5e-6}),
+        (
+            "autosparse/autosparse",
+            "AutoSparse",
+            {"alpha": 0.75, "decay": "sigmoid_cosine", "alpha_zero_epoch": 90, "init_threshold": -5},
+        ),
+        (
+            "autosparse/autosparse-backward",
+            "AutoSparse",
+            {"alpha": 1, "decay": "sigmoid_cosine", "init_threshold": -8, "backward_density": 0.5},
+        ),
+        (
+            "autosparse/autosparse-transformer",
+            "AutoSparse",
+            {
+                "alpha": 0.4,
+                "decay": "exponential",
+                "decay_rate": 1,
+                "alpha_zero_epoch": 10,
+                "init_threshold": -7,
+            },
+        ),
+        ("autosparse/topkast-ga", "TopKAST", {"backward_sparsity": 0, "decay": "sigmoid_cosine", "l2": 0}),
+        ("ggr/ggr", "GGR", {**ONCE_AN_EPOCH, "distribution": "erk", "random_share": 0.5}),
+        ("ggr/ggr-set", "GGR", {**ONCE_AN_EPOCH, "distribution": "erk", "random_share": 1}),
+        ("ggr/ggr-rigl", "GGR", {**ONCE_AN_EPOCH, "distribution": "erk", "random_share": 0}),
+        ("ggr/set", "SET", {**ONCE_AN_EPOCH, "distribution": "erk"}),
+        ("ggr/rigl", "RigL", {**ONCE_AN_EPOCH, "distribution": "erk"}),
+        ("ggr/dsr", "DSR", {**ONCE_AN_EPOCH, "distribution": "erk"}),
+        (
+            "medst/memory-efficient-dst",
+            "MemoryEfficientDST",
+            {**EVERY_1000_STEPS, "heuristic": "grabo", "subset_multiplier": 10},
+        ),
+        ("medst/set", "SET", EVERY_1000_STEPS),
+        ("medst/rigl", "RigL", EVERY_1000_STEPS),
+        ("medst/snip", "SNIP", {"batches": 391}),
+        ("medst/grasp", "GraSP", {"batches": 391}),
+        ("medst/abs-grasp", "GraSP", {"batches": 391, "absolute": True}),
+        ("medst/random", "RandomPruning", {"distribution": "uniform"}),
+        ("medst/gmp", "GMP", {"update_every": 1000, "end_at": 0.6}),
+    ],
+)
+def test_additions_have_the_papers_values(name, method, expected):
+    kind, settings = method_of(name)
+    assert kind == f"lightning_sparse.{method}"
+    assert {key: settings.get(key, "missing") for key in expected} == expected
+
+
 @pytest.mark.parametrize("name", [name for name in WHOLE if name.endswith("mnist")])
 def test_mnist_is_trained_as_in_the_papers(name):
     recipe = read(name)
