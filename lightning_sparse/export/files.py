@@ -74,10 +74,8 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
             tied[name] = first[place]
             continue
         first[place] = name
-        shape, coded = tuple(tensor.shape), None if name in layers else _code(tensor)
-        if name in layers:
-            _, crow, col, shape = layers[name]
-            coded = flat_positions(crow, col, shape).to(_width(math.prod(shape))), tensor
+        shape = layers[name][3] if name in layers else tuple(tensor.shape)
+        coded = _code_layer(*layers[name]) if name in layers else _code(tensor)
         if coded is None:
             new = {name: tensor.cpu().contiguous().clone()}
         else:
@@ -138,6 +136,11 @@ def _code(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     indices = flat.nonzero().flatten()
     return indices.to(width), flat[indices]
+
+
+def _code_layer(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return flat indices and values of a sparse layer."""
+    return flat_positions(crow, col, shape).to(_width(math.prod(shape))), values.detach()
 
 
 def _width(size: int) -> torch.dtype:
