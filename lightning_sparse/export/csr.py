@@ -59,7 +59,7 @@ class _CSR(nn.Module):
         """Return weight times ``columns`` ``(in, n)`` plus bias: ``(out, n)``."""
         one = columns.shape[1] == 1  # a vector is faster than a matrix of one column
         product = (self.weight @ columns[:, 0])[:, None] if one else self.weight @ columns
-        return product if self.bias is None else product + self.bias[:, None]
+        return product if self.bias is None else product.add_(self.bias[:, None])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name in ("col_indices", "values"):
