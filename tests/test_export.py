@@ -7,13 +7,13 @@ import subprocess
 
 import pytest
 import torch
-from helpers import Lit, effective, fit, seeded
+from helpers import SETTINGS, Lit, effective, fit, mlp, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sampling import Largest
 from torch import nn
 from torch.nn import functional
 
-from lightning_sparse import DST
 from lightning_sparse.export import (
     Benchmark,
     CSRConv2d,
@@ -30,6 +30,7 @@ from lightning_sparse.export import (
 )
 from lightning_sparse.export import measure as measuring
 from lightning_sparse.ledger import shrunk_size
+from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -499,14 +500,51 @@ def test_other_precisions(dtype):
     assert same_results(net, small, x, tolerance=1e-12 if dtype == torch.float64 else 0.05)
 
 
-def test_a_trained_lightning_module_shrinks():
-    callback = DST(alpha=0.02)
-    module, _ = fit(callback, seeded(Lit), max_epochs=4)
+RESULTS = {
+    "DST": {"alpha": 0.02},
+    **{name: {"sparsity": 0.95} for name in ("RigL", "GMP", "SNIP", "GGR", "SET")},
+    "SET sparse": {"sparsity": 0.95, "storage": "sparse"},
+}
+
+
+def convolutions():
+    layers = [nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4))
+
+
+@pytest.mark.filterwarnings("ignore:storage='sparse'", "ignore:.*val_dataloader")
+@pytest.mark.parametrize("network", [mlp, convolutions])
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_methods_have_trained_is_exported(name, network, tmp_path):
+    callback = SETTINGS[name.split()[0]](**RESULTS[name])
+    module, _ = fit(callback, seeded(lambda: Lit(network())), max_epochs=4)
     assert effective(module, callback)
     x = torch.randn(8, 12)
     small, report = compact(module, x)
     assert report.parameters[1] < report.parameters[0]
     assert same_results(module.eval(), small, x)
+    csr = to_csr(module, min_sparsity=0.5)
+    assert any(isinstance(layer, CSRLinear) for layer in csr.modules())
+    assert same_results(module, csr, x)
+    save_sparse(module, tmp_path / "file")
+    plain = Lit(network())
+    plain.load_state_dict(load_sparse(tmp_path / "file"))
+    assert untouched(plain, module.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:storage='sparse'", "ignore:.*val_dataloader")
+def test_what_is_sparse_after_a_fit_is_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "DENSE_LIMIT", 0)
+    module, _ = fit(SETTINGS["SET"](storage="sparse"), seeded(lambda: Lit(convolutions())))
+    assert type(module.net[3]) is SparseConv2d
+    x = torch.randn(8, 12)
+    with pytest.raises(ValueError, match=r"compact needs dense weights, but .* sparse: net\.1, net\.3, net\.7\."):
+        compact(module, x)
+    assert same_results(module.eval(), to_csr(module), x)
+    save_sparse(module, tmp_path / "file")
+    plain = Lit(convolutions()).eval()
+    plain.load_state_dict(load_sparse(tmp_path / "file"))
+    assert same_results(module, plain, x)
 
 
 def branches(m, x):
@@ -557,6 +595,39 @@ def test_csr_convolution_equals_dense(shape, stride):
     assert torch.allclose(CSRConv2d(conv)(x), conv(x), atol=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    data=st.data(), sparsity=st.floats(0, 1), bias=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64])
+)
+def test_csr_convolution_equals_dense_for_any_geometry(data, sparsity, bias, dtype):
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    groups, kernel, stride, dilation = data.draw(st.integers(1, 3)), data.draw(pair), data.draw(pair), data.draw(pair)
+    channels, filters = groups * data.draw(st.integers(1, 3)), groups * data.draw(st.integers(1, 3))
+    padding = data.draw(st.sampled_from([0, 1, (0, 2), "valid", *(["same"] if stride == (1, 1) else [])]))
+    mode = data.draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"]))
+    options = {"bias": bias, "padding_mode": mode, "dtype": dtype}
+    conv = nn.Conv2d(channels, filters, kernel, stride, padding, dilation, groups, **options)
+    conv.weight.data *= torch.rand_like(conv.weight) >= sparsity
+    layer = CSRConv2d(conv)
+    assert layer.values.numel() == torch.count_nonzero(conv.weight)
+    x = torch.randn(*data.draw(st.sampled_from([(), (0,), (3,)])), channels, 8, 7, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_sparse.storage.functional._CHUNK", data.draw(st.sampled_from([1, 1 << 20])))
+        assert layer(x).shape == conv(x).shape
+        assert torch.allclose(layer(x), conv(x), atol=1e-5)
+
+
+def test_csr_layers_hand_gradients_to_their_input():
+    conv, x = prune(nn.Conv2d(4, 6, 3, 2, 1, groups=2)), torch.randn(3, 4, 6, 6, requires_grad=True)
+    expected, found = (torch.autograd.grad(layer(x).square().sum(), x)[0] for layer in (conv, CSRConv2d(conv)))
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_kernel_larger_than_the_input_is_refused():
+    with pytest.raises(RuntimeError, match=r"kernel is larger than the padded input of \(4, 8\)"):
+        CSRConv2d(nn.Conv2d(2, 2, 5))(torch.ones(1, 2, 4, 8))
+
+
 def sparse_mlp(sparsity=0.95):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 4))
@@ -575,6 +646,15 @@ def test_only_layers_that_are_sparse_enough_are_converted_and_the_original_stays
     assert torch.allclose(csr(x), net(x), atol=1e-5)
     assert isinstance(to_csr(net[0]), CSRLinear), "a layer by itself"
     assert isinstance(to_csr(net, min_sparsity=0.0)[2], CSRLinear)
+
+
+def test_convolutions_that_are_sparse_enough_are_converted():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2), nn.Flatten())
+    net[2].weight.data.view(-1)[14:] = 0  # 5 %
+    csr = to_csr(net)
+    assert [type(layer) for layer in csr] == [nn.Conv2d, nn.ReLU, CSRConv2d, nn.Flatten]
+    assert str(csr[2]) == "CSRConv2d(8, 8, kernel_size=(3, 3), stride=(2, 2), groups=2, nonzeros=14)"
+    assert same_results(net, csr, torch.randn(5, 3, 9, 9))
 
 
 def test_csr_modules_can_be_pickled_and_load_the_state_of_another_number_of_nonzeros():
@@ -619,6 +699,97 @@ def test_csr_warns_if_nothing_is_sparse_enough_and_refuses_a_wrong_share():
         to_csr(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"min_sparsity must be in \[0, 1\], got 90"):
         to_csr(nn.Linear(4, 4), min_sparsity=90)
+
+
+# ---------------------------------------------------------------------- sparse layers
+
+
+def sparse_net():
+    """As a fit leaves it with ``storage="sparse"`` if dense weights would be too large."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(SparseConv2d(3, 8, 3, nnz=60, padding=1), nn.ReLU(), SparseConv2d(8, 6, 3, nnz=9, stride=2, groups=2)),
+        *(nn.Flatten(), SparseLinear(54, 40, nnz=90), nn.ReLU(), nn.Linear(40, 4)),
+    )
+
+
+def test_sparse_layers_become_csr_whatever_their_sparsity():
+    net = sparse_net()
+    before = copy.deepcopy(net.state_dict())
+    csr = to_csr(net)
+    assert [type(csr[i]) for i in (0, 2, 4, 6)] == [CSRConv2d, CSRConv2d, CSRLinear, nn.Linear]
+    assert untouched(net, before)
+    assert not {x.data_ptr() for x in csr.state_dict().values()} & {x.data_ptr() for x in net.state_dict().values()}
+    x = torch.randn(5, 3, 8, 8)
+    assert same_results(to_dense(copy.deepcopy(net)), csr, x)
+    assert isinstance(to_csr(SparseLinear(4, 3, nnz=6)), CSRLinear)
+
+
+def test_no_dense_weight_is_made_for_csr_and_files(tmp_path):
+    net = nn.Sequential(SparseLinear(300, 300, nnz=900), SparseConv2d(100, 100, 3, nnz=900))
+    with Largest() as largest:
+        to_csr(net)
+        save_sparse(net, tmp_path / "file")
+    assert 900 <= largest.size < 300 * 300 / 10
+
+
+@pytest.mark.parametrize(
+    ("name", "export"),
+    [
+        ("compact", lambda net, path: compact(net, torch.randn(2, 3, 8, 8))),
+        ("to_onnx", lambda net, path: to_onnx(net, path, torch.randn(2, 3, 8, 8))),
+        ("to_semi_structured", lambda net, path: to_semi_structured(net)),
+    ],
+)
+def test_what_needs_dense_weights_names_the_sparse_layers_and_the_remedy(name, export, tmp_path):
+    remedy = r"Give it lightning_sparse\.storage\.to_dense\(copy\.deepcopy\(module\)\).* take 0\.0 MiB"
+    with pytest.raises(ValueError, match=rf"{name} needs dense .* layers are sparse: 0, 2, 4\. {remedy}"):
+        export(sparse_net(), tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match=r"are sparse: the module\..* take 4\.0 MiB"):
+        export(SparseLinear(1024, 1024, nnz=5), tmp_path / "net.onnx")
+
+
+def test_with_the_remedy_sparse_layers_are_compacted():
+    net, x = sparse_net(), torch.randn(2, 3, 8, 8)
+    small, report = compact(to_dense(copy.deepcopy(net)), x)
+    assert report.parameters[1] < report.parameters[0]
+    assert same_results(net, small, x)
+
+
+def test_files_of_sparse_layers_are_loaded_by_the_plain_module(tmp_path):
+    net = sparse_net()
+    dense = to_dense(copy.deepcopy(net))
+    for state in (net, net.state_dict()):  # a checkpoint of nonzeros alone has such a state dict
+        save_sparse(state, tmp_path / "file")
+        loaded = load_sparse(tmp_path / "file")
+        assert loaded.keys() == dense.state_dict().keys() == load_dense({"state_dict": net.state_dict()}).keys()
+        other = to_dense(sparse_net())
+        nn.init.zeros_(other[0].weight)
+        other.load_state_dict(loaded)
+        assert untouched(other, dense.state_dict())
+
+
+def test_sparse_layers_under_two_names_are_written_once(tmp_path):
+    layer = SparseLinear(100, 100, nnz=1000)
+    save_sparse(nn.Sequential(layer, layer), tmp_path / "file")
+    loaded = load_sparse(tmp_path / "file")
+    assert loaded["1.weight"] is loaded["0.weight"]
+    assert torch.equal(loaded["0.weight"], layer.dense_weight())
+
+
+def test_the_benchmark_measures_sparse_layers_beside_their_dense_twin(monkeypatch):
+    net, x = sparse_net(), torch.randn(2, 3, 8, 8)
+    table = benchmark(net, x, batch_sizes=(1, 3), rounds=2, memory=False)
+    assert list(table.rows)[:4] == ["dense", "sparse layers", "compacted", "CSR"]
+    assert {type(layer) for layer in net} >= {SparseLinear, SparseConv2d}
+    monkeypatch.setattr(training, "DENSE_LIMIT", 1000)
+    table = benchmark(net, x, batch_sizes=(1,), rounds=2)
+    assert list(table.rows) == ["sparse layers", "CSR"]
+    assert all(row.memory_bytes is not None for row in table.rows.values())
+    assert table.skipped["compacted"].startswith("compact needs dense weights")
+    assert table.skipped["ONNX"].startswith("to_onnx needs dense weights")
+    assert "Smallest file: CSR" in str(table)
+    assert "better than sparse layers." in str(table)
 
 
 # ---------------------------------------------------------------------- files

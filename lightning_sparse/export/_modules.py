@@ -1,5 +1,6 @@
-"""What all exports share: a module's evaluation on an example, and how far two results are apart."""
+"""What all exports share: a module's evaluation on an example, how far two results are apart, and what is refused."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Example", "arguments", "check_equal", "evaluating", "results", "tensors"]
+from lightning_sparse.storage.layers import SparseLayer
+
+__all__ = ["Example", "arguments", "check_dense", "check_equal", "dense_bytes", "evaluating", "results", "tensors"]
 
 #: an input of a module: a tensor, or a tuple of positional arguments
 Example = Tensor | tuple[Any, ...]
@@ -33,6 +36,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in training.items():
             part.training = mode
+
+
+def dense_bytes(module: nn.Module) -> int:
+    """Return what the weights of the module's sparse layers would take if they were dense."""
+    layers = [layer for layer in module.modules() if isinstance(layer, SparseLayer)]
+    return sum(math.prod(layer.shape) * layer.values.element_size() for layer in layers)
+
+
+def check_dense(module: nn.Module, what: str) -> None:
+    """Refuse a module with sparse layers.
+
+    Raises:
+        ValueError: it has some; ``what`` names the function that cannot take them.
+    """
+    layers = [name or "the module" for name, layer in module.named_modules() if isinstance(layer, SparseLayer)]
+    if layers:
+        raise ValueError(
+            f"{what} needs dense weights, but these layers are sparse: {', '.join(layers)}. Give it "
+            "lightning_sparse.storage.to_dense(copy.deepcopy(module)), whose dense weights of these layers take "
+            f"{dense_bytes(module) / 2**20:,.1f} MiB; to_csr and save_sparse do without."
+        )
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_sparse.export._modules import Example, arguments, check_equal, evaluating, results
+from lightning_sparse.export._modules import Example, arguments, check_dense, check_equal, evaluating, results
 from lightning_sparse.export.channels import Channels, Mixer
 from lightning_sparse.export.rules import RULES, contribution
+from lightning_sparse.storage.layers import SparseLayer
 
 __all__ = ["CompactReport", "LayerReport", "Select", "compact"]
 
@@ -124,7 +125,7 @@ def compact(
             None: by dtype of the output, 1e-5 for float32.
 
     Raises:
-        ValueError: torch.fx cannot trace the module.
+        ValueError: torch.fx cannot trace the module, or it has sparse layers.
         RuntimeError: the result differs from the module on the example.
 
     Example:
@@ -147,6 +148,7 @@ def compact(
         GGR counts such neurons and inputs in its Table 4.
     """
     module = getattr(module, "_orig_mod", module)
+    check_dense(module, "compact")
     expected = results(module, example_input)
     small = trace(module)
     with torch.no_grad():
@@ -172,7 +174,9 @@ def trace(module: nn.Module) -> fx.GraphModule:
     """
     try:
         with evaluating(module):
-            traced = fx.symbolic_trace(module)
+            tracer = _Tracer()
+            graph = tracer.trace(module)
+            traced = fx.GraphModule(tracer.root, graph, type(module).__name__)
     except Exception as error:
         raise ValueError(
             f"torch.fx cannot trace {type(module).__name__}: {error}\n"
@@ -181,6 +185,13 @@ def trace(module: nn.Module) -> fx.GraphModule:
             "(torch.fx.wrap keeps a function whole)."
         ) from error
     return copy.deepcopy(traced).eval()
+
+
+class _Tracer(fx.Tracer):
+    """Keeps sparse layers whole, as torch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, SparseLayer) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Shapes(fx.Interpreter):

@@ -1,4 +1,4 @@
-"""Inference with truly sparse weights: linear layers and 1 x 1 convolutions whose weight is a CSR matrix."""
+"""Inference with truly sparse weights: linear layers and convolutions whose weight is a CSR matrix."""
 
 import copy
 import warnings
@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.storage.functional import convolve, padded
+from lightning_sparse.storage.layers import SparseConv2d, SparseLayer, SparseLinear
+
 __all__ = ["CSRConv2d", "CSRLinear", "to_csr"]
 
 _DTYPES = (torch.float32, torch.float64)
 # these compute with their children's weights themselves
 _READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# what a convolution is described by, and how it reads its input
+_OF_CONV2D = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    *("output_padding", "_reversed_padding_repeated_twice"),
+)
 
 
 class _CSR(nn.Module):
@@ -27,33 +35,31 @@ class _CSR(nn.Module):
     values: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, layer: SparseLayer) -> None:
         super().__init__()
-        self.shape = torch.Size(weight.shape)
-        sparse = weight.detach().to_sparse_csr()
-        self.register_buffer("crow_indices", sparse.crow_indices().int())
-        self.register_buffer("col_indices", sparse.col_indices().int())
-        self.register_buffer("values", sparse.values().clone())
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        matrix = layer.structure.matrix
+        self.shape = torch.Size(matrix.shape)
+        self.register_buffer("crow_indices", matrix.crow.clone())
+        self.register_buffer("col_indices", matrix.col.clone())
+        self.register_buffer("values", layer.values.detach().clone())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a sparse CSR tensor ``(out, in)`` with int32 indices, which shares the module's memory."""
+        """The weight as a sparse CSR tensor with int32 indices, which shares the module's memory.
+
+        Of a linear layer it is ``(out, in)``, of a convolution ``(out, in * height * width)``, where the filters of a
+        group have nonzeros for the inputs of their group alone.
+        """
         return torch.sparse_csr_tensor(
             self.crow_indices, self.col_indices, self.values, self.shape, check_invariants=False
         )
 
-    def extra_repr(self) -> str:
-        """Describe the layer in ``print``."""
-        return f"{self.shape[1]}, {self.shape[0]}, nonzeros={self.values.numel()}, bias={self.bias is not None}"
-
     def _times(self, columns: Tensor) -> Tensor:
         """Return weight times ``columns`` ``(in, n)`` plus bias: ``(out, n)``."""
-        columns = columns.to(self.values.dtype)
-        with torch.autocast(columns.device.type, enabled=False):  # there are no sparse products in low precision
-            one = columns.shape[1] == 1  # a vector is faster than a matrix of one column
-            product = (self.weight @ columns[:, 0])[:, None] if one else self.weight @ columns
-        return product if self.bias is None else product + self.bias[:, None]
+        one = columns.shape[1] == 1  # a vector is faster than a matrix of one column
+        product = (self.weight @ columns[:, 0])[:, None] if one else self.weight @ columns
+        return product if self.bias is None else product.add_(self.bias[:, None])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name in ("col_indices", "values"):
@@ -79,49 +85,63 @@ class CSRLinear(_CSR):
         CSRLinear(4, 3, nonzeros=3, bias=True)
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.weight, linear.bias)
+    def __init__(self, linear: nn.Linear | SparseLinear) -> None:
+        super().__init__(linear if isinstance(linear, SparseLinear) else SparseLinear.from_dense(linear))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        return self._times(x.reshape(-1, self.shape[1]).t()).t().reshape(*x.shape[:-1], self.shape[0])
+        with torch.autocast(x.device.type, enabled=False):  # there are no sparse products in low precision
+            columns = x.reshape(-1, self.shape[1]).t().to(self.values.dtype)
+            return self._times(columns).t().reshape(*x.shape[:-1], self.shape[0])
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print``."""
+        return f"{self.shape[1]}, {self.shape[0]}, nonzeros={self.values.numel()}, bias={self.bias is not None}"
 
 
 class CSRConv2d(_CSR):
-    """A 1 x 1 convolution for inference, without padding and groups, with a CSR weight.
+    """A convolution for inference with a CSR weight; its input is unfolded for some images at a time.
 
     Args:
-        conv: the layer to convert; it is not changed.
+        conv: the layer to convert, of any kernel, stride, padding, dilation and groups; it is not changed.
 
     Example:
         >>> import torch
         >>> from lightning_sparse.export import CSRConv2d
-        >>> CSRConv2d(torch.nn.Conv2d(4, 3, 1))(torch.ones(2, 4, 5, 5)).shape
-        torch.Size([2, 3, 5, 5])
+        >>> CSRConv2d(torch.nn.Conv2d(4, 6, 3, padding=1))(torch.ones(2, 4, 5, 5)).shape
+        torch.Size([2, 6, 5, 5])
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(conv.weight.flatten(1), conv.bias)
-        self.stride = conv.stride
+    def __init__(self, conv: nn.Conv2d | SparseConv2d) -> None:
+        super().__init__(conv if isinstance(conv, SparseConv2d) else SparseConv2d.from_dense(conv))
+        for name in _OF_CONV2D:
+            setattr(self, name, getattr(conv, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, in, height, width)``, or the same without batch, to the same with ``out`` channels."""
-        x = x[..., :: self.stride[0], :: self.stride[1]]
-        y = self._times(x.movedim(-3, 0).flatten(1))
-        return y.reshape(-1, *x.shape[:-3], *x.shape[-2:]).movedim(0, -3)
+        with torch.autocast(x.device.type, enabled=False):
+            images, geometry = padded(self, x if x.ndim == 4 else x.unsqueeze(0))
+            y = convolve(images, self.shape[0], geometry, self._times, self.values.dtype)
+        return y if x.ndim == 4 else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print``, as ``nn.Conv2d`` does."""
+        described = nn.Conv2d.extra_repr(self)  # type: ignore[arg-type, no-untyped-call]  # reads __dict__
+        return f"{described}, nonzeros={self.values.numel()}"
 
 
 def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
     """Return a copy of ``module`` for inference in which layers that are sparse enough compute with CSR weights.
 
-    These are ``Linear`` layers and 1 x 1 ``Conv2d`` without padding and groups, in float32 or float64; others stay
-    dense, as do layers inside ``MultiheadAttention`` and ``TransformerEncoderLayer``, which use their children's
-    weights by themselves. Weights get no gradient. ``module`` is not changed.
+    These are ``Linear`` and ``Conv2d`` layers in float32 or float64; others stay as they are, as do layers inside
+    ``MultiheadAttention`` and ``TransformerEncoderLayer``, which use their children's weights by themselves.
+    ``SparseLinear`` and ``SparseConv2d`` are converted whatever their sparsity, without making their weights dense.
+    Weights get no gradient. ``module`` is not changed.
 
     Args:
-        module: with exact zeros in its weights.
-        min_sparsity: share of zeros from which a layer is converted, in [0, 1]. Whether it pays depends on the machine
-            and on the size of the layer: ``benchmark`` measures it.
+        module: with exact zeros in its weights, or with sparse layers.
+        min_sparsity: share of zeros from which a dense layer is converted, in [0, 1]. Whether it pays depends on the
+            machine and on the size of the layer: ``benchmark`` measures it.
 
     Raises:
         ValueError: ``min_sparsity`` is out of range.
@@ -149,28 +169,31 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
             continue
         for name, child in [*parent._modules.items()]:
             if child is not None and _converts(child, min_sparsity):
-                done[child] = done.get(child) or _convert(child)
+                done[child] = done.get(child) or _CONVERTED[type(child)](child)
                 parent._modules[name] = done[child]
     if not done:
         warnings.warn(
-            f"No layer was converted: to_csr looks for float32 or float64 weights of Linear and 1 x 1 Conv2d layers of "
-            f"which at least {min_sparsity:.0%} are exact zeros.",
+            f"No layer was converted: to_csr looks for float32 or float64 weights of Linear and Conv2d layers of which "
+            f"at least {min_sparsity:.0%} are exact zeros.",
             stacklevel=2,
         )
     return result["root"].eval()
 
 
+_CONVERTED: dict[type[nn.Module], Any] = {
+    nn.Linear: CSRLinear,
+    SparseLinear: CSRLinear,
+    nn.Conv2d: CSRConv2d,
+    SparseConv2d: CSRConv2d,
+}
+
+
 def _converts(layer: nn.Module, min_sparsity: float) -> bool:
-    if type(layer) is nn.Conv2d:
-        if layer.kernel_size != (1, 1) or layer.groups > 1 or layer.padding not in ((0, 0), "same", "valid"):
-            return False
-    elif type(layer) is not nn.Linear:
+    if type(layer) not in _CONVERTED or layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    weight, hooks = layer.weight, (layer._forward_hooks, layer._forward_pre_hooks)
-    if weight.dtype not in _DTYPES or weight.numel() == 0 or any(hooks):
+    if isinstance(layer, SparseLayer):
+        return layer.values.dtype in _DTYPES
+    weight: Any = layer.weight
+    if weight.dtype not in _DTYPES or weight.numel() == 0:
         return False
-    return int((weight == 0).sum()) >= min_sparsity * weight.numel()
-
-
-def _convert(layer: nn.Module) -> nn.Module:
-    return CSRLinear(layer) if isinstance(layer, nn.Linear) else CSRConv2d(layer)  # type: ignore[arg-type]  # _converts
+    return bool((weight == 0).sum() >= min_sparsity * weight.numel())

@@ -1,6 +1,7 @@
 """Files whose size is in proportion to the weights that are not zero, in the safetensors format."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse._extras import extra
+from lightning_sparse.storage.checkpoint import take_sparse
+from lightning_sparse.storage.structure import flat_positions
 
 __all__ = ["load_sparse", "save_sparse"]
 
@@ -24,15 +27,16 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
     """Write a state dict so that zeros take no room.
 
     A tensor with zeros enough is written as ``NAME.indices``, flat and int32 (int64 from 2**31 elements), and
-    ``NAME.values``; any other one as it is. Tied tensors are written once. The file is safetensors, with what is needed
-    to put the tensors together in its header.
+    ``NAME.values``; any other one as it is. The nonzeros of sparse layers are written as those of the plain module's
+    ``weight``, without making that. Tied tensors are written once. The file is safetensors, with what is needed to put
+    the tensors together in its header.
 
     Every bit comes back with ``load_sparse``, but for two things: -0.0 becomes 0.0 where a tensor is written sparsely
     (multiplying by a mask leaves -0.0 behind, which would take room), and memory formats such as channels-last become
     contiguous.
 
     Args:
-        state: a state dict of tensors, or a module that has one.
+        state: a state dict of tensors, or a module that has one; also with sparse layers.
         path: of the file; it is overwritten.
 
     Raises:
@@ -51,7 +55,9 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
         >>> torch.equal(load_sparse(path)["weight"], weight)
         True
     """
-    state = state.state_dict() if isinstance(state, nn.Module) else state
+    state = dict(state.state_dict() if isinstance(state, nn.Module) else state)
+    layers = take_sparse(state)
+    state.update({name: values for name, (values, *_) in layers.items()})
     parts: dict[str, Tensor] = {}
     sparse: dict[str, list[int]] = {}
     tied: dict[str, str] = {}
@@ -68,12 +74,13 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
             tied[name] = first[place]
             continue
         first[place] = name
-        coded = _code(tensor)
+        shape = layers[name][3] if name in layers else tuple(tensor.shape)
+        coded = _code_layer(*layers[name]) if name in layers else _code(tensor)
         if coded is None:
             new = {name: tensor.cpu().contiguous().clone()}
         else:
             new = {f"{name}.indices": coded[0].cpu(), f"{name}.values": coded[1].cpu()}
-            sparse[name] = list(tensor.shape)
+            sparse[name] = list(shape)
         if parts.keys() & new.keys():
             raise ValueError(f"names in state must not collide, but {name!r} is written as {sorted(new)}.")
         parts.update(new)
@@ -122,13 +129,22 @@ def _code(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return flat indices and values of what is not zero; None if that takes as much room as the dense tensor."""
     if tensor.dtype not in _CODED:
         return None
-    width = torch.int32 if tensor.numel() <= 2**31 else torch.int64
+    width = _width(tensor.numel())
     flat = tensor.reshape(-1)
     count = int(torch.count_nonzero(flat))
     if count * (width.itemsize + tensor.itemsize) + _ENTRY >= tensor.nbytes:
         return None
     indices = flat.nonzero().flatten()
     return indices.to(width), flat[indices]
+
+
+def _code_layer(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return flat indices and values of a sparse layer."""
+    return flat_positions(crow, col, shape).to(_width(math.prod(shape))), values.detach()
+
+
+def _width(size: int) -> torch.dtype:
+    return torch.int32 if size <= 2**31 else torch.int64
 
 
 def _describe(value: object) -> str:

@@ -1,5 +1,6 @@
 """Which export pays here: time, file size and memory of a module and of what it can be exported to, measured."""
 
+import copy
 import io
 import os
 import subprocess
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_sparse._extras import extra
-from lightning_sparse.export._modules import Example, arguments, evaluating
+from lightning_sparse.export._modules import Example, arguments, dense_bytes, evaluating
 from lightning_sparse.export.compaction import compact, trace
 from lightning_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
 from lightning_sparse.export.files import save_sparse
 from lightning_sparse.export.onnx import onnx_session, to_onnx
 from lightning_sparse.process import peak_memory, resident_memory
+from lightning_sparse.storage import to_dense, training
 
 __all__ = ["Benchmark", "Measurement", "benchmark"]
 
@@ -52,7 +54,9 @@ class Benchmark:
     """What was measured; ``str`` makes a Markdown table of it, and says which one pays.
 
     Attributes:
-        rows: measurements by name; the first is the module itself, "dense".
+        rows: measurements by name. The first, with which the others are compared, is the module itself, "dense". Of a
+            module with sparse layers it is its dense twin, and the module itself is "sparse layers", which comes first
+            if there is no twin.
         skipped: by name of what could not be made, why.
         sparse_file_bytes: of the module's state dict as ``save_sparse`` writes it; None: safetensors is not installed.
     """
@@ -62,7 +66,7 @@ class Benchmark:
     sparse_file_bytes: int | None
 
     def __str__(self) -> str:
-        batches = list(self.rows["dense"].milliseconds)
+        batches = list(self._first.milliseconds)
         head = ["", *(f"batch {batch} (ms)" for batch in batches), "file (MiB)", "peak memory added (MiB)"]
         lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
         for name, row in self.rows.items():
@@ -72,19 +76,22 @@ class Benchmark:
         notes = [self._best(f"Fastest at batch {batch}", _time_at(batch)) for batch in batches]
         notes.append(self._best("Smallest file", lambda row: row.file_bytes))
         if self.sparse_file_bytes is not None:
-            notes.append(
-                f"The dense module's weights as save_sparse writes them: {self.sparse_file_bytes / _MIB:.2f} MiB."
-            )
-        if self.rows["dense"].memory_bytes is not None:
+            notes.append(f"The module's weights as save_sparse writes them: {self.sparse_file_bytes / _MIB:.2f} MiB.")
+        if self._first.memory_bytes is not None:
             notes.append(self._best("Least memory", lambda row: row.memory_bytes or float("inf")))
         notes += [f"Not measured: {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join([*lines, "", *notes])
 
+    @property
+    def _first(self) -> Measurement:
+        return next(iter(self.rows.values()))
+
     def _best(self, title: str, cost: Callable[[Measurement], float]) -> str:
+        first = next(iter(self.rows))
         costs = {name: cost(row) for name, row in self.rows.items()}
         best = min(costs, key=lambda name: costs[name])
-        ratio = costs["dense"] / costs[best]
-        return f"{title}: {best}" + ("." if best == "dense" else f", {ratio:.2f} times better than dense.")
+        ratio = costs[first] / costs[best]
+        return f"{title}: {best}" + ("." if best == first else f", {ratio:.2f} times better than {first}.")
 
 
 def benchmark(
@@ -102,8 +109,12 @@ def benchmark(
     compacted. All run in turn with ``torch.get_num_threads()`` threads, so that a change of the machine's speed meets
     all. Memory is that of a process of its own for each.
 
+    A module with sparse layers is measured as it is, and beside it a dense twin, of which the exports are made, if the
+    twin's weights take no more than ``lightning_sparse.storage.training.DENSE_LIMIT`` bytes. Above, rows that need
+    dense weights are left out.
+
     Args:
-        module: on the CPU, with exact zeros in its weights; it is not changed.
+        module: on the CPU, with exact zeros in its weights, or with sparse layers; it is not changed.
         example_input: a tensor, or a tuple of positional tensors; its first row is repeated to make the batches.
         batch_sizes: to time; the largest is used for memory.
         rounds: how often each is timed; the median counts.
@@ -165,7 +176,13 @@ def _variants(
     module: nn.Module, example_input: Example, min_sparsity: float, folder: Path, skipped: dict[str, str]
 ) -> dict[str, Any]:
     """Return what can be made of the module by name: a module, or the session of an ONNX file."""
-    variants: dict[str, Any] = {"dense": module}
+    variants: dict[str, Any] = {}
+    size = dense_bytes(module)
+    if size <= training.DENSE_LIMIT:
+        variants["dense"] = to_dense(copy.deepcopy(module)) if size else module
+    if size:
+        variants["sparse layers"] = module
+    dense = variants.get("dense", module)
 
     def attempt(name: str, make: Callable[[], Any]) -> None:
         try:
@@ -173,25 +190,25 @@ def _variants(
         except Exception as error:
             skipped[name] = str(error).splitlines()[0]
 
-    def csr(source: str) -> nn.Module:
+    def csr(source: nn.Module) -> nn.Module:
         # without its LightningModule's or the script's class, it can be loaded by another process
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = to_csr(_portable(variants[source]), min_sparsity)
+            result = to_csr(_portable(source), min_sparsity)
         if not any(isinstance(layer, (CSRLinear, CSRConv2d)) for layer in result.modules()):
             raise ValueError(f"no layer has a sparsity of {min_sparsity:.0%} or more")
         return result
 
-    def onnx(source: str, name: str) -> Any:
-        to_onnx(variants[source], folder / name, example_input)
+    def onnx(source: nn.Module, name: str) -> Any:
+        to_onnx(source, folder / name, example_input)
         return onnx_session(folder / name)
 
-    attempt("compacted", lambda: compact(module, example_input)[0])
-    attempt("CSR", lambda: csr("dense"))
-    attempt("ONNX", lambda: onnx("dense", "ONNX"))
+    attempt("compacted", lambda: compact(dense, example_input)[0])
+    attempt("CSR", lambda: csr(module))
+    attempt("ONNX", lambda: onnx(dense, "ONNX"))
     if "compacted" in variants:
-        attempt("compacted, CSR", lambda: csr("compacted"))
-        attempt("compacted, ONNX", lambda: onnx("compacted", "compacted, ONNX"))
+        attempt("compacted, CSR", lambda: csr(variants["compacted"]))
+        attempt("compacted, ONNX", lambda: onnx(variants["compacted"], "compacted, ONNX"))
     return variants
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse._extras import extra
-from lightning_sparse.export._modules import Example, arguments, check_equal, evaluating, results
+from lightning_sparse.export._modules import Example, arguments, check_dense, check_equal, evaluating, results
 
 __all__ = ["onnx_session", "to_onnx"]
 
@@ -38,6 +38,7 @@ def to_onnx(
             None: by dtype, 1e-5 for float32.
 
     Raises:
+        ValueError: the module has sparse layers.
         RuntimeError: onnxruntime computes something else; no file is left then.
         ModuleNotFoundError: the extra ``export`` is not installed.
 
@@ -49,6 +50,7 @@ def to_onnx(
         >>> os.path.exists(path)
         True
     """
+    check_dense(module, "to_onnx")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         extra(package, "export")
     given = arguments(example_input)

@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.export._modules import check_dense
+
 __all__ = ["fits_2_4", "to_semi_structured"]
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -31,7 +33,7 @@ def to_semi_structured(module: nn.Module) -> nn.Module:
         module: on a CUDA device of compute capability 8.0 or more, in float16 or bfloat16.
 
     Raises:
-        ValueError: no linear layer has the pattern.
+        ValueError: no linear layer has the pattern, or the module has sparse layers.
         RuntimeError: there is no CUDA device, or the module is not on one that can do it, or in another dtype.
 
     Example:
@@ -39,6 +41,7 @@ def to_semi_structured(module: nn.Module) -> nn.Module:
         >>> from lightning_sparse.export import to_semi_structured
         >>> fast = to_semi_structured(nn.Linear(64, 32).cuda().half())  # doctest: +SKIP
     """
+    check_dense(module, "to_semi_structured")
     layers = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
     chosen = {name: layer.weight for name, layer in layers.items() if fits_2_4(layer.weight) and _size_fits(layer)}
     if not chosen:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_sparse.storage.layers import SparseLayer, dense_weight
 from lightning_sparse.storage.structure import structure
 
-__all__ = ["load_dense", "load_for", "make_state_sparse", "sparse_entries"]
+__all__ = ["load_dense", "load_for", "make_state_sparse", "sparse_entries", "take_sparse"]
 
 _ENTRIES = ("values", "crow", "col", "weight_shape")
 
@@ -39,11 +39,25 @@ def load_dense(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 def _make_state_dense(state: dict[str, Any], leave: Collection[str] = ()) -> None:
     """Put dense weights in the place of sparse layers' entries, in place, but for the layers to ``leave``."""
+    for name, entries in take_sparse(state, leave).items():
+        state[name] = dense_weight(*entries)
+
+
+def take_sparse(
+    state: dict[str, Any], leave: Collection[str] = ()
+) -> dict[str, tuple[Tensor, Tensor, Tensor, tuple[int, ...]]]:
+    """Remove sparse layers' entries from a ``state_dict``, in place, but for the layers to ``leave``.
+
+    Returns:
+        By name of the dense weight, its values, ``crow``, ``col`` and shape.
+    """
+    taken = {}
     prefixes = [key[: -len("weight_shape")] for key in state if key.split(".")[-1] == "weight_shape"]
     for prefix in prefixes:
         if prefix[:-1] not in leave and all(prefix + name in state for name in _ENTRIES):
             values, crow, col, shape = (state.pop(prefix + name) for name in _ENTRIES)
-            state[f"{prefix}weight"] = dense_weight(values, crow, col, tuple(shape.tolist()))
+            taken[f"{prefix}weight"] = values, crow, col, tuple(shape.tolist())
+    return taken
 
 
 def load_for(module: nn.Module, state: dict[str, Any]) -> None:

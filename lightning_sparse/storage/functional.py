@@ -3,7 +3,8 @@
 A weight is a vector of values and a ``Structure``. Products run in float32 at least, whatever the dtype of the input.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ from torch.nn import functional
 from lightning_sparse.storage.backends import matmul, sampled
 from lightning_sparse.storage.structure import Structure
 
-__all__ = ["Geometry", "conv2d", "linear"]
+__all__ = ["Geometry", "conv2d", "convolve", "linear", "padded"]
 
-_CHUNK = 1 << 21  # elements of unfolded input at once, if one image has not more
+# elements of unfolded input at once, if one image has not more: those still in the cache when they are multiplied
+_CHUNK = 1 << 19
 
 Pair = tuple[int, int]
 
@@ -30,19 +32,31 @@ class Geometry(NamedTuple):
     dilation: Pair
 
     def outputs(self, space: Sequence[int]) -> Pair:
-        """Return height and width of the output."""
+        """Return height and width of the output.
+
+        Raises:
+            RuntimeError: the kernel is larger than the padded input.
+        """
         height, width = (
             (size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in zip(space, *self, strict=True)
         )
+        if min(height, width) < 1:
+            raise RuntimeError(f"The kernel is larger than the padded input of {tuple(space)}: {self}.")
         return height, width
 
     def unfold(self, x: Tensor) -> Tensor:
         """Return what each output reads as a column, ``(channels * places, images * outputs)``."""
-        if self.reads_one:
-            columns = x.flatten(2)
-        else:
-            columns = functional.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
-        return columns.transpose(0, 1).reshape(columns.shape[1], -1)
+        height, width = self.outputs(x.shape[2:])
+        vertical, horizontal = self.padding
+        if vertical or horizontal:
+            x = functional.pad(x, (horizontal, horizontal, vertical, vertical))
+        image, channel, *steps = x.stride()
+        within = [step * d for step, d in zip(steps, self.dilation, strict=True)]
+        between = [step * s for step, s in zip(steps, self.stride, strict=True)]
+        # a view, so that one copy is enough: torch's unfold puts the images first, and to turn that takes another
+        sizes = x.shape[1], *self.kernel_size, len(x), height, width
+        windows = x.as_strided(sizes, (channel, *within, image, *between))
+        return windows.reshape(math.prod(sizes[:3]), math.prod(sizes[3:])).contiguous()
 
     def fold(self, columns: Tensor, images: int, space: Sequence[int]) -> Tensor:
         """Add up what ``unfold`` has spread."""
@@ -81,6 +95,41 @@ def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure, ge
     return result
 
 
+def convolve(
+    x: Tensor, out: int, geometry: Geometry, product: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Return the convolution of ``x`` by a product, for which it is unfolded for some images at a time.
+
+    Args:
+        x: ``(batch, in, height, width)``.
+        out: channels of the result.
+        geometry: how ``x`` is read.
+        product: gives the weight times a matrix of ``in * places`` rows: ``(out, n)``.
+        dtype: of what is multiplied and of the result.
+    """
+    y = x.new_empty(len(x), out, *geometry.outputs(x.shape[2:]), dtype=dtype)
+    for images in _chunks(x, y, geometry):
+        part = product(geometry.unfold(x[images].to(dtype)))
+        y[images] = part.view(out, -1, *y.shape[2:]).transpose(0, 1)
+    return y
+
+
+def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
+    """Return ``x`` with the padding that unfolding cannot add, and how a convolution reads it.
+
+    Args:
+        conv: has the attributes of ``nn.Conv2d`` but the weight.
+        x: ``(batch, in, height, width)``.
+    """
+    padding = conv.padding
+    if isinstance(padding, str) or conv.padding_mode != "zeros":
+        # what nn.Conv2d hands to pad itself: (left, right, top, bottom)
+        sides = conv._reversed_padding_repeated_twice
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x, padding = functional.pad(x, sides, mode=mode), (0, 0)
+    return x, Geometry(conv.kernel_size, conv.stride, padding, conv.dilation)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure) -> Tensor:
@@ -117,10 +166,11 @@ class _Conv2d(torch.autograd.Function):
         ctx.weight, ctx.geometry = weight, geometry
         dtype = _exact(values.dtype)
         exact = values.to(dtype)
-        y = x.new_empty(len(x), weight.matrix.shape[0], *geometry.outputs(x.shape[2:]), dtype=dtype)
-        for images in _chunks(x, y, weight):
-            part = matmul(weight.matrix, exact, geometry.unfold(x[images].to(dtype)), weight.backend)
-            y[images] = part.view(len(part), -1, *y.shape[2:]).transpose(0, 1)
+
+        def product(columns: Tensor) -> Tensor:
+            return matmul(weight.matrix, exact, columns, weight.backend)
+
+        y = convolve(x, weight.matrix.shape[0], geometry, product, dtype)
         return y if bias is None else y.add_(bias.to(dtype).view(-1, 1, 1))
 
     @staticmethod
@@ -131,7 +181,7 @@ class _Conv2d(torch.autograd.Function):
         exact = values.to(dtype)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dvalues = torch.zeros_like(exact) if ctx.needs_input_grad[1] else None
-        for images in _chunks(x, gradient, weight):
+        for images in _chunks(x, gradient, geometry):
             G = gradient[images].to(dtype).transpose(0, 1).reshape(gradient.shape[1], -1)
             if dx is not None:
                 columns = _transposed(weight, exact, G)
@@ -155,9 +205,9 @@ def _transposed(weight: Structure, values: Tensor, G: Tensor) -> Tensor:
     return matmul(weight.transposed, values.index_select(0, weight.permutation), G, weight.backend)
 
 
-def _chunks(x: Tensor, y: Tensor, weight: Structure) -> Iterator[slice]:
+def _chunks(x: Tensor, y: Tensor, geometry: Geometry) -> Iterator[slice]:
     """Yield as many images at a time as may be unfolded at once."""
-    unfolded = weight.matrix.shape[1] * max(1, y.shape[2] * y.shape[3])
+    unfolded = x.shape[1] * math.prod(geometry.kernel_size) * y.shape[2] * y.shape[3]
     at_once = max(1, _CHUNK // max(1, unfolded))
     for first in range(0, len(x), at_once):
         yield slice(first, first + at_once)

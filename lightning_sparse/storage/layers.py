@@ -11,10 +11,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 
 from lightning_sparse import sampling
-from lightning_sparse.storage.functional import Geometry, conv2d, linear
+from lightning_sparse.storage.functional import conv2d, linear, padded
 from lightning_sparse.storage.structure import CSR, Structure, flat_positions, structure
 
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "dense_weight", "make_dense_", "make_sparse_", "to_dense"]
@@ -311,13 +310,7 @@ class SparseConv2d(SparseLayer):
         x, dtype = self._take(x)
         images = x if x.ndim == 4 else x.unsqueeze(0)
         with torch.autocast(x.device.type, enabled=False):
-            padding = self.padding
-            if isinstance(padding, str) or self.padding_mode != "zeros":
-                # what nn.Conv2d hands to pad itself: (left, right, top, bottom)
-                sides = self._reversed_padding_repeated_twice
-                mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-                images, padding = functional.pad(images, sides, mode=mode), (0, 0)
-            geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation)
+            images, geometry = padded(self, images)
             y = conv2d(images, self.values, self.bias, self.structure, geometry).to(dtype)
         return y if x.ndim == 4 else y.squeeze(0)
 
