@@ -8,7 +8,6 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 __all__ = ["Uncompiled", "can_pause", "copied", "is_compiled"]
 
@@ -47,6 +46,8 @@ def can_pause() -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether ``module`` or a part of it is compiled; functions that it calls may still be."""
+    from torch._dynamo import OptimizedModule  # takes a second to import
+
     return any(
         isinstance(part, OptimizedModule)
         or vars(part).get("_compiled_call_impl") is not None
