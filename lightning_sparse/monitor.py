@@ -368,9 +368,16 @@ class SparsityMonitor(Callback):
         }
 
     def _keep_fitting(self) -> None:
-        """Forget what a checkpoint has of weights that are others now."""
-        sizes = {layer.name: layer.size for layer in self._layers}
+        """Forget what a checkpoint has of weights that are others now, or that train dense."""
+        sizes = {layer.name: layer.size for layer in self._layers if layer.method is not None}
         fits = {name for name, size in self._explored.sizes.items() if sizes.get(name) == size}
+        if dense := sorted(self._density.keys() - sizes.keys()):
+            rank_zero_warn(
+                f"In the run of the checkpoint {', '.join(dense)} trained sparse. No method holds them now: they train "
+                "dense from here on. Give the Trainer the callback of that run to keep them sparse."
+            )
+        self._density = {name: density for name, density in self._density.items() if name in fits}
+        self._gradient_density = {name: share for name, share in self._gradient_density.items() if name in fits}
         self._explored.keep(fits)
         self._epoch_bits = {name: bits for name, bits in self._epoch_bits.items() if name in fits}
 

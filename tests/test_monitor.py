@@ -348,6 +348,16 @@ def test_a_checkpoint_without_its_state_is_gone_on_from(tmp_path):
     assert [epoch["epoch"] for epoch in found["epochs"]] == [2]
 
 
+def test_a_run_that_goes_on_without_its_method_is_told_to_be_dense(tmp_path):
+    _, run, _ = watched([SETTINGS["RigL"](), SparsityMonitor()], tmp_path, seeded(Lit), max_epochs=1)
+    saved(run, tmp_path / "sparse.ckpt")
+    run = trainer([SparsityMonitor()], logger=CSVLogger(tmp_path), max_epochs=2)
+    with pytest.warns(UserWarning, match=r"net\.0\.weight, net\.2\.weight, net\.4\.weight trained sparse\. No method"):
+        run.fit(seeded(Lit), loader(), ckpt_path=tmp_path / "sparse.ckpt")
+    before, after = written(run)["epochs"]
+    assert (before["density"], after["density"]) == (pytest.approx(0.2, abs=0.01), 1.0)
+
+
 def test_a_second_fit_begins_anew_and_copies_are_plain(tmp_path):
     monitor = SparsityMonitor()
     for _ in range(2):
