@@ -1,15 +1,19 @@
 """The command ``lightning-sparse``, on LightningCLI: fit, validate, test, predict; recipes, demo, compare, report."""
 
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import lightning_sparse
 from lightning_sparse import recipes
 from lightning_sparse._extras import extra
-from lightning_sparse._lightning import PACKAGE, LightningModule, Trainer
+from lightning_sparse._lightning import PACKAGE, LightningModule, MisconfigurationException, Trainer
+from lightning_sparse.callback import SparseCallback
 from lightning_sparse.monitor import SparsityMonitor
 
 __all__ = ["main"]
@@ -28,6 +32,7 @@ _HELP = """Sparse training from the command line.
 
 --recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
 --data.data_dir=DIR, --trainer.callbacks.sparsity=0.95 (of the method), --trainer.max_epochs=5 or --seed_everything=1.
+lightning-sparse fit --help lists all options; validate, test and predict take the same, and --ckpt_path.
 A run goes to runs/NAME/version_N: config.yaml, metrics.csv, sparsity.json and checkpoints/last.ckpt.
 """
 
@@ -36,7 +41,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command with the arguments given, by default those of the process."""
     args = list(sys.argv[1:] if args is None else args)
     try:
-        if args[:1] == ["recipes"]:
+        if args in ([], ["-h"], ["--help"]):
+            print(_HELP)
+            raise SystemExit(0)
+        elif args == ["--version"]:
+            print(f"lightning-sparse {lightning_sparse.__version__}")
+        elif args[:1] == ["recipes"]:
             _list_recipes()
         elif args[:1] == ["demo"]:
             from lightning_sparse import demo
@@ -51,9 +61,33 @@ def main(args: Sequence[str] | None = None) -> None:
 
             report.main(args[1:])
         else:
-            run(args)
-    except (ModuleNotFoundError, FileNotFoundError) as error:
+            if os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())  # for class_path: mymodel.Net
+            _tell(run(args))
+    except (ModuleNotFoundError, FileNotFoundError, MisconfigurationException, ValueError) as error:
+        if isinstance(error, ValueError) and not _ours(error):
+            raise
         raise SystemExit(f"lightning-sparse: {error}") from error
+
+
+def _ours(error: Exception) -> bool:
+    """Tell whether this package has raised ``error``, whose message says what to do: nobody needs where it was."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return module.startswith("lightning_sparse.")
+
+
+def _tell(cli: Any) -> None:
+    """Say what came of a fit, and where it is."""
+    if cli.subcommand != "fit" or not cli.trainer.is_global_zero:
+        return
+    for callback in cli.trainer.callbacks:
+        if isinstance(callback, SparseCallback):
+            print(f"{type(callback).__name__}: density {callback.density:.2%}")
+    folder = cli.trainer.log_dir
+    if cli.trainer.loggers and folder:
+        print(f"Written to {folder}. A page on it: lightning-sparse report {folder}")
 
 
 def run(args: Sequence[str]) -> Any:
@@ -148,12 +182,14 @@ def _cli_class() -> Any:
                 kwargs["logger"] = log if self.subcommand == "fit" else False
             callbacks = given.callbacks or []
             callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-            if given.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            fitting = self.subcommand == "fit"
+            kept = given.enable_checkpointing is False or any(isinstance(c, ModelCheckpoint) for c in callbacks)
+            if fitting and not kept:
                 # the latest alone: save_last with save_top_k=0 would write at the end of the fit only
                 last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
                 callbacks.append(last)
             watched = any(isinstance(callback, SparsityMonitor) for callback in callbacks)
-            if self.subcommand == "fit" and given.logger is not False and not watched:
+            if fitting and given.logger is not False and not watched:
                 callbacks.append(SparsityMonitor())  # which writes sparsity.json
             kwargs["callbacks"] = callbacks
             trainer: Trainer = super().instantiate_trainer(**kwargs)

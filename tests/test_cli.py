@@ -1,10 +1,12 @@
 import csv
 import json
+import os
 import sys
 
 import pytest
 import torch
 
+import lightning_sparse
 from lightning_sparse import DST, RigL, SparsityMonitor, cli, demo, recipes
 from lightning_sparse.models import LeNet300
 
@@ -200,3 +202,40 @@ def test_demo_hands_its_arguments_on(monkeypatch):
     monkeypatch.setattr(demo, "main", seen.append)
     cli.main(["demo", "--epochs", "3"])
     assert seen == [["--epochs", "3"]]
+
+
+def test_help_and_version_are_the_packages_own(capsys):
+    for args in ([], ["--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(args)
+        assert "lightning-sparse compare --recipe NAME" in capsys.readouterr().out
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"lightning-sparse {lightning_sparse.__version__}\n"
+
+
+def test_the_end_of_a_fit_says_density_and_folder(capsys):
+    cli.main(["fit", "--recipe", "dense-lenet300-digits", *SHORT, "--trainer.callbacks+=lightning_sparse.RandomPruning",
+              "--trainer.callbacks.sparsity=0.75"])  # fmt: skip
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0] == "RandomPruning: density 25.00%"
+    folder = os.path.join("runs", "dense-lenet300-digits", "version_0")
+    assert last[1] == f"Written to {folder}. A page on it: lightning-sparse report {folder}"
+
+
+def test_a_module_of_the_working_directory_can_be_named(elsewhere, capsys, monkeypatch):
+    (elsewhere / "my_network.py").write_text(
+        "from lightning_sparse.models import LeNet300\n\n\nclass Net(LeNet300):\n    pass\n"
+    )
+    text = (
+        recipes.path("dense-lenet300-digits").read_text().replace("lightning_sparse.models.LeNet300", "my_network.Net")
+    )
+    (elsewhere / "mine.yaml").write_text(text)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    cli.main(["fit", "-c", "mine.yaml", *SHORT, "--trainer.limit_train_batches=2"])
+    assert "Written to" in capsys.readouterr().out
+
+
+def test_what_cannot_be_trained_is_told_in_a_line():
+    fit = ["fit", "--recipe", "dst-lenet300-digits", *SHORT, "--trainer.callbacks.exclude=['fc9*']"]
+    with pytest.raises(SystemExit, match=r"lightning-sparse: .*fc9"):
+        cli.main(fit)
