@@ -34,8 +34,7 @@ argument with a dot is an option of fit for this method alone (dst:model.init_ar
 What is not written comes from the recipe, if it is the method's, else from the method's own recipe of this package for
 the same network and data. TopKAST's backward density is twice its density unless backward_sparsity is given.
 
-Options --trainer.KEY=VALUE, --model.KEY=VALUE and --data.KEY=VALUE, such as --data.init_args.data_dir=DIR, go to every
-run.
+Options --trainer.KEY=VALUE, --model.KEY=VALUE and --data.KEY=VALUE, such as --data.data_dir=DIR, go to every run.
 
 Runs that have finished are kept: repeat the command to go on after an interruption, or add methods, sparsities and
 seeds. Each run is one lightning-sparse fit in a process of its own; its folder holds log.txt, run.yaml and version_N.
