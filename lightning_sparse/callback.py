@@ -127,9 +127,10 @@ class SparseCallback(Callback, ABC):
 
     @property
     def total_steps(self) -> float:
-        """Number of optimizer steps of the whole fit; infinite if nothing bounds it."""
+        """Number of optimizer steps of the whole fit; infinite if nothing bounds it or the data have no known length."""
         assert self._trainer is not None
-        return float(self._trainer.estimated_stepping_batches)
+        steps = float(self._trainer.estimated_stepping_batches)
+        return math.inf if steps < 0 else steps  # -1 is max_steps, which is not set
 
     def mask(self, name: str) -> Tensor:
         """Return one of ``masks``, without making the others."""
@@ -205,8 +206,8 @@ class SparseCallback(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer of the other Lightning package; forget an earlier fit, which an exception may have ended."""
         check_trainer(trainer, self)
+        self._release()
         if stage == "fit":
-            self._release()
             self._restored = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

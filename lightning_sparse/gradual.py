@@ -67,7 +67,8 @@ class GradualPruning(MaskedCallback):
         if math.isinf(self.total_steps):
             raise MisconfigurationException(
                 f"{type(self).__name__} must know how long the training is, of which it prunes in the first "
-                f"{self.end_at:.0%}. Give the Trainer max_epochs or max_steps."
+                f"{self.end_at:.0%}. Give the Trainer max_epochs or max_steps, "
+                "and limit_train_batches if the data have no known length."
             )
         for pool in self._pools.values():
             floors(self.min_layer_density, [weight.size for weight in pool.weights], self.final(pool))
@@ -93,8 +94,8 @@ class GradualPruning(MaskedCallback):
         super().attach_more(choices, optimizer)
         pool = self._pools[id(optimizer)]
         pool.due = True
-        if "start" in pool.values:
-            pool.values["start"] += sum(self._weights[choice.name].active for choice in choices)
+        new = sum(self._weights[choice.name].active for choice in choices)
+        pool.values |= {key: pool.values[key] + new for key in ("start", "asked") if key in pool.values}
 
     # ------------------------------------------------------------------ how many
 
@@ -114,7 +115,9 @@ class GradualPruning(MaskedCallback):
         first, last = self.span()
         final = self.final(pool)
         start = pool.values.setdefault("start", sum(weight.active for weight in pool.weights))
-        return final + round((start - final) * cubic(pool.step - first, last - first))
+        now = final + round((start - final) * cubic(pool.step - first, last - first))
+        pool.values["asked"] = min(now, pool.values.get("asked", start))  # a run may be resumed with more epochs
+        return int(pool.values["asked"])
 
     def prune_globally(self, pool: Pool) -> None:
         """Keep the largest ``|W|`` of all layers together, and of each what ``min_layer_density`` asks for."""

@@ -277,8 +277,9 @@ class LatentCallback(SparseCallback):
     def leave_step(self) -> None:  # noqa: D102
         weights = [weight for weight in self._weights.values() if self._leave(weight)]
         self.updated(None, weights)
-        for weight in weights:
-            self._project(weight)
+        for weight in self._weights.values():  # also those that were left, but not brought back
+            if weight.parameter is not None:
+                self._project(weight)
 
     def report_trouble(self) -> None:  # noqa: D102
         for name, weight in self._weights.items():

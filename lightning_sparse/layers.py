@@ -72,7 +72,8 @@ def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[str, s
 
 
 def _by_default(local: str, owner: nn.Module) -> bool:
-    return any(isinstance(owner, kind) and local.startswith(names) for kind, names in _BY_DEFAULT.items())
+    gain = local.endswith("_g")  # of weight_norm
+    return not gain and any(isinstance(owner, kind) and local.startswith(names) for kind, names in _BY_DEFAULT.items())
 
 
 def _matches(pattern: str, names: Sequence[str]) -> bool:

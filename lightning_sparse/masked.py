@@ -6,7 +6,7 @@ at a step whose gradients are whole and averaged over processes, so all processe
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +107,7 @@ class MaskedWeight:
     @property
     def finite(self) -> bool:
         """All gradients are finite, also those of connections that are not active."""
-        return not self.dP.numel() or all(bool(x.isfinite()) for x in self.dP.aminmax())
+        return all_finite(self.dP)
 
     def change(self, dropped: Tensor, grown: Tensor, value: float = 0.0) -> None:
         """Take connections away and put others in, all with fresh optimizer state.
@@ -443,7 +443,7 @@ class MaskedCallback(SparseCallback):
             self.observe(weights, scale)
             pool.due = pool.due or self.is_due(pool)
             # AMP skips a step that overflowed, and its gradients are no scores: the next step moves
-            if pool.due and finite(weights):
+            if pool.due and finite(weights) and all(map(all_finite, _gradients(optimizer))):
                 pool.due = False
                 pool.moved = self._move(weights, pool, scale)
             pool.step += 1
@@ -528,6 +528,19 @@ class MaskedCallback(SparseCallback):
     def _set_clocks(self) -> None:
         for pool, clock in zip(self._pools.values(), self._clocks, strict=False):
             pool.clock = clock
+
+
+def all_finite(x: Tensor) -> bool:
+    """Tell whether all elements are finite."""
+    return not x.numel() or all(bool(extreme.isfinite()) for extreme in x.aminmax())
+
+
+def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yield the gradients of all that ``optimizer`` trains."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
 
 
 def finite(weights: Sequence[MaskedWeight]) -> bool:

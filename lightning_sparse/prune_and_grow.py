@@ -81,7 +81,8 @@ class PruneAndGrow(MaskedCallback):
         if (self.update_every is None and self._epochs is None) or math.isinf(self.total_steps):
             raise MisconfigurationException(
                 f"{type(self).__name__} must know how long the training is, of which it moves connections in the first "
-                f"{self.stop_at:.0%}. Give the Trainer max_epochs or max_steps."
+                f"{self.stop_at:.0%}. Give the Trainer max_epochs or max_steps, "
+                "and limit_train_batches if the data have no known length."
             )
         if self.update_every is None:
             updates = math.ceil(self._last_epoch()) - 1

@@ -12,7 +12,7 @@ GATHER = 0x0102040810204080
 
 def pack(mask: Tensor) -> Tensor:
     """Return ``mask (out, n)``, boolean or of ones and zeros, as bytes ``(out, ceil(n / 8))``."""
-    flags = mask.bool().view(torch.uint8)
+    flags = mask.bool().contiguous().view(torch.uint8)
     if mask.shape[1] % 8:
         flags = pad(flags, (0, -mask.shape[1] % 8))
     return flags.view(torch.int64).mul(GATHER).bitwise_right_shift_(56).to(torch.uint8)

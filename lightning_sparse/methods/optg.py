@@ -82,7 +82,8 @@ class OptG(TopKCallback):
         if math.isinf(self.total_steps):
             raise MisconfigurationException(
                 "OptG must know how long the training is, to reach its sparsity in time. "
-                "Give the Trainer max_epochs or max_steps."
+                "Give the Trainer max_epochs or max_steps, "
+                "and limit_train_batches if the data have no known length."
             )
         for optimizer in trainer.optimizers:
             self.check(self._owned(optimizer))

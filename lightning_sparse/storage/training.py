@@ -320,6 +320,7 @@ class SparseStorage(MaskedCallback):
         super().setup(trainer, pl_module, stage)
         if self.storage == "sparse":
             if stage == "fit":
+                self._refuse_averages(trainer)
                 self._backend = None
                 exchange = partial(self._make_sparse, trainer, pl_module)
                 self._handles.append(_After(pl_module, "configure_model", exchange))
@@ -327,6 +328,16 @@ class SparseStorage(MaskedCallback):
             else:
                 hook = partial(_load_hook, pl_module)
                 self._handles.append(pl_module._register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _refuse_averages(self, trainer: Trainer) -> None:
+        """Raise if another callback averages weights over time: values whose places differ would be mixed."""
+        kinds = {"StochasticWeightAveraging", "WeightAveraging"}
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if kinds & {base.__name__ for base in type(other).__mro__}:
+                raise MisconfigurationException(
+                    f"{type(self).__name__}(storage='sparse') holds values whose places change, which "
+                    f"{type(other).__name__} would average as if they did not. Use storage='masked', or leave it out."
+                )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave effective weights and the module's own methods behind, also of a fit that has not come to its start."""
