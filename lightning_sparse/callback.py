@@ -127,7 +127,7 @@ class SparseCallback(Callback, ABC):
 
     @property
     def total_steps(self) -> float:
-        """Number of optimizer steps of the whole fit; infinite if nothing bounds it or the data have no known length."""
+        """Number of optimizer steps of the whole fit; infinite if nothing tells how many."""
         assert self._trainer is not None
         steps = float(self._trainer.estimated_stepping_batches)
         return math.inf if steps < 0 else steps  # -1 is max_steps, which is not set
