@@ -335,7 +335,16 @@ class SparseCallback(Callback, ABC):
             self._enter(optimizer)
             return None
 
+        called = False
+
         def closure_then_enter() -> Any:
+            nonlocal called
+            if called:  # the weights of within the update, which are dense for methods with latent ones
+                raise MisconfigurationException(
+                    f"{type(self).__name__} cannot train with {type(optimizer).__name__}, which evaluates the loss "
+                    "several times within a step. Use an optimizer that does it once, such as SGD or AdamW."
+                )
+            called = True
             result = closure()
             self._enter(optimizer)
             return result

@@ -273,6 +273,15 @@ class LatentCallback(SparseCallback):
         for weight in weights:
             self._project(weight)
 
+    def _check(self, trainer: Any) -> None:
+        super()._check(trainer)
+        for optimizer in trainer.optimizers:
+            if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} cannot train with {type(optimizer).__name__}, which changes weights "
+                    "outside of its steps, where they must stay sparse. Use an optimizer without train() and eval()."
+                )
+
     @torch.no_grad()
     def leave_step(self) -> None:  # noqa: D102
         weights = [weight for weight in self._weights.values() if self._leave(weight)]

@@ -110,3 +110,28 @@ def test_weights_that_are_stored_transposed_train():
     module = Lit(nn.Sequential(nn.Linear(12, 16), *net))
     fit(DFBST(5e-3, 0.5), module, max_epochs=1)
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_optimizers_that_evaluate_the_loss_twice_are_refused():
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            closure()
+            return super().step(closure)
+
+    with pytest.raises(MisconfigurationException, match="Twice, which evaluates the loss several times within a step"):
+        fit(DFBST(5e-3, 0.5), seeded(lambda: Lit(optimizer=lambda p: Twice(p, lr=0.1))))
+
+
+def test_optimizers_that_change_weights_outside_of_their_steps_are_refused():
+    class Averaging(torch.optim.SGD):
+        def train(self):
+            pass
+
+        eval = train
+
+    def module():
+        return seeded(lambda: Lit(optimizer=lambda p: Averaging(p, lr=0.1)))
+
+    with pytest.raises(MisconfigurationException, match="Averaging, which changes weights outside of its steps"):
+        fit(TopKAST(0.8, 0.5), module())
+    fit(SET(0.8), module(), max_epochs=1)
