@@ -174,10 +174,11 @@ class MaskedWeight:
             grown: flat positions, different, not active before unless dropped.
             value: the values of the grown, or one for all.
         """
+        self._places = None  # eight bytes a connection, which nobody needs until the next move
         if not (len(dropped) or len(grown)):
             return
         dropped, grown = dropped.to(self.mask.device), grown.to(self.mask.device)
-        self.mask, self._places = self.mask.clone(), None
+        self.mask = self.mask.clone()
         masks.put_(self.mask, dropped, False)
         masks.put_(self.mask, grown, True)
         for state in self.optimizer_state():
