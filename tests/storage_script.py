@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import DSR, GGR, ITOP, MEST, SET, MemoryEfficientDST, RigL
-from lightning_sparse.bench import Traffic
+from lightning_sparse.bench.traffic import Traffic
 from lightning_sparse.storage.processes import average_gradients
 
 OPTIONS = {"sparsity": 0.8, "update_every": 5, "seed": 3}

@@ -1,0 +1,67 @@
+"""``python -m lightning_sparse.bench``."""
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from lightning_sparse import bench
+from lightning_sparse._lightning import PACKAGE
+from lightning_sparse.bench import measure, steps, storage, traffic, trainers, updates
+from lightning_sparse.bench.networks import NETWORKS
+
+__all__ = ["main"]
+
+Benchmark = Callable[[argparse.Namespace], None]
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "overhead": steps.overhead,
+    "memory": steps.memory,
+    "compile": steps.compiled,
+    "trainer": trainers.trainer,
+    "hooks": trainers.hooks,
+    "monitor": trainers.monitor,
+    "update": updates.update,
+    "ranking": updates.ranking,
+    "storage": storage.storage,
+    "fit": storage.fit,
+    "traffic": traffic.traffic,
+}
+
+#: what "peak" measures, in a process of its own that another benchmark starts
+PEAKS: dict[str, Callable[[argparse.Namespace], Callable[[], Any]]] = {
+    "step": steps.prepare,
+    "update": updates.prepare,
+    "storage": storage.prepare,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a benchmark from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_sparse.bench", description=bench.__doc__)
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "peak", "fitted"])
+    parser.add_argument("--network", choices=NETWORKS, default="lenet300")
+    parser.add_argument("--methods", default="dst,dfbst,autosparse,str", help="separated by commas")
+    parser.add_argument("--sparsities", help="for update, ranking, storage, fit and traffic, separated by commas")
+    parser.add_argument("--storages", default="masked", help="for update, separated by commas")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, help="of a fit; default: 938 for monitor (MNIST's), 10 for fit")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--of", choices=PEAKS, default="step", help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    torch.set_num_threads(parsed.threads)
+    logging.getLogger(PACKAGE).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    hidden: dict[str, Benchmark] = {"fitted": storage.fitted, "peak": partial(measure.peak, PEAKS[parsed.of])}
+    {**BENCHMARKS, **hidden}[parsed.benchmark](parsed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What benchmarks train: networks, methods, and a step of one with the other."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_sparse import (
+    DFBST,
+    DSR,
+    DST,
+    GGR,
+    ITOP,
+    MEST,
+    SET,
+    SNFS,
+    STR,
+    AutoSparse,
+    DeepR,
+    MemoryEfficientDST,
+    RigL,
+)
+from lightning_sparse.callback import SparseCallback
+from lightning_sparse.layers import choose
+from lightning_sparse.models import VGG16, LeNet300, ResNet18
+
+__all__ = ["METHODS", "NETWORKS", "NEVER", "attach", "bare_step", "batch_for", "on_meta"]
+
+#: an interval between updates that no benchmark comes to: connections move when it says so
+NEVER = 10**12
+
+METHODS: dict[str, Callable[..., SparseCallback]] = {
+    "dst": lambda: DST(alpha=5e-4),
+    "dfbst": lambda: DFBST(alpha=5e-4, beta=0.01),
+    "autosparse": lambda: AutoSparse(alpha=0.75, init_threshold=-5.0),
+    "str": lambda: STR(init_threshold=-5.0),
+    "deepr": partial(DeepR, sparsity=0.9),
+}
+for _method in (SET, RigL, SNFS, DSR, ITOP, MEST, GGR, MemoryEfficientDST):
+    METHODS[_method.__name__.lower()] = partial(_method, sparsity=0.9, update_every=NEVER)
+
+
+def linear4096() -> nn.Module:
+    """One layer of 4096 x 4096."""
+    return nn.Sequential(nn.Linear(4096, 4096))
+
+
+def mlp4096() -> nn.Module:
+    """Three layers of 4096 x 4096."""
+    return nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096))
+
+
+#: by name: how the network is built, and the shape of one input
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "lenet300": (LeNet300, (1, 28, 28)),
+    "vgg16": (VGG16, (3, 32, 32)),
+    "linear4096": (linear4096, (4096,)),
+    "mlp4096": (mlp4096, (4096,)),
+    "resnet18": (ResNet18, (3, 32, 32)),
+}
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return a network whose linear layers and convolutions have no values yet."""
+    with torch.device("meta"):
+        module = build()
+    for name, child in list(module.named_children()):
+        if isinstance(child, Metric):
+            delattr(module, name)  # it cannot leave the meta device
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
+            layer.to_empty(device="cpu").reset_parameters()
+    return module
+
+
+def batch_for(network: str, size: int, device: str = "cpu") -> list[Tensor]:
+    """Return random inputs and labels of ten classes."""
+    return [torch.randn(size, *NETWORKS[network][1], device=device), torch.randint(10, (size,), device=device)]
+
+
+def attach(callback: SparseCallback, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Make the weights that the callback would choose by itself sparse, without a Trainer."""
+    callback.attach([choice for choice in choose(module) if choice.reason is None], [optimizer], False)
+
+
+def bare_step(
+    module: nn.Module,
+    batch: list[Tensor],
+    method: SparseCallback | None = None,
+    model: nn.Module | None = None,
+) -> Callable[[], None]:
+    """Return a function that takes a step of training without a Trainer, by SGD with momentum and weight decay.
+
+    Args:
+        module: what is trained.
+        batch: inputs and labels.
+        method: attached to the module; default: none.
+        model: what computes the module's outputs, such as its compiled form; default: the module.
+    """
+    compute = module if model is None else model
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    if method is not None:
+        attach(method, module, optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss: Tensor = nn.functional.cross_entropy(compute(batch[0]), batch[1])
+        loss.backward()  # type: ignore[no-untyped-call]
+        if method is None:
+            optimizer.step()
+            return
+        method.before_step(optimizer, 1.0, 1.0)
+        method.enter_step(optimizer)
+        optimizer.step()
+        method.after_step(optimizer)
+
+    return step

@@ -1,0 +1,163 @@
+"""Truly sparse layers beside masks and dense training: time, peak memory, bytes of the tensors of training."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_sparse import SET, ledger, sampling
+from lightning_sparse._lightning import Callback, LightningModule, Trainer
+from lightning_sparse.bench.measure import (
+    child,
+    hardware,
+    megabytes,
+    middle,
+    peak_above,
+    peak_megabytes,
+    seconds,
+    synchronize,
+)
+from lightning_sparse.bench.networks import NETWORKS, NEVER, bare_step, batch_for, on_meta
+from lightning_sparse.bench.trainers import Plain, fit_seconds
+from lightning_sparse.callback import SparseCallback
+from lightning_sparse.distributions import budget
+from lightning_sparse.storage import make_sparse_
+from lightning_sparse.storage.backends import candidates
+
+__all__ = ["fit", "fitted", "prepare", "storage"]
+
+_STEPS = 10  # of a fit
+
+
+def _made(arguments: argparse.Namespace, kind: str, sparsity: float) -> tuple[nn.Module, SET | None]:
+    """Return a network with weights of this kind: ``"dense"``, ``"masked"``, or the backend of sparse layers."""
+    torch.manual_seed(0)
+    build, device = NETWORKS[arguments.network][0], torch.device(arguments.device)
+    if kind == "dense":
+        return build().to(device), None
+    if kind == "masked":
+        return build().to(device), SET(sparsity, distribution="uniform", update_every=NEVER)
+    module = on_meta(build)
+    for layer in list(module.modules()):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            size = layer.weight.numel()
+            positions = sampling.distinct(budget(sparsity, size), size, torch.default_generator)
+            make_sparse_(layer, positions).backend = kind
+    return module.to(device), None
+
+
+def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
+    """Return a step with weights of the kind ``arguments.storages``, one of those of ``_made``."""
+    module, method = _made(arguments, arguments.storages, float(arguments.sparsities))
+    return bare_step(module, batch_for(arguments.network, arguments.batch, arguments.device), method)
+
+
+def _kinds(device: str) -> list[str]:
+    return ["masked", *candidates(torch.device(device), torch.float32)]
+
+
+def storage(arguments: argparse.Namespace) -> None:
+    """Print step time and peak memory with masks and with sparse layers, by each backend, over those of dense ones."""
+    device, kinds = arguments.device, _kinds(arguments.device)
+    print(f"{arguments.network}, batch {arguments.batch}, {hardware(device)}")
+    memory = peak_above("storage", arguments, storages="dense", sparsities=0.0)
+    print(f"dense: peak {memory:.0f} MB above the process's own memory; the following is over dense training's")
+    for sparsity in (arguments.sparsities or "0.9,0.95,0.98,0.99,0.995").split(","):
+        steps = {
+            kind: prepare(argparse.Namespace(**{**vars(arguments), "storages": kind, "sparsities": sparsity}))
+            for kind in ("dense", *kinds)
+        }
+        for step in steps.values():
+            step()
+        ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(arguments.rounds):
+            for kind in kinds:
+                count = max(1, int(arguments.seconds / seconds(steps[kind], 1, device)))
+                before, ours = seconds(steps["dense"], 1, device), seconds(steps[kind], count, device)
+                ratios[kind].append(2 * ours / (before + seconds(steps["dense"], 1, device)))
+        steps.clear()
+        for kind in kinds:
+            peak = peak_above("storage", arguments, storages=kind, sparsities=sparsity) / memory
+            print(f"{sparsity:5s}  {kind:6s}  step time {middle(ratios[kind])}  peak memory {peak:.3f}", flush=True)
+
+
+class _Built(Plain):
+    """A network that is made in ``configure_model``, without values where ``meta``."""
+
+    def __init__(self, network: str, meta: bool) -> None:
+        super().__init__(nn.Identity())
+        self.name, self.meta = network, meta
+
+    def configure_model(self) -> None:
+        """Make the network."""
+        build = NETWORKS[self.name][0]
+        self.network = on_meta(build) if self.meta else build()
+
+
+class _Clock(Callback):
+    """Notes the time of each step, and when training ends its peak of memory and the bytes of its tensors."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Begin a step."""
+        synchronize(self.device)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """End a step."""
+        synchronize(self.device)
+        self.times.append(time.perf_counter() - self._start)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read memory before sparse layers are made dense."""
+        self.peak = peak_megabytes(self.device)
+        held = [callback.held for callback in trainer.callbacks if isinstance(callback, SparseCallback)]  # type: ignore[attr-defined]
+        self.stored = sum(ledger.stored_bytes(pl_module, trainer.optimizers, held).values()) / 1e6
+
+
+def fitted(arguments: argparse.Namespace) -> None:
+    """Print of one fit: median and longest step in s; in MB its peak, its tensors, the peak with the fit's end."""
+    device, steps, sparse = arguments.device, arguments.steps or _STEPS, arguments.storages == "sparse"
+
+    def run(network: str, batch: int, steps: int) -> _Clock:
+        options: dict[str, Any] = {"distribution": "uniform", "update_every": steps // 2, "storage": "sparse"}
+        methods: list[Callback] = [SET(float(arguments.sparsities), **options)] if sparse else []
+        clock = _Clock(device)
+        fit_seconds(_Built(network, sparse), batch_for(network, batch), steps, [*methods, clock], device=device)
+        return clock
+
+    run("lenet300", 1, 4)  # loads and compiles what is needed
+    before = megabytes(device)
+    clock = run(arguments.network, arguments.batch, steps)
+    end = peak_megabytes(device) - before
+    print(statistics.median(clock.times[1:]), max(clock.times[1:]), clock.peak - before, clock.stored, end)
+
+
+def fit(arguments: argparse.Namespace) -> None:
+    """Print time and memory of a fit in a Trainer with ``storage="sparse"`` over those of a dense one.
+
+    Each is a process of its own, dense and sparse in turn. The sparse module is made on the meta device in
+    ``configure_model``, and SET moves connections in the middle of the fit.
+    """
+    print(f"{arguments.network}, batch {arguments.batch}, in a Trainer, {hardware(arguments.device)}")
+
+    def run(kind: str, sparsity: str) -> list[float]:
+        return child("fitted", arguments, storages=kind, sparsities=sparsity, steps=arguments.steps or _STEPS)
+
+    for sparsity in (arguments.sparsities or "0.9,0.98").split(","):
+        rounds = [[run(kind, sparsity) for kind in ("dense", "sparse", "dense")] for _ in range(arguments.rounds)]
+        dense = [[(a + b) / 2 for a, b in zip(before, after, strict=True)] for before, _, after in rounds]
+        step, _, peak, tensors, _ = (statistics.median(row) for row in zip(*dense, strict=True))
+        print(f"{sparsity:5s}  dense: step {1e3 * step:.0f} ms, peak {peak:.0f} MB, tensors {tensors:.0f} MB")
+        names = ("step", "longest step (of which one moves connections)", "peak", "tensors", "peak with the fit's end")
+        for column, name in enumerate(names):
+            below = 0 if column == 1 else column  # every dense step is as long as another
+            ratios = [ours[column] / base[below] for (_, ours, _), base in zip(rounds, dense, strict=True)]
+            print(f"{sparsity:5s}  sparse / dense: {name} {middle(ratios)}", flush=True)

@@ -1,0 +1,84 @@
+"""Benchmarks run and print what they measure; how long it takes is not tested."""
+
+import contextlib
+import io
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightning_sparse.bench import measure
+from lightning_sparse.bench.__main__ import main
+
+SMALL = ["--network", "lenet300", "--batch", "2", "--rounds", "1", "--seconds", "0.001"]
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """A function that runs a benchmark, with its processes in this one, and returns the lines that it prints."""
+
+    def here(command, **options):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            main(command[3:])
+        return SimpleNamespace(stdout=out.getvalue())
+
+    monkeypatch.setattr(measure, "subprocess", SimpleNamespace(run=here, PIPE=None))
+    monkeypatch.setattr(
+        measure, "peak_memory", lambda: measure.resident_memory() + 1e6
+    )  # no peak is above this process's
+    threads = torch.get_num_threads()
+
+    def run(*arguments):
+        main([*arguments, *SMALL])
+        return capsys.readouterr().out.splitlines()
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+NUMBER = r"-?\d+(\.\d+)?"
+MIDDLE = rf"{NUMBER} \({NUMBER} to {NUMBER}\)"
+
+
+@pytest.mark.parametrize("benchmark", ["overhead", "trainer", "memory", "monitor"])
+def test_each_method_has_a_line_of_ratios(printed, benchmark):
+    ratio = rf": {MIDDLE}" if benchmark != "memory" else rf": {NUMBER};"
+    lines = printed(benchmark, "--methods", "dst,rigl", "--steps", "3")
+    for name in ("dst", "rigl"):
+        (line,) = (line for line in lines if line.startswith(name))
+        assert re.search(ratio, line), line
+
+
+def test_updates_are_timed_with_both_storages(printed):
+    lines = printed("update", "--methods", "rigl", "--storages", "masked,sparse", "--sparsities", "0.8")
+    for line, storage in zip(lines[-2:], ("masked", "sparse"), strict=True):
+        assert re.fullmatch(rf"0.8 rigl +{storage} +update: {MIDDLE} ms; peak {NUMBER} MB .*", line), line
+
+
+def test_a_method_without_updates_of_its_own_is_refused(printed):
+    with pytest.raises(ValueError, match="--methods: an update of deepr cannot be measured by itself"):
+        printed("update", "--methods", "deepr")
+
+
+def test_the_ranking_is_timed(printed):
+    assert re.fullmatch(rf"0.9 ranking: {MIDDLE} ms", printed("ranking")[-1])
+
+
+def test_hooks_are_timed(printed):
+    assert re.fullmatch(rf"hooks: {MIDDLE} us a step more than {NUMBER}", printed("hooks", "--steps", "5")[-1])
+
+
+def test_masks_and_each_backend_have_a_line(printed):
+    lines = printed("storage", "--sparsities", "0.8")[2:]
+    kinds = [re.fullmatch(rf"0.8 +(\w+) +step time {MIDDLE} +peak memory {NUMBER}", line)[1] for line in lines]
+    assert kinds[0] == "masked"
+    assert kinds[-1] == "torch"
+
+
+def test_a_fit_is_measured_beside_a_dense_one(printed):
+    lines = printed("fit", "--sparsities", "0.8", "--steps", "4")
+    found = {words: float(ratio) for words, ratio in re.findall(r"sparse / dense: (.*) ([\d.]+) \(", "\n".join(lines))}
+    assert list(found)[2:] == ["peak", "tensors", "peak with the fit's end"]
+    # values, gradients and momentum as in dense training, and three indices for each
+    assert found["tensors"] == pytest.approx(0.2 * 2, abs=0.01)
