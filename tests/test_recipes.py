@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import lightning_sparse
 from lightning_sparse import SparseCallback, data, recipes
 from lightning_sparse.cli import run
 from lightning_sparse.data.text import Sentences, TranslationBatches
@@ -106,6 +107,30 @@ def small(name):
         return REDUCED[name]
     options = ["--data.batch_size=5", *REDUCED.get(name, [])]
     return [*options, "--data.workers=0"] if "imagenet" in name and "tiny" not in name else options
+
+
+def host(name):
+    """The training that is named before this recipe, if it is an addition."""
+    if not recipes.is_addition(name) or name == "cifar10-jpeg":
+        return []
+    return ["autosparse/transformer-wmt14" if name.endswith("transformer") else HOST[name.split("/")[0]]]
+
+
+def options_of(name):
+    """The options that a recipe's first lines name for other rows of the tables, and the values of each."""
+    lines = [line[1:].strip() for line in recipes.path(name).read_text().splitlines() if line.startswith("#")]
+    values = {}
+    for option, first, more in re.findall(r"--([\w.]+)=([\w.-]+)((?:(?:,| and| or| to) [\d.e-]+)*)", " ".join(lines)):
+        if first != "DIR":
+            found = [first, *re.findall(r"[\d.e-]+", more)]
+            values.setdefault(option, []).extend(number(value.rstrip(".")) for value in found)
+    return values
+
+
+def number(text):
+    """What YAML reads, and numbers such as 1e-5 that it takes for text."""
+    value = yaml.safe_load(text) if isinstance(text, str) else text
+    return float(value) if isinstance(value, str) and re.fullmatch(r"\d+e-\d+", value) else value
 
 
 def methods(cli):
@@ -248,13 +273,49 @@ def test_a_network_builds_and_trains_two_batches(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_added_and_trains_two_epochs(name):
-    paper, short = name.split("/")
-    host = "autosparse/transformer-wmt14" if short.endswith("transformer") else HOST[paper]
+    short = name.split("/")[1]
     plain = ["--trainer.max_epochs=2", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
-    cli = fit(host, name, options=[*plain, *small(host), *FEWER.get(name, [])])
+    (training,) = host(name)
+    cli = fit(training, name, options=[*plain, *small(training), *FEWER.get(name, [])])
     assert cli.trainer.global_step == 2 * cli.trainer.num_training_batches >= 4
     expected = CLASS.get(short, short.split("-")[0])
     assert [m.lower() for m in methods(cli)] == [expected.lower()]
+
+
+OPTIONS = [name for name in recipes.names() if options_of(name)]
+
+
+def test_options_are_read_from_recipes():
+    assert options_of("medst/rigl") == {"trainer.callbacks.sparsity": [0.95, 0.98]}
+    assert options_of("medst/vgg16-cifar100") == {"model.width": [0.375, 1]}
+    assert len(OPTIONS) > 30
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_command_line_takes_the_options_that_a_recipe_names(name, capsys):
+    options = {option: values[0] for option, values in options_of(name).items()}
+    written = [f"--{key}={'null' if value is None else value}" for key, value in options.items()]
+    with pytest.raises(SystemExit) as end:
+        fit(*host(name), name, options=[*written, "--print_config"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for option, value in options.items():
+        found = printed
+        for key in option.split("."):
+            found = found[0] if isinstance(found, list) else found  # of callbacks, the method alone
+            found = found["init_args"][key] if "init_args" in found else found[key]
+        assert number(found) == value
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name in METHODS])
+def test_a_method_takes_the_values_that_its_recipe_names(name):
+    kind, settings = method_of(name)
+    for option, values in options_of(name).items():
+        *parents, argument = option.split(".")
+        if parents == ["trainer", "callbacks"]:
+            for value in values:
+                method = getattr(lightning_sparse, kind.split(".")[1])(**{**settings, argument: value})
+                assert isinstance(method, SparseCallback)
 
 
 def test_jpeg_files_take_the_place_of_cifar10():
