@@ -94,6 +94,52 @@ def cnn(dtype=torch.float32):
     ).to(dtype)
 
 
+class Residual(nn.Module):
+    """ResNet-18's plan, narrow: stem, four stages of basic blocks with 1 x 1 shortcuts, head."""
+
+    def __init__(self):
+        super().__init__()
+        widths = [4, 4, 6, 8]
+        self.stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        before, stages = 4, []
+        for i, width in enumerate(widths):
+            for stride in (1 if i == 0 else 2, 1):
+                stages.append(Block(before, width, stride))
+                before = width
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(before, 4)
+
+    def forward(self, x):
+        x = x.view(len(x), 3, 2, 2)
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self, before, width, stride):
+        super().__init__()
+        self.one = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.two = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        same = before == width and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(before, width, 1, stride, bias=False)
+
+    def forward(self, x):
+        return torch.relu(self.two(torch.relu(self.norm(self.one(x)))) + self.skip(x))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 8, num_layers=2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.view(len(x), 3, 4))[0][:, -1])
+
+
+NETS = {"mlp": mlp, "cnn": cnn, "resnet": Residual, "lstm": Recurrent}
+
+
 def data(count=240, dtype=torch.float32, seed=7):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 12, generator=generator)
@@ -161,6 +207,25 @@ def fit(callback, module=None, train=None, **kwargs):
     run = trainer(callback, **kwargs)
     run.fit(module, train if train is not None else loader())
     return module, run
+
+
+class Watch(pl.Callback):
+    """The counts of all layers after every step."""
+
+    def __init__(self, callback):
+        self.callback, self.counts, self.masks = callback, [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        held = self.callback.masks
+        assert all(not module.get_parameter(name)[~mask].any() for name, mask in held.items())
+        self.masks.append(held)
+        self.counts.append([int(mask.sum()) for mask in held.values()])
+
+
+def watched(callback, net=mlp, batches=12, **kwargs):
+    watch = Watch(callback)
+    module, run = fit([callback, watch], seeded(lambda: Lit(net())), loader(8 * batches), **{"max_epochs": 1, **kwargs})
+    return watch, module, run
 
 
 def state(callback):

@@ -3,9 +3,9 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, fit, loader, mlp, seeded
+from helpers import NETS, Lit, fit, loader, mlp, seeded, watched
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_prune_and_grow import NETS, attached, grid, watched
+from test_prune_and_grow import attached, grid
 
 from lightning_sparse import GMP, GraNet
 from lightning_sparse.distributions import layer_counts
