@@ -123,6 +123,11 @@ class LatentCallback(SparseCallback):
         return {n: weight.thresholds["t"].detach() for n, weight in self._weights.items() if weight.thresholds}
 
     @property
+    def levels(self) -> dict[str, Tensor]:
+        """What ``|W|`` is compared with, ``tau``, by parameter name; of the shape of ``thresholds``."""
+        return {name: self.level(t) for name, t in self.thresholds.items()}
+
+    @property
     def layer_gradient_density(self) -> dict[str, float]:
         """Share of each layer's weights whose gradient is used: what it costs where sparsity is exploited."""
         return dict.fromkeys(self._weights, 1.0)

@@ -249,14 +249,18 @@ def empty_inputs(mask: Tensor, groups: int = 1) -> int:
     return int((~mask.reshape(groups, mask.shape[0] // groups, mask.shape[1], -1).any(3).any(1)).sum())
 
 
-def shrunk_size(mask: Tensor) -> int:
-    """Return the size of a layer's dense weight without its empty outputs and inputs (GGR, Table 4); no groups.
+def shrunk_size(mask: Tensor, groups: int = 1) -> int:
+    """Return the size of a layer's dense weight without its empty outputs and inputs (GGR, Table 4).
+
+    Args:
+        mask: where the weight is active, ``(out, in / groups, ...)``, or of a transposed convolution the converse.
+        groups: of a convolution; each loses its own.
 
     >>> shrunk_size(torch.tensor([[True, False, True], [False, False, False]]))
     2
     """
-    outputs, inputs = len(mask) - empty_neurons(mask), mask.shape[1] - empty_inputs(mask)
-    return outputs * inputs * mask[0, 0].numel()
+    touched = mask.reshape(groups, mask.shape[0] // groups, mask.shape[1], -1).any(3)
+    return int((touched.any(2).sum(1) * touched.any(1).sum(1)).sum()) * math.prod(mask.shape[2:])
 
 
 # ---------------------------------------------------------------------- how masks look

@@ -22,12 +22,14 @@ from lightning_sparse.layers import as_matrix, choose
 from lightning_sparse.ledger import Average, Explored, Flops
 from lightning_sparse.probe import probing
 from lightning_sparse.process import peak_memory
-from lightning_sparse.top_k import TopKCallback
 
 __all__ = ["FILE", "SparsityMonitor"]
 
 #: name of the file in the log directory
 FILE = "sparsity.json"
+
+#: what is counted of each layer's mask, and of the whole
+_COUNTS = ("empty_neurons", "empty_inputs", "shrunk_size")
 
 _THOUSANDTHS = [json.dumps(thousandths / 1000) for thousandths in range(1001)]
 
@@ -57,6 +59,10 @@ class _Layer:
     @property
     def neurons(self) -> int:
         return self.shape[1] * self.transposed_groups if self.transposed_groups else self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.shape[0] if self.transposed_groups else self.shape[1] * self.groups
 
     def mask(self) -> Tensor:
         return torch.ones(self.shape, dtype=torch.bool) if self.method is None else self.method.mask(self.name)
@@ -359,7 +365,8 @@ class SparsityMonitor(Callback):
         for layer in self._layers:
             flops = self._flops.get(layer.name, Flops())
             counts = {f"dense_{pass_}_flops": of_one(count) for pass_, count in vars(flops).items()}
-            layers.append({"name": layer.name, "shape": list(layer.shape), "size": layer.size, **counts})
+            sizes = {"size": layer.size, "neurons": layer.neurons, "inputs": layer.inputs}
+            layers.append({"name": layer.name, "shape": list(layer.shape), **sizes, **counts})
         return {
             "layers": layers,
             "other_parameters": parameters - sum(layer.size for layer in self._layers),
@@ -456,7 +463,7 @@ class SparsityMonitor(Callback):
             layer.name: {
                 "density": self._density.get(layer.name, 1.0),
                 "backward_density": self._gradient_density.get(layer.name, 1.0),
-                **{key: self._pictures[layer.name][key] for key in ("empty_neurons", "empty_inputs")},
+                **{key: self._pictures[layer.name][key] for key in _COUNTS},
             }
             for layer in self._layers
         }
@@ -464,6 +471,9 @@ class SparsityMonitor(Callback):
         def whole(key: str) -> float:
             total: float = sum(layers[name][key] * size for name, size in sizes.items())
             return total / max(sum(sizes.values()), 1)
+
+        def counted(key: str, totals: Sequence[int]) -> float:
+            return float(sum(layer[key] for layer in layers.values())) / max(sum(totals), 1)
 
         dense = ledger.inference(self._flops, {})
         sparse = bool(self._methods)
@@ -474,6 +484,9 @@ class SparsityMonitor(Callback):
             "density": whole("density"),
             "backward_density": whole("backward_density"),
             "layers": layers,
+            "empty_neurons": counted("empty_neurons", [layer.neurons for layer in self._layers]),
+            "empty_inputs": counted("empty_inputs", [layer.inputs for layer in self._layers]),
+            "shrunk_size": counted("shrunk_size", list(sizes.values())),
             "inference_flops": ledger.inference(self._flops, self._density) / dense if dense else None,
             "training_flops": self._training.mean if self._training.count else None,
             "step_time_s": step_time,
@@ -501,14 +514,9 @@ class SparsityMonitor(Callback):
 
     def _thresholds(self) -> dict[str, Any]:
         """Return statistics of what ``|W|`` is compared with in each layer, where a method has thresholds."""
-        found = {}
-        for method in self._methods:
-            if isinstance(method, LatentCallback) and not isinstance(method, TopKCallback):
-                for name, t in method.thresholds.items():
-                    tau = method.level(t)
-                    if bool(tau.isfinite().all()):
-                        found[name] = ledger.spread(tau)
-        return found
+        methods = [method for method in self._methods if isinstance(method, LatentCallback)]
+        levels = {name: tau for method in methods for name, tau in method.levels.items()}
+        return {name: ledger.spread(tau) for name, tau in levels.items() if bool(tau.isfinite().all())}
 
     def _close(self, trainer: Trainer) -> None:
         """Complete the record of the latest epoch by its metrics, which other callbacks may have logged later."""
@@ -598,6 +606,7 @@ def _picture(layer: _Layer, mask: Tensor) -> dict[str, Any]:
     return {
         "empty_neurons": ledger.empty_neurons(matrix),
         "empty_inputs": empty_inputs,
+        "shrunk_size": ledger.shrunk_size(mask, layer.transposed_groups or layer.groups),
         "rows": rows,
         "columns": columns,
         "cells": cells,
@@ -617,6 +626,9 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
         "mask/churn": record["churn"],
         "mask/churn_per_update": record["churn_per_update"],
         "mask/exploration": record["exploration"],
+        "mask/empty_neurons": record["empty_neurons"],
+        "mask/empty_inputs": record["empty_inputs"],
+        "mask/shrunk_size": record["shrunk_size"],
     }
     found |= {f"bytes/{name}": count for name, count in record["bytes"].items()}
     for name, layer in record["layers"].items():

@@ -88,6 +88,11 @@ class TopKCallback(LatentCallback):
     # ------------------------------------------------------------------ what users read
 
     @property
+    def levels(self) -> dict[str, Tensor]:
+        """Nothing: weights are chosen by rank."""
+        return {}
+
+    @property
     def masks(self) -> dict[str, Tensor]:
         """The set A of each weight: a boolean tensor of the weight's shape, by parameter name."""
         return {name: weight.buffers["A"] for name, weight in self._weights.items()}

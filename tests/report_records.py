@@ -20,6 +20,7 @@ def record(epochs: int = 8, method: str | None = "DFBST", shapes: dict[str, list
                 "backward_density": max(0.2, 1 - 0.1 * epoch) if method == "DFBST" else None,
                 "empty_neurons": epoch if method else 0,
                 "empty_inputs": 2 * epoch if method else 0,
+                "shrunk_size": sizes[name] - (epoch if method else 0),
             }
             for name, rate in rates.items()
         }
@@ -45,6 +46,7 @@ def record(epochs: int = 8, method: str | None = "DFBST", shapes: dict[str, list
                 "val_acc": 0.97 - 0.4 * math.exp(-0.7 * epoch) - (0.005 if method else 0),
                 "sparsity/model": 1 - density,
             },
+            "shrunk_size": 1 - 0.001 * epoch if method else 1.0,
             "inference_flops": density,
             "training_flops": (1 + density) / 2,
             "step_time_s": 0.0021 if method else 0.0019,
@@ -78,7 +80,14 @@ def record(epochs: int = 8, method: str | None = "DFBST", shapes: dict[str, list
         "versions": {"lightning_sparse": "0.1.0", "torch": "2.9.0", "lightning": "2.6.0", "python": "3.11.9"},
         "hardware": {"device": "cpu", "cpu": "a CPU", "cores": 2, "threads": 1, "processes": 1, "precision": "32-true"},
         "layers": [
-            {"name": name, "shape": shape, "size": sizes[name], "dense_forward_flops": 2 * sizes[name]}
+            {
+                "name": name,
+                "shape": shape,
+                "size": sizes[name],
+                "neurons": shape[0],
+                "inputs": shape[1],
+                "dense_forward_flops": 2 * sizes[name],
+            }
             for name, shape in shapes.items()
         ],
         "other_parameters": 60,

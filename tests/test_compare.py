@@ -223,7 +223,8 @@ def test_numbers_of_a_run_are_those_of_its_log(tmp_path):
 def test_costs_come_from_the_monitors_file(tmp_path):
     def monitored(epoch, inference, training, step, memory):
         costs = {"inference_flops": inference, "training_flops": training, "step_time_s": step}
-        return {"epoch": epoch, **costs, "peak_memory_bytes": memory}
+        counts = {"empty_neurons": 0.1 * epoch, "empty_inputs": 0.2 * epoch, "shrunk_size": 1 - 0.1 * epoch}
+        return {"epoch": epoch, **counts, **costs, "peak_memory_bytes": memory}
 
     first = lines_of(tmp_path, 0, [{"epoch": 0, "val_acc": 0.5}])
     second = lines_of(tmp_path, 1, [{"epoch": 2, "val_acc": 0.5}])
@@ -235,6 +236,7 @@ def test_costs_come_from_the_monitors_file(tmp_path):
     )
     found = results.numbers(tmp_path, "val_acc", "dense", None)
     costs = {"inference_flops": 0.25, "training_flops": 0.5, "step_time_s": 2e-3, "peak_memory_bytes": 6}
+    costs |= {"empty_neurons": 0.2, "empty_inputs": 0.4, "shrunk_size": 0.8}
     assert found == {"metric": 0.5, "density": 1.0, **costs}
 
 

@@ -143,6 +143,9 @@ def test_empty_neurons_and_inputs_are_counted_over_kernels_and_groups():
     assert empty_inputs(mask) == 1
     assert empty_inputs(mask, groups=2) == 3, "of 6: group 0 reads its input 1, group 1 its inputs 1 and 2"
     assert shrunk_size(mask) == 2 * 2 * 4
+    assert shrunk_size(mask, groups=2) == (1 * 1 + 1 * 2) * 4, (
+        "group 0 keeps an output and an input, group 1 one and two"
+    )
     assert (empty_neurons(mask[:0]), shrunk_size(torch.zeros(2, 3, dtype=torch.bool))) == (0, 0)
 
 

@@ -68,11 +68,20 @@ def test_the_file_says_what_the_method_holds(method, tmp_path):
         assert torch.equal(torch.tensor(picture["density"]), mask.float())
         assert last["layers"][name]["empty_neurons"] == int((mask.sum(1) == 0).sum())
         assert last["layers"][name]["empty_inputs"] == int((mask.sum(0) == 0).sum())
+        assert last["layers"][name]["shrunk_size"] == int(mask.any(1).sum() * mask.any(0).sum())
+    for key, totals in (
+        ("empty_neurons", [out for out, _ in LAYERS.values()]),
+        ("empty_inputs", [n for _, n in LAYERS.values()]),
+        ("shrunk_size", [out * n for out, n in LAYERS.values()]),
+    ):
+        assert last[key] == pytest.approx(sum(layer[key] for layer in last["layers"].values()) / sum(totals))
     assert (last["churn"] is None) == (last["exploration"] is None) == (method is None)
-    assert set(last["thresholds"]) == (set(LAYERS) if method in ("DST", "DFBST") else set())
+    backward = {f"{name}/backward" for name in LAYERS} if method == "DFBST" else set()
+    assert set(last["thresholds"]) == (set(LAYERS) | backward if method in ("DST", "DFBST") else set())
     if method == "DFBST":
-        t = callback.thresholds["net.0.weight"].abs()
-        assert last["thresholds"]["net.0.weight"]["max"] == pytest.approx(float(t.max()))
+        for name, t in (("net.0.weight", callback.thresholds), ("net.0.weight/backward", callback.backward_thresholds)):
+            largest = t["net.0.weight"].abs().max()
+            assert last["thresholds"][name]["max"] == pytest.approx(float(largest))
         assert sum(last["thresholds"]["net.0.weight"]["counts"]) == 16
 
 

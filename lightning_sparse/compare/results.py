@@ -101,11 +101,9 @@ def numbers(folder: Path, metric: str, method: str, sparsity: float | None) -> E
 
 
 def _costs(epochs: Sequence[Mapping[str, Any]]) -> Epoch:
-    """Return operations of the last epoch, the median of the epochs' times of a step, and the largest memory."""
-    known = {
-        key: [float(epoch[key]) for epoch in epochs if epoch.get(key) is not None]
-        for key in ("inference_flops", "training_flops", "step_time_s", "peak_memory_bytes")
-    }
+    """Return counts of the last epoch, the median of the epochs' times of a step, and the largest memory."""
+    names = {column.name for column in COLUMNS} - {"metric", "density", "backward_density"}
+    known = {key: [float(epoch[key]) for epoch in epochs if epoch.get(key) is not None] for key in names}
     choose: dict[str, Callable[[list[float]], float]] = {"step_time_s": statistics.median, "peak_memory_bytes": max}
     last: Callable[[list[float]], float] = operator.itemgetter(-1)
     return {key: choose.get(key, last)(values) for key, values in known.items() if values}
@@ -137,6 +135,9 @@ COLUMNS = (
     Column("backward_density", "backward density %", 100, 2),
     Column("sparsest_density", "sparsest epoch: density %", 100, 2),
     Column("sparsest_metric", "sparsest epoch: {}", 1, 4),
+    Column("empty_neurons", "empty neurons %", 100, 1),
+    Column("empty_inputs", "empty inputs %", 100, 1),
+    Column("shrunk_size", "dense weights without these, %", 100, 1),
     Column("inference_flops", "inference FLOPs, theoretical, % of dense", 100, 1),
     Column("training_flops", "training FLOPs, theoretical, % of dense", 100, 1),
     Column("step_time_s", "step ms, measured", 1e3, 2),

@@ -97,6 +97,12 @@ class DFBST(LatentCallback):
         return {name: weight.thresholds["t_b"].detach() for name, weight in self._weights.items()}
 
     @property
+    def levels(self) -> dict[str, Tensor]:
+        """What ``|W|`` is compared with, by parameter name, and ``|G|``, by ``NAME/backward``."""
+        backward = {f"{name}/backward": self.level(t) for name, t in self.backward_thresholds.items()}
+        return {**super().levels, **backward}
+
+    @property
     def watched(self) -> dict[str, float]:
         """Backward sparsity, to log."""
         return {"sparsity/backward": 1 - self.backward_density}

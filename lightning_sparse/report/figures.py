@@ -194,7 +194,7 @@ def pictures(run: Run) -> list[Picture]:
     for name, picture in (run.record.get("masks") or {}).items():
         rows, columns, cells = picture["rows"], picture["columns"], picture["density"]
         source, top = charts.mask(cells)
-        state, shape = ends.get(name, {}), sizes.get(name, {}).get("shape", [rows, columns])
+        state = ends.get(name, {})
         exact = len(cells) == rows and len(cells[0]) == columns
         brightest = "all" if top == 1 else share(top)
         what = (
@@ -202,7 +202,10 @@ def pictures(run: Run) -> list[Picture]:
         )
         empty = [
             f"{count(number(state[key]))} of {count(total)} {label} empty"
-            for key, label, total in (("empty_neurons", "neurons", shape[0]), ("empty_inputs", "inputs", shape[1]))
+            for key, label, total in (
+                ("empty_neurons", "neurons", sizes[name]["neurons"]),
+                ("empty_inputs", "inputs", sizes[name]["inputs"]),
+            )
             if state.get(key) is not None
         ]
         size = f"{count(rows)} × {count(columns)}"

@@ -102,6 +102,9 @@ def headline(run: Run, dense: Run | None, metric: str | None) -> list[Row]:
     if parameters is not None:
         active, total = parameters
         rows.append(Row("parameters not masked", "", count(total), count(active), share(active / total)))
+    shrunk = last(run.series("shrunk_size"))
+    if shrunk is not None:
+        rows.append(Row("dense weights without empty neurons and inputs", "counted", "100 %", share(shrunk)))
     rows += [_operations(run, "inference", "dense_forward_flops"), _operations(run, "training", "dense_training_flops")]
     measures = (
         ("tensors of training", "counted", held, memory),
