@@ -121,7 +121,7 @@ def _winners(
             candidates = candidates & ~top_k(scores, sure, candidates)
         if bound is not None:
             candidates = (scores >= bound.to(scores.device)).logical_and_(candidates)
-        values = scores[candidates]
+        values = scores.reshape(-1)[positions(candidates)]
         best = torch.cat((best.to(values), values))
         owner = torch.cat((owner.to(values.device), torch.full((len(values),), index, device=values.device)))
         if len(best) > 2 * k or (index + 1 == len(tensors) and len(best) > k):
@@ -181,15 +181,9 @@ def positions(mask: Tensor) -> Tensor:
     tensor([1, 2])
     """
     flat = mask.reshape(-1)
-    large = flat.device.type == "cpu" and flat.numel() >= _SAMPLED_FROM and flat.storage_offset() % 8 == 0
-    if not large or not flat.is_contiguous() or count(flat) * 25 > flat.numel():
+    if not flat.is_cpu:
         return flat.nonzero().squeeze(1)
-    whole = flat.numel() // 8 * 8  # where few are True, it is quicker to look for eight bytes that are not all 0 first
-    words = flat[:whole].view(torch.int64)
-    found = words.nonzero().squeeze(1)
-    within = words[found].view(torch.bool).nonzero().squeeze(1)
-    rest = flat[whole:].nonzero().squeeze(1).add_(whole)
-    return torch.cat((found[within >> 3].mul_(8).add_(within.bitwise_and_(7)), rest))
+    return torch.from_numpy(flat.numpy().nonzero()[0])  # on one thread up to nine times as fast as torch's
 
 
 def put_(x: Tensor, positions: Tensor, value: float | Tensor) -> None:
@@ -235,7 +229,7 @@ def _extreme(scores: Tensor, k: int, among: Tensor | None, largest: bool) -> Ten
         return torch.arange(k, device=flat.device) if candidates is None else candidates
     bound = _kth(values, k, largest)
     chosen = values > bound if largest else values < bound
-    ties = (values == bound).nonzero().squeeze(1)
+    ties = positions(values == bound)
     chosen[ties[: k - count(chosen)]] = True
     found = positions(chosen)
     return found if candidates is None else candidates[found]
