@@ -4,10 +4,8 @@ import copy
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,8 +16,12 @@ from lightning_sparse._extras import extra
 from lightning_sparse._lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_warn
 from lightning_sparse.callback import SparseCallback
 from lightning_sparse.latent import LatentCallback
-from lightning_sparse.layers import as_matrix, choose
+from lightning_sparse.layers import choose
 from lightning_sparse.ledger import Average, Explored, Flops
+from lightning_sparse.monitor.clock import Clock
+from lightning_sparse.monitor.figures import draw, painters
+from lightning_sparse.monitor.layer import COUNTS, Layer, picture
+from lightning_sparse.monitor.record import batch_size, described, metrics, scalars
 from lightning_sparse.probe import probing
 from lightning_sparse.process import peak_memory
 
@@ -27,87 +29,6 @@ __all__ = ["FILE", "SparsityMonitor"]
 
 #: name of the file in the log directory
 FILE = "sparsity.json"
-
-#: what is counted of each layer's mask, and of the whole
-_COUNTS = ("empty_neurons", "empty_inputs", "shrunk_size")
-
-_THOUSANDTHS = [json.dumps(thousandths / 1000) for thousandths in range(1001)]
-
-
-@dataclass
-class _Layer:
-    """One of the selected weights.
-
-    Attributes:
-        name: of the parameter in the LightningModule.
-        shape: of the weight, dense.
-        groups: of a convolution.
-        transposed_groups: see ``layers.Choice``.
-        method: that makes it sparse; None in a dense run.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    groups: int
-    transposed_groups: int
-    method: SparseCallback | None
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def neurons(self) -> int:
-        return self.shape[1] * self.transposed_groups if self.transposed_groups else self.shape[0]
-
-    @property
-    def inputs(self) -> int:
-        return self.shape[0] if self.transposed_groups else self.shape[1] * self.groups
-
-    def mask(self) -> Tensor:
-        return torch.ones(self.shape, dtype=torch.bool) if self.method is None else self.method.mask(self.name)
-
-
-class _Clock:
-    """Times batches: on CUDA by events on the device, without waiting for it; of very many, an even share."""
-
-    _MOST = 2048
-
-    def __init__(self) -> None:
-        self._times: list[Any] = []
-        self._begun: Any = None
-        self._batches = 0
-        self._stride = 1
-
-    def start(self, device: torch.device) -> None:
-        self._begun = None
-        if self._batches % self._stride == 0:
-            self._begun = _event() if device.type == "cuda" else time.perf_counter()
-        self._batches += 1
-
-    def stop(self) -> None:
-        if self._begun is None:
-            return
-        on_host = isinstance(self._begun, float)
-        self._times.append(time.perf_counter() - self._begun if on_host else (self._begun, _event()))
-        if len(self._times) > self._MOST:
-            self._times, self._stride = self._times[::2], self._stride * 2
-
-    @property
-    def median(self) -> float | None:
-        """The median in seconds; None before the first batch."""
-        if not self._times:
-            return None
-        if isinstance(self._times[-1], float):
-            return float(median(self._times))
-        self._times[-1][1].synchronize()
-        return float(median(begun.elapsed_time(ended) for begun, ended in self._times)) / 1000
-
-
-def _event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
 
 
 class SparsityMonitor(Callback):
@@ -153,7 +74,7 @@ class SparsityMonitor(Callback):
     def _forget(self) -> None:
         """Begin a run."""
         self._methods: list[SparseCallback] = []
-        self._layers: list[_Layer] = []
+        self._layers: list[Layer] = []
         self._flops: dict[str, Flops] = {}
         self._file: Path | None = None
         self._head: dict[str, Any] = {}
@@ -171,7 +92,7 @@ class SparsityMonitor(Callback):
         self._epoch_bits: dict[str, Tensor] = {}  # masks at the end of the epoch before
         # of the epoch
         self._latest: dict[str, Any] | None = None
-        self._clock = _Clock()
+        self._clock = Clock()
         # of the latest look at the masks
         self._batches = 0  # since then
         self._step = 0
@@ -196,7 +117,7 @@ class SparsityMonitor(Callback):
             self._file = Path(folder, FILE)
         if self._from_step is None:
             self._from_step = self._step = trainer.global_step
-        if self.figures and not _painters(trainer):
+        if self.figures and not painters(trainer):
             rank_zero_warn("SparsityMonitor(figures=True) draws for loggers that take figures, such as TensorBoard's.")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -226,16 +147,17 @@ class SparsityMonitor(Callback):
         self._close(trainer)
         self._look(trainer, pl_module, self._moved(), draw=True)
         self._latest = self._record(trainer, pl_module)
-        self._latest["metrics"] = _metrics(trainer)
-        self._epoch_bits, self._updates, self._clock = self._bits, Average(), _Clock()
+        self._latest["metrics"] = metrics(trainer)
+        self._epoch_bits, self._updates, self._clock = self._bits, Average(), Clock()
         pl_module.log("density/model", self._latest["density"], logger=False, prog_bar=True, sync_dist=True)
         # straight to the loggers: the bookkeeping of `log` costs about a millisecond a name
-        scalars = {"epoch": trainer.current_epoch, **_scalars(self._latest)}
+        values = {"epoch": trainer.current_epoch, **scalars(self._latest)}
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
         if self.figures and trainer.is_global_zero:
-            for painter in _painters(trainer):
-                for name, figure in self._figures().items():
+            densities = {layer.name: self._density.get(layer.name, 1.0) for layer in self._layers}
+            for painter in painters(trainer):
+                for name, figure in draw(densities, self._pictures).items():
                     painter.add_figure(f"monitor/{name}", figure, global_step=trainer.global_step)
         self._write("running")
 
@@ -291,7 +213,7 @@ class SparsityMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer's part and what ties the callback to a fit."""
-        state = {**self.__dict__, "_methods": [], "_layers": [], "_connections": [], "_clock": _Clock()}
+        state = {**self.__dict__, "_methods": [], "_layers": [], "_connections": [], "_clock": Clock()}
         for attached in ("log", "log_dict"):  # the module's methods, which the Trainer gives its callbacks
             state.pop(attached, None)
         return state
@@ -303,9 +225,9 @@ class SparsityMonitor(Callback):
         self._flops = trainer.strategy.broadcast(self._count(trainer, module, batch) if self.flops else {})
         self._find_layers(module)
         self._keep_fitting()
-        examples = _batch_size(batch)
+        examples = batch_size(batch)
         self._head = {
-            "method": _described(self._methods),
+            "method": described(self._methods),
             "module": f"{type(module).__module__}.{type(module).__qualname__}",
             "seed": run_file.seed(),
             "from_step": self._from_step,
@@ -343,7 +265,7 @@ class SparsityMonitor(Callback):
         if not self._methods:
             owners = dict.fromkeys(name for name, choice in choices.items() if choice.reason is None)
         self._layers = [
-            _Layer(
+            Layer(
                 name,
                 choice.shape,
                 int(getattr(module.get_submodule(name.rpartition(".")[0]), "groups", 1)),
@@ -420,12 +342,12 @@ class SparsityMonitor(Callback):
             if layer.method is not None:
                 self._see(layer, mask)
             if draw:
-                self._pictures[layer.name] = _picture(layer, mask)
+                self._pictures[layer.name] = picture(layer, mask)
         changed = [layer.name for layer in self._layers if layer.method in moved and layer.name in before]
         if changed:
             self._updates.add(ledger.churn({n: before[n] for n in changed}, {n: self._bits[n] for n in changed}))
 
-    def _see(self, layer: _Layer, mask: Tensor) -> None:
+    def _see(self, layer: Layer, mask: Tensor) -> None:
         """Take up one mask, and warn if the layer is collapsing."""
         name, active = layer.name, int(torch.count_nonzero(mask))
         self._density[name] = active / layer.size
@@ -463,7 +385,7 @@ class SparsityMonitor(Callback):
             layer.name: {
                 "density": self._density.get(layer.name, 1.0),
                 "backward_density": self._gradient_density.get(layer.name, 1.0),
-                **{key: self._pictures[layer.name][key] for key in _COUNTS},
+                **{key: self._pictures[layer.name][key] for key in COUNTS},
             }
             for layer in self._layers
         }
@@ -521,7 +443,7 @@ class SparsityMonitor(Callback):
     def _close(self, trainer: Trainer) -> None:
         """Complete the record of the latest epoch by its metrics, which other callbacks may have logged later."""
         if self._latest is not None:
-            self._latest["metrics"] = _metrics(trainer)
+            self._latest["metrics"] = metrics(trainer)
             self._epochs = self._all_epochs()
             self._latest = None
 
@@ -530,26 +452,6 @@ class SparsityMonitor(Callback):
         if self._latest is None:
             return self._epochs
         return {**self._epochs, self._latest["epoch"]: json.dumps(self._latest, allow_nan=False)}
-
-    def _figures(self) -> dict[str, Any]:
-        """Draw the densities of the layers, and the masks: the darker a cell, the denser."""
-        matplotlib = extra("matplotlib.figure", "report")
-        names = [layer.name for layer in self._layers]
-        densities = matplotlib.Figure(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")
-        axes = densities.subplots()
-        axes.barh(names, [self._density.get(name, 1.0) for name in names])
-        axes.set(xlim=(0, 1), xlabel="density")
-        axes.invert_yaxis()
-        columns = min(len(names), 4)
-        rows = math.ceil(len(names) / columns)
-        masks = matplotlib.Figure(figsize=(3 * columns, 3 * rows), layout="constrained")
-        for place, name in enumerate(names):
-            axes = masks.add_subplot(rows, columns, place + 1)
-            picture = self._pictures[name]
-            extent = (0, picture["columns"], picture["rows"], 0)
-            axes.imshow(picture["cells"].numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", extent=extent)
-            axes.set(title=name, xlabel="inputs", ylabel="neurons")
-        return {"density": densities, "masks": masks}
 
     # ------------------------------------------------------------------ the file
 
@@ -577,77 +479,3 @@ class SparsityMonitor(Callback):
         except OSError as error:
             rank_zero_warn(f"SparsityMonitor cannot write {self._file}: {error}. The run goes on without the file.")
             self._file = None
-
-
-def _painters(trainer: Trainer) -> list[Any]:
-    """Return what of the Trainer's loggers takes figures: TensorBoard's writers."""
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [experiment for experiment in experiments if hasattr(experiment, "add_figure")]
-
-
-def _described(methods: Sequence[SparseCallback]) -> dict[str, Any] | None:
-    """Return name and arguments of a method; of several, their names and the arguments of each."""
-    if len(methods) == 1:
-        return {"name": type(methods[0]).__name__, "arguments": methods[0].arguments}
-    names = [type(method).__name__ for method in methods]
-    unique = [f"{name}[{index}]" if names.count(name) > 1 else name for index, name in enumerate(names)]
-    arguments = {name: method.arguments for name, method in zip(unique, methods, strict=True)}
-    return {"name": " + ".join(names), "arguments": arguments} if methods else None
-
-
-def _picture(layer: _Layer, mask: Tensor) -> dict[str, Any]:
-    """Return what a look at a mask as a matrix tells: empty neurons and inputs, and its picture."""
-    matrix = as_matrix(mask, layer.transposed_groups)
-    # the rows of a transposed convolution's weight are its inputs
-    empty_inputs = ledger.empty_neurons(mask) if layer.transposed_groups else ledger.empty_inputs(mask, layer.groups)
-    cells, (rows, columns) = ledger.cells(matrix), matrix.shape
-    # many numbers of few values: looking their texts up is ten times as fast as json.dumps
-    texts = [", ".join(map(_THOUSANDTHS.__getitem__, row)) for row in (1000 * cells).round().int().tolist()]
-    return {
-        "empty_neurons": ledger.empty_neurons(matrix),
-        "empty_inputs": empty_inputs,
-        "shrunk_size": ledger.shrunk_size(mask, layer.transposed_groups or layer.groups),
-        "rows": rows,
-        "columns": columns,
-        "cells": cells,
-        "json": f'{{"rows": {rows}, "columns": {columns}, "density": [[{"], [".join(texts)}]]}}',
-    }
-
-
-def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return what is logged of an epoch's record, by the name it is logged under."""
-    found = {
-        "density/model": record["density"],
-        "density/backward": record["backward_density"],
-        "flops/inference": record["inference_flops"],
-        "flops/training": record["training_flops"],
-        "cost/step_time": record["step_time_s"],
-        "cost/peak_memory": record["peak_memory_bytes"],
-        "mask/churn": record["churn"],
-        "mask/churn_per_update": record["churn_per_update"],
-        "mask/exploration": record["exploration"],
-        "mask/empty_neurons": record["empty_neurons"],
-        "mask/empty_inputs": record["empty_inputs"],
-        "mask/shrunk_size": record["shrunk_size"],
-    }
-    found |= {f"bytes/{name}": count for name, count in record["bytes"].items()}
-    for name, layer in record["layers"].items():
-        found[f"density/{name}"] = layer["density"]
-        found[f"empty_neurons/{name}"] = layer["empty_neurons"]
-        found[f"empty_inputs/{name}"] = layer["empty_inputs"]
-    found |= {f"threshold/{name}": statistics["mean"] for name, statistics in record["thresholds"].items()}
-    return {name: float(value) for name, value in found.items() if value is not None}
-
-
-def _metrics(trainer: Trainer) -> dict[str, float | None]:
-    """Return the Trainer's metrics but for this callback's own; JSON has no number for those that are not finite."""
-    values = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "density/model"}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _batch_size(batch: Any) -> int | None:
-    """Return the length of the first tensor in a batch; None if there is none."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for part in parts if (size := _batch_size(part)) is not None), None)

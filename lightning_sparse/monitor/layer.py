@@ -1,0 +1,77 @@
+"""One of the weights that a monitor looks at, and what a look at its mask tells."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sparse import ledger
+from lightning_sparse.callback import SparseCallback
+from lightning_sparse.layers import as_matrix
+
+__all__ = ["COUNTS", "Layer", "picture"]
+
+#: what is counted of each layer's mask, and of the whole
+COUNTS = ("empty_neurons", "empty_inputs", "shrunk_size")
+
+_THOUSANDTHS = [json.dumps(thousandths / 1000) for thousandths in range(1001)]
+
+
+@dataclass
+class Layer:
+    """One of the selected weights.
+
+    Attributes:
+        name: of the parameter in the LightningModule.
+        shape: of the weight, dense.
+        groups: of a convolution.
+        transposed_groups: see ``layers.Choice``.
+        method: that makes it sparse; None in a dense run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    groups: int
+    transposed_groups: int
+    method: SparseCallback | None
+
+    @property
+    def size(self) -> int:
+        """Number of weights, dense."""
+        return math.prod(self.shape)
+
+    @property
+    def neurons(self) -> int:
+        """Number of outputs: features or channels."""
+        return self.shape[1] * self.transposed_groups if self.transposed_groups else self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs: features or channels."""
+        return self.shape[0] if self.transposed_groups else self.shape[1] * self.groups
+
+    def mask(self) -> Tensor:
+        """Return where the weight is active now."""
+        return torch.ones(self.shape, dtype=torch.bool) if self.method is None else self.method.mask(self.name)
+
+
+def picture(layer: Layer, mask: Tensor) -> dict[str, Any]:
+    """Return what a look at a mask as a matrix tells: empty neurons and inputs, and its picture."""
+    matrix = as_matrix(mask, layer.transposed_groups)
+    # the rows of a transposed convolution's weight are its inputs
+    empty_inputs = ledger.empty_neurons(mask) if layer.transposed_groups else ledger.empty_inputs(mask, layer.groups)
+    cells, (rows, columns) = ledger.cells(matrix), matrix.shape
+    # many numbers of few values: looking their texts up is ten times as fast as json.dumps
+    texts = [", ".join(map(_THOUSANDTHS.__getitem__, row)) for row in (1000 * cells).round().int().tolist()]
+    return {
+        "empty_neurons": ledger.empty_neurons(matrix),
+        "empty_inputs": empty_inputs,
+        "shrunk_size": ledger.shrunk_size(mask, layer.transposed_groups or layer.groups),
+        "rows": rows,
+        "columns": columns,
+        "cells": cells,
+        "json": f'{{"rows": {rows}, "columns": {columns}, "density": [[{"], [".join(texts)}]]}}',
+    }
