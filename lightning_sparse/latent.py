@@ -370,6 +370,7 @@ class LatentCallback(SparseCallback):
                     f"nothing drives {members[0].name} to be sparse. Set weight_decay in the optimizer, e.g. 3e-5."
                 )
             joined += members
+            self._refuse_vectors(optimizer, members)
             theirs = [(weight, key) for weight in members for key in weight.thresholds]
             for weight, key in sorted(theirs, key=lambda of: of[0].places.get(of[1], math.inf)):
                 self._place(weight, key, group)
@@ -389,6 +390,16 @@ class LatentCallback(SparseCallback):
             group["params"].append(t)
             if "param_names" in group:
                 group["param_names"].append(f"{weight.name}.{key}")
+
+    def _refuse_vectors(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Raise if thresholds cannot join the optimizer of their weights, which takes matrices alone."""
+        names = [weight.name for weight in weights if any(t.ndim != 2 for t in weight.thresholds.values())]
+        if names and "Muon" in {kind.__name__ for kind in type(optimizer).__mro__}:
+            raise MisconfigurationException(
+                f"{type(self).__name__} trains thresholds, which are vectors, in the optimizer of their weights, but "
+                f"{type(optimizer).__name__} takes matrices alone: give {', '.join(names)} another, such as SGD or "
+                "AdamW, or take a method without thresholds, such as TopKAST or RigL."
+            )
 
     def _gradients(self, weight: LatentWeight, share: float) -> None:
         """Turn the parameter's gradient into that of ``W`` in place, and note those of the thresholds."""
