@@ -214,7 +214,8 @@ class SparseWeight(MaskedWeight):
         self.calls, self._reduce = [], reduce
 
     def detach(self) -> None:  # noqa: D102  (inherited)
-        self._positions = self.positions
+        if isinstance(self.layer, SparseLayer):
+            self._positions = self.positions
         self.layer = self.parameter = self.optimizer = None
 
     def state(self) -> dict[str, Any]:
@@ -256,9 +257,9 @@ class Capture(Hooks):
     def __init__(self, weights: Sequence[MaskedWeight], reduce: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._weights = [weight for weight in weights if isinstance(weight, SparseWeight)]
-        for weight in self._weights:
         #: calls by weight and backward pass: passes may run within each other (reentrant checkpoints)
         self._pending: dict[str, list[tuple[int, tuple[Tensor, Tensor]]]] = {}
+        for weight in self._weights:
             weight.listen(reduce)
             hook = partial(self._called, weight)
             self._handles.append(weight.sparse.register_forward_hook(hook, with_kwargs=True))
@@ -266,8 +267,8 @@ class Capture(Hooks):
     def close(self) -> None:
         """Take the hooks away and forget the calls."""
         super().close()
-        for weight in self._weights:
         self._pending = {}
+        for weight in self._weights:
             weight.calls = []
 
     def _called(self, weight: SparseWeight, layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -344,6 +345,8 @@ class SparseStorage(MaskedCallback):
         """Have the layers exchanged as soon as the module is whole, and checkpoints loaded into what is there."""
         super().setup(trainer, pl_module, stage)
         if self.storage == "sparse":
+            for weight in self._weights.values():
+                weight.detach()  # of a fit that an exception has ended
             if stage == "fit":
                 self._refuse_averages(trainer)
                 self._backend = None
@@ -556,7 +559,8 @@ class SparseStorage(MaskedCallback):
             )
         if self.storage == "masked":
             return super().loaded_weight(name, state)
-        return SparseWeight(name, state["shape"].tolist())
+        held = self._weights.get(name)  # exchanged for this fit, of which a tuner has tried some steps
+        return SparseWeight(name, state["shape"].tolist(), held.layer if isinstance(held, SparseWeight) else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Add who multiplies and, where the module's part has dense weights, the connections: some may be 0."""
@@ -571,7 +575,10 @@ class SparseStorage(MaskedCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; the connections are in the module."""
         if self.storage == "sparse" and self._module is not None:
-            raise MisconfigurationException("storage='sparse' needs a strategy that loads checkpoints before setup.")
+            raise MisconfigurationException(
+                f"{type(self).__name__}(storage='sparse') cannot take up a state after a fit has started. Use a "
+                "strategy that loads checkpoints before setup, and Lightning's tuners when the fit starts."
+            )
         super().load_state_dict(state_dict)
         self._backend = state_dict.get("backend") or None
 
