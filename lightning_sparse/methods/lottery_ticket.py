@@ -168,8 +168,7 @@ class LotteryTicket(MaskedCallback):
             least = layer_counts(self.distribution, shapes, final, self.min_layer_density)
             counts = shrunk([weight.active for weight in weights], list(least.values()), total)
         for weight, count in zip(weights, counts, strict=True):
-            kept = masks.top_k(weight.W.abs(), count, among=weight.mask)
-            weight.change(weight.mask & ~kept, torch.zeros_like(kept))
+            weight.keep_largest(count)
 
     @torch.no_grad()
     def _rewind(self, trainer: Trainer, pl_module: LightningModule) -> None:
