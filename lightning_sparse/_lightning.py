@@ -18,6 +18,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "SingleDeviceStrategy",
+    "StochasticWeightAveraging",
     "Trainer",
     "check_trainer",
     "is_overridden",
@@ -47,7 +48,7 @@ PACKAGE = _choose()
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import BaseFinetuning
+    from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
     from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
@@ -58,7 +59,8 @@ if TYPE_CHECKING:
 else:
     _pl = importlib.import_module(PACKAGE)
     Callback, LightningModule, Trainer = _pl.Callback, _pl.LightningModule, _pl.Trainer
-    BaseFinetuning = importlib.import_module(f"{PACKAGE}.callbacks").BaseFinetuning
+    _callbacks = importlib.import_module(f"{PACKAGE}.callbacks")
+    BaseFinetuning, StochasticWeightAveraging = _callbacks.BaseFinetuning, _callbacks.StochasticWeightAveraging
     DummyLogger = importlib.import_module(f"{PACKAGE}.loggers.logger").DummyLogger
     _strategies = importlib.import_module(f"{PACKAGE}.strategies")
     DDPStrategy, SingleDeviceStrategy = _strategies.DDPStrategy, _strategies.SingleDeviceStrategy

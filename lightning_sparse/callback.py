@@ -53,6 +53,7 @@ class SparseCallback(Callback, ABC):
     # What ties the callback to one fit: see _detached.
     _handles: list[Any]
     _prepared: set[int]
+    _depth: dict[int, int]
     _group_sizes: dict[int, int]
     _frozen: dict[int, list[torch.nn.Parameter]]
     _backwards: int
@@ -244,6 +245,10 @@ class SparseCallback(Callback, ABC):
         """Anneal and redistribute."""
         self.begin_epoch(trainer.current_epoch, _epochs(trainer))
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Forget updates that an exception has broken off, and that the module has gone on from."""
+        self._depth.clear()
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note that the penalty counts for this micro-batch.
 
@@ -330,6 +335,9 @@ class SparseCallback(Callback, ABC):
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Enter the step right before the update, which is after the closure (forward and backward) if there is one."""
+        self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
+        if self._depth[id(optimizer)] > 1:  # a step that calls that of its base class, which has the hooks, too
+            return None
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._enter(optimizer)
@@ -359,6 +367,9 @@ class SparseCallback(Callback, ABC):
         self.enter_step(optimizer)
 
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth[id(optimizer)] -= 1
+        if self._depth[id(optimizer)] > 0:
+            return
         self._prepared.discard(id(optimizer))
         self.after_step(optimizer)
 
@@ -479,6 +490,7 @@ def _detached() -> dict[str, Any]:
     return {
         "_handles": [],
         "_prepared": set(),
+        "_depth": {},
         "_group_sizes": {},
         "_frozen": {},
         "_backwards": 0,

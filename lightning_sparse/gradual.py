@@ -130,12 +130,7 @@ class GradualPruning(MaskedCallback):
             score=torch.abs,
         )
         for weight, count in zip(weights, counts, strict=True):
-            self.keep(weight, count)
-
-    def keep(self, weight: MaskedWeight, count: int) -> None:
-        """Keep the ``count`` largest ``|W|`` of a layer."""
-        kept = masks.top_k(weight.W.abs(), count, among=weight.mask)
-        weight.change(weight.mask & ~kept, torch.zeros_like(kept))
+            weight.keep_largest(count)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before its schedule."""

@@ -5,6 +5,7 @@ sees plain sparse weights. For the optimizer's update alone the parameter is giv
 copy), with ``dW`` in its gradient; the thresholds sit in the same param group and are updated with it.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -174,6 +175,7 @@ class LatentCallback(SparseCallback):
                         **{key: weight.mask(key) for key in weight.bits},
                     },
                     "transposed_groups": weight.transposed_groups,
+                    "places": dict(weight.places),
                 }
                 for name, weight in self._weights.items()
             },
@@ -197,6 +199,7 @@ class LatentCallback(SparseCallback):
         """Return a weight as it was saved."""
         thresholds = {key: nn.Parameter(t) for key, t in state["thresholds"].items()}
         weight = LatentWeight(name, state["latent"], thresholds, transposed_groups=state["transposed_groups"])
+        weight.places = dict(state.get("places", {}))
         for key, buffer in state["buffers"].items():
             if key in self.mask_names:
                 weight.keep_mask(key, buffer)
@@ -230,6 +233,8 @@ class LatentCallback(SparseCallback):
             )
             self._weights = {}
         self._weights = {choice.name: self._take(choice, self._weights.get(choice.name)) for choice in choices}
+        for weight in self._weights.values() if not resumed else ():
+            weight.places = {}
         self._pools = {}
         for optimizer in optimizers:
             self._join(optimizer, list(self._weights.values()))
@@ -370,14 +375,36 @@ class LatentCallback(SparseCallback):
                     f"nothing drives {members[0].name} to be sparse. Set weight_decay in the optimizer, e.g. 3e-5."
                 )
             joined += members
-            for weight in members:
-                for key, t in weight.thresholds.items():
-                    if any(p is t for p in group["params"]):
-                        continue
-                    group["params"].append(t)
-                    if "param_names" in group:
-                        group["param_names"].append(f"{weight.name}.{key}")
+            self._refuse_vectors(optimizer, members)
+            theirs = [(weight, key) for weight in members for key in weight.thresholds]
+            for weight, key in sorted(theirs, key=lambda of: of[0].places.get(of[1], math.inf)):
+                self._place(weight, key, group)
         self._pools[id(optimizer)] = pools(joined, self.sum_names)
+
+    def _place(self, weight: LatentWeight, key: str, group: dict[str, Any]) -> None:
+        """Put a threshold into the param group of its weight, where it stood when the checkpoint was written."""
+        t = weight.thresholds[key]
+        place = next((i for i, p in enumerate(group["params"]) if p is t), len(group["params"]))
+        if weight.places.setdefault(key, place) != place:
+            raise MisconfigurationException(
+                f"In the checkpoint the threshold of {weight.name} stands at place {weight.places[key]} of its param "
+                f"group, where it would be at {place} now, and take another's momentum from the optimizer. Give "
+                "the Trainer the callbacks, and the optimizer the parameters, in the order of then."
+            )
+        if place == len(group["params"]):
+            group["params"].append(t)
+            if "param_names" in group:
+                group["param_names"].append(f"{weight.name}.{key}")
+
+    def _refuse_vectors(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Raise if thresholds cannot join the optimizer of their weights, which takes matrices alone."""
+        names = [weight.name for weight in weights if any(t.ndim != 2 for t in weight.thresholds.values())]
+        if names and "Muon" in {kind.__name__ for kind in type(optimizer).__mro__}:
+            raise MisconfigurationException(
+                f"{type(self).__name__} trains thresholds, which are vectors, in the optimizer of their weights, but "
+                f"{type(optimizer).__name__} takes matrices alone: give {', '.join(names)} another, such as SGD or "
+                "AdamW, or take a method without thresholds, such as TopKAST or RigL."
+            )
 
     def _gradients(self, weight: LatentWeight, share: float) -> None:
         """Turn the parameter's gradient into that of ``W`` in place, and note those of the thresholds."""

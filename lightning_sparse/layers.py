@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_sparse.storage.layers import SparseConv2d, SparseLayer, SparseLinear
 
@@ -26,6 +27,7 @@ _BY_DEFAULT: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 }
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -91,12 +93,17 @@ def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Seq
     A weight that stands in several places (tied) appears once, under its first name.
 
     Raises:
-        ValueError: a pattern matches no weight.
+        ValueError: a pattern matches no weight, a lazy layer has no shape yet, or an embedding has sparse gradients.
     """
     choices = []
     unused = {*(include or ()), *exclude}
     for parameter, places in _places(module):
         name, first, owner = places[0]
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"{name} ({type(owner).__name__}) must have a shape when the fit starts, but is not initialized. Run "
+                "an example through the module before, e.g. in __init__ or configure_model."
+            )
         sparse = owner if isinstance(owner, SparseLayer) and first == "weight" else None
         shape = tuple(parameter.shape) if sparse is None else sparse.shape
         names = [place[0] for place in places]
@@ -120,6 +127,11 @@ def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Seq
         transposed = [holder for _, _, holder in places if isinstance(holder, _TRANSPOSED)]
         groups = int(transposed[0].groups) if transposed else 0
         kind = type(owner).__name__ + (f", tied to {', '.join(names[1:])}" if len(names) > 1 else "")
+        if reason is None and any(isinstance(o, _EMBEDDINGS) and o.sparse for _, _, o in places):
+            raise ValueError(
+                f"{name} ({kind}) must have dense gradients to be made sparse, but its layer has sparse=True. Make the "
+                f"layer with sparse=False, or leave it out with exclude=[{name!r}]."
+            )
         choices.append(Choice(name, kind, parameter, reason, groups, sparse))
     if unused:
         weights = [choice.name for choice in choices if len(choice.shape) >= 2]

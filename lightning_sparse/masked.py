@@ -76,6 +76,10 @@ class MaskedWeight:
             self._places = self.mask, masks.positions(self.mask)
         return self._places[1]
 
+    def forget_places(self) -> None:
+        """Let go of ``places``, eight bytes a connection, which nobody needs until the next move."""
+        self._places = None
+
     @property
     def positions(self) -> Tensor:
         """Flat positions of the active connections, ascending; on the CPU."""
@@ -127,6 +131,11 @@ class MaskedWeight:
         for state in self.optimizer_state():
             masks.zero_outside_(state, untouched)
 
+    def keep_largest(self, count: int) -> None:
+        """Prune all but the ``count`` connections of largest ``|W|``."""
+        kept = masks.top_k(self.W.abs(), count, among=self.mask)
+        self.change(self.mask & ~kept, torch.zeros_like(kept))
+
     def gradient_at(self, positions: Tensor) -> Tensor:
         """Return the gradients of some connections, active or not, given by flat positions."""
         return self.dP.reshape(-1)[positions.to(self.dP.device)]
@@ -174,7 +183,7 @@ class MaskedWeight:
             grown: flat positions, different, not active before unless dropped.
             value: the values of the grown, or one for all.
         """
-        self._places = None  # eight bytes a connection, which nobody needs until the next move
+        self.forget_places()
         if not (len(dropped) or len(grown)):
             return
         dropped, grown = dropped.to(self.mask.device), grown.to(self.mask.device)

@@ -27,6 +27,7 @@ class LatentWeight:
         buffers: further tensors of the parameter's shape that belong to the method's state.
         bits: boolean ones among them, packed; see ``mask``.
         transposed_groups: see ``layers.Choice``.
+        places: where each threshold stands in the param group of its weight, by which a checkpoint knows its state.
         parameter: the module's parameter; None outside fit.
         effective: the storage of ``P`` while the parameter holds ``W``; else None.
         resets: how often the collapse guard set the thresholds to 0.
@@ -41,6 +42,7 @@ class LatentWeight:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     bits: dict[str, Tensor] = field(default_factory=dict)
     transposed_groups: int = 0
+    places: dict[str, int] = field(default_factory=dict)
     parameter: nn.Parameter | None = None
     effective: Tensor | None = None
     resets: int | Tensor = 0

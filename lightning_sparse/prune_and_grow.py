@@ -132,6 +132,7 @@ class PruneAndGrow(MaskedCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Watch the layers if the next step moves connections."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._watch()
 
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:

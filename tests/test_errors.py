@@ -161,6 +161,36 @@ def test_sharded_optimizers_are_refused(method):
         fit(SETTINGS[method](), module)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="old torch")
+def test_thresholds_are_refused_by_an_optimizer_that_takes_matrices_alone():
+    module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.Muon([q for q in p if q.ndim == 2])))
+    with pytest.raises(MisconfigurationException, match=r"DST trains thresholds, .* Muon takes .*net\.0\.weight,"):
+        fit(SETTINGS["DST"](), module)
+    fit(SETTINGS["TopKAST"](), module, max_steps=2)
+
+
+def test_layers_without_a_shape_are_refused_by_name():
+    module = seeded(lambda: Lit(nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 4))))
+    with pytest.raises(ValueError, match=r"net\.0\.weight \(LazyLinear\) must have a shape .*Run an example through"):
+        fit(SETTINGS["SET"](), module)
+    module(torch.ones(1, 12))
+    fit(SETTINGS["SET"](), module, max_steps=2)
+
+
+def test_embeddings_with_sparse_gradients_are_refused_by_name_if_asked_for():
+    class Words(Lit):
+        def forward(self, x):
+            return self.net((x.abs() * 9).long() % 20).mean(1)
+
+    def module():
+        net = nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Linear(8, 4))
+        return seeded(lambda: Words(net, lambda p: torch.optim.SGD(p, lr=0.1)))
+
+    with pytest.raises(ValueError, match=r"net\.0\.weight \(Embedding\) must have dense .*sparse=False, or .*exclude"):
+        fit(SETTINGS["SET"](include=["*.weight"]), module())
+    fit(SETTINGS["SET"](), module(), max_steps=2)
+
+
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import Lit, cnn, effective, fit, loader, same, saved, seeded, state, trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
@@ -232,6 +233,14 @@ def test_an_optimizer_state_comes_back_where_weights_have_joined_a_group():
 def test_epochs_that_do_not_make_up_the_rounds_are_refused_with_numbers_that_do(options, epochs, good):
     with pytest.raises(MisconfigurationException, match=rf"{epochs} epochs cannot be divided .* max_epochs to {good}"):
         fit(LotteryTicket(0.8, **options), max_epochs=epochs)
+
+
+def test_an_average_of_weights_has_to_begin_after_the_last_rewinding():
+    with pytest.raises(MisconfigurationException, match=r"rewinds .* in epoch 4 for .* does in epoch 4 .*=6 or more"):
+        fit([LotteryTicket(0.8, rounds=2), StochasticWeightAveraging(0.01, swa_epoch_start=5)], max_epochs=6)
+    callback = LotteryTicket(0.8, rounds=2)
+    module, _ = fit([callback, StochasticWeightAveraging(0.01, swa_epoch_start=6)], max_epochs=6)
+    assert effective(module, callback)
 
 
 def test_a_fit_without_end_is_refused():

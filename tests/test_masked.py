@@ -9,7 +9,7 @@ from helpers import MASKED, Lit, cnn, fit, loader, mlp, seeded
 from test_precision import Scaler, Unmixed
 from torch import nn
 
-from lightning_sparse import SET, RigL
+from lightning_sparse import SET, RandomPruning, RigL
 from lightning_sparse.layers import choose
 from lightning_sparse.masked import MaskedCallback
 
@@ -69,6 +69,24 @@ def test_inactive_weights_are_exactly_0_after_every_step(build, optimizer, accum
     fit([callback, looks], seeded(lambda: Lit(optimizer=OPTIMIZERS[optimizer])), accumulate_grad_batches=accumulate)
     assert len(looks.masks) == 60
     assert looks.moves >= 3, "the test would prove nothing"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_gradient_that_is_not_finite_changes_nothing_where_a_weight_is_inactive(optimizer, value):
+    def train(broken):
+        callback, module = RandomPruning(0.8, seed=1), seeded(lambda: Lit(optimizer=OPTIMIZERS[optimizer]))
+
+        def breaks(gradient):
+            mask = callback.masks["net.2.weight"]
+            return gradient.masked_fill(~mask, value) if callback._trainer.global_step in broken else gradient
+
+        module.net[2].weight.register_hook(breaks)
+        fit([callback, StaysDead(callback)], module, gradient_clip_val=1.0, max_epochs=1)
+        return module.state_dict()
+
+    whole, ours = train(()), train((5, 6, 20))
+    assert all(torch.equal(x, ours[name]) for name, x in whole.items())
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])

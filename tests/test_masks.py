@@ -203,6 +203,17 @@ def test_zeroing_outside_a_mask_is_a_product_with_it_in_any_layout(shape):
             assert y.stride() == values.stride()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_zeroing_outside_a_mask_leaves_exact_zeros_whatever_stood_there(dtype, value):
+    mask = torch.tensor([[True, False], [False, True]])
+    for keep in (mask, mask.t()):  # the latter in another layout
+        x = torch.tensor([[1.5, value], [value, value]], dtype=dtype)
+        zero_outside_(x, keep)
+        assert x.reshape(-1)[:3].tolist() == [1.5, 0.0, 0.0]
+        assert not x[1, 1].isfinite(), "what is kept stays in sight"
+
+
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.03, 0.5, 1.0])
 @pytest.mark.parametrize("size", [5, (1 << 17) + 3, 1 << 18])
 def test_positions_are_those_of_nonzero(size, density):

@@ -1,12 +1,28 @@
 """Every way to drive an optimizer: manual, several of them or of their groups, schedules, clipping, odd losses."""
 
+import contextlib
 import copy
 import math
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import LATENT, SETTINGS, THRESHOLDS, Lit, data, effective, fit, loader, mlp, same, seeded, state, trainer
+from helpers import (
+    LATENT,
+    SETTINGS,
+    THRESHOLDS,
+    TOP_K,
+    Lit,
+    data,
+    effective,
+    fit,
+    loader,
+    mlp,
+    same,
+    seeded,
+    state,
+    trainer,
+)
 from reference import Reference
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
@@ -454,3 +470,69 @@ def test_an_optimizer_that_outlives_a_fit_takes_thresholds_once():
     for _ in range(3):
         fit(callback, module, max_epochs=1)
         assert len(module.kept.param_groups[0]["params"]) == 6 + 3
+
+
+class Calls(torch.optim.SGD):
+    """Its step calls that of its base class, which has the optimizer's hooks as well."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class First(Calls):
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+class Shifts(Calls):
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            torch._foreach_add_(group["params"], 0.01)
+        return loss
+
+
+@pytest.mark.parametrize("kind", [Calls, First])
+@pytest.mark.parametrize("method", [*TOP_K, "DFBST", "DeepR", "RigL"])
+def test_an_optimizer_whose_step_calls_that_of_its_base_class_makes_one_update(method, kind):
+    def train(kind):
+        callback = SETTINGS[method]()
+        module, _ = fit(callback, seeded(lambda: Lit(optimizer=lambda p: kind(p, lr=0.1, momentum=0.9))), max_epochs=1)
+        return state(callback), callback.state_dict().get("updates"), module.state_dict()
+
+    assert same(train(torch.optim.SGD), train(kind))
+
+
+@pytest.mark.parametrize("method", ["DST", "TopKAST"])
+def test_an_optimizer_that_changes_weights_after_the_step_of_its_base_class_leaves_exact_zeros(method):
+    callback = SETTINGS[method]()
+    module, _ = fit(callback, seeded(lambda: Lit(optimizer=lambda p: Shifts(p, lr=0.1))), max_epochs=1)
+    assert effective(module, callback)
+
+
+def test_training_goes_on_after_an_update_that_was_broken_off():
+    class Fails(Calls):
+        fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                raise FloatingPointError
+            return super().step(closure)
+
+    class GoesOn(Manual):
+        def configure_optimizers(self):
+            return Fails(self.parameters(), lr=0.1)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.fails = batch_idx == 3
+            with contextlib.suppress(FloatingPointError):
+                super().training_step(batch, batch_idx)
+
+    callback = SETTINGS["TopKAST"]()
+    module, _ = fit(callback, seeded(lambda: GoesOn(mlp())), max_epochs=1)
+    assert set(callback.state_dict()["updates"].values()) == {29 * 3}
+    assert effective(module, callback)

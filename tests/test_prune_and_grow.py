@@ -454,6 +454,17 @@ def test_ties_are_settled_alike_in_every_run():
 # ---------------------------------------------------------------------- ITOP, MEST, DeepR
 
 
+def test_itop_keeps_no_positions_before_an_update():
+    class Looks(pl.Callback):
+        def on_train_start(self, run, module):
+            assert all(weight._places is None for weight in callback._weights.values())
+            looked.append(callback.exploration_rate)
+
+    callback, looked = ITOP(0.75), []
+    fit([callback, Looks()], max_steps=1)
+    assert looked == [0.25]
+
+
 def test_itop_explores_more_and_more_and_logs_it(tmp_path):
     logged = []
 

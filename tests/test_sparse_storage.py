@@ -15,8 +15,10 @@ import lightning.pytorch as pl
 import pytest
 import storage_script
 import torch
-from helpers import Lit, fit, loader, mlp, saved, seeded, trainer
+from helpers import Lit, fit, loader, mlp, same, saved, seeded, state, trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_ddp import free_port
 from test_precision import Scaler, Unmixed
@@ -208,8 +210,8 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(method, optimi
         assert torch.equal(ours.state_dict()[name], x), name
     a, b = (run.optimizers[0].state_dict() for run in (first, second))
     assert a["param_groups"] == b["param_groups"]
-    for key, state in a["state"].items():
-        assert all(torch.equal(torch.as_tensor(state[k]), torch.as_tensor(b["state"][key][k])) for k in state)
+    for key, kept in a["state"].items():
+        assert all(torch.equal(torch.as_tensor(kept[k]), torch.as_tensor(b["state"][key][k])) for k in kept)
     assert all(torch.equal(mask, resumed.masks[name]) for name, mask in whole.masks.items())
     assert resumed.watched == whole.watched
     assert torch.equal(whole.generator.get_state(), resumed.generator.get_state())
@@ -378,6 +380,46 @@ def test_mests_soft_bound_moves_connections_also_of_layers_without_gradient():
         assert torch.allclose(ours.get_parameter(name), parameter, rtol=0, atol=1e-12)
 
 
+class Tuned(Lit):
+    lr, batch_size = 0.1, 2
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
+
+    def train_dataloader(self):
+        return loader(48, self.batch_size)
+
+    def val_dataloader(self):
+        return loader(8)
+
+
+TUNERS = {
+    "lr_find": lambda run, module: Tuner(run).lr_find(module, num_training=20, update_attr=False),
+    "scale_batch_size": lambda run, module: Tuner(run).scale_batch_size(module, steps_per_trial=2, max_trials=3),
+    "LearningRateFinder": LearningRateFinder(num_training_steps=20, update_attr=False),
+    "BatchSizeFinder": BatchSizeFinder(steps_per_trial=2, max_trials=3),
+}
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize(("method", "plain"), [("MemoryEfficientDST grabo", True), ("ITOP random", False)])
+def test_tuners_leave_no_trace(method, plain, tuner, tmp_path):
+    callback, alone = (METHODS[method](storage="sparse", plain_checkpoints=plain) for _ in range(2))
+    module, tune = seeded(Tuned), TUNERS[tuner]
+    callbacks = [callback] if callable(tune) else [callback, tune]
+    run = trainer(callbacks, enable_checkpointing=True, default_root_dir=tmp_path)
+    if callable(tune):
+        tune(run, module)
+    run.fit(module)
+    other = seeded(Tuned)
+    assert "atch" not in tuner or module.batch_size > other.batch_size
+    other.batch_size = module.batch_size
+    trainer(alone).fit(other)
+    assert same(state(alone), state(callback))
+    assert same(alone.masks, callback.masks)
+    assert same(module.state_dict(), other.state_dict())
+
+
 def test_another_module_starts_afresh():
     callback = RandomPruning(0.8, storage="sparse")
     fit(callback)
@@ -526,8 +568,8 @@ def test_equal_gradients_grow_by_position():
         expected = masks.top_k(dense.dP.abs(), n, among=~dense.mask).reshape(-1).nonzero().squeeze(1)
         assert torch.equal(positions, expected)
         assert torch.equal(gradients, dense.dP.abs().reshape(-1)[expected])
-        for same, equal in zip(dense.steepest(n), (positions, gradients), strict=True):
-            assert torch.equal(same, equal)
+        for theirs, ours in zip(dense.steepest(n), (positions, gradients), strict=True):
+            assert torch.equal(theirs, ours)
     assert (weight.steepest(540)[1] == weight.steepest(540, above=1.0)[1].min()).any()
 
 

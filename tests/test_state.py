@@ -145,6 +145,38 @@ def test_two_methods_with_weights_of_their_own_work_and_resume(method, second, t
         assert same(state(one), state(other))
 
 
+def test_thresholds_are_not_resumed_with_each_others_momentum(tmp_path):
+    def pair():
+        return [SETTINGS["DST"](include=["net.0.*"]), SETTINGS["DFBST"](exclude=["net.0.*"])]
+
+    _, run = fit(pair(), max_epochs=1)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"threshold of net\.2\.weight stands at place 7 .*would be at 6 now.*order of then",
+    ):
+        trainer(pair()[::-1], max_epochs=2).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_thresholds_that_joined_late_are_resumed_with_their_own_momentum(tmp_path):
+    class Thaws(Lit):
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch > 0)
+
+    class Saves(pl.Callback):
+        def on_train_epoch_end(self, run, module):
+            if run.current_epoch == 1:
+                run.save_checkpoint(tmp_path / "two.ckpt")
+
+    module, whole, resumed = seeded(Thaws), SETTINGS["DST"](), SETTINGS["DST"]()
+    module.net[0].requires_grad_(False)
+    fit([whole, Saves()], module, max_epochs=3)
+    again = seeded(Thaws, 9)
+    trainer(resumed, max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "two.ckpt")
+    assert same(state(whole), state(resumed))
+    assert same(module.state_dict(), again.state_dict())
+
+
 def test_weights_that_join_later_are_not_taken_from_another_method():
     class Joins(Lit):
         def configure_optimizers(self):

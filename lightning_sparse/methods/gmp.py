@@ -64,7 +64,7 @@ class GMP(GradualPruning):
             self.prune_globally(pool)
         else:
             for weight, count in zip(pool.weights, self.layer_counts(pool), strict=True):
-                self.keep(weight, count)
+                weight.keep_largest(count)
 
     def layer_counts(self, pool: Pool) -> list[int]:
         """Shrink what each layer has above its final count, in equal proportions."""

@@ -100,6 +100,7 @@ class ITOP(SparseStorage, PruneAndGrow):
     def _explore(self, weights: Sequence[MaskedWeight]) -> None:
         for weight in weights:
             self._explored.start(weight.name, weight.positions, weight.size)
+            weight.forget_places()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been explored, too."""

@@ -12,7 +12,13 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_sparse import checks, masks
-from lightning_sparse._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
+from lightning_sparse._lightning import (
+    LightningModule,
+    MisconfigurationException,
+    StochasticWeightAveraging,
+    Trainer,
+    rank_zero_info,
+)
 from lightning_sparse.before_training import budgets
 from lightning_sparse.distributions import budget, floors, layer_counts, shrunk
 from lightning_sparse.layers import Choice
@@ -87,10 +93,20 @@ class LotteryTicket(MaskedCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that the epochs make up the trainings, and the budget the floors."""
         super().on_train_start(trainer, pl_module)
-        self.starts()
+        self._refuse_early_average(trainer, max(self.starts(), default=-1))
         for pool in self._pools.values():
             sizes = [weight.size for weight in pool.weights]
             floors(self.min_layer_density, sizes, self.count(pool.weights, self.rounds))
+
+    def _refuse_early_average(self, trainer: Trainer, last: int) -> None:
+        """Raise if weights are averaged, and learning rates exchanged, before the last rewinding."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, StochasticWeightAveraging) and other.swa_start <= last:
+                raise MisconfigurationException(
+                    f"LotteryTicket rewinds weights and learning rates in epoch {last} for the last time, and "
+                    "StochasticWeightAveraging must not begin before the one after, but it does in epoch "
+                    f"{other.swa_start} (both counted from 0). Give it swa_epoch_start={last + 2} or more."
+                )
 
     def starts(self) -> list[int]:
         """Return the epochs in which the trainings of this fit begin, but for the first."""
@@ -152,8 +168,7 @@ class LotteryTicket(MaskedCallback):
             least = layer_counts(self.distribution, shapes, final, self.min_layer_density)
             counts = shrunk([weight.active for weight in weights], list(least.values()), total)
         for weight, count in zip(weights, counts, strict=True):
-            kept = masks.top_k(weight.W.abs(), count, among=weight.mask)
-            weight.change(weight.mask & ~kept, torch.zeros_like(kept))
+            weight.keep_largest(count)
 
     @torch.no_grad()
     def _rewind(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -61,7 +61,7 @@ class SparseWeight(MaskedWeight):
         self.optimizer = None
         self.transposed_groups = 0
         self.parameter = layer.values if isinstance(layer, SparseLayer) else None
-        #: inputs and output gradients of the calls of the layer in this step, if its connections are to be moved
+        #: inputs and output gradients of the calls that make up the gradient, if the connections are to be moved
         self.calls: list[tuple[Tensor, Tensor]] = []
         self._reduce: Callable[[Tensor], Tensor] = torch.Tensor.detach
         self._drawn = False
@@ -214,7 +214,8 @@ class SparseWeight(MaskedWeight):
         self.calls, self._reduce = [], reduce
 
     def detach(self) -> None:  # noqa: D102  (inherited)
-        self._positions = self.positions
+        if isinstance(self.layer, SparseLayer):
+            self._positions = self.positions
         self.layer = self.parameter = self.optimizer = None
 
     def state(self) -> dict[str, Any]:
@@ -244,7 +245,8 @@ class SparseWeight(MaskedWeight):
 class Capture(Hooks):
     """Keeps what enters sparse layers, and the gradients of what leaves them, from now on until ``close``.
 
-    Calls without gradient, as in validation, do not count.
+    Only the calls that make up the gradients of the layers' values count: not those of validation, of backward passes
+    that do not reach these, such as ``torch.autograd.grad``, or of gradients that have been set to None since.
 
     Args:
         weights: those of sparse layers; their ``calls`` are filled.
@@ -255,6 +257,8 @@ class Capture(Hooks):
     def __init__(self, weights: Sequence[MaskedWeight], reduce: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._weights = [weight for weight in weights if isinstance(weight, SparseWeight)]
+        #: calls by weight and backward pass: passes may run within each other (reentrant checkpoints)
+        self._pending: dict[str, list[tuple[int, tuple[Tensor, Tensor]]]] = {}
         for weight in self._weights:
             weight.listen(reduce)
             hook = partial(self._called, weight)
@@ -263,20 +267,42 @@ class Capture(Hooks):
     def close(self) -> None:
         """Take the hooks away and forget the calls."""
         super().close()
+        self._pending = {}
         for weight in self._weights:
             weight.calls = []
 
     def _called(self, weight: SparseWeight, layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        if self._open and torch.is_grad_enabled() and output.requires_grad:
-            h = (args[0] if args else kwargs["x"]).detach()
-            output.register_hook(lambda delta: self._keep(weight, h, delta))  # type: ignore[no-untyped-call]
+        values = layer.values
+        if not (self._open and torch.is_grad_enabled() and values.requires_grad):
+            return
+        if weight.name not in self._pending:  # only now: a frozen parameter takes no hooks
+            self._pending[weight.name] = []
+            self._handles.append(values.register_hook(partial(self._begin, weight)))
+            self._handles.append(values.register_post_accumulate_grad_hook(partial(self._accept, weight)))
+        h = (args[0] if args else kwargs["x"]).detach()
+        output.register_hook(lambda delta: self._keep(weight, h, delta))  # type: ignore[no-untyped-call]
 
     def _keep(self, weight: SparseWeight, h: Tensor, delta: Tensor) -> None:
         if self._open:
-            weight.calls.append((h, delta.detach()))
+            self._pending[weight.name].append((_backward_pass(), (h, delta.detach())))
+
+    def _begin(self, weight: SparseWeight, gradient: Tensor) -> None:
+        if self._open and weight.sparse.values.grad is None:  # zero_grad has thrown away what there was
+            weight.calls = []
+
+    def _accept(self, weight: SparseWeight, values: Tensor) -> None:
+        if self._open:
+            now, pending = _backward_pass(), self._pending[weight.name]
+            weight.calls += [call for then, call in pending if then == now]
+            self._pending[weight.name] = [(then, call) for then, call in pending if then != now]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_weights": []}
+        return {**super().__getstate__(), "_weights": [], "_pending": {}}
+
+
+def _backward_pass() -> int:
+    """Return a number of the backward pass that is running, which no other has."""
+    return torch._C._current_graph_task_id()
 
 
 class SparseStorage(MaskedCallback):
@@ -319,6 +345,8 @@ class SparseStorage(MaskedCallback):
         """Have the layers exchanged as soon as the module is whole, and checkpoints loaded into what is there."""
         super().setup(trainer, pl_module, stage)
         if self.storage == "sparse":
+            for weight in self._weights.values():
+                weight.detach()  # of a fit that an exception has ended
             if stage == "fit":
                 self._refuse_averages(trainer)
                 self._backend = None
@@ -531,7 +559,8 @@ class SparseStorage(MaskedCallback):
             )
         if self.storage == "masked":
             return super().loaded_weight(name, state)
-        return SparseWeight(name, state["shape"].tolist())
+        held = self._weights.get(name)  # exchanged for this fit, of which a tuner has tried some steps
+        return SparseWeight(name, state["shape"].tolist(), held.layer if isinstance(held, SparseWeight) else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Add who multiplies and, where the module's part has dense weights, the connections: some may be 0."""
@@ -546,7 +575,10 @@ class SparseStorage(MaskedCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; the connections are in the module."""
         if self.storage == "sparse" and self._module is not None:
-            raise MisconfigurationException("storage='sparse' needs a strategy that loads checkpoints before setup.")
+            raise MisconfigurationException(
+                f"{type(self).__name__}(storage='sparse') cannot take up a state after a fit has started. Use a "
+                "strategy that loads checkpoints before setup, and Lightning's tuners when the fit starts."
+            )
         super().load_state_dict(state_dict)
         self._backend = state_dict.get("backend") or None
 
