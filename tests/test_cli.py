@@ -143,6 +143,20 @@ def test_recipes_are_listed_with_what_they_are(capsys):
     assert "ICLR 2020" in lines["dst-lenet300-mnist"]
 
 
+def test_a_recipe_is_printed_by_name(capsys):
+    cli.main(["recipes", "medst/rigl"])
+    assert capsys.readouterr().out == recipes.path("medst/rigl").read_text()
+
+
+def test_what_recipes_does_not_know_is_refused(capsys):
+    with pytest.raises(SystemExit, match=r"lightning-sparse: no recipe is named 'rigl'\. Near: ggr/rigl"):
+        cli.main(["recipes", "rigl"])
+    for wrong in (["medst/rigl", "more"], ["--methods"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["recipes", *wrong])
+        assert f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
+
+
 def test_a_method_is_added_to_a_training(elsewhere):
     options = ["--trainer.callbacks.sparsity=0.8", "--trainer.callbacks.update_every=5"]
     fit = cli.run(["fit", "--recipe", "dense-lenet300-digits", "--recipe", "medst/rigl", *SHORT, *options])
