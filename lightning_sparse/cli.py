@@ -197,6 +197,8 @@ def _cli_class() -> Any:
             callbacks = given.callbacks or []
             callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
             fitting = self.subcommand == "fit"
+            if not fitting:  # of states in the checkpoint that fits alone have use for: the monitor's, its folder's
+                warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`|The dirpath has changed")
             kept = given.enable_checkpointing is False or any(isinstance(c, ModelCheckpoint) for c in callbacks)
             if fitting and not kept:
                 # the latest alone: save_last with save_top_k=0 would write at the end of the fit only

@@ -90,16 +90,19 @@ def test_arguments_of_the_command_line_are_not_warned_of(monkeypatch, recwarn):
     assert not [warning for warning in recwarn if "args" in str(warning.message)]
 
 
-def test_a_run_is_resumed_validated_tested_and_predicted(elsewhere, capsys):
+def test_a_run_is_resumed_validated_tested_and_predicted(elsewhere, capsys, recwarn):
     cli.run(["fit", "--recipe", "dst-lenet300-digits", *SHORT])
     (path,) = elsewhere.glob("runs/*/version_0/checkpoints/last.ckpt")
     recipe = ["--recipe", "dst-lenet300-digits", f"--ckpt_path={path}", *SHORT[1:]]
     resumed = cli.run(["fit", *recipe, "--trainer.max_epochs=2"])
     assert resumed.trainer.global_step == 46
     loaded = LeNet300.load_from_checkpoint(path)
+    recwarn.clear()
     for command in ("validate", "test", "predict"):
         done = cli.run([command, *recipe])
         assert torch.equal(done.model.fc1.weight, loaded.fc1.weight)
+    told = [str(warning.message) for warning in recwarn]
+    assert not [text for text in told if "ckpt_path" in text or "dirpath" in text], "they are of a fit"
     assert not (elsewhere / "lightning_logs").exists()
     assert "test_acc" in capsys.readouterr().out
 
