@@ -1,6 +1,5 @@
 """SparseCallback: Lightning's hooks become a method's verbs. The one file of the core that knows the Trainer."""
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from lightning_sparse._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_sparse.arguments import parameters, refusing_by_name
 from lightning_sparse.layers import FROZEN, Choice, choose, table
 
 __all__ = ["SparseCallback", "refuse_other_sparsity", "refuse_other_weights", "unscales"]
@@ -77,6 +77,12 @@ class SparseCallback(Callback, ABC):
         self.run_seed = 0
         self.__dict__.update(_detached())
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let the refusal of an unknown argument name the method that was called, not a base that it hands it to."""
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = refusing_by_name(cls.__init__)  # type: ignore[method-assign]  # "Cannot assign to a method"
+
     # ------------------------------------------------------------------ what a family of methods defines
 
     @abstractmethod
@@ -124,7 +130,10 @@ class SparseCallback(Callback, ABC):
     @property
     @abstractmethod
     def masks(self) -> dict[str, Tensor]:
-        """Where each weight is nonzero: a boolean tensor of the weight's shape, by parameter name."""
+        """Where each weight is nonzero: a boolean tensor of the weight's shape, by parameter name.
+
+        Empty before the first fit, at whose start the weights are chosen; readable during it and afterwards.
+        """
 
     @property
     def total_steps(self) -> float:
@@ -159,14 +168,11 @@ class SparseCallback(Callback, ABC):
     def arguments(self) -> dict[str, Any]:
         """The settings by name: the arguments of the class and of the bases that take its ``options``."""
         found: dict[str, Any] = {}
-        for kind in type(self).__mro__:
-            parameters = inspect.signature(vars(kind)["__init__"]).parameters if "__init__" in vars(kind) else {}
-            for name, parameter in parameters.items():
-                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self":
-                    held = "sparsity_target" if name == "sparsity" else name  # `sparsity` is the present one
-                    found.setdefault(name, getattr(self, held))
-            if parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-                break
+        for parameter in parameters(type(self)):
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                name = parameter.name
+                held = "sparsity_target" if name == "sparsity" else name  # `sparsity` is the present one
+                found.setdefault(name, getattr(self, held))
         return found
 
     @property
@@ -181,7 +187,7 @@ class SparseCallback(Callback, ABC):
 
     @property
     def layer_density(self) -> dict[str, float]:
-        """Share of nonzero weights of each layer, by parameter name."""
+        """Share of nonzero weights of each layer, by parameter name; empty before the first fit, as ``masks``."""
         return {name: _count(mask) / mask.numel() for name, mask in self.masks.items()}
 
     @property

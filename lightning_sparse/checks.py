@@ -1,9 +1,10 @@
 """Checks of arguments: each error names the argument, the rule, the value got and the remedy."""
 
 import math
+import os
 from collections.abc import Collection, Sequence
 
-__all__ = ["at_least", "fraction", "integer", "one_of", "patterns"]
+__all__ = ["at_least", "file", "fraction", "integer", "one_of", "patterns"]
 
 
 def _is_number(value: object) -> bool:
@@ -20,6 +21,20 @@ def at_least(low: float, remedy: str, **argument: float) -> None:
     ((name, value),) = argument.items()
     if not _is_number(value) or value < low:
         raise ValueError(f"{name} must be a finite number of at least {low}, got {value!r}. {remedy}")
+
+
+def file(remedy: str, **argument: str | os.PathLike[str]) -> None:
+    """Raise unless the one keyword argument is the path of a file that there is.
+
+    >>> file("Give last.ckpt.", checkpoint="checkpoints")
+    Traceback (most recent call last):
+    FileNotFoundError: checkpoint must be a file that exists, got 'checkpoints'. Give last.ckpt.
+    """
+    ((name, value),) = argument.items()
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name} must be the path of a file, got one of type {type(value).__name__}. {remedy}")
+    if not os.path.isfile(value):
+        raise FileNotFoundError(f"{name} must be a file that exists, got {os.fspath(value)!r}. {remedy}")
 
 
 def fraction(remedy: str, **argument: float) -> None:

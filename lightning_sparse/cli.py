@@ -1,5 +1,6 @@
 """The command ``lightning-sparse``, on LightningCLI: fit, validate, test, predict; recipes, demo, compare, report."""
 
+import argparse
 import os
 import sys
 import traceback
@@ -22,7 +23,7 @@ _EXTRAS = "cli,examples"
 
 _HELP = """Sparse training from the command line.
 
-  lightning-sparse recipes                                     list the recipes of this package
+  lightning-sparse recipes [NAME]                              list the recipes of this package, or print one
   lightning-sparse fit --recipe NAME [...]                     train one
   lightning-sparse fit --recipe NAME --recipe ADDITION [...]   train one with a method added
   lightning-sparse fit -c FILE.yaml [...]                      train your own
@@ -47,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
         elif args == ["--version"]:
             print(f"lightning-sparse {lightning_sparse.__version__}")
         elif args[:1] == ["recipes"]:
-            _list_recipes()
+            _recipes(args[1:])
         elif args[:1] == ["demo"]:
             from lightning_sparse import demo
 
@@ -145,6 +146,19 @@ def _expand(args: Sequence[str]) -> tuple[str | None, list[str]]:
     return name, expanded
 
 
+def _recipes(args: Sequence[str]) -> None:
+    """Print the recipe that is named, to start one's own from; without a name, list them all."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-sparse recipes", description="List the recipes of this package, or print one."
+    )
+    parser.add_argument("name", nargs="?", help="print this one, to start your own from; default: list all")
+    name = parser.parse_args(args).name
+    if name is None:
+        _list_recipes()
+    else:
+        print(recipes.path(name).read_text(encoding="utf-8"), end="")
+
+
 def _list_recipes() -> None:
     trainings = [name for name in recipes.names() if not recipes.is_addition(name)]
     additions = [name for name in recipes.names() if recipes.is_addition(name)]
@@ -183,6 +197,8 @@ def _cli_class() -> Any:
             callbacks = given.callbacks or []
             callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
             fitting = self.subcommand == "fit"
+            if not fitting:  # of states in the checkpoint that fits alone have use for: the monitor's, its folder's
+                warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`|The dirpath has changed")
             kept = given.enable_checkpointing is False or any(isinstance(c, ModelCheckpoint) for c in callbacks)
             if fitting and not kept:
                 # the latest alone: save_last with save_top_k=0 would write at the end of the fit only

@@ -90,16 +90,19 @@ def test_arguments_of_the_command_line_are_not_warned_of(monkeypatch, recwarn):
     assert not [warning for warning in recwarn if "args" in str(warning.message)]
 
 
-def test_a_run_is_resumed_validated_tested_and_predicted(elsewhere, capsys):
+def test_a_run_is_resumed_validated_tested_and_predicted(elsewhere, capsys, recwarn):
     cli.run(["fit", "--recipe", "dst-lenet300-digits", *SHORT])
     (path,) = elsewhere.glob("runs/*/version_0/checkpoints/last.ckpt")
     recipe = ["--recipe", "dst-lenet300-digits", f"--ckpt_path={path}", *SHORT[1:]]
     resumed = cli.run(["fit", *recipe, "--trainer.max_epochs=2"])
     assert resumed.trainer.global_step == 46
     loaded = LeNet300.load_from_checkpoint(path)
+    recwarn.clear()
     for command in ("validate", "test", "predict"):
         done = cli.run([command, *recipe])
         assert torch.equal(done.model.fc1.weight, loaded.fc1.weight)
+    told = [str(warning.message) for warning in recwarn]
+    assert not [text for text in told if "ckpt_path" in text or "dirpath" in text], "they are of a fit"
     assert not (elsewhere / "lightning_logs").exists()
     assert "test_acc" in capsys.readouterr().out
 
@@ -141,6 +144,20 @@ def test_recipes_are_listed_with_what_they_are(capsys):
     assert titles == [("Trainings", 0), ("Additions", trainings)]
     assert sorted(lines) == recipes.names()
     assert "ICLR 2020" in lines["dst-lenet300-mnist"]
+
+
+def test_a_recipe_is_printed_by_name(capsys):
+    cli.main(["recipes", "medst/rigl"])
+    assert capsys.readouterr().out == recipes.path("medst/rigl").read_text()
+
+
+def test_what_recipes_does_not_know_is_refused(capsys):
+    with pytest.raises(SystemExit, match=r"lightning-sparse: no recipe is named 'rigl'\. Near: ggr/rigl"):
+        cli.main(["recipes", "rigl"])
+    for wrong in (["medst/rigl", "more"], ["--methods"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["recipes", *wrong])
+        assert f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
 
 
 def test_a_method_is_added_to_a_training(elsewhere):
@@ -192,7 +209,7 @@ def test_missing_data_are_named_without_a_traceback():
 def test_a_missing_package_names_its_extras(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        SystemExit, match=rf"{package} is not installed.*pip install 'lightning-sparse\[cli,examples\]'"
+        SystemExit, match=rf"{package} is not installed\. In a clone .*: pip install '\.\[cli,examples\]'"
     ):
         cli.main(["fit", "--recipe", "dst-lenet300-digits"])
 

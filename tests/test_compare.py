@@ -342,6 +342,56 @@ def test_runs_that_fail_are_returned_and_do_not_stop_others(tmp_path):
     assert not work[2].log.exists()
 
 
+@pytest.mark.parametrize(
+    ("log", "shown"),
+    [
+        ('Traceback:\n  File "a.py"\n    raise\nValueError: alpha\nmust be\n\n', "ValueError: alpha|must be"),
+        ("a\nb\nc\nd\n", "b|c|d"),
+        ("Found nothing:\n  fc1.weight  frozen\n", "fc1.weight  frozen"),
+        ("", ""),
+    ],
+)
+def test_the_end_of_a_log_is_the_message_of_its_error(tmp_path, log, shown):
+    run = stub(tmp_path, "a", "")
+    run.folder.mkdir()
+    run.log.write_text(log)
+    assert run.last_words == "".join(f"\n        {line}" for line in shown.split("|") if line)
+
+
+def test_a_run_that_fails_is_told_with_its_error(tmp_path):
+    said = []
+    run = stub(tmp_path, "a", "raise RuntimeError('power cut')")
+    runs.train([run], 1, 1, 5, said.append)
+    assert said[-1] == f"FAILED  a (exit status 1): see {run.log}\n        RuntimeError: power cut"
+
+
+def test_a_metric_that_is_not_logged_is_told_when_the_first_run_has_finished(tmp_path, capsys):
+    work = [stub(tmp_path, name, "") for name in "ab"]
+    for run in work:
+        lines_of(run.folder, 0, [{"epoch": 0, "val_acc": 0.5, "val_loss": 1}])
+    seen = []
+    look = command._look_for("val_f1")
+    runs.train(work, 1, 1, 1, lambda line: None, lambda run: (seen.append(run), look(run)))
+    assert seen == work
+    told = [line for line in capsys.readouterr().err.splitlines() if "val_f1" in line]
+    assert len(told) == 1
+    assert told[0].startswith(
+        f"NO METRIC  {work[0].folder} has logged no 'val_f1'. Choose --metric among: val_acc, val_"
+    )
+    command._look_for("val_acc")(work[0])
+    assert "NO METRIC" not in capsys.readouterr().err
+
+
+def test_a_metric_that_earlier_runs_lack_is_refused_before_anything_runs(tmp_path, capsys):
+    run = runs.Run("dense", tmp_path / "dense" / "seed0", Path(), {})
+    lines_of(run.folder, 0, [{"epoch": 0, "val_acc": 0.5}])
+    run.finish()
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(compare(tmp_path, "--methods=dense", "--metric=val_f1"))
+    assert "has logged no 'val_f1'. Choose --metric among: val_acc" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_no_more_runs_than_jobs_are_at_work_at_once(tmp_path):
     program = f"import os, time; open(r'{tmp_path}/{{0}}', 'w').write(str(time.time())); time.sleep(0.2); "
     program += f"open(r'{tmp_path}/{{0}}.end', 'w').write(str(time.time()))"
@@ -418,7 +468,7 @@ def test_a_folder_of_other_runs_is_refused(tmp_path):
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch, package):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=rf"{package} is not installed.*pip install 'lightning-sparse\[\w+\]'"):
+    with pytest.raises(SystemExit, match=rf"{package} is not installed\. In a clone .*: pip install '\.\[\w+\]'"):
         cli.main(["compare", "--recipe", DIGITS, "--methods", "dense"])
     assert list(tmp_path.iterdir()) == []
 

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -867,8 +868,67 @@ def test_files_refuse_what_they_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="names in state must not collide"):
         save_sparse({"x.values": torch.ones(2), "x": torch.zeros(1000)}, tmp_path / "file")
     pytest.importorskip("safetensors.torch").save_file({"x": torch.ones(2)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="was not written by save_sparse"):
+    with pytest.raises(ValueError, match=r"path must be a file of save_sparse, got '.*other': its format is None"):
         load_sparse(tmp_path / "other")
+
+
+def test_loading_says_what_a_wrong_file_is_and_what_reads_it(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"path must be a file that exists, got '.*nowhere'. Give one that save_"
+    ):
+        load_sparse(tmp_path / "nowhere")
+    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"got '.*last.ckpt': it is no safetensors .* read by lightning_sparse.load_d"):
+        load_sparse(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="path must be the path of a file, got one of type dict"):
+        load_sparse({})
+    with pytest.raises(ValueError, match="state must be a state dict or a module, got one of type list"):
+        save_sparse([torch.ones(2)], tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        lambda module, path: compact(module, torch.ones(2, 3)),
+        lambda module, path: to_csr(module),
+        lambda module, path: to_onnx(module, path, torch.ones(2, 3)),
+        lambda module, path: to_semi_structured(module),
+        lambda module, path: benchmark(module, torch.ones(2, 3)),
+    ],
+)
+@pytest.mark.parametrize("module", [{"state_dict": {}}, "last.ckpt"])
+def test_exports_refuse_what_is_no_module(export, module, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"module must be an nn.Module, got one of type (dict|str)\. .*load_from_check"
+    ):
+        export(module, tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        lambda example, path: compact(nn.Linear(3, 2), example),
+        lambda example, path: to_onnx(nn.Linear(3, 2), path, example),
+        lambda example, path: benchmark(nn.Linear(3, 2), example),
+    ],
+)
+def test_exports_refuse_what_is_no_example_of_an_input(export, tmp_path):
+    for wrong in (None, [torch.ones(2, 3)], "net.onnx"):
+        with pytest.raises(
+            ValueError, match=rf"example_input must be a tensor, .* type {type(wrong).__name__}\. Give a"
+        ):
+            export(wrong, tmp_path / "net.onnx")
+
+
+def test_some_exports_take_tensors_alone_and_onnx_a_folder_that_exists(tmp_path):
+    for export in (
+        lambda x: to_onnx(nn.Linear(3, 2), tmp_path / "net.onnx", x),
+        lambda x: benchmark(nn.Linear(3, 2), x),
+    ):
+        with pytest.raises(ValueError, match=r"example_input must be a tensor, or a tuple of tensors, .* int, str"):
+            export((torch.ones(2, 3), 1, "mean"))
+    with pytest.raises(FileNotFoundError, match=r"path must be in a folder that exists, got '.*net\.onnx'\. Make"):
+        to_onnx(nn.Linear(3, 2), tmp_path / "nowhere" / "net.onnx", torch.ones(2, 3))
 
 
 # ---------------------------------------------------------------------- ONNX
@@ -958,6 +1018,23 @@ def test_the_benchmark_measures_all_variants_and_leaves_the_module_alone():
     assert "no layer has a sparsity" in table.skipped["compacted, CSR"]
     assert untouched(net, before)
     assert net.training
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_the_benchmark_shows_progress_on_a_terminal_alone(stream, monkeypatch):
+    err = stream()
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(measuring, "to_onnx", lambda *args: 1 / 0)
+    monkeypatch.setattr(measuring, "_peak", lambda *args: None)
+    benchmark(nn.Linear(3, 2), torch.ones(2, 3), batch_sizes=(1, 4), rounds=1)
+    shown = [title for title in ("exports:", "batch 1:", "batch 4:", "memory:") if title in err.getvalue()]
+    assert shown == (["exports:", "batch 1:", "batch 4:", "memory:"] if stream is Terminal else [])
+    assert stream is Terminal or not err.getvalue()
 
 
 def test_the_table_says_which_one_pays():

@@ -205,7 +205,7 @@ def test_too_few_classes_are_refused():
 def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"torchmetrics is not installed.*pip install 'lightning-sparse\[examples\]'"
+        ModuleNotFoundError, match=r"torchmetrics is not installed\. In a clone .*: pip install '\.\[examples\]'"
     ):
         LeNet300()
 

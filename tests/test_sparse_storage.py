@@ -263,6 +263,30 @@ def test_checkpoint_holds_the_nonzeros_alone_if_asked_and_load_dense_gives_the_p
     Lit().load_state_dict(plain)
 
 
+def test_load_dense_says_what_is_wrong_with_what_it_is_given(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint must be a file that exists, got '.*nowhere'\. Give a Trainer"
+    ):
+        load_dense(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="checkpoint must be a file that exists"):
+        load_dense(str(tmp_path))
+    with pytest.raises(ValueError, match="checkpoint must be the path of a file, got one of type Linear"):
+        load_dense(nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"with a 'state_dict' in it, got one that holds weight, bias\. Of a state dict"
+    ):
+        load_dense(nn.Linear(2, 2).state_dict())
+    torch.save(torch.ones(2), tmp_path / "tensor")
+    with pytest.raises(ValueError, match="with a 'state_dict' in it, got one that holds Tensor"):
+        load_dense(tmp_path / "tensor")
+    (tmp_path / "text").write_text("no checkpoint")
+    torch.save({"state_dict": {}, "network": nn.Linear(2, 2)}, tmp_path / "module")
+    for name in ("text", "module"):
+        with pytest.raises(ValueError, match=rf"got '.*{name}', which torch.load refuses .* weights_only=False"):
+            load_dense(tmp_path / name)
+    assert load_dense(torch.load(tmp_path / "module", weights_only=False)) == {}
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_checkpoint_of_the_weights_alone_is_plain_or_made_so(plain, tmp_path):
     callback = METHODS["SET"](storage="sparse", plain_checkpoints=plain)

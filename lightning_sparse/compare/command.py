@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,16 @@ def main(args: Sequence[str] | None = None) -> int:
             extra(module, "cli")
         if not given.no_plot:
             extra("matplotlib", "report")
+        for run in runs.values():
+            if run.finished:
+                results.measured(run.folder, given.metric)
         _settle(out, {"recipe": recipe.text, "epochs": given.epochs, "options": options})
     except ValueError as error:
         parser.error(str(error))
+    look = _look_for(given.metric)
     try:
         with _terminated_as_interrupted():
-            failed = train(list(runs.values()), given.jobs, given.threads, given.epochs or recipe.epochs, _say)
+            failed = train(list(runs.values()), given.jobs, given.threads, given.epochs or recipe.epochs, _say, look)
     except KeyboardInterrupt:
         finished = sum(run.finished for run in runs.values())
         _say(f"\nInterrupted: {finished} of {len(runs)} runs have finished and are kept in {out}.")
@@ -90,7 +94,7 @@ def main(args: Sequence[str] | None = None) -> int:
     count = len(given.seeds)
     _report(rows, given, out, plot, f"{recipe.name}, {f'mean of {count} seeds' if count > 1 else 'one seed'}", args)
     for run in failed:
-        _say(f"FAILED  {run.name}: see {run.log}")
+        _say(f"FAILED  {run.name}: see {run.log}{run.last_words}")
     return 1 if failed else 0
 
 
@@ -200,6 +204,22 @@ def _terminated_as_interrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _look_for(metric: str) -> Callable[[Run], None]:
+    """Return what tells, of the first run to finish, that it has not logged the metric: no other run will."""
+    looked: list[Run] = []
+
+    def look(run: Run) -> None:
+        if looked:
+            return
+        looked.append(run)
+        try:
+            results.measured(run.folder, metric)
+        except ValueError as error:
+            _say(f"NO METRIC  {error} The runs go on and are kept; the same command with that makes the table.")
+
+    return look
 
 
 def _row(entry: Entry, seeds: Sequence[int], runs: dict[tuple[str, int], Run], metric: str) -> results.Row:

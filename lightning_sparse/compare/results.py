@@ -17,6 +17,7 @@ __all__ = [
     "history",
     "is_percent",
     "markdown",
+    "measured",
     "numbers",
     "summarise",
     "write_csv",
@@ -64,6 +65,20 @@ def _attempts(folder: Path) -> list[Path]:
     return sorted(folder.glob("version_*"), key=lambda attempt: int(attempt.name.partition("_")[2]))
 
 
+def measured(folder: Path, metric: str) -> list[Epoch]:
+    """Return the epochs of a run that logged the metric.
+
+    Raises:
+        ValueError: none did; the message says what they logged.
+    """
+    epochs = history(folder)
+    found = [epoch for epoch in epochs if metric in epoch]
+    if not found:
+        logged = sorted({key for epoch in epochs for key in epoch} - {"epoch", "step"})
+        raise ValueError(f"{folder} has logged no {metric!r}. Choose --metric among: {', '.join(logged)}.")
+    return found
+
+
 def numbers(folder: Path, metric: str, method: str, sparsity: float | None) -> Epoch:
     """Return the numbers of one finished run, by name of ``COLUMNS``; what is not known is left out.
 
@@ -76,16 +91,12 @@ def numbers(folder: Path, metric: str, method: str, sparsity: float | None) -> E
     Raises:
         ValueError: the run did not log the metric, or its density to the end.
     """
-    epochs = history(folder)
-    measured = [epoch for epoch in epochs if metric in epoch]
-    if not measured:
-        logged = sorted({key for epoch in epochs for key in epoch} - {"epoch", "step"})
-        raise ValueError(f"{folder} has logged no {metric!r}. Choose --metric among: {', '.join(logged)}.")
-    found = {"metric": measured[-1][metric]}
+    last = measured(folder, metric)[-1]
+    found = {"metric": last[metric]}
     if method == "dense":
         found["density"] = 1.0
-    sparse = [epoch for epoch in epochs if "sparsity/model" in epoch]
-    if method != "dense" and (not sparse or sparse[-1]["epoch"] < measured[-1]["epoch"]):
+    sparse = [epoch for epoch in history(folder) if "sparsity/model" in epoch]
+    if method != "dense" and (not sparse or sparse[-1]["epoch"] < last["epoch"]):
         # it was killed after its last checkpoint, before its last line: going on from there logs nothing more
         raise ValueError(f"the log in {folder} lacks the density of the last epoch. Remove the folder and run again.")
     if sparse:

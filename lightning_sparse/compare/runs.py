@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ class Run:
     def log(self) -> Path:
         """What the training printed."""
         return self.folder / "log.txt"
+
+    @property
+    def last_words(self) -> str:
+        """The end of the log, on lines of their own: of a traceback its message, three lines at most."""
+        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        message = list(takewhile(lambda line: not line[0].isspace(), reversed(lines[-3:]))) or lines[-1:]
+        return "".join(f"\n        {line.strip()}" for line in reversed(message))
 
     @property
     def epochs(self) -> int:
@@ -110,7 +118,14 @@ class Run:
         return self.folder / "finished"
 
 
-def train(runs: Sequence[Run], jobs: int, threads: int, epochs: int | None, say: Callable[[str], None]) -> list[Run]:
+def train(
+    runs: Sequence[Run],
+    jobs: int,
+    threads: int,
+    epochs: int | None,
+    say: Callable[[str], None],
+    finished: Callable[[Run], None] = lambda run: None,
+) -> list[Run]:
     """Train what has not finished, showing progress on standard error; return the runs that failed.
 
     If this is interrupted, what is running is stopped, and the next call goes on with it.
@@ -121,6 +136,7 @@ def train(runs: Sequence[Run], jobs: int, threads: int, epochs: int | None, say:
         threads: of each training.
         epochs: of each training; None: not known.
         say: prints a line.
+        finished: is told of each run that has finished now.
     """
     waiting = deque(run for run in runs if not run.finished)
     if len(waiting) < len(runs):
@@ -157,9 +173,10 @@ def train(runs: Sequence[Run], jobs: int, threads: int, epochs: int | None, say:
                 if code == 0:
                     run.finish()
                     say(f"done    {name} ({time.monotonic() - since:.0f} s)")
+                    finished(run)
                 else:
                     failed.append(run)
-                    say(f"FAILED  {name} (exit status {code}): see {run.log}")
+                    say(f"FAILED  {name} (exit status {code}): see {run.log}{run.last_words}")
             if not bar.disable:
                 now = {name: run.epochs for name, (run, _, _) in active.items()}
                 if epochs:

@@ -11,7 +11,18 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_sparse.storage.layers import SparseLayer
 
-__all__ = ["Example", "arguments", "check_dense", "check_equal", "dense_bytes", "evaluating", "results", "tensors"]
+__all__ = [
+    "Example",
+    "arguments",
+    "check_dense",
+    "check_equal",
+    "check_module",
+    "dense_bytes",
+    "evaluating",
+    "results",
+    "tensor_arguments",
+    "tensors",
+]
 
 #: an input of a module: a tensor, or a tuple of positional arguments
 Example = Tensor | tuple[Any, ...]
@@ -21,8 +32,33 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, to
 
 
 def arguments(example_input: Example) -> tuple[Any, ...]:
-    """Return the positional arguments that ``example_input`` stands for."""
+    """Return the positional arguments that ``example_input`` stands for.
+
+    Raises:
+        ValueError: it is neither a tensor nor a tuple.
+    """
+    if not isinstance(example_input, (Tensor, tuple)):
+        raise ValueError(
+            "example_input must be a tensor, or a tuple of the positional arguments of forward, got one of type "
+            f"{type(example_input).__name__}. Give a batch of inputs, such as torch.randn(2, 784)."
+        )
     return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def tensor_arguments(example_input: Example) -> tuple[Tensor, ...]:
+    """Return the positional arguments that ``example_input`` stands for, all of them tensors.
+
+    Raises:
+        ValueError: they are not.
+    """
+    given = arguments(example_input)
+    others = [type(x).__name__ for x in given if not isinstance(x, Tensor)]
+    if others:
+        raise ValueError(
+            f"example_input must be a tensor, or a tuple of tensors, got a tuple with {', '.join(others)}. If forward "
+            "takes more than tensors, give a module that calls it with the rest."
+        )
+    return given
 
 
 @contextmanager
@@ -44,12 +80,26 @@ def dense_bytes(module: nn.Module) -> int:
     return sum(math.prod(layer.shape) * layer.values.element_size() for layer in layers)
 
 
+def check_module(module: nn.Module) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"module must be an nn.Module, got one of type {type(module).__name__}. Of a checkpoint, give "
+            "MyModule.load_from_checkpoint(path)."
+        )
+
+
 def check_dense(module: nn.Module, what: str) -> None:
-    """Refuse a module with sparse layers.
+    """Refuse what is no module, and a module with sparse layers.
 
     Raises:
         ValueError: it has some; ``what`` names the function that cannot take them.
     """
+    check_module(module)
     layers = [name or "the module" for name, layer in module.named_modules() if isinstance(layer, SparseLayer)]
     if layers:
         raise ValueError(

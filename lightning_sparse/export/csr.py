@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.export._modules import check_module
 from lightning_sparse.storage.functional import convolve, padded
 from lightning_sparse.storage.layers import SparseConv2d, SparseLayer, SparseLinear
 
@@ -144,7 +145,7 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
             machine and on the size of the layer: ``benchmark`` measures it.
 
     Raises:
-        ValueError: ``min_sparsity`` is out of range.
+        ValueError: ``module`` is no module, or ``min_sparsity`` is out of range.
 
     Example:
         >>> import torch
@@ -160,6 +161,7 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
           (2): Linear(in_features=100, out_features=2, bias=True)
         )
     """
+    check_module(module)
     if not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity must be in [0, 1], got {min_sparsity}.")
     result = nn.ModuleDict({"root": copy.deepcopy(module)})  # a holder, so that the module itself may be converted

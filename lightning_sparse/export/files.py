@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse import checks
 from lightning_sparse._extras import extra
 from lightning_sparse.storage.checkpoint import take_sparse
 from lightning_sparse.storage.structure import flat_positions
@@ -55,6 +56,8 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
         >>> torch.equal(load_sparse(path)["weight"], weight)
         True
     """
+    if not isinstance(state, (Mapping, nn.Module)):
+        raise ValueError(f"state must be a state dict or a module, got one of type {type(state).__name__}.")
     state = dict(state.state_dict() if isinstance(state, nn.Module) else state)
     layers = take_sparse(state)
     state.update({name: values for name, (values, *_) in layers.items()})
@@ -96,6 +99,7 @@ def load_sparse(path: str | os.PathLike[str], device: str | torch.device = "cpu"
         device: where the tensors go.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is not one of ``save_sparse``.
 
     Example:
@@ -107,12 +111,16 @@ def load_sparse(path: str | os.PathLike[str], device: str | torch.device = "cpu"
         >>> net.load_state_dict(load_sparse(path))
         <All keys matched successfully>
     """
-    with extra("safetensors", "export").safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+    safetensors = extra("safetensors", "export")
+    checks.file("Give one that save_sparse has written.", path=path)
+    try:
+        opened = safetensors.safe_open(os.fspath(path), framework="pt", device=str(device))
+    except safetensors.SafetensorError as error:
+        raise ValueError(_other(path, f"it is no safetensors file ({error})")) from error
+    with opened as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
-            raise ValueError(
-                f"{os.fspath(path)} was not written by save_sparse: its format is {metadata.get('format')!r}."
-            )
+            raise ValueError(_other(path, f"its format is {metadata.get('format')!r}"))
         shapes: dict[str, list[int]] = json.loads(metadata["sparse"])
         parts = {f"{name}.{part}" for name in shapes for part in ("indices", "values")}
         state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys() if name not in parts}  # noqa: SIM118
@@ -123,6 +131,13 @@ def load_sparse(path: str | os.PathLike[str], device: str | torch.device = "cpu"
             state[name] = tensor
     state.update({name: state[other] for name, other in json.loads(metadata["tied"]).items()})
     return state
+
+
+def _other(path: str | os.PathLike[str], reason: str) -> str:
+    return (
+        f"path must be a file of save_sparse, got {os.fspath(path)!r}: {reason}. "
+        "A checkpoint is read by lightning_sparse.load_dense."
+    )
 
 
 def _code(tensor: Tensor) -> tuple[Tensor, Tensor] | None:

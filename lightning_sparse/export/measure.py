@@ -7,18 +7,18 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from lightning_sparse._extras import extra
-from lightning_sparse.export._modules import Example, arguments, dense_bytes, evaluating
+from lightning_sparse.export._modules import Example, check_module, dense_bytes, evaluating, tensor_arguments
 from lightning_sparse.export.compaction import compact, trace
 from lightning_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
 from lightning_sparse.export.files import save_sparse
@@ -27,6 +27,8 @@ from lightning_sparse.process import peak_memory, resident_memory
 from lightning_sparse.storage import to_dense, training
 
 __all__ = ["Benchmark", "Measurement", "benchmark"]
+
+T = TypeVar("T")
 
 _MIB = 2**20
 # one timing of a variant lasts as long as this, at least
@@ -107,7 +109,7 @@ def benchmark(
 
     These are the module as it is, compacted, with CSR layers, both, and if it is installed with onnxruntime, also
     compacted. All run in turn with ``torch.get_num_threads()`` threads, so that a change of the machine's speed meets
-    all. Memory is that of a process of its own for each.
+    all. Memory is that of a process of its own for each. Progress is shown on standard error, if it is a terminal.
 
     A module with sparse layers is measured as it is, and beside it a dense twin, of which the exports are made, if the
     twin's weights take no more than ``lightning_sparse.storage.training.DENSE_LIMIT`` bytes. Above, rows that need
@@ -137,9 +139,10 @@ def benchmark(
     """
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"rounds and batch_sizes must be at least 1, got rounds={rounds}, batch_sizes={batch_sizes}.")
+    check_module(module)
     if any(tensor.device.type != "cpu" for tensor in module.state_dict().values() if isinstance(tensor, Tensor)):
         raise ValueError("module must be on the CPU, where benchmark measures: give module.cpu().")
-    batches = {size: tuple(_repeat(x, size) for x in arguments(example_input)) for size in batch_sizes}
+    batches = {size: tuple(_repeat(x, size) for x in tensor_arguments(example_input)) for size in batch_sizes}
     skipped: dict[str, str] = {}
     with TemporaryDirectory() as folder, evaluating(module):
         variants = _variants(module, example_input, min_sparsity, Path(folder), skipped)
@@ -147,7 +150,7 @@ def benchmark(
         peaks: dict[str, float | None] = {}
         if memory:
             torch.save(batches[max(batch_sizes)], Path(folder, "inputs"))
-            peaks = {name: _peak(name, variants, Path(folder), skipped) for name in variants}
+            peaks = {name: _peak(name, variants, Path(folder), skipped) for name in _shown(variants, "memory")}
         files = {name: _file_size(name, variant, Path(folder)) for name, variant in variants.items()}
         sparse_file = _sparse_file_size(module, Path(folder))
     rows = {
@@ -155,6 +158,13 @@ def benchmark(
         for name in variants
     }
     return Benchmark(rows, skipped, sparse_file)
+
+
+def _shown(things: Collection[T], title: str) -> Iterable[T]:
+    """Return the things, with a bar, if there is a terminal, that shows how many of them have been handed out."""
+    tqdm = extra("tqdm", "cli").tqdm
+    bar: Iterable[T] = tqdm(things, title, file=sys.stderr, leave=False, dynamic_ncols=True, disable=None)
+    return bar
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -184,12 +194,6 @@ def _variants(
         variants["sparse layers"] = module
     dense = variants.get("dense", module)
 
-    def attempt(name: str, make: Callable[[], Any]) -> None:
-        try:
-            variants[name] = make()
-        except Exception as error:
-            skipped[name] = str(error).splitlines()[0]
-
     def csr(source: nn.Module) -> nn.Module:
         # without its LightningModule's or the script's class, it can be loaded by another process
         with warnings.catch_warnings():
@@ -203,12 +207,20 @@ def _variants(
         to_onnx(source, folder / name, example_input)
         return onnx_session(folder / name)
 
-    attempt("compacted", lambda: compact(dense, example_input)[0])
-    attempt("CSR", lambda: csr(module))
-    attempt("ONNX", lambda: onnx(dense, "ONNX"))
-    if "compacted" in variants:
-        attempt("compacted, CSR", lambda: csr(variants["compacted"]))
-        attempt("compacted, ONNX", lambda: onnx(variants["compacted"], "compacted, ONNX"))
+    exports: dict[str, Callable[[], Any]] = {
+        "compacted": lambda: compact(dense, example_input)[0],
+        "CSR": lambda: csr(module),
+        "ONNX": lambda: onnx(dense, "ONNX"),
+        "compacted, CSR": lambda: csr(variants["compacted"]),
+        "compacted, ONNX": lambda: onnx(variants["compacted"], "compacted, ONNX"),
+    }
+    for name in _shown(exports, "exports"):
+        if name.startswith("compacted, ") and "compacted" not in variants:
+            continue
+        try:
+            variants[name] = exports[name]()
+        except Exception as error:
+            skipped[name] = str(error).splitlines()[0]
     return variants
 
 
@@ -230,7 +242,7 @@ def _times(variants: Mapping[str, Any], inputs: tuple[Tensor, ...], rounds: int)
         run()
         counts[name] = max(1, round(_SECONDS / _seconds(run, 1)))
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in _shown(range(rounds), f"batch {len(inputs[0])}"):
         for name, run in runs.items():
             taken[name].append(1e3 * _seconds(run, counts[name]))
     return {name: median(values) for name, values in taken.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse._extras import extra
-from lightning_sparse.export._modules import Example, arguments, check_dense, check_equal, evaluating, results
+from lightning_sparse.export._modules import Example, check_dense, check_equal, evaluating, results, tensor_arguments
 
 __all__ = ["onnx_session", "to_onnx"]
 
@@ -38,7 +38,8 @@ def to_onnx(
             None: by dtype, 1e-5 for float32.
 
     Raises:
-        ValueError: the module has sparse layers.
+        ValueError: an argument is of another type, or the module has sparse layers.
+        FileNotFoundError: the folder of the file does not exist.
         RuntimeError: onnxruntime computes something else; no file is left then.
         ModuleNotFoundError: the extra ``export`` is not installed.
 
@@ -51,9 +52,13 @@ def to_onnx(
         True
     """
     check_dense(module, "to_onnx")
+    given = tensor_arguments(example_input)
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(
+            f"path must be in a folder that exists, got {os.fspath(path)!r}. Make the folder first."
+        )
     for package in ("onnx", "onnxscript", "onnxruntime"):
         extra(package, "export")
-    given = arguments(example_input)
     more = tuple(torch.cat([x, x[:1]]) for x in given) if dynamic_batch else given  # a batch of one would be a constant
     size = sum(tensor.nbytes for tensor in module.state_dict().values() if isinstance(tensor, Tensor))
     with evaluating(module):

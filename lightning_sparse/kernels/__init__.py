@@ -35,7 +35,7 @@ def _numba() -> ModuleType | None:
     except ImportError as error:
         if wanted == "numba":
             raise ImportError(
-                "LIGHTNING_SPARSE_KERNELS=numba needs numba: pip install 'lightning-sparse[fast]'"
+                "LIGHTNING_SPARSE_KERNELS=numba needs numba. In a clone of lightning_sparse: pip install '.[fast]'"
             ) from error
         return None
 

@@ -1,12 +1,13 @@
 """Checkpoints with the nonzeros alone, and what a plain module loads from them."""
 
+import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse import checks
 from lightning_sparse.storage.layers import SparseLayer, dense_weight
 from lightning_sparse.storage.structure import structure
 
@@ -15,13 +16,17 @@ __all__ = ["load_dense", "load_for", "make_state_sparse", "sparse_entries", "tak
 _ENTRIES = ("values", "crow", "col", "weight_shape")
 
 
-def load_dense(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def load_dense(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain module's ``state_dict`` of a checkpoint written with ``storage="sparse"``.
 
     Weights that are stored densely stay as they are, so any checkpoint may be given.
 
     Args:
         checkpoint: a file, or what ``torch.load`` has read from it; on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of a Trainer, or holds more than tensors and plain values.
 
     Example:
         >>> from torch import nn
@@ -30,11 +35,33 @@ def load_dense(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         >>> nn.Linear(6, 5).load_state_dict(load_dense({"state_dict": layer.state_dict()}))
         <All keys matched successfully>
     """
-    if isinstance(checkpoint, (str, Path)):
-        checkpoint = cast(dict[str, Any], torch.load(checkpoint, map_location="cpu", weights_only=True))
-    state = dict(checkpoint["state_dict"])
+    if not isinstance(checkpoint, Mapping):
+        checks.file("Give a Trainer's checkpoint, or what torch.load has read from it.", checkpoint=checkpoint)
+        checkpoint = _read(checkpoint)
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping):
+        held = (
+            ", ".join(map(str, list(checkpoint)[:3])) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        )
+        raise ValueError(
+            f"checkpoint must be a Trainer's, with a 'state_dict' in it, got one that holds {held or 'nothing'}. "
+            "Of a state dict alone, give {'state_dict': it}."
+        )
+    state = dict(state)
     _make_state_dense(state)
     return state
+
+
+def _read(file: str | os.PathLike[str]) -> Any:
+    """Return what ``torch.save`` has written."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever is wrong with the file
+        raise ValueError(
+            f"checkpoint must be a file of torch.save with tensors and plain values, got {os.fspath(file)!r}, which "
+            f"torch.load refuses ({type(error).__name__}). If it holds more, and you trust it, give torch.load(file, "
+            "map_location='cpu', weights_only=False). A file of save_sparse is for lightning_sparse.export.load_sparse."
+        ) from error
 
 
 def _make_state_dense(state: dict[str, Any], leave: Collection[str] = ()) -> None:
