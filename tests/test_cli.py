@@ -1,13 +1,17 @@
 import csv
+import inspect
 import json
 import os
 import sys
 
 import pytest
 import torch
+import yaml
 
 import lightning_sparse
 from lightning_sparse import DST, RigL, SparsityMonitor, cli, demo, recipes
+from lightning_sparse.arguments import parameters
+from lightning_sparse.compare import plan
 from lightning_sparse.models import LeNet300
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
@@ -174,6 +178,23 @@ def test_a_method_is_added_to_a_users_own_file(elsewhere):
     fit = cli.run(["fit", "-c", "mine.yaml", "--recipe", "dst/dst", *SHORT])
     assert any(isinstance(c, DST) for c in fit.trainer.callbacks)
     assert (elsewhere / "runs" / "mine+dst").is_dir()
+
+
+@pytest.mark.parametrize("method", plan.methods())
+def test_the_command_line_knows_what_each_method_takes(method, capsys):
+    given = {"exclude": ["fc3.weight"], "min_layer_density": 0.01, "seed": 3, "log_every_n_steps": 7}
+    taken = {parameter.name for parameter in parameters(plan.methods()[method])}
+    given = {name: value for name, value in given.items() if name in taken}
+    assert "exclude" in given
+    own = inspect.signature(plan.methods()[method]).parameters.values()
+    given |= {p.name: 0.5 for p in own if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    options = [f"--trainer.callbacks.{name}={json.dumps(value)}" for name, value in given.items()]
+    add = f"--trainer.callbacks+={method}"
+    with pytest.raises(SystemExit) as end:
+        cli.run(["fit", "--recipe", "dense-lenet300-digits", add, *options, "--print_config"])
+    assert end.value.code == 0
+    (callback,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert {name: callback["init_args"][name] for name in given} == given
 
 
 def test_an_addition_by_itself_is_refused():

@@ -4,7 +4,7 @@ Equation 1. Decisions: one threshold for all layers by default, as is usual toda
 last update falls on the end of the schedule exactly, and pruned weights never come back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_sparse import checks
@@ -23,13 +23,14 @@ class GMP(GradualPruning):
     Args:
         sparsity: share of zeros at the end over all selected weights, s_f, in [0, 1).
         scope: compare the weights of all layers (``"global"``), or prune each ``"layer"`` towards its own count, given
-            by ``distribution`` (here ``"uniform"`` unless told).
+            by ``distribution``.
         begin_at: share of the training after which pruning begins (t_0), in [0, 1).
         end_at: share of the training after which the target is reached (t_1), above ``begin_at`` and at most 1.
         update_every: number of optimizer steps from update to update.
         initial_sparsity: share of zeros at the start, s_i, from 0 to ``sparsity``; a random mask if above 0.
-        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
+        distribution: how the active weights are divided among layers, see
             :class:`~lightning_sparse.masked.MaskedCallback`.
+        options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see there.
 
     Raises:
         ValueError: an argument is out of range.
@@ -50,10 +51,11 @@ class GMP(GradualPruning):
         end_at: float = 0.75,
         update_every: int = 100,
         initial_sparsity: float = 0.0,
+        distribution: str | Mapping[str, float] = "uniform",
         **options: Any,
     ) -> None:
         super().__init__(
-            sparsity, initial_sparsity, begin_at, end_at, update_every, **{"distribution": "uniform", **options}
+            sparsity, initial_sparsity, begin_at, end_at, update_every, distribution=distribution, **options
         )
         checks.one_of(("global", "layer"), scope=scope)
         self.scope = scope

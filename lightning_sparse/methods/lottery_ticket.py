@@ -41,9 +41,10 @@ class LotteryTicket(MaskedCallback):
         rewind_epoch: number of epochs after which the state to rewind to is taken. Later trainings repeat only the
             epochs from there on, so with L epochs a training, the fit has ``L + rounds (L - rewind_epoch)``.
         scope: compare the weights of all layers (``"global"``), or prune each ``"layer"`` to its own count, given by
-            ``distribution`` (here ``"uniform"`` unless told).
-        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
+            ``distribution``.
+        distribution: how the active weights are divided among layers, see
             :class:`~lightning_sparse.masked.MaskedCallback`.
+        options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see there.
 
     Raises:
         ValueError: an argument is out of range.
@@ -58,9 +59,15 @@ class LotteryTicket(MaskedCallback):
     """
 
     def __init__(
-        self, sparsity: float, rounds: int = 5, rewind_epoch: int = 0, scope: str = "global", **options: Any
+        self,
+        sparsity: float,
+        rounds: int = 5,
+        rewind_epoch: int = 0,
+        scope: str = "global",
+        distribution: str | Mapping[str, float] = "uniform",
+        **options: Any,
     ) -> None:
-        super().__init__(sparsity, **{"distribution": "uniform", **options})
+        super().__init__(sparsity, distribution, **options)
         checks.integer(1, "1 prunes once.", rounds=rounds)
         checks.integer(0, "0 rewinds to the start.", rewind_epoch=rewind_epoch)
         checks.one_of(("global", "layer"), scope=scope)
