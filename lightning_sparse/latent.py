@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException, rank_zero_warn
 from lightning_sparse.callback import SparseCallback, refuse_other_weights
-from lightning_sparse.layers import Choice, write_matrix
+from lightning_sparse.layers import Choice
+from lightning_sparse.matrices import write_matrix
 from lightning_sparse.pools import LatentWeight, Pool, pools
 
 __all__ = ["Granularity", "LatentCallback", "LatentWeight", "Pool"]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_sparse.layers import as_matrix
+from lightning_sparse.matrices import as_matrix
 
 __all__ = [
     "count",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import kernels
 from lightning_sparse.kernels.bits import pack, unpack
-from lightning_sparse.layers import as_matrix, write_matrix
+from lightning_sparse.matrices import as_matrix, write_matrix
 
 __all__ = ["LatentWeight", "Pool", "pools"]
 
@@ -65,7 +65,7 @@ class LatentWeight:
         return self.parameter is not None and self.parameter.grad is not None
 
     def matrix(self, x: Tensor, keep_as: str | None = None) -> Tensor:
-        """Return ``x``, of the parameter's shape, as ``(out, n)``; see ``layers.as_matrix``.
+        """Return ``x``, of the parameter's shape, as ``(out, n)``; see ``matrices.as_matrix``.
 
         ``keep_as``: a name under which the view is kept for the next call, as long as ``x`` stays where it is.
         """

@@ -12,6 +12,8 @@ from torch import Generator, Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
+from lightning_sparse.masks import positions
+
 __all__ = [
     "conv_gradient",
     "conv_gradient_rows",
@@ -21,6 +23,7 @@ __all__ = [
     "linear_gradient",
     "linear_gradient_rows",
     "merged",
+    "places_merged",
     "probabilities",
     "subset",
     "unit_sums",
@@ -131,12 +134,22 @@ def merged(a: Tensor, b: Tensor) -> Tensor:
     >>> merged(torch.tensor([1, 4, 6]), torch.tensor([0, 5]))
     tensor([0, 1, 4, 5, 6])
     """
-    places = torch.searchsorted(a, b) + torch.arange(len(b))
-    others = torch.ones(len(a) + len(b), dtype=torch.bool)
-    others[places] = False
-    whole = torch.empty(len(others), dtype=a.dtype)
-    whole[places], whole[others] = b, a
+    whole = torch.empty(len(a) + len(b), dtype=a.dtype)
+    for places, part in zip(places_merged(a, b), (a, b), strict=True):
+        whole[places] = part
     return whole
+
+
+def places_merged(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the elements of two ascending vectors without common ones come to stand in ``merged(a, b)``.
+
+    >>> places_merged(torch.tensor([1, 4, 6]), torch.tensor([0, 5]))
+    (tensor([1, 2, 4]), tensor([0, 3]))
+    """
+    of_b = torch.searchsorted(a, b) + torch.arange(len(b))
+    others = torch.ones(len(a) + len(b), dtype=torch.bool)
+    others[of_b] = False
+    return positions(others), of_b
 
 
 def distinct(n: int, below: int, generator: Generator) -> Tensor:

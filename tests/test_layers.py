@@ -9,7 +9,8 @@ from reference import Reference
 from torch import nn
 
 from lightning_sparse import DST
-from lightning_sparse.layers import as_matrix, choose, table, write_matrix
+from lightning_sparse.layers import choose, table
+from lightning_sparse.matrices import as_matrix, write_matrix
 
 
 class Takes(nn.Module):

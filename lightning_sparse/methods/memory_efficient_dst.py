@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_sparse import checks, masks, sampling
 from lightning_sparse.distributions import apportion, share
 from lightning_sparse.endpoints import Activity, Hooks, SynapticFlow, readable
-from lightning_sparse.layers import as_matrix, write_matrix
 from lightning_sparse.masked import MaskedWeight
+from lightning_sparse.matrices import as_matrix, write_matrix
 from lightning_sparse.prune_and_grow import PruneAndGrow
 from lightning_sparse.storage.training import SparseStorage, SparseWeight
 

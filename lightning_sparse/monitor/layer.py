@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sparse import ledger
 from lightning_sparse.callback import SparseCallback
-from lightning_sparse.layers import as_matrix
+from lightning_sparse.matrices import as_matrix
 
 __all__ = ["COUNTS", "Layer", "picture"]
 

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 __all__ = ["CSR", "Structure", "flat_positions", "structure"]
 
-_INT32 = 2**31 - 1
+_INT16, _INT32 = 2**15 - 1, 2**31 - 1
 
 
 class CSR(NamedTuple):
@@ -65,7 +65,8 @@ def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Struc
     if groups > 1:
         col += _rows(crow, len(col)).div(out // groups, rounding_mode="floor") * n
     transposed_crow = pad(torch.bincount(col, minlength=columns).cumsum(0, dtype=torch.int32), (1, 0))
-    permutation = col.sort(stable=True).indices.int()
+    keys = col.short() if columns <= _INT16 else col  # sorted in half of the time
+    permutation = keys.sort(stable=True).indices.int()
     transposed_col = _rows(crow, len(col)).index_select(0, permutation)
     return Structure(CSR(crow, col, (out, columns)), CSR(transposed_crow, transposed_col, (columns, out)), permutation)
 

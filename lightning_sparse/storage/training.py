@@ -182,21 +182,26 @@ class SparseWeight(MaskedWeight):
         """Move connections: values, gradients and optimizer state go with them; the new ones have no such state."""
         if not (len(dropped) or len(grown)):
             return
-        kept = torch.ones(self.active, dtype=torch.bool)
-        kept[torch.searchsorted(self.positions, dropped.cpu())] = False
-        positions, order = torch.cat((self.positions[kept], grown)).sort()
-        kept, order = kept.to(self.W.device), order.to(self.W.device)
+        held = self.sparse.positions
+        here, (grown, order) = held.cpu(), grown.cpu().sort()
+        staying = torch.ones(len(here), dtype=torch.bool)
+        staying[torch.searchsorted(here, dropped.cpu())] = False
+        kept = masks.positions(staying)
+        places = sampling.places_merged(here[kept], grown)
+        kept, of_kept, of_grown = (x.to(self.W.device) for x in (kept, *places))
 
         def moved(x: Tensor, new: Tensor) -> Tensor:
-            return torch.cat((x[kept], new.to(x)))[order]
+            whole = x.new_empty(len(of_kept) + len(of_grown))
+            whole[of_kept], whole[of_grown] = x[kept], new.to(x)
+            return whole
 
         assert self.parameter is not None
         fresh, old = self.W.new_zeros(len(grown)), self.parameter.grad
-        values = moved(self.W, fresh + value)
+        values = moved(self.W, (fresh + value)[order.to(self.W.device)])
         gradient = None if old is None else moved(old, self.gradient_at(grown))
         for state, key in self._state_entries():
             state[key] = moved(state[key], fresh)
-        self.sparse.set_connections(positions.to(self.W.device), values)
+        self.sparse.set_connections(moved(held, grown), values)
         if old is not None and gradient is not None:
             self.parameter.grad = old.copy_(gradient) if len(old) == len(gradient) else gradient
 
