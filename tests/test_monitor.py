@@ -415,7 +415,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_figures_without_matplotlib_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"lightning-sparse\[report\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
         SparsityMonitor(figures=True)
 
 
