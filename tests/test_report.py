@@ -115,6 +115,15 @@ def test_every_picture_says_in_words_what_it_shows(run, dense):
     assert "7 of 30 neurons empty, 14 of 64 inputs empty" in pictures[0]["alt"]
 
 
+def test_a_record_of_an_earlier_version_has_a_page_without_what_it_lacks(tmp_path):
+    earlier = record()
+    for layer in earlier["layers"]:
+        del layer["neurons"], layer["inputs"]
+    page = report.write(save(tmp_path / "run", earlier)).read_text(encoding="utf-8")
+    assert "30 neurons by 64 inputs" in page
+    assert "neurons empty" not in page
+
+
 def test_no_id_stands_twice(run, dense):
     ids = [attrs["id"] for _, attrs in Texts(report.write(run, dense).read_text()).tags if "id" in attrs]
     assert ids

@@ -194,19 +194,16 @@ def pictures(run: Run) -> list[Picture]:
     for name, picture in (run.record.get("masks") or {}).items():
         rows, columns, cells = picture["rows"], picture["columns"], picture["density"]
         source, top = charts.mask(cells)
-        state = ends.get(name, {})
+        state, layer = ends.get(name, {}), sizes.get(name, {})
         exact = len(cells) == rows and len(cells[0]) == columns
         brightest = "all" if top == 1 else share(top)
         what = (
             "a pixel a weight" if exact else f"a pixel averages a block of weights, white: {brightest} of them active"
         )
         empty = [
-            f"{count(number(state[key]))} of {count(total)} {label} empty"
-            for key, label, total in (
-                ("empty_neurons", "neurons", sizes[name]["neurons"]),
-                ("empty_inputs", "inputs", sizes[name]["inputs"]),
-            )
-            if state.get(key) is not None
+            f"{count(number(state[f'empty_{units}']))} of {count(layer[units])} {units} empty"
+            for units in ("neurons", "inputs")
+            if state.get(f"empty_{units}") is not None and units in layer
         ]
         size = f"{count(rows)} × {count(columns)}"
         parts = [f"{share(number(state.get('density')))} active", *empty]
