@@ -30,55 +30,47 @@ from lightning_sparse.storage.backends import candidates
 
 __all__ = ["fit", "fitted", "prepare", "storage"]
 
-_STEPS = 10  # of a fit
 
-
-def _made(arguments: argparse.Namespace, kind: str, sparsity: float) -> tuple[nn.Module, SET | None]:
-    """Return a network with weights of this kind: ``"dense"``, ``"masked"``, or the backend of sparse layers."""
+def _step(arguments: argparse.Namespace, kind: str, sparsity: float) -> Callable[[], None]:
+    """Return a step with weights of this kind: ``"dense"``, ``"masked"``, or the backend of sparse layers."""
     torch.manual_seed(0)
-    build, device = NETWORKS[arguments.network][0], torch.device(arguments.device)
-    if kind == "dense":
-        return build().to(device), None
-    if kind == "masked":
-        return build().to(device), SET(sparsity, distribution="uniform", update_every=NEVER)
-    module = on_meta(build)
-    for layer in list(module.modules()):
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            size = layer.weight.numel()
-            positions = sampling.distinct(budget(sparsity, size), size, torch.default_generator)
-            make_sparse_(layer, positions).backend = kind
-    return module.to(device), None
+    build, device = NETWORKS[arguments.network][0], arguments.device
+    method = SET(sparsity, distribution="uniform", update_every=NEVER) if kind == "masked" else None
+    if kind in ("dense", "masked"):
+        module = build()
+    else:
+        module = on_meta(build)
+        for layer in list(module.modules()):
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                size = layer.weight.numel()
+                positions = sampling.distinct(budget(sparsity, size), size, torch.default_generator)
+                make_sparse_(layer, positions).backend = kind
+    return bare_step(module.to(device), batch_for(arguments.network, arguments.batch, device), method)
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    """Return a step with weights of the kind ``arguments.storages``, one of those of ``_made``."""
-    module, method = _made(arguments, arguments.storages, float(arguments.sparsities))
-    return bare_step(module, batch_for(arguments.network, arguments.batch, arguments.device), method)
-
-
-def _kinds(device: str) -> list[str]:
-    return ["masked", *candidates(torch.device(device), torch.float32)]
+    """Return a step with weights of the kind ``arguments.storages``, one name of those of ``_step``."""
+    return _step(arguments, arguments.storages, float(arguments.sparsities))
 
 
 def storage(arguments: argparse.Namespace) -> None:
     """Print step time and peak memory with masks and with sparse layers, by each backend, over those of dense ones."""
-    device, kinds = arguments.device, _kinds(arguments.device)
+    device = arguments.device
+    kinds = ["masked", *candidates(torch.device(device), torch.float32)]
     print(f"{arguments.network}, batch {arguments.batch}, {hardware(device)}")
     memory = peak_above("storage", arguments, storages="dense", sparsities=0.0)
     print(f"dense: peak {memory:.0f} MB above the process's own memory; the following is over dense training's")
+    dense = _step(arguments, "dense", 0.0)
     for sparsity in (arguments.sparsities or "0.9,0.95,0.98,0.99,0.995").split(","):
-        steps = {
-            kind: prepare(argparse.Namespace(**{**vars(arguments), "storages": kind, "sparsities": sparsity}))
-            for kind in ("dense", *kinds)
-        }
-        for step in steps.values():
+        steps = {kind: _step(arguments, kind, float(sparsity)) for kind in kinds}
+        for step in (dense, *steps.values()):
             step()
         ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(arguments.rounds):
-            for kind in kinds:
-                count = max(1, int(arguments.seconds / seconds(steps[kind], 1, device)))
-                before, ours = seconds(steps["dense"], 1, device), seconds(steps[kind], count, device)
-                ratios[kind].append(2 * ours / (before + seconds(steps["dense"], 1, device)))
+            for kind, step in steps.items():
+                count = max(1, int(arguments.seconds / seconds(step, 1, device)))
+                before, ours = seconds(dense, 1, device), seconds(step, count, device)
+                ratios[kind].append(2 * ours / (before + seconds(dense, 1, device)))
         steps.clear()
         for kind in kinds:
             peak = peak_above("storage", arguments, storages=kind, sparsities=sparsity) / memory
@@ -124,7 +116,7 @@ class _Clock(Callback):
 
 def fitted(arguments: argparse.Namespace) -> None:
     """Print of one fit: median and longest step in s; in MB its peak, its tensors, the peak with the fit's end."""
-    device, steps, sparse = arguments.device, arguments.steps or _STEPS, arguments.storages == "sparse"
+    device, sparse = arguments.device, arguments.storages == "sparse"
 
     def run(network: str, batch: int, steps: int) -> _Clock:
         options: dict[str, Any] = {"distribution": "uniform", "update_every": steps // 2, "storage": "sparse"}
@@ -135,7 +127,7 @@ def fitted(arguments: argparse.Namespace) -> None:
 
     run("lenet300", 1, 4)  # loads and compiles what is needed
     before = megabytes(device)
-    clock = run(arguments.network, arguments.batch, steps)
+    clock = run(arguments.network, arguments.batch, arguments.steps)
     end = peak_megabytes(device) - before
     print(statistics.median(clock.times[1:]), max(clock.times[1:]), clock.peak - before, clock.stored, end)
 
@@ -149,7 +141,7 @@ def fit(arguments: argparse.Namespace) -> None:
     print(f"{arguments.network}, batch {arguments.batch}, in a Trainer, {hardware(arguments.device)}")
 
     def run(kind: str, sparsity: str) -> list[float]:
-        return child("fitted", arguments, storages=kind, sparsities=sparsity, steps=arguments.steps or _STEPS)
+        return child("fitted", arguments, storages=kind, sparsities=sparsity, steps=arguments.steps or 10)
 
     for sparsity in (arguments.sparsities or "0.9,0.98").split(","):
         rounds = [[run(kind, sparsity) for kind in ("dense", "sparse", "dense")] for _ in range(arguments.rounds)]

@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> int:
             extra("matplotlib", "report")
         for run in runs.values():
             if run.finished:
-                results.measured(run.folder, given.metric)
+                results.measured(run.folder, results.history(run.folder), given.metric)
         _settle(out, {"recipe": recipe.text, "epochs": given.epochs, "options": options})
     except ValueError as error:
         parser.error(str(error))
@@ -215,7 +215,7 @@ def _look_for(metric: str) -> Callable[[Run], None]:
             return
         looked.append(run)
         try:
-            results.measured(run.folder, metric)
+            results.measured(run.folder, results.history(run.folder), metric)
         except ValueError as error:
             _say(f"NO METRIC  {error} The runs go on and are kept; the same command with that makes the table.")
 

@@ -65,13 +65,17 @@ def _attempts(folder: Path) -> list[Path]:
     return sorted(folder.glob("version_*"), key=lambda attempt: int(attempt.name.partition("_")[2]))
 
 
-def measured(folder: Path, metric: str) -> list[Epoch]:
-    """Return the epochs of a run that logged the metric.
+def measured(folder: Path, epochs: Sequence[Epoch], metric: str) -> list[Epoch]:
+    """Return those of the ``epochs`` of a run that logged the metric.
+
+    Args:
+        folder: of the run, which the message names.
+        epochs: its ``history``.
+        metric: name of a logged value.
 
     Raises:
         ValueError: none did; the message says what they logged.
     """
-    epochs = history(folder)
     found = [epoch for epoch in epochs if metric in epoch]
     if not found:
         logged = sorted({key for epoch in epochs for key in epoch} - {"epoch", "step"})
@@ -91,11 +95,12 @@ def numbers(folder: Path, metric: str, method: str, sparsity: float | None) -> E
     Raises:
         ValueError: the run did not log the metric, or its density to the end.
     """
-    last = measured(folder, metric)[-1]
+    epochs = history(folder)
+    last = measured(folder, epochs, metric)[-1]
     found = {"metric": last[metric]}
     if method == "dense":
         found["density"] = 1.0
-    sparse = [epoch for epoch in history(folder) if "sparsity/model" in epoch]
+    sparse = [epoch for epoch in epochs if "sparsity/model" in epoch]
     if method != "dense" and (not sparse or sparse[-1]["epoch"] < last["epoch"]):
         # it was killed after its last checkpoint, before its last line: going on from there logs nothing more
         raise ValueError(f"the log in {folder} lacks the density of the last epoch. Remove the folder and run again.")

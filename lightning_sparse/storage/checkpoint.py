@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import checks
+from lightning_sparse import checks, masks
 from lightning_sparse.storage.layers import SparseLayer, dense_weight
 from lightning_sparse.storage.structure import structure
 
@@ -93,7 +93,7 @@ def load_for(module: nn.Module, state: dict[str, Any]) -> None:
     _make_state_dense(state, leave=sparse)
     for name, layer in sparse.items():
         if f"{name}.weight" in state:
-            make_state_sparse(state, name, layer, state[f"{name}.weight"].reshape(-1).nonzero().squeeze(1))
+            make_state_sparse(state, name, layer, masks.positions(state[f"{name}.weight"] != 0))
 
 
 def make_state_sparse(state: dict[str, Any], prefix: str, layer: SparseLayer, positions: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_sparse import sampling
+from lightning_sparse import masks, sampling
 from lightning_sparse.storage.functional import conv2d, linear, padded
 from lightning_sparse.storage.structure import CSR, Structure, flat_positions, structure
 
@@ -99,7 +99,7 @@ class SparseLayer(nn.Module):
             positions: flat ones of the connections to keep, ascending; default: where the weight is not 0.
         """
         if positions is None:
-            positions = layer.weight.detach().reshape(-1).nonzero().squeeze(1)
+            positions = masks.positions(layer.weight.detach() != 0)
         if _SPARSE.get(type(layer)) is not cls:
             raise TypeError(f"{cls.__name__} cannot take the place of {type(layer).__name__}.")
         sparse = make_sparse_(_copy(layer), positions)
