@@ -5,10 +5,10 @@ import io
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -16,13 +16,24 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.sparse import SparseSemiStructuredTensor
 
 from lightning_sparse._extras import extra
-from lightning_sparse.export._modules import Example, check_module, dense_bytes, evaluating, tensor_arguments
+from lightning_sparse.bench.measure import seconds
+from lightning_sparse.export._modules import (
+    Example,
+    check_equal,
+    check_module,
+    dense_bytes,
+    evaluating,
+    results,
+    tensor_arguments,
+)
 from lightning_sparse.export.compaction import compact, trace
 from lightning_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
 from lightning_sparse.export.files import save_sparse
 from lightning_sparse.export.onnx import onnx_session, to_onnx
+from lightning_sparse.export.semi_structured import to_semi_structured
 from lightning_sparse.process import peak_memory, resident_memory
 from lightning_sparse.storage import to_dense, training
 
@@ -42,8 +53,8 @@ class Measurement:
     Attributes:
         milliseconds: by batch size, the median time of a forward pass.
         file_bytes: of the state dict as ``torch.save`` writes it, or of the ONNX file.
-        memory_bytes: what loading it and running the largest batch adds to the memory of a process, at its peak;
-            None: not measured.
+        memory_bytes: what loading it and running the largest batch adds to the memory of a process, at its peak; on a
+            GPU, what its parameters and buffers and the peak of such a run take there. None: not measured.
     """
 
     milliseconds: dict[int, float]
@@ -105,26 +116,31 @@ def benchmark(
     min_sparsity: float = 0.9,
     memory: bool = True,
 ) -> Benchmark:
-    """Measure what a sparse module and its exports need on this machine's CPU.
+    """Measure what a sparse module and its exports need on this machine, on its CPU or a CUDA GPU.
 
     These are the module as it is, compacted, with CSR layers, both, and if it is installed with onnxruntime, also
     compacted. All run in turn with ``torch.get_num_threads()`` threads, so that a change of the machine's speed meets
     all. Memory is that of a process of its own for each. Progress is shown on standard error, if it is a terminal.
+
+    Where the module is on a GPU, so are its exports: with 2:4 sparsity if it fits, and without ONNX, which is measured
+    on the CPU alone. Times include the wait for the GPU at the end. Memory is that of the GPU, in this process: the
+    bytes of the variant's parameters and buffers, plus what a run of the largest batch allocates at its peak.
 
     A module with sparse layers is measured as it is, and beside it a dense twin, of which the exports are made, if the
     twin's weights take no more than ``lightning_sparse.storage.training.DENSE_LIMIT`` bytes. Above, rows that need
     dense weights are left out.
 
     Args:
-        module: on the CPU, with exact zeros in its weights, or with sparse layers; it is not changed.
-        example_input: a tensor, or a tuple of positional tensors; its first row is repeated to make the batches.
+        module: on the CPU or a CUDA GPU, with exact zeros in its weights, or with sparse layers; it is not changed.
+        example_input: a tensor, or a tuple of positional tensors, on the module's device; its first row is repeated to
+            make the batches.
         batch_sizes: to time; the largest is used for memory.
         rounds: how often each is timed; the median counts.
         min_sparsity: as in ``to_csr``.
-        memory: measure memory, too, which starts a process for each.
+        memory: measure memory, too, which on the CPU starts a process for each.
 
     Raises:
-        ValueError: an argument is out of range, or the module is not on the CPU.
+        ValueError: an argument is out of range, or module and example are not on one device, the CPU or a CUDA GPU.
 
     Example:
         >>> import torch
@@ -140,15 +156,17 @@ def benchmark(
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"rounds and batch_sizes must be at least 1, got rounds={rounds}, batch_sizes={batch_sizes}.")
     check_module(module)
-    if any(tensor.device.type != "cpu" for tensor in module.state_dict().values() if isinstance(tensor, Tensor)):
-        raise ValueError("module must be on the CPU, where benchmark measures: give module.cpu().")
+    device = _device(module, example_input)
     batches = {size: tuple(_repeat(x, size) for x in tensor_arguments(example_input)) for size in batch_sizes}
     skipped: dict[str, str] = {}
     with TemporaryDirectory() as folder, evaluating(module):
-        variants = _variants(module, example_input, min_sparsity, Path(folder), skipped)
-        times = {size: _times(variants, inputs, rounds) for size, inputs in batches.items()}
+        variants = _variants(module, example_input, device, min_sparsity, Path(folder), skipped)
+        times = {size: _times(variants, inputs, rounds, device) for size, inputs in batches.items()}
         peaks: dict[str, float | None] = {}
-        if memory:
+        if memory and device.type == "cuda":
+            largest = batches[max(batch_sizes)]
+            peaks = {name: _gpu_peak(variants[name], largest, device) for name in _shown(variants, "memory")}
+        elif memory:
             torch.save(batches[max(batch_sizes)], Path(folder, "inputs"))
             peaks = {name: _peak(name, variants, Path(folder), skipped) for name in _shown(variants, "memory")}
         files = {name: _file_size(name, variant, Path(folder)) for name, variant in variants.items()}
@@ -175,6 +193,18 @@ def _time_at(batch: int) -> Callable[[Measurement], float]:
     return lambda row: row.milliseconds[batch]
 
 
+def _device(module: nn.Module, example_input: Example) -> torch.device:
+    """Return where module and example are."""
+    held = chain(module.parameters(), module.buffers(), tensor_arguments(example_input))
+    devices = sorted({tensor.device for tensor in held}, key=str)
+    if len(devices) != 1 or devices[0].type not in ("cpu", "cuda"):
+        raise ValueError(
+            "module and example_input must be on one device, the CPU or a CUDA GPU, got tensors on "
+            f"{', '.join(map(str, devices)) or 'none'}. Give module.to(device) and example_input.to(device)."
+        )
+    return devices[0]
+
+
 def _repeat(x: Tensor, size: int) -> Tensor:
     return x[:1].repeat(size, *[1] * (x.ndim - 1))
 
@@ -183,7 +213,12 @@ def _repeat(x: Tensor, size: int) -> Tensor:
 
 
 def _variants(
-    module: nn.Module, example_input: Example, min_sparsity: float, folder: Path, skipped: dict[str, str]
+    module: nn.Module,
+    example_input: Example,
+    device: torch.device,
+    min_sparsity: float,
+    folder: Path,
+    skipped: dict[str, str],
 ) -> dict[str, Any]:
     """Return what can be made of the module by name: a module, or the session of an ONNX file."""
     variants: dict[str, Any] = {}
@@ -203,7 +238,16 @@ def _variants(
             raise ValueError(f"no layer has a sparsity of {min_sparsity:.0%} or more")
         return result
 
+    def semi_structured() -> nn.Module:
+        with warnings.catch_warnings():  # torch says that 2:4 is a prototype
+            warnings.simplefilter("ignore")
+            result = to_semi_structured(dense)
+        check_equal(results(dense, example_input), results(result, example_input), None, "The 2:4 module")
+        return result
+
     def onnx(source: nn.Module, name: str) -> Any:
+        if device.type != "cpu":
+            raise ValueError("ONNX is measured on the CPU alone")
         to_onnx(source, folder / name, example_input)
         return onnx_session(folder / name)
 
@@ -214,6 +258,8 @@ def _variants(
         "compacted, CSR": lambda: csr(variants["compacted"]),
         "compacted, ONNX": lambda: onnx(variants["compacted"], "compacted, ONNX"),
     }
+    if device.type == "cuda":
+        exports["2:4"] = semi_structured
     for name in _shown(exports, "exports"):
         if name.startswith("compacted, ") and "compacted" not in variants:
             continue
@@ -234,17 +280,19 @@ def _portable(module: nn.Module) -> nn.Module:
         return module
 
 
-def _times(variants: Mapping[str, Any], inputs: tuple[Tensor, ...], rounds: int) -> dict[str, float]:
+def _times(
+    variants: Mapping[str, Any], inputs: tuple[Tensor, ...], rounds: int, device: torch.device
+) -> dict[str, float]:
     """Return each variant's median time in milliseconds."""
     runs = {name: _runner(variant, inputs) for name, variant in variants.items()}
     counts = {}
     for name, run in runs.items():
         run()
-        counts[name] = max(1, round(_SECONDS / _seconds(run, 1)))
+        counts[name] = max(1, round(_SECONDS / seconds(run, 1, str(device))))
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in _shown(range(rounds), f"batch {len(inputs[0])}"):
         for name, run in runs.items():
-            taken[name].append(1e3 * _seconds(run, counts[name]))
+            taken[name].append(1e3 * seconds(run, counts[name], str(device)))
     return {name: median(values) for name, values in taken.items()}
 
 
@@ -253,13 +301,6 @@ def _runner(variant: Any, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
         return lambda: variant(*inputs)
     given = {slot.name: x.numpy() for slot, x in zip(variant.get_inputs(), inputs, strict=True)}
     return lambda: variant.run(None, given)
-
-
-def _seconds(run: Callable[[], object], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        run()
-    return (time.perf_counter() - start) / count
 
 
 def _file_size(name: str, variant: Any, folder: Path) -> int:
@@ -275,6 +316,26 @@ def _sparse_file_size(module: nn.Module, folder: Path) -> int | None:
     except (ModuleNotFoundError, ValueError):
         return None
     return os.path.getsize(folder / "sparse")
+
+
+# ---------------------------------------------------------------------- memory of a GPU
+
+
+def _gpu_peak(variant: nn.Module, inputs: tuple[Tensor, ...], device: torch.device) -> float:
+    """Return what a variant's tensors and the peak of a run, not the first one, take of the GPU's memory, in bytes."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    variant(*inputs)
+    run = torch.cuda.max_memory_allocated(device) - before
+    return float(run + sum(_bytes(tensor) for tensor in chain(variant.parameters(), variant.buffers())))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the size of a tensor; of a 2:4 one that of what it holds, as its own is that of the dense tensor."""
+    if not isinstance(tensor, SparseSemiStructuredTensor):
+        return tensor.nbytes
+    return sum(getattr(tensor, part).nbytes for part in tensor.__tensor_flatten__()[0])
 
 
 # ---------------------------------------------------------------------- memory, in a process of its own

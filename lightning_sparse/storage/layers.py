@@ -349,7 +349,7 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
     assert isinstance(layer, SparseLayer)
     layer.register_buffer("crow", found.matrix.crow)
     layer.register_buffer("col", found.matrix.col)
-    layer.register_buffer("weight_shape", torch.tensor(shape))
+    layer.register_buffer("weight_shape", torch.tensor(shape, device=values.device))
     for name in _DERIVED:
         layer.register_buffer(name, None, persistent=False)
     layer._set_structure(found)
