@@ -83,9 +83,10 @@ def dense_flops(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Flop
     """
     weights = {name: parameter for name, parameter in module.named_parameters() if parameter.ndim > 1}
     with _plain_kernels(), _sparse_layers(module) as sparse:
-        with _Counter(weights) as forward, torch.enable_grad():
+        operands = _Operands(weights)
+        with _Counter(operands) as forward, torch.enable_grad():
             value = loss()
-        with _Counter(weights) as backward:
+        with _Counter(operands) as backward:
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
             torch.autograd.grad(value, trainable, allow_unused=True)
     result = dict(sparse)
@@ -138,14 +139,35 @@ def _sparse_layers(module: nn.Module) -> Iterator[dict[str, Flops]]:
             handle.remove()
 
 
+class _Operands:
+    """Knows weights by where their views are stored, and their copies, such as autocast makes in another dtype."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._places: list[tuple[int, int, int, str]] = []
+        self._kept: list[Tensor] = []  # no other tensor may come to lie where a copy was
+        for name, tensor in weights.items():
+            self.add(name, tensor)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor for the weight of that name."""
+        self._places.append((*_place(tensor), tensor.numel() * tensor.element_size(), name))
+        self._kept.append(tensor)
+
+    def name(self, arg: object) -> str | None:
+        """Return the weight that ``arg`` is a view of."""
+        if not isinstance(arg, Tensor):
+            return None
+        storage, offset = _place(arg)
+        found = (name for whole, start, size, name in self._places if whole == storage and 0 <= offset - start < size)
+        return next(found, None)
+
+
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_subclass__
     """Counts operations under the weight that is among the operands, or under ``OTHER``."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, operands: _Operands) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.places = [
-            (*_place(tensor), tensor.numel() * tensor.element_size(), name) for name, tensor in weights.items()
-        ]
+        self.operands = operands
         self.counts: Counter[str] = Counter()
         self.convolved: set[str] = set()
 
@@ -155,21 +177,18 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_su
         formula = flop_registry.get(func._overloadpacket)
         sparse = any(isinstance(arg, Tensor) and arg.layout != torch.strided for arg in args)  # see _sparse_layers
         if formula is not None and not sparse:
-            name = next((found for arg in args if (found := self._name(arg)) is not None), OTHER)
+            name = next((found for arg in args if (found := self.operands.name(arg)) is not None), OTHER)
             counted = args
             if func._overloadpacket is torch.ops.aten.convolution_backward:
                 counted = (*args[:-1], (args[-1][0], False, False))  # of its outputs, the input gradient alone
                 self.convolved.add(name)
             self.counts[name] += formula(*counted, **kwargs, out_val=out)
+        elif func._overloadpacket in _COPIES and not sparse and (copied := self.operands.name(args[0])) is not None:
+            self.operands.add(copied, out)
         return out
 
-    def _name(self, arg: object) -> str | None:
-        """Return the weight that ``arg`` is a view of."""
-        if not isinstance(arg, Tensor):
-            return None
-        storage, offset = _place(arg)
-        found = (name for whole, start, size, name in self.places if whole == storage and 0 <= offset - start < size)
-        return next(found, None)
+
+_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

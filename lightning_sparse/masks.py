@@ -246,7 +246,10 @@ def _extreme(scores: Tensor, k: int, among: Tensor | None, largest: bool) -> Ten
 
 
 def _kth(values: Tensor, k: int, largest: bool) -> Tensor:
-    return values.kthvalue(len(values) - k + 1 if largest else k).values
+    rank = len(values) - k + 1 if largest else k
+    if torch.are_deterministic_algorithms_enabled() and values.is_cuda:  # where torch refuses kthvalue
+        return values.sort().values[rank - 1]
+    return values.kthvalue(rank).values
 
 
 def _sampled(flat: Tensor, k: int, where: Tensor | None, largest: bool) -> Tensor | None:

@@ -31,7 +31,7 @@ __all__ = [
 
 _ROUNDS = 64  # of drawing and rejecting, before what is missing is filled up uniformly
 _BATCH, _AT_ONCE = 1 << 10, 1 << 18  # draws of a round, at least and at most
-_CHUNK = 1 << 18  # elements that a gradient multiplies at once
+_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 22  # elements that a gradient multiplies at once
 
 
 # ---------------------------------------------------------------------- endpoint distributions
@@ -195,20 +195,20 @@ def _first_occurrences(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- gradients of some connections
 
 
-def linear_gradient(h: Tensor, delta: Tensor, positions: Tensor, chunk: int = _CHUNK) -> Tensor:
+def linear_gradient(h: Tensor, delta: Tensor, positions: Tensor, chunk: int | None = None) -> Tensor:
     """Return the gradient of some connections of a linear layer: ``sum_b h[b, a] delta[b, o]``.
 
     Args:
         h: the layer's input, ``(..., in)``.
         delta: the gradient of the loss with respect to its output, ``(..., out)``.
         positions: flat ones in the weight ``(out, in)``.
-        chunk: number of products formed at once, which bounds the memory needed.
+        chunk: number of products formed at once, which bounds the memory needed; default: after the device.
     """
     width = h.shape[-1]
     a, o = positions % width, positions.div(width, rounding_mode="floor")
     inputs = h.reshape(-1, width).t().contiguous()  # what a connection needs lies together
     outputs = delta.reshape(-1, delta.shape[-1]).t().contiguous()
-    dtype, at_once = torch.promote_types(delta.dtype, torch.float32), max(1, chunk // max(1, inputs.shape[1]))
+    dtype, at_once = torch.promote_types(delta.dtype, torch.float32), _at_once(chunk, h, inputs.shape[1])
     parts = [
         inputs[some_a].to(dtype).mul_(outputs[some_o]).sum(1)
         for some_a, some_o in zip(torch.split(a, at_once), torch.split(o, at_once), strict=True)
@@ -226,7 +226,7 @@ def conv_gradient(
     dilation: Sequence[int],
     groups: int = 1,
     padding_mode: str = "zeros",
-    chunk: int = _CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return the gradient of some connections of a convolution: ``sum_{b, y} h[b, a, s y + d k] delta[b, o, y]``.
 
@@ -240,7 +240,8 @@ def conv_gradient(
         dilation: see there.
         groups: see there.
         padding_mode: see there.
-        chunk: number of products formed at once, which bounds the memory needed beside the padded input.
+        chunk: number of products formed at once, which bounds the memory needed beside the padded input; default:
+            after the device.
     """
     out, per_group, *kernel = shape
     h = _padded(h, kernel, padding, dilation, padding_mode)
@@ -273,7 +274,7 @@ def conv_gradient_rows(
     dilation: Sequence[int],
     groups: int = 1,
     padding_mode: str = "zeros",
-    chunk: int = _CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return the gradient of some filters of a 2-d convolution, ``(rows, in / groups, *kernel)``.
 
@@ -282,7 +283,7 @@ def conv_gradient_rows(
     out, per_group, *kernel = shape
     dtype = torch.promote_types(delta.dtype, torch.float32)
     h = _padded(h, kernel, padding, dilation, padding_mode)
-    at_once = max(1, chunk // max(1, h[:1].numel() * math.prod(kernel)))
+    at_once = _at_once(chunk, h, h[:1].numel() * math.prod(kernel))
     gradient = torch.zeros(rows.stop - rows.start, per_group, *kernel, dtype=dtype, device=h.device)
     for images, outputs in zip(torch.split(h, at_once), torch.split(delta, at_once), strict=True):
         for group in range(rows.start * groups // out, (rows.stop - 1) * groups // out + 1):
@@ -294,16 +295,21 @@ def conv_gradient_rows(
     return gradient
 
 
-def _products(h: Tensor, delta: Tensor, a: Tensor, o: Tensor, chunk: int) -> Tensor:
+def _products(h: Tensor, delta: Tensor, a: Tensor, o: Tensor, chunk: int | None) -> Tensor:
     """Sum ``h[b, a, ...] delta[b, o, ...]`` over all but the connections."""
     dtype = torch.promote_types(delta.dtype, torch.float32)
     over = [d for d in range(delta.ndim) if d != 1]
-    at_once = max(1, chunk // max(1, delta.numel() // delta.shape[1]))
+    at_once = _at_once(chunk, h, delta.numel() // delta.shape[1])
     parts = [
         h[:, some_a].to(dtype).mul_(delta[:, some_o]).sum(over)
         for some_a, some_o in zip(torch.split(a, at_once), torch.split(o, at_once), strict=True)
     ]
     return torch.cat(parts)
+
+
+def _at_once(chunk: int | None, x: Tensor, size: int) -> int:
+    """Return how many things of this size make up a chunk: one at least."""
+    return max(1, (chunk or (_CHUNK if x.is_cpu else _GPU_CHUNK)) // max(1, size))
 
 
 def _padded(

@@ -87,6 +87,33 @@ def test_attention_tells_weights_from_products_of_activations():
     assert flops[OTHER] == Flops(products, 2 * products, 0)
 
 
+class Attends(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (LeNet5Caffe(), (1, 28, 28)),
+        (SequenceLSTM(inputs=5, hidden=4, layers=2, classes=3), (1, 7, 5)),
+        (Attends(16, 2, batch_first=True), (5, 16)),
+        (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), SparseLinear(128, 5, nnz=9)), (4, 6, 6)),
+    ],
+    ids=["convolutions", "recurrent", "attention", "groups and sparse"],
+)
+def test_autocast_changes_no_count(net, shape):
+    x = torch.randn(BATCH, *shape)
+
+    def loss(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return net(x).float().square().sum()
+
+    plain = dense_flops(net, lambda: loss(False))
+    assert plain.keys() - {OTHER}
+    assert dense_flops(net, lambda: loss(True)) == plain
+
+
 def test_a_tied_weight_counts_every_use_under_its_first_name():
     net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     net[2].weight = net[0].weight

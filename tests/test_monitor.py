@@ -85,6 +85,15 @@ def test_the_file_says_what_the_method_holds(method, tmp_path):
         assert sum(last["thresholds"]["net.0.weight"]["counts"]) == 16
 
 
+def test_what_a_run_costs_does_not_depend_on_its_precision(tmp_path):
+    runs = {}
+    for precision in ("32-true", "bf16-mixed", "bf16-true"):
+        _, _, run = watched([SparsityMonitor(), RigL(0.8, update_every=7)], tmp_path / precision, precision=precision)
+        runs[precision] = [run["dense_forward_flops"], run["epochs"][-1]["inference_flops"]]
+    assert runs["bf16-mixed"] == runs["bf16-true"] == runs["32-true"]
+    assert runs["32-true"][1] == pytest.approx(0.2, abs=1e-2)
+
+
 def test_two_methods_share_one_file(tmp_path):
     pair = [DST(alpha=5e-3, exclude=["net.0.*"]), SparsityMonitor(), SET(0.8, include=["net.0.*"])]
     _, _, found = watched(pair, tmp_path)

@@ -153,6 +153,12 @@ def test_a_recipe_builds_and_trains_two_batches(name):
     assert [m.lower() for m in methods(cli)] == ([] if name.startswith("dense") else [name.split("-")[0]])
 
 
+@pytest.mark.parametrize("file", sorted(DOCS.parent.glob("*.yaml")), ids=lambda file: file.name)
+def test_a_configuration_of_the_documentation_trains_two_batches(file):
+    options = ["--trainer.accelerator=cpu", "--trainer.fast_dev_run=2", "--data.batch_size=5", "--model.width=0.125"]
+    assert run(["fit", f"--config={file}", *options]).trainer.global_step == 2
+
+
 @pytest.mark.parametrize("name", [name for name in WHOLE if not name.startswith("dense")])
 def test_a_recipe_is_its_dense_twins_but_for_the_method(name):
     method, net = name.split("-", 1)

@@ -4,15 +4,13 @@ import argparse
 import logging
 import warnings
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 
 from lightning_sparse import bench
 from lightning_sparse._lightning import PACKAGE
 from lightning_sparse.bench import measure, steps, storage, traffic, trainers, updates
-from lightning_sparse.bench.networks import NETWORKS
+from lightning_sparse.bench.networks import NETWORKS, PRECISIONS
 
 __all__ = ["main"]
 
@@ -32,13 +30,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "traffic": traffic.traffic,
 }
 
-#: what "peak" measures, in a process of its own that another benchmark starts
-PEAKS: dict[str, Callable[[argparse.Namespace], Callable[[], Any]]] = {
-    "step": steps.prepare,
-    "update": updates.prepare,
-    "storage": storage.prepare,
-}
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a benchmark from the command line."""
@@ -54,12 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--of", choices=PEAKS, default="step", help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="for overhead, memory and storage")
+    parser.add_argument("--of", choices=("steps", "updates", "storage"), default="steps", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(parsed.threads)
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    hidden: dict[str, Benchmark] = {"fitted": storage.fitted, "peak": partial(measure.peak, PEAKS[parsed.of])}
+    # parts of a benchmark, in processes of their own that it starts
+    hidden: dict[str, Benchmark] = {"fitted": storage.fitted, "peak": measure.peak}
     {**BENCHMARKS, **hidden}[parsed.benchmark](parsed)
 
 

@@ -1,11 +1,13 @@
 """How benchmarks measure: times in turn in one process, peaks of memory in processes of their own."""
 
 import argparse
+import gc
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 import torch
 
@@ -20,6 +22,7 @@ __all__ = [
     "peak",
     "peak_above",
     "peak_megabytes",
+    "preparation",
     "seconds",
     "synchronize",
 ]
@@ -68,17 +71,17 @@ def middle(values: Sequence[float], digits: int = 3) -> str:
 def child(benchmark: str, arguments: argparse.Namespace, **options: object) -> list[float]:
     """Run a benchmark in a process of its own and return the numbers that it prints."""
     shared = {"network": arguments.network, "batch": arguments.batch, "device": arguments.device}
-    shared |= {"threads": arguments.threads, **options}
+    shared |= {"threads": arguments.threads, "precision": arguments.precision, **options}
     command = [sys.executable, "-m", "lightning_sparse.bench", benchmark]
     command += [part for name, value in shared.items() for part in (f"--{name}", str(value))]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return [float(word) for word in printed.split()]
 
 
-def peak(prepare: Callable[[argparse.Namespace], Callable[[], object]], arguments: argparse.Namespace) -> None:
+def peak(arguments: argparse.Namespace) -> None:
     """Print this process's memory in MB before a network is made, and its peak after five steps of its training."""
-    small = argparse.Namespace(**{**vars(arguments), "network": "lenet300", "batch": 1})
-    prepare(small)()  # loads and compiles what is needed
+    prepare = preparation(arguments.of)
+    _small_step(prepare, arguments)
     before = megabytes(arguments.device)
     step = prepare(arguments)
     for _ in range(5):
@@ -87,6 +90,32 @@ def peak(prepare: Callable[[argparse.Namespace], Callable[[], object]], argument
 
 
 def peak_above(of: str, arguments: argparse.Namespace, **options: object) -> float:
-    """Return the peak of a process that trains, in MB above what it takes before; see ``peak``."""
-    before, after = child("peak", arguments, of=of, **options)
-    return after - before
+    """Return the peak of a process that trains, in MB above what it takes before; see ``peak``.
+
+    ``of`` is the module of this package whose ``prepare`` makes the step. A GPU counts the bytes of tensors, which this
+    process tells as well as another.
+    """
+    if arguments.device == "cpu":
+        before, after = child("peak", arguments, of=of, **options)
+        return after - before
+    prepare, arguments = preparation(of), argparse.Namespace(**{**vars(arguments), **options})
+    _small_step(prepare, arguments)
+    gc.collect()
+    before = megabytes(arguments.device)
+    torch.cuda.reset_peak_memory_stats(arguments.device)
+    step = prepare(arguments)
+    for _ in range(5):
+        step()
+    return peak_megabytes(arguments.device) - before
+
+
+def _small_step(prepare: Callable[[argparse.Namespace], Callable[[], object]], arguments: argparse.Namespace) -> None:
+    """Take a step of a small network: it loads and compiles what is needed."""
+    prepare(argparse.Namespace(**{**vars(arguments), "network": "lenet300", "batch": 1}))()
+
+
+def preparation(of: str) -> Callable[[argparse.Namespace], Callable[[], object]]:
+    """Return the function ``prepare`` of the module of this name in this package."""
+    prepare: Callable[[argparse.Namespace], Callable[[], object]]
+    prepare = import_module(f"{__package__}.{of}").prepare
+    return prepare

@@ -26,10 +26,12 @@ from lightning_sparse.callback import SparseCallback
 from lightning_sparse.layers import choose
 from lightning_sparse.models import VGG16, LeNet300, ResNet18
 
-__all__ = ["METHODS", "NETWORKS", "NEVER", "attach", "bare_step", "batch_for", "on_meta"]
+__all__ = ["METHODS", "NETWORKS", "NEVER", "PRECISIONS", "attach", "bare_step", "batch_for", "on_meta"]
 
 #: an interval between updates that no benchmark comes to: connections move when it says so
 NEVER = 10**12
+
+PRECISIONS = ("32-true", "bf16-mixed")
 
 METHODS: dict[str, Callable[..., SparseCallback]] = {
     "dst": lambda: DST(alpha=5e-4),
@@ -90,6 +92,7 @@ def bare_step(
     batch: list[Tensor],
     method: SparseCallback | None = None,
     model: nn.Module | None = None,
+    precision: str = "32-true",
 ) -> Callable[[], None]:
     """Return a function that takes a step of training without a Trainer, by SGD with momentum and weight decay.
 
@@ -98,6 +101,7 @@ def bare_step(
         batch: inputs and labels.
         method: attached to the module; default: none.
         model: what computes the module's outputs, such as its compiled form; default: the module.
+        precision: one of ``PRECISIONS``: under bf16-mixed the forward pass runs under autocast.
     """
     compute = module if model is None else model
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -106,7 +110,8 @@ def bare_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        loss: Tensor = nn.functional.cross_entropy(compute(batch[0]), batch[1])
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss: Tensor = nn.functional.cross_entropy(compute(batch[0]), batch[1])
         loss.backward()  # type: ignore[no-untyped-call]
         if method is None:
             optimizer.step()

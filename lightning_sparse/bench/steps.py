@@ -22,7 +22,8 @@ def _trained(
     module = NETWORKS[arguments.network][0]().to(arguments.device)
     batch = batch_for(arguments.network, arguments.batch, arguments.device)
     model: Any = torch.compile(module) if inductor else None
-    return bare_step(module, batch, None if method == "none" else METHODS[method](), model), module
+    callback = None if method == "none" else METHODS[method]()
+    return bare_step(module, batch, callback, model, arguments.precision), module
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -34,7 +35,7 @@ def overhead(arguments: argparse.Namespace) -> None:
     """Print, for each method, its step time over the dense one: median and range over rounds of A and B in turn."""
     device = arguments.device
     names = arguments.methods.split(",")
-    print(f"{arguments.network}, batch {arguments.batch}, {hardware(device)}")
+    print(f"{arguments.network}, batch {arguments.batch}, {arguments.precision}, {hardware(device)}")
     steps = {name: _trained(arguments, name)[0] for name in names}
     dense = _trained(arguments, "none")[0]
     count = max(1, int(arguments.seconds / seconds(dense, 3, device)))
@@ -55,10 +56,10 @@ def overhead(arguments: argparse.Namespace) -> None:
 def memory(arguments: argparse.Namespace) -> None:
     """Print each method's peak memory over the dense one's; each is measured in a process of its own."""
     print(f"{arguments.network}, batch {arguments.batch}, {hardware(arguments.device)}")
-    idle, dense = child("peak", arguments, of="step", methods="none")
+    idle, dense = child("peak", arguments, of="steps", methods="none")
     print(f"dense peak: {dense:.0f} MB, of which {idle:.0f} MB are the process before the network is made")
     for name in arguments.methods.split(","):
-        base, sparse = child("peak", arguments, of="step", methods=name)
+        base, sparse = child("peak", arguments, of="steps", methods=name)
         ratio = (sparse - base) / (dense - idle)
         print(
             f"{name:18s} peak / dense: {sparse / dense:.3f}; without the process's own {base:.0f} MB: {ratio:.3f}",

@@ -45,7 +45,8 @@ def _step(arguments: argparse.Namespace, kind: str, sparsity: float) -> Callable
                 size = layer.weight.numel()
                 positions = sampling.distinct(budget(sparsity, size), size, torch.default_generator)
                 make_sparse_(layer, positions).backend = kind
-    return bare_step(module.to(device), batch_for(arguments.network, arguments.batch, device), method)
+    batch = batch_for(arguments.network, arguments.batch, device)
+    return bare_step(module.to(device), batch, method, precision=arguments.precision)
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -57,24 +58,28 @@ def storage(arguments: argparse.Namespace) -> None:
     """Print step time and peak memory with masks and with sparse layers, by each backend, over those of dense ones."""
     device = arguments.device
     kinds = ["masked", *candidates(torch.device(device), torch.float32)]
-    print(f"{arguments.network}, batch {arguments.batch}, {hardware(device)}")
+    print(f"{arguments.network}, batch {arguments.batch}, {arguments.precision}, {hardware(device)}")
     memory = peak_above("storage", arguments, storages="dense", sparsities=0.0)
     print(f"dense: peak {memory:.0f} MB above the process's own memory; the following is over dense training's")
     dense = _step(arguments, "dense", 0.0)
+    dense()
+    often, base = max(1, int(arguments.seconds / seconds(dense, 3, device) / 2)), []
     for sparsity in (arguments.sparsities or "0.9,0.95,0.98,0.99,0.995").split(","):
         steps = {kind: _step(arguments, kind, float(sparsity)) for kind in kinds}
-        for step in (dense, *steps.values()):
+        for step in steps.values():
             step()
         ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(arguments.rounds):
             for kind, step in steps.items():
                 count = max(1, int(arguments.seconds / seconds(step, 1, device)))
-                before, ours = seconds(dense, 1, device), seconds(step, count, device)
-                ratios[kind].append(2 * ours / (before + seconds(dense, 1, device)))
+                before, ours = seconds(dense, often, device), seconds(step, count, device)
+                base.append((before + seconds(dense, often, device)) / 2)
+                ratios[kind].append(ours / base[-1])
         steps.clear()
         for kind in kinds:
             peak = peak_above("storage", arguments, storages=kind, sparsities=sparsity) / memory
             print(f"{sparsity:5s}  {kind:6s}  step time {middle(ratios[kind])}  peak memory {peak:.3f}", flush=True)
+    print(f"dense step: {1e3 * statistics.median(base):.2f} ms")
 
 
 class _Built(Plain):

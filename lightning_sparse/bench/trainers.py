@@ -156,14 +156,15 @@ def monitor(arguments: argparse.Namespace) -> None:
     build, batch = NETWORKS[arguments.network][0], batch_for(arguments.network, arguments.batch)
     steps = arguments.steps or 938  # MNIST's
     CSVLogger = import_module(f"{PACKAGE}.loggers").CSVLogger
-    print(f"{arguments.network}, batch {arguments.batch}, {steps} steps an epoch, {hardware('cpu')}")
+    print(f"{arguments.network}, batch {arguments.batch}, {steps} steps an epoch, {hardware(arguments.device)}")
     for name in arguments.methods.split(","):
         ratios, spent = [], []
         for _ in range(arguments.rounds + 1):  # the first warms up
             timed = _TimedMonitor()
             callbacks: list[Callback] = [timed] if name == "none" else [METHODS[name](), timed]
             with TemporaryDirectory() as folder:
-                whole = steps * fit_seconds(Plain(build()), batch, steps, callbacks, CSVLogger(folder))
+                logger = CSVLogger(folder)
+                whole = steps * fit_seconds(Plain(build()), batch, steps, callbacks, logger, arguments.device)
             rest = whole - sum(timed.spent.values())
             ratios.append((whole - timed.spent["begin"]) / rest)
             spent.append({**timed.spent, "step": rest})

@@ -98,7 +98,7 @@ def update(arguments: argparse.Namespace) -> None:
                 step = _mover(arguments, name, kind, float(sparsity))
                 times = [1e3 * step() for _ in range(arguments.rounds)]
                 del step
-                memory = peak_above("update", arguments, methods=name, storages=kind, sparsities=sparsity)
+                memory = peak_above("updates", arguments, methods=name, storages=kind, sparsities=sparsity)
                 print(
                     f"{sparsity} {name:18s} {kind:6s} update: {middle(times, 0)} ms; "
                     f"peak {memory:.0f} MB above the process's own",

@@ -17,8 +17,9 @@ from lightning_sparse.storage.structure import Structure
 
 __all__ = ["Geometry", "conv2d", "convolve", "linear", "padded"]
 
-# elements of unfolded input at once, if one image has not more: those still in the cache when they are multiplied
-_CHUNK = 1 << 19
+# elements of unfolded input at once, if one image has not more: on the CPU those still in the cache when they are
+# multiplied; a GPU idles over so few
+_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 24
 
 Pair = tuple[int, int]
 
@@ -208,6 +209,6 @@ def _transposed(weight: Structure, values: Tensor, G: Tensor) -> Tensor:
 def _chunks(x: Tensor, y: Tensor, geometry: Geometry) -> Iterator[slice]:
     """Yield as many images at a time as may be unfolded at once."""
     unfolded = x.shape[1] * math.prod(geometry.kernel_size) * y.shape[2] * y.shape[3]
-    at_once = max(1, _CHUNK // max(1, unfolded))
+    at_once = max(1, (_CHUNK if x.is_cpu else _GPU_CHUNK) // max(1, unfolded))
     for first in range(0, len(x), at_once):
         yield slice(first, first + at_once)
