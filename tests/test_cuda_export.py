@@ -88,10 +88,12 @@ def test_a_compacted_module_stays_on_the_gpu_and_computes_the_same():
     assert_same(net, small, images(5))
 
 
-def test_compacting_allows_for_tf32_by_itself():
+def test_compacting_compares_without_tf32_and_leaves_it_as_it_was():
     allow_tf32(True, True)
     net = convolutions()
     small, _ = compact(net, images(64))
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
     assert_same(net, small, images(64), tolerance=1e-2)
 
 

@@ -122,7 +122,7 @@ def compact(
         select: let a layer pick what it reads where its other inputs must stay for others (the data, a residual sum),
             by a ``Select`` before it. Without it the layer keeps inputs that it has no weights for.
         tolerance: the largest difference allowed on the example, relative to the larger of 1 and the largest output;
-            None: by dtype of the output, 1e-5 for float32 (on a GPU, which may compute in TF32, 1e-2).
+            None: by dtype of the output, 1e-5 for float32; a GPU computes both without TF32.
 
     Raises:
         ValueError: torch.fx cannot trace the module, or it has sparse layers.
