@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import logging
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lightning_sparse._lightning import PACKAGE
 from lightning_sparse.bench import measure
 from lightning_sparse.bench.__main__ import main
 
@@ -27,7 +29,8 @@ def printed(monkeypatch, capsys):
     monkeypatch.setattr(
         measure, "peak_memory", lambda: measure.resident_memory() + 1e6
     )  # no peak is above this process's
-    threads = torch.get_num_threads()
+    threads, logger = torch.get_num_threads(), logging.getLogger(PACKAGE)
+    level = logger.level
 
     def run(*arguments):
         main([*arguments, *SMALL])
@@ -35,6 +38,7 @@ def printed(monkeypatch, capsys):
 
     yield run
     torch.set_num_threads(threads)
+    logger.setLevel(level)
 
 
 NUMBER = r"-?\d+(\.\d+)?"
