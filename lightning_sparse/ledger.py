@@ -162,6 +162,9 @@ class _Operands:
         return next(found, None)
 
 
+_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
+
+
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_subclass__
     """Counts operations under the weight that is among the operands, or under ``OTHER``."""
 
@@ -186,9 +189,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_su
         elif func._overloadpacket in _COPIES and not sparse and (copied := self.operands.name(args[0])) is not None:
             self.operands.add(copied, out)
         return out
-
-
-_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

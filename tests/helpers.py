@@ -222,6 +222,17 @@ class Watch(pl.Callback):
         self.counts.append([int(mask.sum()) for mask in held.values()])
 
 
+class SavesFirst(pl.Callback):
+    """A checkpoint after the first epoch, in the middle of a schedule."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, run, module):
+        if run.current_epoch == 0:
+            run.save_checkpoint(self.path)
+
+
 def watched(callback, net=mlp, batches=12, **kwargs):
     watch = Watch(callback)
     module, run = fit([callback, watch], seeded(lambda: Lit(net())), loader(8 * batches), **{"max_epochs": 1, **kwargs})

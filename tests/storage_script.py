@@ -4,9 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
-from helpers import Lit, data, mlp, trainer
+from helpers import Lit, SavesFirst, data, mlp, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from test_precision import Scaler, Unmixed
 from torch import nn
@@ -30,15 +29,6 @@ METHODS = {
     "DSR": lambda: DSR(**OPTIONS, init_threshold=0.05, storage="sparse"),
 }
 CASES = [("grabo", 1), *((name, 2) for name in METHODS)]
-
-
-class Saves(pl.Callback):
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_epoch_end(self, run, module):
-        if run.current_epoch == 0:
-            run.save_checkpoint(self.path)
 
 
 class Fails(Lit):
@@ -67,7 +57,7 @@ def train(method, accumulate, rank, world, saves=None, resumes=None):
     options = {"devices": world, "use_distributed_sampler": False, "accumulate_grad_batches": accumulate}
     if world > 1:
         options["strategy"] = strategy()
-    callbacks = [callback, *([counter] if world > 1 else []), *([Saves(saves)] if saves else [])]
+    callbacks = [callback, *([counter] if world > 1 else []), *([SavesFirst(saves)] if saves else [])]
     run = trainer(callbacks, max_epochs=2, **options)
     torch.manual_seed(rank if resumes is None else 50 + rank)  # the first process's values count
     module = Lit(mlp(torch.float64))

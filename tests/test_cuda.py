@@ -5,7 +5,23 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import NETS, ROUNDS, SETTINGS, Lit, cnn, effective, fit, loader, mlp, same, saved, seeded, state, trainer
+from helpers import (
+    NETS,
+    ROUNDS,
+    SETTINGS,
+    Lit,
+    SavesFirst,
+    cnn,
+    effective,
+    fit,
+    loader,
+    mlp,
+    same,
+    saved,
+    seeded,
+    state,
+    trainer,
+)
 from lightning.pytorch.loggers import CSVLogger
 from test_masked import StaysDead
 from test_sparse_storage import METHODS, images, tokens
@@ -62,21 +78,10 @@ def test_training_is_that_of_the_cpu(method, network):
     assert effective(module.cpu(), ours)
 
 
-class Saves(pl.Callback):
-    """A checkpoint after the first epoch, in the middle of a schedule."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_epoch_end(self, run, module):
-        if run.current_epoch == 0:
-            run.save_checkpoint(self.path)
-
-
 def stopped_and_resumed(make, path, **options):
     """A whole run and one that goes on from its checkpoint: callback, and what a checkpoint of its end holds."""
     whole, resumed = make(), make()
-    _, run = fit([whole, Saves(path / "middle.ckpt")], seeded(Lit), **GPU, **options)
+    _, run = fit([whole, SavesFirst(path / "middle.ckpt")], seeded(Lit), **GPU, **options)
     want = saved(run, path / "whole.ckpt")
     run = trainer(resumed, **GPU, **options)
     run.fit(seeded(Lit, 5), loader(), ckpt_path=path / "middle.ckpt")

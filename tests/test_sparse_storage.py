@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import storage_script
 import torch
-from helpers import Lit, fit, loader, mlp, same, saved, seeded, state, trainer
+from helpers import Lit, SavesFirst, fit, loader, mlp, same, saved, seeded, state, trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
@@ -476,7 +476,7 @@ def test_an_interrupted_fit_can_be_resumed_in_the_same_process(tmp_path):
 
     callback, module = METHODS["SET"](storage="sparse"), seeded(Lit)
     with pytest.raises(RuntimeError, match="stop"):
-        fit([callback, SavesEachFirst(tmp_path / "one.ckpt"), Stops()], module)
+        fit([callback, SavesFirst(tmp_path / "one.ckpt"), Stops()], module)
     assert type(module.net[0]) is SparseLinear
     assert not module.net[0]._forward_hooks
     again = trainer(callback)
@@ -484,15 +484,6 @@ def test_an_interrupted_fit_can_be_resumed_in_the_same_process(tmp_path):
     whole = METHODS["SET"](storage="sparse")
     expected, _ = fit(whole)
     assert all(torch.equal(x, module.state_dict()[name]) for name, x in expected.state_dict().items())
-
-
-class SavesEachFirst(pl.Callback):
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_epoch_end(self, run, module):
-        if run.current_epoch == 0:
-            run.save_checkpoint(self.path)
 
 
 class OnMeta(Lit):
@@ -944,7 +935,7 @@ class Backends(pl.Callback):
 
 def test_a_resumed_run_multiplies_as_the_checkpoint_says(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "measure", lambda layer: TIMES)
-    fit([METHODS["SET"](storage="sparse"), SavesEachFirst(tmp_path / "one.ckpt")])
+    fit([METHODS["SET"](storage="sparse"), SavesFirst(tmp_path / "one.ckpt")])
     monkeypatch.setattr(training, "measure", lambda layer: {"numba": 0.1, "torch": 0.4, "dense": 1.0})
     looks = Backends()
     trainer([METHODS["SET"](storage="sparse"), looks]).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "one.ckpt")

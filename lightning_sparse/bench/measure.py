@@ -22,7 +22,6 @@ __all__ = [
     "peak",
     "peak_above",
     "peak_megabytes",
-    "preparation",
     "seconds",
     "synchronize",
 ]
@@ -80,13 +79,7 @@ def child(benchmark: str, arguments: argparse.Namespace, **options: object) -> l
 
 def peak(arguments: argparse.Namespace) -> None:
     """Print this process's memory in MB before a network is made, and its peak after five steps of its training."""
-    prepare = preparation(arguments.of)
-    _small_step(prepare, arguments)
-    before = megabytes(arguments.device)
-    step = prepare(arguments)
-    for _ in range(5):
-        step()
-    print(before, peak_megabytes(arguments.device))
+    print(*_before_and_peak(arguments))
 
 
 def peak_above(of: str, arguments: argparse.Namespace, **options: object) -> float:
@@ -97,25 +90,21 @@ def peak_above(of: str, arguments: argparse.Namespace, **options: object) -> flo
     """
     if arguments.device == "cpu":
         before, after = child("peak", arguments, of=of, **options)
-        return after - before
-    prepare, arguments = preparation(of), argparse.Namespace(**{**vars(arguments), **options})
-    _small_step(prepare, arguments)
+    else:
+        before, after = _before_and_peak(argparse.Namespace(**{**vars(arguments), "of": of, **options}))
+    return after - before
+
+
+def _before_and_peak(arguments: argparse.Namespace) -> tuple[float, float]:
+    """Return the memory in MB before the network of ``arguments`` is made, and the peak after five of its steps."""
+    prepare = import_module(f"{__package__}.{arguments.of}").prepare
+    small = argparse.Namespace(**{**vars(arguments), "network": "lenet300", "batch": 1})
+    prepare(small)()  # loads and compiles what is needed
     gc.collect()
     before = megabytes(arguments.device)
-    torch.cuda.reset_peak_memory_stats(arguments.device)
+    if arguments.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(arguments.device)
     step = prepare(arguments)
     for _ in range(5):
         step()
-    return peak_megabytes(arguments.device) - before
-
-
-def _small_step(prepare: Callable[[argparse.Namespace], Callable[[], object]], arguments: argparse.Namespace) -> None:
-    """Take a step of a small network: it loads and compiles what is needed."""
-    prepare(argparse.Namespace(**{**vars(arguments), "network": "lenet300", "batch": 1}))()
-
-
-def preparation(of: str) -> Callable[[argparse.Namespace], Callable[[], object]]:
-    """Return the function ``prepare`` of the module of this name in this package."""
-    prepare: Callable[[argparse.Namespace], Callable[[], object]]
-    prepare = import_module(f"{__package__}.{of}").prepare
-    return prepare
+    return before, peak_megabytes(arguments.device)

@@ -55,7 +55,7 @@ def overhead(arguments: argparse.Namespace) -> None:
 
 def memory(arguments: argparse.Namespace) -> None:
     """Print each method's peak memory over the dense one's; each is measured in a process of its own."""
-    print(f"{arguments.network}, batch {arguments.batch}, {hardware(arguments.device)}")
+    print(f"{arguments.network}, batch {arguments.batch}, {arguments.precision}, {hardware(arguments.device)}")
     idle, dense = child("peak", arguments, of="steps", methods="none")
     print(f"dense peak: {dense:.0f} MB, of which {idle:.0f} MB are the process before the network is made")
     for name in arguments.methods.split(","):
