@@ -93,15 +93,49 @@ def test_convolution_equals_dense(backend, data, density, bias, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("n", [1, 255, 256, 700])
-def test_products_are_right_beyond_a_block_and_on_several_threads(backend, n, monkeypatch):
+@pytest.mark.parametrize("n", [1, 13, 128, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("copied", [False, True])
+def test_products_are_right_beyond_a_vector_a_tile_and_on_several_threads(backend, n, dtype, copied, monkeypatch):
     monkeypatch.setattr(numba_backend, "_SHARED_FROM", 1)
+    monkeypatch.setattr(numba_backend, "_REPAYS", 1 if copied else 1 << 20)
+    monkeypatch.setattr(numba_backend, "_CACHED", 1 << 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    dense = thinned(nn.Linear(40, 30, dtype=torch.float64), 0.3)
+    dense = thinned(nn.Linear(40, 30, dtype=dtype), 0.3)
     with torch.no_grad():
         dense.weight[:20] = 0  # threads get rows by their nonzeros
-    x = torch.randn(n, 40, dtype=torch.float64)
+    x = torch.randn(n, 40, dtype=dtype)
     assert_equal_layers(dense, SparseLinear.from_dense(dense), x, monkeypatch, backend)
+
+
+@pytest.mark.parametrize("n", [100, 128, 300])
+def test_compiled_products_do_not_depend_on_vectors_tiles_and_threads(n, monkeypatch):
+    layer = SparseLinear(200, 90, nnz=6000, generator=torch.Generator().manual_seed(0))
+    csr, values, X = layer.structure.matrix, layer.values.detach(), torch.randn(200, n)
+    product = numba_backend.matmul(csr, values, X)
+    gradient = numba_backend.sampled(csr, product, X)
+    monkeypatch.setattr(numba_backend, "_SHARED_FROM", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(numba_backend.sampled(csr, product, X), gradient)
+    monkeypatch.setattr(numba_backend, "_REPAYS", 1)
+    monkeypatch.setattr(numba_backend, "_CACHED", 1 << 14)
+    assert torch.equal(numba_backend.matmul(csr, values, X), product)
+    monkeypatch.setattr(numba_backend, "_VECTOR", 64)
+    assert torch.equal(numba_backend.matmul(csr, values, X), product)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [3, 12])
+def test_a_gradient_that_shows_one_number_many_times_is_read_as_such(backend, size, monkeypatch):
+    monkeypatch.setattr(kernels, "_numba", lambda: BACKENDS[backend])
+    for dense, x in (
+        (thinned(nn.Conv2d(3, 4, 3), 0.5), torch.randn(2, 3, size, size)),
+        (thinned(nn.Linear(6, 5), 0.5), torch.randn(size, 6)),
+    ):
+        sparse = (SparseLinear if isinstance(dense, nn.Linear) else SparseConv2d).from_dense(dense)
+        dense(x).sum().backward()
+        sparse(x).sum().backward()
+        assert_close(sparse.values.grad, dense.weight.grad.reshape(-1)[sparse.positions], x.dtype)
 
 
 def test_numba_is_chosen_where_it_is_installed_unless_torch_is_forced(kernel):

@@ -183,7 +183,7 @@ class _Conv2d(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dvalues = torch.zeros_like(exact) if ctx.needs_input_grad[1] else None
         for images in _chunks(x, gradient, geometry):
-            G = gradient[images].to(dtype).transpose(0, 1).reshape(gradient.shape[1], -1)
+            G = gradient[images].to(dtype).transpose(0, 1).reshape(gradient.shape[1], -1).contiguous()
             if dx is not None:
                 columns = _transposed(weight, exact, G)
                 dx[images] = geometry.fold(columns, len(x[images]), x.shape[2:]).to(x.dtype)
