@@ -7,6 +7,7 @@ numbers of active and of sampled connections, not with the size of the weight. A
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
@@ -124,8 +125,8 @@ def free_positions(n: int, taken: Tensor, size: int, generator: Generator) -> Te
     if not 0 <= n <= free:
         raise ValueError(f"{n} connections were asked for, {free} are free.")
     ranks = distinct(n, free, generator)
-    free_before = taken - torch.arange(len(taken))
-    return ranks + torch.searchsorted(free_before, ranks, right=True)
+    free_before = torch.arange(len(taken)).neg_().add_(taken)
+    return ranks.add_(torch.searchsorted(free_before, ranks, right=True))
 
 
 def merged(a: Tensor, b: Tensor) -> Tensor:
@@ -158,7 +159,11 @@ def distinct(n: int, below: int, generator: Generator) -> Tensor:
         return torch.randperm(below, generator=generator)[:n].sort().values
     found = torch.empty(0, dtype=torch.long)
     while len(found) < n:  # at least every other draw is a new one
-        found = torch.unique(torch.cat((found, torch.randint(below, (n - len(found),), generator=generator))))
+        drawn = torch.cat((found, torch.randint(below, (n - len(found),), generator=generator))).numpy()
+        drawn.sort()  # in place: torch's takes several times the memory
+        new = np.ones(n, bool)
+        np.not_equal(drawn[1:], drawn[:-1], out=new[1:])
+        found = torch.from_numpy(drawn[new])
     return found
 
 

@@ -1,9 +1,11 @@
 """Sparse layers against dense ones with the same weights: values, gradients, state, and memory."""
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -168,6 +170,33 @@ def layer(request):
 
 def example(layer):
     return torch.randn(2, 6) if isinstance(layer, SparseLinear) else torch.randn(2, 4, 5, 5)
+
+
+def test_a_loss_that_lives_on_does_not_keep_the_connections_of_its_step(layer):
+    loss = layer(example(layer)).sum()
+    loss.backward()
+    before = [weakref.ref(x) for x in layer.structure.tensors]
+    layer.set_connections(layer.positions[1:], layer.values.detach()[1:])
+    assert loss.isfinite()
+    assert [x() for x in before] == [None] * 5
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_the_transpose_does_not_depend_on_how_much_is_sorted_at_once(chunk, monkeypatch):
+    monkeypatch.setattr("lightning_sparse.storage.structure._CHUNK", chunk)
+    weight = torch.zeros(6, 4, 3)
+    positions = torch.randperm(72, generator=torch.Generator().manual_seed(0))[:30].sort().values
+    weight.view(-1)[positions] = torch.arange(1.0, 31)
+    found = structure(positions, weight.shape, groups=2)
+    matrix = torch.block_diag(*weight.flatten(1).chunk(2))
+    for csr, values, expected in (
+        (found.matrix, torch.arange(1.0, 31), matrix),
+        (found.transposed, torch.arange(1.0, 31)[found.permutation], matrix.t()),
+    ):
+        assert torch.equal(torch.sparse_csr_tensor(csr.crow, csr.col, values, csr.shape).to_dense(), expected)
+        for first, last in itertools.pairwise(csr.crow.tolist()):
+            assert csr.col[first:last].tolist() == sorted(csr.col[first:last].tolist())
+    assert torch.equal(flat_positions(found.matrix.crow, found.matrix.col, weight.shape), positions)
 
 
 def test_a_new_layer_has_exactly_the_nonzeros_asked_for_scaled_by_the_fan_in_that_is_there(layer):

@@ -134,8 +134,8 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure) -> Tensor:
-        ctx.save_for_backward(x, values)
-        ctx.weight = weight
+        ctx.save_for_backward(x, values, *weight.tensors)  # let go after the backward pass, the graph may live on
+        ctx.backend = weight.backend
         dtype = _exact(values.dtype)
         y = matmul(weight.matrix, values.to(dtype), _columns(x, dtype), weight.backend)
         if bias is not None:
@@ -145,14 +145,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, values = ctx.saved_tensors
-        dtype = _exact(values.dtype)
+        x, values, *indices = ctx.saved_tensors
+        weight, dtype = Structure.of(indices, ctx.backend), _exact(values.dtype)
         G = _columns(gradient, dtype)
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = _transposed(ctx.weight, values.to(dtype), G).t().contiguous().view(x.shape).to(x.dtype)
+            dx = _transposed(weight, values.to(dtype), G).t().contiguous().view(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dvalues = sampled(ctx.weight.matrix, G, _columns(x, dtype), ctx.weight.backend).to(values.dtype)
+            dvalues = sampled(weight.matrix, G, _columns(x, dtype), weight.backend).to(values.dtype)
         if ctx.needs_input_grad[2]:
             dbias = G.sum(1).to(values.dtype)
         return dx, dvalues, dbias, None
@@ -163,8 +163,8 @@ class _Conv2d(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure, geometry: Geometry
     ) -> Tensor:
-        ctx.save_for_backward(x, values)
-        ctx.weight, ctx.geometry = weight, geometry
+        ctx.save_for_backward(x, values, *weight.tensors)
+        ctx.backend, ctx.geometry = weight.backend, geometry
         dtype = _exact(values.dtype)
         exact = values.to(dtype)
 
@@ -177,8 +177,8 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, values = ctx.saved_tensors
-        weight, geometry, dtype = ctx.weight, ctx.geometry, _exact(values.dtype)
+        x, values, *indices = ctx.saved_tensors
+        weight, geometry, dtype = Structure.of(indices, ctx.backend), ctx.geometry, _exact(values.dtype)
         exact = values.to(dtype)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dvalues = torch.zeros_like(exact) if ctx.needs_input_grad[1] else None

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from lightning_sparse import masks, sampling
 from lightning_sparse.storage.functional import conv2d, linear, padded
-from lightning_sparse.storage.structure import CSR, Structure, flat_positions, structure
+from lightning_sparse.storage.structure import Structure, flat_positions, structure
 
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "dense_weight", "make_dense_", "make_sparse_", "to_dense"]
 
@@ -65,13 +65,8 @@ class SparseLayer(nn.Module):
     @property
     def structure(self) -> Structure:
         """Where the nonzeros are, as products need it."""
-        shape = len(self.crow) - 1, len(self.transposed_crow) - 1
-        return Structure(
-            CSR(self.crow, self.col, shape),
-            CSR(self.transposed_crow, self.transposed_col, shape[::-1]),
-            self.permutation,
-            self.backend,
-        )
+        tensors = self.crow, self.col, self.transposed_crow, self.transposed_col, self.permutation
+        return Structure.of(tensors, self.backend)
 
     def set_connections(self, positions: Tensor, values: Tensor) -> None:
         """Exchange the nonzeros; ``values`` stays the same parameter object, though of another length.
@@ -124,9 +119,7 @@ class SparseLayer(nn.Module):
         return super().__getattr__(name)
 
     def _set_structure(self, found: Structure) -> None:
-        self.crow, self.col = found.matrix.crow, found.matrix.col
-        self.transposed_crow, self.transposed_col = found.transposed.crow, found.transposed.col
-        self.permutation = found.permutation
+        self.crow, self.col, self.transposed_crow, self.transposed_col, self.permutation = found.tensors
 
     def _set_values(self, values: Tensor) -> None:
         """Exchange the parameter's data for that of another length."""
@@ -338,8 +331,8 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
     found = structure(positions.to("cpu" if weight.is_meta else weight.device), shape, getattr(layer, "groups", 1))
     if weight.is_meta:
         fan_in = found.matrix.crow.diff()
-        bound = fan_in.repeat_interleave(fan_in, output_size=len(positions)).double().rsqrt()
-        values = _uniform(len(positions), weight.dtype, generator).mul_(bound)
+        values = _uniform(len(positions), weight.dtype, generator)
+        values.mul_(fan_in.double().rsqrt().to(values.dtype).repeat_interleave(fan_in, output_size=len(positions)))
         if bias is not None and bias.is_meta:
             bias = nn.Parameter(_uniform(len(bias), bias.dtype, generator) / math.prod(shape[1:]) ** 0.5)
     else:

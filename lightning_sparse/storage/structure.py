@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 __all__ = ["CSR", "Structure", "flat_positions", "structure"]
 
 _INT16, _INT32 = 2**15 - 1, 2**31 - 1
+_CHUNK = 1 << 18  # nonzeros to sort at once on the CPU: sorting takes several times the memory of the result
 
 
 class CSR(NamedTuple):
@@ -42,6 +43,19 @@ class Structure(NamedTuple):
     permutation: Tensor
     backend: str | None = None
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], backend: str | None) -> "Structure":
+        """Make one of its ``tensors``."""
+        crow, col, transposed_crow, transposed_col, permutation = tensors
+        rows, columns = len(crow) - 1, len(transposed_crow) - 1
+        matrix, transposed = CSR(crow, col, (rows, columns)), CSR(transposed_crow, transposed_col, (columns, rows))
+        return cls(matrix, transposed, permutation, backend)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that take memory."""
+        return self.matrix.crow, self.matrix.col, self.transposed.crow, self.transposed.col, self.permutation
+
 
 def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Structure:
     """Return the structure of a layer's weight as the matrix that multiplies its inputs.
@@ -61,23 +75,33 @@ def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Struc
         raise ValueError(f"A sparse layer holds at most {_INT32} rows, columns and nonzeros, got {tuple(shape)}.")
     device, columns = positions.device, n * groups
     crow = torch.searchsorted(positions, torch.arange(out + 1, device=device) * n, out_int32=True)
-    col = (positions % n).int()
-    if groups > 1:
-        col += _rows(crow, len(col)).div(out // groups, rounding_mode="floor") * n
+    # not parts of one tensor: a checkpoint would hold all of it
+    col, transposed_col, permutation = (positions.new_empty(len(positions), dtype=torch.int32) for _ in range(3))
+    at_once = _CHUNK if positions.is_cpu else max(1, len(positions))
+    for some, part in zip(torch.split(positions, at_once), torch.split(col, at_once), strict=True):
+        part.copy_(some % n)
+        if groups > 1:
+            part += some.div(out // groups * n, rounding_mode="floor").mul_(n).int()
     transposed_crow = pad(torch.bincount(col, minlength=columns).cumsum(0, dtype=torch.int32), (1, 0))
-    keys = col.short() if columns <= _INT16 else col  # sorted in half of the time
-    permutation = keys.sort(stable=True).indices.int()
-    transposed_col = _rows(crow, len(col)).index_select(0, permutation)
-    return Structure(CSR(crow, col, (out, columns)), CSR(transposed_crow, transposed_col, (columns, out)), permutation)
+    free = transposed_crow[:-1].long()  # where the next nonzero of each column goes
+    first = 0
+    for some, part in zip(torch.split(positions, at_once), torch.split(col, at_once), strict=True):
+        keys, order = (part.short() if columns <= _INT16 else part).sort(stable=True)  # quicker by half, if short
+        count = torch.bincount(part, minlength=columns)
+        places = torch.arange(len(part), device=device).add_((free - count.cumsum(0) + count)[keys.int()])
+        transposed_col.scatter_(0, places, some.index_select(0, order).div_(n, rounding_mode="floor").int())
+        permutation.scatter_(0, places, order.add_(first).int())
+        free += count
+        first += len(part)
+    return Structure.of((crow, col, transposed_crow, transposed_col, permutation), None)
 
 
 def flat_positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the flat positions in a weight of ``shape``, ascending, that ``structure`` was made from; int64."""
     n = math.prod(shape[1:])
-    return _rows(crow, len(col)).long() * n + col % n  # of a block diagonal matrix, what the groups have shifted
-
-
-def _rows(crow: Tensor, nnz: int) -> Tensor:
-    """Return the row of each nonzero; int32, as sorting and indexing take several times the memory of an index."""
-    rows = torch.arange(len(crow) - 1, dtype=torch.int32, device=crow.device)
-    return rows.repeat_interleave(crow.diff(), output_size=nnz)
+    firsts = torch.arange(len(crow) - 1, device=crow.device).mul_(n)
+    positions = firsts.repeat_interleave(crow.diff(), output_size=len(col))
+    at_once = _CHUNK if col.is_cpu else max(1, len(col))
+    for some, part in zip(torch.split(positions, at_once), torch.split(col, at_once), strict=True):
+        some += part % n  # groups have shifted the columns of a block diagonal matrix
+    return positions

@@ -31,6 +31,7 @@ from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
 from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
 from lightning_sparse.storage.layers import SparseLayer, SparseLinear, make_dense_, make_sparse_, to_dense
 from lightning_sparse.storage.measure import DENSE, measure
+from lightning_sparse.storage.memory import give_back
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 
 __all__ = ["DENSE_LIMIT", "STORAGES", "Capture", "SparseStorage", "SparseWeight"]
@@ -41,6 +42,8 @@ STORAGES = ("masked", "sparse")
 DENSE_LIMIT = 2 << 30
 
 _CHUNK = 1 << 22  # bytes of a gradient to compute at once, if one row has not more
+
+_SPARED_FROM = 1 << 18  # nonzeros of a layer, for whose indices it pays to give freed memory back
 
 _INDICES = ("crow", "col", "weight_shape", "transposed_crow", "transposed_col", "permutation")
 
@@ -167,6 +170,7 @@ class SparseWeight(MaskedWeight):
         self._drawn = self.layer.weight.is_meta
         self.layer = make_sparse_(self.layer, positions, generator)
         self.parameter = self.layer.values
+        _spare(self)
 
     def scale_to_fan_in_(self) -> None:
         """Multiply each neuron's values by the square root of its fan-in over what is left of it.
@@ -182,28 +186,40 @@ class SparseWeight(MaskedWeight):
         """Move connections: values, gradients and optimizer state go with them; the new ones have no such state."""
         if not (len(dropped) or len(grown)):
             return
-        held = self.sparse.positions
-        here, (grown, order) = held.cpu(), grown.cpu().sort()
-        staying = torch.ones(len(here), dtype=torch.bool)
-        staying[torch.searchsorted(here, dropped.cpu())] = False
-        kept = masks.positions(staying)
-        places = sampling.places_merged(here[kept], grown)
-        kept, of_kept, of_grown = (x.to(self.W.device) for x in (kept, *places))
-
-        def moved(x: Tensor, new: Tensor) -> Tensor:
-            whole = x.new_empty(len(of_kept) + len(of_grown))
-            whole[of_kept], whole[of_grown] = x[kept], new.to(x)
-            return whole
-
+        grown, order = grown.cpu().sort()
         assert self.parameter is not None
         fresh, old = self.W.new_zeros(len(grown)), self.parameter.grad
+        _spare(self)
+        moved, positions = self._moved(dropped.cpu(), grown)
         values = moved(self.W, (fresh + value)[order.to(self.W.device)])
         gradient = None if old is None else moved(old, self.gradient_at(grown))
+        if old is not None and gradient is not None and len(old) == len(gradient):
+            gradient = old.copy_(gradient)
         for state, key in self._state_entries():
             state[key] = moved(state[key], fresh)
-        self.sparse.set_connections(moved(held, grown), values)
-        if old is not None and gradient is not None:
-            self.parameter.grad = old.copy_(gradient) if len(old) == len(gradient) else gradient
+        del moved
+        _spare(self)
+        self.sparse.set_connections(positions, values)
+        self.parameter.grad = gradient
+        _spare(self)
+
+    def _moved(self, dropped: Tensor, grown: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+        """Return what a vector of the values' order becomes, with elements for the grown, and the new positions."""
+        held = self.positions
+        staying = torch.ones(len(held), dtype=torch.bool)
+        staying[torch.searchsorted(held, dropped)] = False
+        before = torch.searchsorted(held, grown) - torch.searchsorted(dropped, grown)  # of those that stay
+        of_grown = before.add_(torch.arange(len(grown)))
+        others = torch.ones(len(held) - len(dropped) + len(grown), dtype=torch.bool)
+        others[of_grown] = False
+        source = torch.empty(len(others), dtype=torch.int32)  # where each comes from, of the held and the grown
+        source[others] = masks.positions(staying).int()
+        source[of_grown] = torch.arange(len(held), len(held) + len(grown), dtype=torch.int32)
+        both = torch.cat((held, grown))
+        del held
+        positions = both.index_select(0, source)
+        of_all = source.to(self.W.device)
+        return lambda x, new: torch.cat((x, new.to(x))).index_select(0, of_all), positions.to(self.W.device)
 
     def optimizer_state(self) -> Iterator[Tensor]:  # noqa: D102  (inherited)
         for state, key in self._state_entries():
@@ -647,6 +663,12 @@ def _continues(weights: Sequence[SparseWeight], earlier: Mapping[str, MaskedWeig
         if W.is_meta or W.count_nonzero() != W.reshape(-1)[earlier[weight.name].positions.to(W.device)].count_nonzero():
             return False
     return True
+
+
+def _spare(weight: SparseWeight) -> None:
+    """Give freed memory back if it is much."""
+    if weight.active >= _SPARED_FROM and weight.W.is_cpu:
+        give_back()
 
 
 def _gradient(layer: SparseLayer, h: Tensor, delta: Tensor, where: Tensor | slice) -> Tensor:
