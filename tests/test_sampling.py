@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sparse import sampling
+from lightning_sparse.storage import functional
+from lightning_sparse.storage.structure import csr
 
 
 def seeded(seed=0):
@@ -170,49 +172,45 @@ def some(size):
     return sampling.distinct(max(1, size // 3), size, seeded(1))
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("leading", [(5,), (2, 5), (2, 3, 4), ()])
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_linear_subset_gradient_is_the_dense_one_there(leading, chunk):
+def test_linear_subset_gradient_is_the_dense_one_there(leading, backend):
     torch.manual_seed(0)
     h, delta, dense = run(nn.Linear(6, 4).double(), torch.randn(*leading, 6, dtype=torch.float64))
     positions = some(24)
-    assert torch.allclose(sampling.linear_gradient(h, delta, positions, chunk), dense[positions], rtol=0, atol=1e-10)
+    gradient = functional.linear_gradient(h, delta, csr(positions, (4, 6)), backend)
+    assert torch.allclose(gradient, dense[positions], rtol=0, atol=1e-10)
 
 
 CONVOLUTIONS = [
-    (1, {"kernel_size": 3}),
-    (1, {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 2}),
-    (1, {"kernel_size": 4, "padding": "same", "dilation": 2}),
-    (1, {"kernel_size": 3, "padding": 2, "padding_mode": "circular"}),
-    (2, {"kernel_size": 1}),
-    (2, {"kernel_size": 3, "padding": "valid", "stride": (2, 3)}),
-    (2, {"kernel_size": (2, 3), "stride": (2, 1), "padding": (1, 2), "dilation": (2, 1), "groups": 2}),
-    (2, {"kernel_size": (2, 4), "padding": "same", "padding_mode": "reflect"}),
-    (2, {"kernel_size": 3, "padding": (0, 1), "padding_mode": "replicate", "groups": 4}),
-    (3, {"kernel_size": 2, "stride": 2, "padding": 1}),
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": "valid", "stride": (2, 3)},
+    {"kernel_size": (2, 3), "stride": (2, 1), "padding": (1, 2), "dilation": (2, 1), "groups": 2},
+    {"kernel_size": (2, 4), "padding": "same", "padding_mode": "reflect"},
+    {"kernel_size": 3, "padding": (0, 1), "padding_mode": "replicate", "groups": 4},
+    {"kernel_size": 3, "padding": 2, "padding_mode": "circular"},
 ]
 
 
-@pytest.mark.parametrize(("space", "options"), CONVOLUTIONS)
+def of_convolution(options):
+    """Return the layer, its dense gradient and what its sparse form computes gradients from: input, output's, how."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 8, **options).double()
+    h, delta, dense = run(layer, torch.randn(3, 4, 9, 8, dtype=torch.float64))
+    x, geometry = functional.padded(layer, h)
+    return layer, dense, x, delta, geometry
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("options", CONVOLUTIONS)
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-def test_convolution_subset_gradient_is_the_dense_one_there(space, options, chunk):
-    torch.manual_seed(0)
-    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1](4, 8, **options).double()
-    h, delta, dense = run(layer, torch.randn(3, 4, *(9, 8, 7)[:space], dtype=torch.float64))
+def test_convolution_subset_gradient_is_the_dense_one_there(options, chunk, backend, monkeypatch):
+    monkeypatch.setattr(functional, "_CHUNK", chunk)
+    layer, dense, x, delta, geometry = of_convolution(options)
     for positions in (some(len(dense)), torch.arange(len(dense))):
-        gradient = sampling.conv_gradient(
-            h,
-            delta,
-            positions,
-            layer.weight.shape,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            layer.padding_mode,
-            chunk,
-        )
+        where = csr(positions, layer.weight.shape, layer.groups)
+        gradient = functional.conv2d_gradient(x, delta, where, geometry, backend)
         assert torch.allclose(gradient, dense[positions], rtol=0, atol=1e-10)
 
 
@@ -221,20 +219,18 @@ def test_gradient_of_rows_of_a_linear_layer_is_the_dense_one_there(leading):
     torch.manual_seed(0)
     h, delta, dense = run(nn.Linear(6, 4).double(), torch.randn(*leading, 6, dtype=torch.float64))
     for rows in (slice(0, 4), slice(1, 3), slice(3, 4)):
-        gradient = sampling.linear_gradient_rows(h, delta, rows)
+        gradient = functional.linear_gradient_rows(h, delta, rows)
         assert torch.allclose(gradient, dense.view(4, 6)[rows], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("options", [options for space, options in CONVOLUTIONS if space == 2])
+@pytest.mark.parametrize("options", CONVOLUTIONS)
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-def test_gradient_of_filters_is_the_dense_one_there(options, chunk):
-    torch.manual_seed(0)
-    layer = nn.Conv2d(4, 8, **options).double()
-    h, delta, dense = run(layer, torch.randn(3, 4, 9, 8, dtype=torch.float64))
-    others = layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+def test_gradient_of_filters_is_the_dense_one_there(options, chunk, monkeypatch):
+    monkeypatch.setattr(functional, "_CHUNK", chunk)
+    layer, dense, x, delta, geometry = of_convolution(options)
     for rows in (slice(0, 8), slice(1, 6), slice(7, 8)):
-        gradient = sampling.conv_gradient_rows(h, delta, rows, layer.weight.shape, *others, chunk)
+        gradient = functional.conv2d_gradient_rows(x, delta, rows, layer.weight.shape, geometry, layer.groups)
         assert torch.allclose(gradient, dense.view(layer.weight.shape)[rows], rtol=0, atol=1e-10)
 
 
@@ -250,10 +246,12 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_beyond_the_chunk_is_made():
+def test_no_tensor_beyond_the_chunk_is_made(monkeypatch):
+    monkeypatch.setattr(functional, "_CHUNK", 400)
     h, delta, positions = torch.randn(8, 100), torch.randn(8, 200), sampling.distinct(600, 20000, seeded())
-    h2, delta2 = torch.randn(2, 10, 4, 4), torch.randn(2, 20, 2, 2)
+    x, delta2 = torch.randn(9, 10, 4, 4), torch.randn(9, 20, 2, 2)
+    geometry = functional.Geometry((3, 3), (1, 1), (0, 0), (1, 1))
     with Largest() as largest:
-        sampling.linear_gradient(h, delta, positions, 1000)
-        sampling.conv_gradient(h2, delta2, positions[:400] % 1800, (20, 10, 3, 3), (1, 1), (0, 0), (1, 1), chunk=1000)
+        functional.linear_gradient(h, delta, csr(positions, (200, 100)))
+        functional.conv2d_gradient(x, delta2, csr(positions[:30], (20, 10, 3, 3)), geometry)
     assert largest.size <= 1600  # the input and its gradient themselves, of which views are taken

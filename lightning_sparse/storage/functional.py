@@ -11,11 +11,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
 from lightning_sparse.storage.backends import matmul, sampled
-from lightning_sparse.storage.structure import Structure
+from lightning_sparse.storage.structure import CSR, Structure
 
-__all__ = ["Geometry", "conv2d", "convolve", "linear", "padded"]
+__all__ = [
+    "Geometry",
+    "conv2d",
+    "conv2d_gradient",
+    "conv2d_gradient_rows",
+    "convolve",
+    "linear",
+    "linear_gradient",
+    "linear_gradient_rows",
+    "padded",
+]
 
 # elements of unfolded input at once, if one image has not more: on the CPU those still in the cache when they are
 # multiplied; a GPU idles over so few
@@ -96,6 +107,67 @@ def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure, ge
     return result
 
 
+def linear_gradient(x: Tensor, delta: Tensor, where: CSR, backend: str | None = None) -> Tensor:
+    """Return the gradient of some elements of a linear layer's weight, ``(nnz,)``, in float32 at least.
+
+    Args:
+        x: the layer's input, ``(..., in)``.
+        delta: the gradient of the loss with respect to its output, ``(..., out)``.
+        where: the elements; it need not be the layer's own nonzeros.
+        backend: who multiplies.
+    """
+    dtype = _exact(delta.dtype)
+    return sampled(where, _columns(delta, dtype), _columns(x, dtype), backend)
+
+
+def conv2d_gradient(x: Tensor, delta: Tensor, where: CSR, geometry: Geometry, backend: str | None = None) -> Tensor:
+    """Return the gradient of some elements of a convolution's weight; arguments as in ``linear_gradient``."""
+    dtype = _exact(delta.dtype)
+    total = delta.new_zeros(len(where.col), dtype=dtype)
+    for images, G in _gradients(x, delta, geometry, dtype):
+        total += sampled(where, G, geometry.unfold(x[images].to(dtype)), backend)
+    return total
+
+
+def linear_gradient_rows(x: Tensor, delta: Tensor, rows: slice) -> Tensor:
+    """Return the gradient of some rows of a linear layer's weight, ``(rows, in)``; ``x`` and ``delta`` as above."""
+    dtype = _exact(delta.dtype)
+    outputs = delta.reshape(-1, delta.shape[-1])[:, rows]
+    return outputs.t().to(dtype) @ x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def conv2d_gradient_rows(
+    x: Tensor, delta: Tensor, rows: slice, shape: Sequence[int], geometry: Geometry, groups: int = 1
+) -> Tensor:
+    """Return the gradient of some filters of a convolution, ``(rows, in / groups, *kernel)``.
+
+    Args:
+        x: its input, ``(batch, in, height, width)``.
+        delta: the gradient of the loss with respect to its output.
+        rows: the filters.
+        shape: of the weight.
+        geometry: how ``x`` is read.
+        groups: of the convolution.
+    """
+    out, per_group, *kernel = shape
+    dtype = _exact(delta.dtype)
+    gradient = delta.new_zeros(rows.stop - rows.start, per_group, *kernel, dtype=dtype)
+    for images in _chunks(x, delta, geometry):
+        for group in range(rows.start * groups // out, (rows.stop - 1) * groups // out + 1):
+            low, high = max(rows.start, group * out // groups), min(rows.stop, (group + 1) * out // groups)
+            inputs = x[images, group * per_group : (group + 1) * per_group].to(dtype)
+            part: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+                inputs,
+                (high - low, per_group, *kernel),
+                delta[images, low:high].to(dtype),
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+            )
+            gradient[low - rows.start : high - rows.start] += part
+    return gradient
+
+
 def convolve(
     x: Tensor, out: int, geometry: Geometry, product: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> Tensor:
@@ -152,7 +224,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _transposed(weight, values.to(dtype), G).t().contiguous().view(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dvalues = sampled(weight.matrix, G, _columns(x, dtype), weight.backend).to(values.dtype)
+            dvalues = sampled(weight.matrix, G, _columns(x, dtype), ctx.backend).to(values.dtype)
         if ctx.needs_input_grad[2]:
             dbias = G.sum(1).to(values.dtype)
         return dx, dvalues, dbias, None
@@ -182,8 +254,7 @@ class _Conv2d(torch.autograd.Function):
         exact = values.to(dtype)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dvalues = torch.zeros_like(exact) if ctx.needs_input_grad[1] else None
-        for images in _chunks(x, gradient, geometry):
-            G = gradient[images].to(dtype).transpose(0, 1).reshape(gradient.shape[1], -1).contiguous()
+        for images, G in _gradients(x, gradient, geometry, dtype):
             if dx is not None:
                 columns = _transposed(weight, exact, G)
                 dx[images] = geometry.fold(columns, len(x[images]), x.shape[2:]).to(x.dtype)
@@ -204,6 +275,12 @@ def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _transposed(weight: Structure, values: Tensor, G: Tensor) -> Tensor:
     return matmul(weight.transposed, values.index_select(0, weight.permutation), G, weight.backend)
+
+
+def _gradients(x: Tensor, delta: Tensor, geometry: Geometry, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield as many images at a time as may be unfolded at once, and their output gradients, ``(out, n)``."""
+    for images in _chunks(x, delta, geometry):
+        yield images, delta[images].to(dtype).transpose(0, 1).reshape(delta.shape[1], -1).contiguous()
 
 
 def _chunks(x: Tensor, y: Tensor, geometry: Geometry) -> Iterator[slice]:

@@ -1,14 +1,14 @@
 """Where the nonzeros of a matrix are: CSR with int32 indices, and the same for its transpose."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["CSR", "Structure", "flat_positions", "structure"]
+__all__ = ["CSR", "Structure", "csr", "flat_positions", "structure"]
 
 _INT16, _INT32 = 2**15 - 1, 2**31 - 1
 _CHUNK = 1 << 18  # nonzeros to sort at once on the CPU: sorting takes several times the memory of the result
@@ -57,8 +57,8 @@ class Structure(NamedTuple):
         return self.matrix.crow, self.matrix.col, self.transposed.crow, self.transposed.col, self.permutation
 
 
-def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Structure:
-    """Return the structure of a layer's weight as the matrix that multiplies its inputs.
+def csr(positions: Tensor, shape: Sequence[int], groups: int = 1) -> CSR:
+    """Return the nonzeros of a layer's weight as those of the matrix that multiplies its inputs.
 
     With groups it is block diagonal: the outputs of a group read the inputs of that group alone.
 
@@ -67,33 +67,38 @@ def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Struc
         shape: of the weight, ``(out, in / groups, *kernel)``.
         groups: of the convolution.
 
-    >>> structure(torch.tensor([1, 2, 5]), (2, 3)).matrix
+    >>> csr(torch.tensor([1, 2, 5]), (2, 3))
     CSR(crow=tensor([0, 2, 3], dtype=torch.int32), col=tensor([1, 2, 2], dtype=torch.int32), shape=(2, 3))
     """
     out, n = shape[0], math.prod(shape[1:])
     if max(len(positions), out, n * groups) > _INT32:
         raise ValueError(f"A sparse layer holds at most {_INT32} rows, columns and nonzeros, got {tuple(shape)}.")
-    device, columns = positions.device, n * groups
-    crow = torch.searchsorted(positions, torch.arange(out + 1, device=device) * n, out_int32=True)
-    # not parts of one tensor: a checkpoint would hold all of it
-    col, transposed_col, permutation = (positions.new_empty(len(positions), dtype=torch.int32) for _ in range(3))
-    at_once = _CHUNK if positions.is_cpu else max(1, len(positions))
-    for some, part in zip(torch.split(positions, at_once), torch.split(col, at_once), strict=True):
+    crow = torch.searchsorted(positions, torch.arange(out + 1, device=positions.device) * n, out_int32=True)
+    col = torch.empty_like(positions, dtype=torch.int32)
+    for some, part in _together(positions, col):
         part.copy_(some % n)
         if groups > 1:
             part += some.div(out // groups * n, rounding_mode="floor").mul_(n).int()
+    return CSR(crow, col, (out, n * groups))
+
+
+def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Structure:
+    """Return the structure of a layer's weight as the matrix that multiplies its inputs; arguments as in ``csr``."""
+    matrix = csr(positions, shape, groups)
+    col, columns, n = matrix.col, matrix.shape[1], math.prod(shape[1:])
     transposed_crow = pad(torch.bincount(col, minlength=columns).cumsum(0, dtype=torch.int32), (1, 0))
+    transposed_col, permutation = torch.empty_like(col), torch.empty_like(col)
     free = transposed_crow[:-1].long()  # where the next nonzero of each column goes
     first = 0
-    for some, part in zip(torch.split(positions, at_once), torch.split(col, at_once), strict=True):
+    for some, part in _together(positions, col):
         keys, order = (part.short() if columns <= _INT16 else part).sort(stable=True)  # quicker by half, if short
         count = torch.bincount(part, minlength=columns)
-        places = torch.arange(len(part), device=device).add_((free - count.cumsum(0) + count)[keys.int()])
+        places = torch.arange(len(part), device=part.device).add_((free - count.cumsum(0) + count)[keys.int()])
         transposed_col.scatter_(0, places, some.index_select(0, order).div_(n, rounding_mode="floor").int())
         permutation.scatter_(0, places, order.add_(first).int())
         free += count
         first += len(part)
-    return Structure.of((crow, col, transposed_crow, transposed_col, permutation), None)
+    return Structure(matrix, CSR(transposed_crow, transposed_col, (columns, matrix.shape[0])), permutation)
 
 
 def flat_positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
@@ -101,7 +106,12 @@ def flat_positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
     n = math.prod(shape[1:])
     firsts = torch.arange(len(crow) - 1, device=crow.device).mul_(n)
     positions = firsts.repeat_interleave(crow.diff(), output_size=len(col))
-    at_once = _CHUNK if col.is_cpu else max(1, len(col))
-    for some, part in zip(torch.split(positions, at_once), torch.split(col, at_once), strict=True):
+    for some, part in _together(positions, col):
         some += part % n  # groups have shifted the columns of a block diagonal matrix
     return positions
+
+
+def _together(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield parts of two vectors of one length, on the CPU small ones."""
+    at_once = _CHUNK if a.is_cpu else max(1, len(a))
+    return zip(torch.split(a, at_once), torch.split(b, at_once), strict=True)

@@ -8,13 +8,13 @@ state and what processes average have that size, too.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, masks, sampling
+from lightning_sparse import checks, masks
 from lightning_sparse._lightning import (
     DDPStrategy,
     LightningModule,
@@ -28,11 +28,13 @@ from lightning_sparse.distributions import budget
 from lightning_sparse.endpoints import Hooks
 from lightning_sparse.layers import Choice, choose
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
+from lightning_sparse.storage import functional
 from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
 from lightning_sparse.storage.layers import SparseLayer, SparseLinear, make_dense_, make_sparse_, to_dense
 from lightning_sparse.storage.measure import DENSE, measure
 from lightning_sparse.storage.memory import give_back
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
+from lightning_sparse.storage.structure import CSR, csr
 
 __all__ = ["DENSE_LIMIT", "STORAGES", "Capture", "SparseStorage", "SparseWeight"]
 
@@ -128,8 +130,9 @@ class SparseWeight(MaskedWeight):
         return super().finite and bool(self._reduce(bound).isfinite())
 
     def gradient_at(self, positions: Tensor) -> Tensor:
-        """Return gradients of connections that need not exist, averaged over processes."""
-        return self._gradient(positions.to(self.W.device), (len(positions),))
+        """Return gradients of connections that need not exist, by ascending position, averaged over processes."""
+        where = csr(positions.to(self.W.device), self.shape, getattr(self.layer, "groups", 1))
+        return self._gradient(where, (len(positions),))
 
     def free_sample(self, stride: int) -> Tensor:  # noqa: D102  (inherited)
         every = torch.arange(0, self.size, stride)
@@ -153,8 +156,8 @@ class SparseWeight(MaskedWeight):
             scores[positions[ends[first] : ends[last]] - first * width] = -1
             yield first * width, scores
 
-    def _gradient(self, where: Tensor | slice, shape: Sequence[int]) -> Tensor:
-        """Return gradients at flat positions or those of some rows, which have this ``shape``."""
+    def _gradient(self, where: CSR | slice, shape: Sequence[int]) -> Tensor:
+        """Return gradients of some elements or those of some rows, which have this ``shape``."""
         total = torch.zeros(*shape, dtype=self._exact, device=self.W.device)
         for h, delta in self.calls:
             total += _gradient(self.sparse, h, delta, where)
@@ -186,12 +189,15 @@ class SparseWeight(MaskedWeight):
         """Move connections: values, gradients and optimizer state go with them; the new ones have no such state."""
         if not (len(dropped) or len(grown)):
             return
-        grown, order = grown.cpu().sort()
         assert self.parameter is not None
         fresh, old = self.W.new_zeros(len(grown)), self.parameter.grad
+        grown, new = grown.cpu(), fresh + value
+        if (grown[1:] < grown[:-1]).any():  # seldom, and sorting takes long
+            grown, order = grown.sort()
+            new = new[order.to(new.device)]
         _spare(self)
         moved, positions = self._moved(dropped.cpu(), grown)
-        values = moved(self.W, (fresh + value)[order.to(self.W.device)])
+        values = moved(self.W, new)
         gradient = None if old is None else moved(old, self.gradient_at(grown))
         if old is not None and gradient is not None and len(old) == len(gradient):
             gradient = old.copy_(gradient)
@@ -213,7 +219,7 @@ class SparseWeight(MaskedWeight):
         others = torch.ones(len(held) - len(dropped) + len(grown), dtype=torch.bool)
         others[of_grown] = False
         source = torch.empty(len(others), dtype=torch.int32)  # where each comes from, of the held and the grown
-        source[others] = masks.positions(staying).int()
+        source.masked_scatter_(others, masks.positions(staying).int())
         source[of_grown] = torch.arange(len(held), len(held) + len(grown), dtype=torch.int32)
         both = torch.cat((held, grown))
         del held
@@ -671,14 +677,15 @@ def _spare(weight: SparseWeight) -> None:
         give_back()
 
 
-def _gradient(layer: SparseLayer, h: Tensor, delta: Tensor, where: Tensor | slice) -> Tensor:
-    """Return the gradients at flat positions, or of some rows."""
-    whole = isinstance(where, slice)
+def _gradient(layer: SparseLayer, h: Tensor, delta: Tensor, where: CSR | slice) -> Tensor:
+    """Return the gradients of some elements of the weight, or of some rows."""
     if isinstance(layer, SparseLinear):
-        of_linear: Any = sampling.linear_gradient_rows if whole else sampling.linear_gradient
-        return cast(Tensor, of_linear(h, delta, where))
+        if isinstance(where, slice):
+            return functional.linear_gradient_rows(h, delta, where)
+        return functional.linear_gradient(h, delta, where, layer.backend)
     conv: Any = layer
-    of_conv: Any = sampling.conv_gradient_rows if whole else sampling.conv_gradient
-    images = (h, delta) if h.ndim == 4 else (h.unsqueeze(0), delta.unsqueeze(0))
-    options = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    return cast(Tensor, of_conv(*images, where, conv.shape, *options))
+    x, delta = (h, delta) if h.ndim == 4 else (h.unsqueeze(0), delta.unsqueeze(0))
+    x, geometry = functional.padded(conv, x)
+    if isinstance(where, slice):
+        return functional.conv2d_gradient_rows(x, delta, where, conv.shape, geometry, conv.groups)
+    return functional.conv2d_gradient(x, delta, where, geometry, conv.backend)
