@@ -7,7 +7,6 @@ numbers of active and of sampled connections, not with the size of the weight. A
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -139,11 +138,11 @@ def distinct(n: int, below: int, generator: Generator) -> Tensor:
         return torch.randperm(below, generator=generator)[:n].sort().values
     found = torch.empty(0, dtype=torch.long)
     while len(found) < n:  # at least every other draw is a new one
-        drawn = torch.cat((found, torch.randint(below, (n - len(found),), generator=generator))).numpy()
-        drawn.sort()  # in place: torch's takes several times the memory
-        new = np.ones(n, bool)
-        np.not_equal(drawn[1:], drawn[:-1], out=new[1:])
-        found = torch.from_numpy(drawn[new])
+        drawn = torch.cat((found, torch.randint(below, (n - len(found),), generator=generator)))
+        drawn.numpy().sort()  # in place: torch's takes several times the memory
+        new = torch.ones(n, dtype=torch.bool)
+        torch.ne(drawn[1:], drawn[:-1], out=new[1:])
+        found = torch.from_numpy(drawn.numpy()[new.numpy()])
     return found
 
 
