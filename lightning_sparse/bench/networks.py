@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from lightning_sparse import (
     STR,
     AutoSparse,
     DeepR,
+    GraNet,
     MemoryEfficientDST,
     RigL,
 )
@@ -40,7 +43,7 @@ METHODS: dict[str, Callable[..., SparseCallback]] = {
     "str": lambda: STR(init_threshold=-5.0),
     "deepr": partial(DeepR, sparsity=0.9),
 }
-for _method in (SET, RigL, SNFS, DSR, ITOP, MEST, GGR, MemoryEfficientDST):
+for _method in (SET, RigL, SNFS, DSR, ITOP, MEST, GGR, MemoryEfficientDST, GraNet):
     METHODS[_method.__name__.lower()] = partial(_method, sparsity=0.9, update_every=NEVER)
 
 
@@ -83,7 +86,8 @@ def batch_for(network: str, size: int, device: str = "cpu") -> list[Tensor]:
 
 
 def attach(callback: SparseCallback, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Make the weights that the callback would choose by itself sparse, without a Trainer."""
+    """Make the weights that the callback would choose by itself sparse, without a Trainer but for its plan."""
+    callback._trainer = cast(Any, SimpleNamespace(estimated_stepping_batches=NEVER))
     callback.attach([choice for choice in choose(module) if choice.reason is None], [optimizer], False)
 
 
