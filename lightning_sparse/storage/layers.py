@@ -75,7 +75,15 @@ class SparseLayer(nn.Module):
             positions: flat ones in the dense weight, ascending and different.
             values: theirs.
         """
-        self._set_structure(structure(positions, self.shape, getattr(self, "groups", 1)))
+        self.set_structure(self.structure_at(positions), values)
+
+    def structure_at(self, positions: Tensor) -> Structure:
+        """Return what the structure would be with nonzeros at these flat positions, ascending and different."""
+        return structure(positions, self.shape, getattr(self, "groups", 1))
+
+    def set_structure(self, found: Structure, values: Tensor) -> None:
+        """Exchange the nonzeros for those of ``structure_at``, see ``set_connections``."""
+        self._set_structure(found)
         if len(values) == self.nnz:
             self.values.data.copy_(values)  # the storage may be known elsewhere, as to DDP
         else:
@@ -180,7 +188,7 @@ class SparseLayer(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if col is not None and not error_msgs:
-            self._set_structure(structure(self.positions, self.shape, getattr(self, "groups", 1)))
+            self._set_structure(self.structure_at(self.positions))
 
 
 class SparseLinear(SparseLayer):

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 __all__ = ["CSR", "Structure", "csr", "flat_positions", "structure"]
 
 _INT16, _INT32 = 2**15 - 1, 2**31 - 1
-_CHUNK = 1 << 18  # nonzeros to sort at once on the CPU: sorting takes several times the memory of the result
+_CHUNK = 1 << 17  # nonzeros to sort at once on the CPU: sorting takes several times the memory of the result
 
 
 class CSR(NamedTuple):
@@ -63,7 +63,7 @@ def csr(positions: Tensor, shape: Sequence[int], groups: int = 1) -> CSR:
     With groups it is block diagonal: the outputs of a group read the inputs of that group alone.
 
     Args:
-        positions: flat ones in the weight, ascending.
+        positions: flat ones in the weight, ascending; int32 or int64.
         shape: of the weight, ``(out, in / groups, *kernel)``.
         groups: of the convolution.
 
@@ -73,7 +73,8 @@ def csr(positions: Tensor, shape: Sequence[int], groups: int = 1) -> CSR:
     out, n = shape[0], math.prod(shape[1:])
     if max(len(positions), out, n * groups) > _INT32:
         raise ValueError(f"A sparse layer holds at most {_INT32} rows, columns and nonzeros, got {tuple(shape)}.")
-    crow = torch.searchsorted(positions, torch.arange(out + 1, device=positions.device) * n, out_int32=True)
+    starts = torch.arange(out + 1, device=positions.device) * n
+    crow = torch.searchsorted(positions, starts.to(positions.dtype), out_int32=True)
     col = torch.empty_like(positions, dtype=torch.int32)
     for some, part in _together(positions, col):
         part.copy_(some % n)

@@ -94,7 +94,7 @@ class SparseWeight(MaskedWeight):
 
     @property
     def connections(self) -> Tensor:  # noqa: D102  (inherited)
-        return self.sparse.col
+        return self.sparse.crow  # whoever holds it to see whether they move does not hold much
 
     @property
     def places(self) -> Tensor:  # noqa: D102  (inherited)
@@ -197,16 +197,18 @@ class SparseWeight(MaskedWeight):
             new = new[order.to(new.device)]
         _spare(self)
         moved, positions = self._moved(dropped.cpu(), grown)
-        values = moved(self.W, new)
+        _spare(self)
+        found = self.sparse.structure_at(positions)
+        del positions
         gradient = None if old is None else moved(old, self.gradient_at(grown))
         if old is not None and gradient is not None and len(old) == len(gradient):
             gradient = old.copy_(gradient)
+        values = moved(self.W, new)
         for state, key in self._state_entries():
             state[key] = moved(state[key], fresh)
-        del moved
-        _spare(self)
-        self.sparse.set_connections(positions, values)
+        self.sparse.set_structure(found, values)
         self.parameter.grad = gradient
+        del found, moved, values
         _spare(self)
 
     def _moved(self, dropped: Tensor, grown: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
@@ -221,7 +223,8 @@ class SparseWeight(MaskedWeight):
         source = torch.empty(len(others), dtype=torch.int32)  # where each comes from, of the held and the grown
         source.masked_scatter_(others, masks.positions(staying).int())
         source[of_grown] = torch.arange(len(held), len(held) + len(grown), dtype=torch.int32)
-        both = torch.cat((held, grown))
+        index = torch.int32 if self.size < 2**31 else torch.int64
+        both = torch.cat((held.to(index), grown.to(index)))
         del held
         positions = both.index_select(0, source)
         of_all = source.to(self.W.device)
@@ -520,6 +523,11 @@ class SparseStorage(MaskedCallback):
                 "lightning_sparse.storage.to_dense(module) to start afresh."
             )
 
+    def _move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> bool:
+        if self.storage == "sparse":
+            _spare(*weights)  # what training steps have left
+        return super()._move(weights, pool, scale)
+
     def _choose_backend(self, trainer: Trainer) -> None:
         """Multiply as is quickest for the largest layer, or as the checkpoint says; tell, and warn if it is slow."""
         largest = max(self._weights.values(), key=lambda weight: weight.size)
@@ -671,9 +679,9 @@ def _continues(weights: Sequence[SparseWeight], earlier: Mapping[str, MaskedWeig
     return True
 
 
-def _spare(weight: SparseWeight) -> None:
-    """Give freed memory back if it is much."""
-    if weight.active >= _SPARED_FROM and weight.W.is_cpu:
+def _spare(*weights: MaskedWeight) -> None:
+    """Give freed memory back if there can be much."""
+    if any(weight.active >= _SPARED_FROM and weight.W.is_cpu for weight in weights):
         give_back()
 
 
