@@ -624,6 +624,15 @@ def test_csr_layers_hand_gradients_to_their_input():
     assert torch.allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 16, 150])
+def test_csr_layers_compute_alike_for_few_and_many_examples(batch, kernel):
+    linear, x = prune(nn.Linear(30, 20)), torch.randn(batch, 30)
+    layer, given = CSRLinear(linear), x.clone().requires_grad_()
+    assert torch.allclose(layer(x), linear(x), atol=1e-5)
+    expected, found = (torch.autograd.grad(f(given).square().sum(), given)[0] for f in (linear, layer))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_a_kernel_larger_than_the_input_is_refused():
     with pytest.raises(RuntimeError, match=r"kernel is larger than the padded input of \(4, 8\)"):
         CSRConv2d(nn.Conv2d(2, 2, 5))(torch.ones(1, 2, 4, 8))

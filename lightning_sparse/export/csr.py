@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.export._modules import check_module
+from lightning_sparse.storage.backends import matmul
 from lightning_sparse.storage.functional import convolve, padded
 from lightning_sparse.storage.layers import SparseConv2d, SparseLayer, SparseLinear
+from lightning_sparse.storage.structure import CSR
 
 __all__ = ["CSRConv2d", "CSRLinear", "to_csr"]
 
 _DTYPES = (torch.float32, torch.float64)
+_MANY = 16  # columns from which compiled loops, if there are any, are the quicker ones
 # these compute with their children's weights themselves
 _READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # what a convolution is described by, and how it reads its input
@@ -58,8 +61,14 @@ class _CSR(nn.Module):
 
     def _times(self, columns: Tensor) -> Tensor:
         """Return weight times ``columns`` ``(in, n)`` plus bias: ``(out, n)``."""
-        one = columns.shape[1] == 1  # a vector is faster than a matrix of one column
-        product = (self.weight @ columns[:, 0])[:, None] if one else self.weight @ columns
+        n = columns.shape[1]
+        if n == 1:  # a vector is faster than a matrix of one column
+            product = (self.weight @ columns[:, 0])[:, None]
+        elif n < _MANY or columns.requires_grad:
+            product = self.weight @ columns
+        else:
+            where = CSR(self.crow_indices, self.col_indices, (self.shape[0], self.shape[1]))
+            product = matmul(where, self.values, columns.contiguous())
         return product if self.bias is None else product.add_(self.bias[:, None])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
