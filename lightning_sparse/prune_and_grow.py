@@ -16,7 +16,7 @@ from lightning_sparse.distributions import apportion, share
 from lightning_sparse.endpoints import Hooks
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
 from lightning_sparse.schedules import ANNEALING
-from lightning_sparse.storage.training import Capture
+from lightning_sparse.storage.weight import Capture
 
 __all__ = ["PruneAndGrow"]
 

@@ -8,9 +8,9 @@ from helpers import Lit, fit, loader, mlp, seeded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lightning_sparse.storage.training as training
 from lightning_sparse import RigL
 from lightning_sparse.storage import SparseConv2d, SparseLinear
+from lightning_sparse.storage.weight import Capture, SparseWeight
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -27,11 +27,11 @@ class Pair:
         self.networks = [
             nn.Sequential(front, layer, nn.Tanh(), nn.Flatten(), head) for layer in (self.layer, self.dense)
         ]
-        self.weight = training.SparseWeight("weight", self.layer.shape, self.layer)
+        self.weight = SparseWeight("weight", self.layer.shape, self.layer)
 
     def compare(self, step):
         """Take a step with both, and compare the gradients of all connections."""
-        with closing(training.Capture([self.weight], torch.Tensor.detach)):
+        with closing(Capture([self.weight], torch.Tensor.detach)):
             for network in self.networks:
                 step(network)
             expected = torch.zeros(()) if self.dense.weight.grad is None else self.dense.weight.grad
@@ -186,7 +186,7 @@ class Two(Lit):
 
 @pytest.mark.parametrize("kind", [Adversarial, Two])
 def test_training_with_other_backward_passes_is_that_with_masks(kind, monkeypatch):
-    monkeypatch.setattr(training, "measure", lambda layer: {"torch": 0.5, "dense": 1.0})
+    monkeypatch.setattr("lightning_sparse.storage.training.measure", lambda layer: {"torch": 0.5, "dense": 1.0})
     runs = []
     for storage in ("masked", "sparse"):
         callback, module = RigL(0.8, update_every=7, seed=3, storage=storage), seeded(lambda: kind(mlp(torch.float64)))

@@ -32,6 +32,7 @@ from lightning_sparse.kernels import numba_kernels
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
 from lightning_sparse.storage.measure import measure
+from lightning_sparse.storage.weight import SparseWeight
 
 SCRIPT = Path(storage_script.__file__)
 METHODS = {
@@ -161,7 +162,7 @@ def test_momentum_and_moments_move_with_their_connections():
     layer = SparseLinear(4, 3, 5)
     layer.set_connections(torch.tensor([0, 2, 5, 6, 11]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.0)
-    weight = training.SparseWeight("weight", (3, 4), layer)
+    weight = SparseWeight("weight", (3, 4), layer)
     weight.optimizer = optimizer
     layer(torch.ones(2, 4)).sum().backward()
     optimizer.step()
@@ -542,7 +543,7 @@ def test_what_lightning_does_with_gradients_is_as_with_masks(method, options):
 @pytest.mark.parametrize("method", ["RigL", "GGR"])
 def test_growth_does_not_depend_on_how_many_rows_are_looked_at_at_once(method, network, monkeypatch):
     expected, _ = run(METHODS[method](storage="sparse", seed=3), NETWORKS[network])
-    monkeypatch.setattr(training, "_CHUNK", 1)
+    monkeypatch.setattr("lightning_sparse.storage.weight._CHUNK", 1)
     module, _ = run(METHODS[method](storage="sparse", seed=3), NETWORKS[network])
     assert all(torch.equal(x, module.state_dict()[name]) for name, x in expected.state_dict().items())
 
@@ -552,7 +553,7 @@ def test_no_tensor_is_near_the_size_of_the_dense_weight(method, monkeypatch):
     """Nor of its gradient, in the whole of a fit with updates; ITOP has a bit for each weight."""
     monkeypatch.setattr(training, "measure", lambda layer: {"numba": 0.5, "dense": 1.0})  # Largest sees no CSR tensor
     monkeypatch.setattr(training, "DENSE_LIMIT", 0)
-    monkeypatch.setattr(training, "_CHUNK", 1 << 14)
+    monkeypatch.setattr("lightning_sparse.storage.weight._CHUNK", 1 << 14)
 
     class Wide(OnMeta):
         def configure_model(self):
@@ -574,7 +575,7 @@ def test_equal_gradients_grow_by_position():
     generator = torch.Generator().manual_seed(0)
     layer = SparseLinear(30, 20, 60, generator=generator)
     h, delta = (torch.randint(-1, 2, (4, n), generator=generator).float() for n in (30, 20))
-    weight = training.SparseWeight("weight", (20, 30), layer)
+    weight = SparseWeight("weight", (20, 30), layer)
     weight.calls = [(h[:1], delta[:1]), (h[1:], delta[1:])]
     dense = MaskedWeight("weight", weight.mask, parameter=nn.Parameter(layer.dense_weight()))
     dense.parameter.grad = delta.t() @ h
@@ -591,7 +592,7 @@ def test_equal_gradients_grow_by_position():
 @pytest.mark.parametrize(("x", "finite"), [(1.0, True), (3e38, False), (float("inf"), False), (float("nan"), False)])
 def test_gradients_of_connections_that_do_not_exist_have_to_be_finite_too(x, finite):
     layer = SparseLinear(3, 2, 1)
-    weight = training.SparseWeight("weight", (2, 3), layer)
+    weight = SparseWeight("weight", (2, 3), layer)
     layer.values.grad = torch.zeros(1)
     assert weight.finite
     weight.calls = [(torch.ones(2, 3), torch.tensor([[1.0, 1.0], [1.0, x]])), (torch.ones(0, 3), torch.ones(0, 2))]

@@ -14,7 +14,7 @@ from lightning_sparse.layers import choose
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.methods import ggr
 from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.storage.training import Capture, SparseWeight
+from lightning_sparse.storage.weight import Capture, SparseWeight
 
 __all__ = ["prepare", "ranking", "update"]
 

@@ -18,7 +18,8 @@ from lightning_sparse.endpoints import Activity, Hooks, SynapticFlow, readable
 from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.matrices import as_matrix, write_matrix
 from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.storage.training import SparseStorage, SparseWeight
+from lightning_sparse.storage.training import SparseStorage
+from lightning_sparse.storage.weight import SparseWeight
 
 __all__ = ["MemoryEfficientDST"]
 
