@@ -84,7 +84,8 @@ def test_masks_and_each_backend_have_a_line(printed):
 def test_a_fit_is_measured_beside_a_dense_one(printed):
     lines = printed("fit", "--sparsities", "0.8", "--steps", "4")
     # in this process memory may have been given back since the beginning, and a difference be below 0
-    found = {words: float(ratio) for words, ratio in re.findall(r"sparse / dense: (.*) (-?[\d.]+) \(", "\n".join(lines))}
+    ratios = re.findall(r"sparse / dense: (.*) (-?[\d.]+) \(", "\n".join(lines))
+    found = {words: float(ratio) for words, ratio in ratios}
     assert list(found)[2:] == ["peak", "tensors", "peak with the fit's end"]
     # values, gradients and momentum as in dense training, and three indices for each
     assert found["tensors"] == pytest.approx(0.2 * 2, abs=0.01)
