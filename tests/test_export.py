@@ -633,6 +633,13 @@ def test_csr_layers_compute_alike_for_few_and_many_examples(batch, kernel):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_csr_layers_can_be_traced_with_many_examples(kernel):
+    module = to_csr(nn.Sequential(prune(nn.Linear(30, 20)), nn.ReLU()), min_sparsity=0.0)
+    with torch.no_grad():
+        traced, x = torch.jit.trace(module, torch.randn(20, 30)), torch.randn(20, 30)
+        assert torch.allclose(traced(x), module(x), atol=1e-5)
+
+
 def test_a_kernel_larger_than_the_input_is_refused():
     with pytest.raises(RuntimeError, match=r"kernel is larger than the padded input of \(4, 8\)"):
         CSRConv2d(nn.Conv2d(2, 2, 5))(torch.ones(1, 2, 4, 8))

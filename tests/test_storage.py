@@ -140,6 +140,17 @@ def test_a_gradient_that_shows_one_number_many_times_is_read_as_such(backend, si
         assert_close(sparse.values.grad, dense.weight.grad.reshape(-1)[sparse.positions], x.dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_of_another_size_are_refused(backend, monkeypatch):
+    monkeypatch.setattr(kernels, "_numba", lambda: BACKENDS[backend])
+    for layer, x in (
+        (SparseLinear(200, 30, nnz=2000), torch.randn(16, 20)),
+        (SparseConv2d(64, 8, 3, nnz=2000), torch.randn(2, 3, 9, 9)),
+    ):
+        with pytest.raises(RuntimeError, match=r"A sparse weight of shape .* cannot be multiplied with"):
+            layer(x)
+
+
 def test_numba_is_chosen_where_it_is_installed_unless_torch_is_forced(kernel):
     assert backends.backend(torch.zeros(1)).__name__.endswith(f"{kernel}_backend")
     assert backends.backend(torch.zeros(1, dtype=torch.bfloat16)).__name__.endswith("torch_backend")

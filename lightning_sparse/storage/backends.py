@@ -31,7 +31,12 @@ def backend(x: Tensor, name: str | None = None) -> ModuleType:
 
 
 def matmul(csr: CSR, values: Tensor, X: Tensor, name: str | None = None) -> Tensor:
-    """Return the CSR matrix times ``X`` with the backend of this name; see ``torch_backend.matmul``."""
+    """Return the CSR matrix times ``X`` with the backend of this name; see ``torch_backend.matmul``.
+
+    Raises:
+        RuntimeError: the shapes do not fit.
+    """
+    _check(csr.shape[1] == len(X), csr, X)
     if not X.numel() or not len(values):
         return X.new_zeros(csr.shape[0], X.shape[1])
     product: Tensor = backend(X, name).matmul(csr, values, X)
@@ -39,8 +44,20 @@ def matmul(csr: CSR, values: Tensor, X: Tensor, name: str | None = None) -> Tens
 
 
 def sampled(csr: CSR, G: Tensor, X: Tensor, name: str | None = None) -> Tensor:
-    """Return ``G @ X.T`` where the CSR matrix has its nonzeros; see ``torch_backend.sampled``."""
+    """Return ``G @ X.T`` where the CSR matrix has its nonzeros; see ``torch_backend.sampled``.
+
+    Raises:
+        RuntimeError: the shapes do not fit.
+    """
+    _check(csr.shape == (len(G), len(X)) and G.shape[1] == X.shape[1], csr, G, X)
     if not X.numel() or not len(csr.col):
         return X.new_zeros(len(csr.col))
     gradient: Tensor = backend(X, name).sampled(csr, G, X)
     return gradient
+
+
+def _check(fit: bool, csr: CSR, *others: Tensor) -> None:
+    """Raise if shapes do not fit: compiled loops would read what is not theirs."""
+    if not fit:
+        shapes = " and ".join(str(tuple(x.shape)) for x in others)
+        raise RuntimeError(f"A sparse weight of shape {tuple(csr.shape)} cannot be multiplied with {shapes}.")
