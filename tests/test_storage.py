@@ -192,6 +192,14 @@ def test_a_loss_that_lives_on_does_not_keep_the_connections_of_its_step(layer):
     assert [x() for x in before] == [None] * 5
 
 
+def test_training_goes_on_with_a_state_that_was_loaded_in_inference_mode(layer):
+    other = type(layer).from_dense(layer.to_dense(), layer.positions[2:])
+    with torch.inference_mode():
+        layer.load_state_dict({name: x.clone() for name, x in other.state_dict().items()})
+    layer(example(layer)).sum().backward()
+    assert layer.values.grad.shape == (layer.nnz,) == (other.nnz,)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_the_transpose_does_not_depend_on_how_much_is_sorted_at_once(chunk, monkeypatch):
     monkeypatch.setattr("lightning_sparse.storage.structure._CHUNK", chunk)

@@ -127,15 +127,16 @@ class SparseLayer(nn.Module):
         return super().__getattr__(name)
 
     def _set_structure(self, found: Structure) -> None:
-        self.crow, self.col, self.transposed_crow, self.transposed_col, self.permutation = found.tensors
+        tensors = [_trainable(x) for x in found.tensors]
+        self.crow, self.col, self.transposed_crow, self.transposed_col, self.permutation = tensors
 
     def _set_values(self, values: Tensor) -> None:
         """Exchange the parameter's data for that of another length."""
         self.values.grad = None
         # a graph that is still alive holds what accumulates the gradient, with the old length; another dtype resets it
         other = torch.float32 if values.dtype == torch.float64 else torch.float64
-        self.values.data = self.values.data.new_empty(0, dtype=other)
-        self.values.data = values
+        self.values.data = _trainable(self.values.data.new_empty(0, dtype=other))
+        self.values.data = _trainable(values)
 
     def _take(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
         """Return the input and the dtype of the output, which autocast may change."""
@@ -385,6 +386,12 @@ def dense_weight(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ..
     weight = values.new_zeros(math.prod(shape))
     weight[flat_positions(crow, col, shape)] = values
     return weight.view(shape)
+
+
+def _trainable(x: Tensor) -> Tensor:
+    """Return ``x`` as training needs it, though a state may be loaded while validating, in inference mode."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x
 
 
 def _copy(layer: Layer) -> Layer:
