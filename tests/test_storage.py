@@ -168,6 +168,16 @@ def test_structure_by_hand():
     assert {part.dtype for part in (*found.matrix[:2], *found.transposed[:2], found.permutation)} == {torch.int32}
 
 
+@pytest.mark.parametrize("shape", [(70_000, 40_000), (7, 4)])
+def test_positions_may_be_int32_in_weights_of_any_size(shape):
+    positions = torch.tensor([5, 13, 27]) if shape[0] == 7 else torch.tensor([5, 120_007, 2**31 - 5])
+    for ours, theirs in zip(
+        structure(positions.int(), shape).tensors, structure(positions, shape).tensors, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert structure(positions, shape).matrix.crow[-1] == 3
+
+
 # ---------------------------------------------------------------------- layers as modules
 
 

@@ -64,7 +64,7 @@ class _CSR(nn.Module):
         n = columns.shape[1]
         if n == 1:  # a vector is faster than a matrix of one column
             product = (self.weight @ columns[:, 0])[:, None]
-        elif n < _MANY or columns.requires_grad or _is_recorded():
+        elif n < _MANY or columns.requires_grad or self.values.requires_grad or _is_recorded():
             product = self.weight @ columns
         else:
             where = CSR(self.crow_indices, self.col_indices, (self.shape[0], self.shape[1]))
@@ -200,8 +200,9 @@ _CONVERTED: dict[type[nn.Module], Any] = {
 
 
 def _is_recorded() -> bool:
-    """Operations are written down for later, which compiled loops are none of."""
-    return bool(torch.jit.is_tracing() or torch.compiler.is_compiling())  # type: ignore[attr-defined, no-untyped-call]
+    """Operations are written down or differentiated as they go, which compiled loops are none of."""
+    tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
+    return bool(tracing or torch.autograd.forward_ad._current_level >= 0)
 
 
 def _converts(layer: nn.Module, min_sparsity: float) -> bool:

@@ -73,6 +73,8 @@ def csr(positions: Tensor, shape: Sequence[int], groups: int = 1) -> CSR:
     out, n = shape[0], math.prod(shape[1:])
     if max(len(positions), out, n * groups) > _INT32:
         raise ValueError(f"A sparse layer holds at most {_INT32} rows, columns and nonzeros, got {tuple(shape)}.")
+    if out * n > _INT32:
+        positions = positions.long()
     starts = torch.arange(out + 1, device=positions.device) * n
     crow = torch.searchsorted(positions, starts.to(positions.dtype), out_int32=True)
     col = torch.empty_like(positions, dtype=torch.int32)
@@ -91,7 +93,7 @@ def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Struc
     transposed_col, permutation = torch.empty_like(col), torch.empty_like(col)
     free = transposed_crow[:-1].long()  # where the next nonzero of each column goes
     first = 0
-    for some, part in _together(positions, col):
+    for some, part in _together(positions, col, at_least=columns):
         keys, order = (part.short() if columns <= _INT16 else part).sort(stable=True)  # quicker by half, if short
         count = torch.bincount(part, minlength=columns)
         places = torch.arange(len(part), device=part.device).add_((free - count.cumsum(0) + count)[keys.int()])
@@ -112,7 +114,7 @@ def flat_positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
     return positions
 
 
-def _together(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield parts of two vectors of one length, on the CPU small ones."""
-    at_once = _CHUNK if a.is_cpu else max(1, len(a))
+def _together(a: Tensor, b: Tensor, at_least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield parts of two vectors of one length, on the CPU small ones, but of as many elements as asked for."""
+    at_once = max(_CHUNK, at_least) if a.is_cpu else max(1, len(a))
     return zip(torch.split(a, at_once), torch.split(b, at_once), strict=True)
