@@ -60,4 +60,7 @@ def _check(fit: bool, csr: CSR, *others: Tensor) -> None:
     """Raise if shapes do not fit: compiled loops would read what is not theirs."""
     if not fit:
         shapes = " and ".join(str(tuple(x.shape)) for x in others)
-        raise RuntimeError(f"A sparse weight of shape {tuple(csr.shape)} cannot be multiplied with {shapes}.")
+        raise RuntimeError(
+            f"A sparse weight of shape {tuple(csr.shape)} cannot be multiplied with {shapes}: give it inputs of "
+            f"{csr.shape[1]} features, in a convolution those of all channels and places of the kernel."
+        )

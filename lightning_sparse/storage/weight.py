@@ -173,9 +173,10 @@ class SparseWeight(MaskedWeight):
         spare(self)
         found = self.sparse.structure_at(positions)
         del positions
-        gradient = None if old is None else moved(old, self.gradient_at(grown))
-        if old is not None and gradient is not None and len(old) == len(gradient):
-            gradient = old.copy_(gradient)
+        gradient = None
+        if old is not None:
+            gradient = moved(old, self.gradient_at(grown))
+            gradient = old.copy_(gradient) if len(old) == len(gradient) else gradient
         values = moved(self.W, new)
         for state, key in self._state_entries():
             state[key] = moved(state[key], fresh)
