@@ -110,6 +110,17 @@ def test_products_are_right_beyond_a_vector_a_tile_and_on_several_threads(backen
     assert_equal_layers(dense, SparseLinear.from_dense(dense), x, monkeypatch, backend)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (16, 32), (8, 24), (37, 50), (64, 3), (3, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_transpose_is_the_transpose(shape, dtype):
+    X = torch.randn(shape, dtype=dtype, requires_grad=True)
+    every_other = torch.randn(2 * shape[0], shape[1], dtype=dtype)[::2]
+    for matrix in (X, X.t(), every_other):
+        turned = numba_backend.transposed(matrix)
+        assert torch.equal(turned, matrix.t())
+        assert turned.is_contiguous()
+
+
 @pytest.mark.parametrize("n", [100, 128, 300])
 def test_compiled_products_do_not_depend_on_vectors_tiles_and_threads(n, monkeypatch):
     layer = SparseLinear(200, 90, nnz=6000, generator=torch.Generator().manual_seed(0))
@@ -335,7 +346,7 @@ def test_second_derivatives_are_refused(layer):
 def test_gradients_that_nobody_asked_for_are_not_computed(layer, monkeypatch):
     layer.values.requires_grad_(False)
     monkeypatch.setattr("lightning_sparse.storage.functional.sampled", None)
-    monkeypatch.setattr("lightning_sparse.storage.functional._transposed", None)
+    monkeypatch.setattr("lightning_sparse.storage.functional._matmul_transposed", None)
     layer(example(layer)).sum().backward()
     assert layer.values.grad is None
     assert layer.bias.grad is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_sparse import kernels
 from lightning_sparse.storage.structure import CSR
 
-__all__ = ["backend", "candidates", "matmul", "sampled"]
+__all__ = ["backend", "candidates", "matmul", "sampled", "transposed"]
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -54,6 +54,12 @@ def sampled(csr: CSR, G: Tensor, X: Tensor, name: str | None = None) -> Tensor:
         return X.new_zeros(len(csr.col))
     gradient: Tensor = backend(X, name).sampled(csr, G, X)
     return gradient
+
+
+def transposed(X: Tensor, name: str | None = None) -> Tensor:
+    """Return the transpose of a matrix, contiguous, with the backend of this name."""
+    turned: Tensor = backend(X, name).transposed(X)
+    return turned
 
 
 def _check(fit: bool, csr: CSR, *others: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
-from lightning_sparse.storage.backends import matmul, sampled
+from lightning_sparse.storage.backends import matmul, sampled, transposed
 from lightning_sparse.storage.structure import CSR, Structure
 
 __all__ = [
@@ -117,7 +117,7 @@ def linear_gradient(x: Tensor, delta: Tensor, where: CSR, backend: str | None = 
         backend: who multiplies.
     """
     dtype = _exact(delta.dtype)
-    return sampled(where, _columns(delta, dtype), _columns(x, dtype), backend)
+    return sampled(where, _columns(delta, dtype, backend), _columns(x, dtype, backend), backend)
 
 
 def conv2d_gradient(x: Tensor, delta: Tensor, where: CSR, geometry: Geometry, backend: str | None = None) -> Tensor:
@@ -209,22 +209,22 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, values, *weight.tensors)  # let go after the backward pass, the graph may live on
         ctx.backend = weight.backend
         dtype = _exact(values.dtype)
-        y = matmul(weight.matrix, values.to(dtype), _columns(x, dtype), weight.backend)
+        y = matmul(weight.matrix, values.to(dtype), _columns(x, dtype, weight.backend), weight.backend)
         if bias is not None:
             y += bias.to(dtype).unsqueeze(1)
-        return y.t().contiguous().view(*x.shape[:-1], len(y))
+        return transposed(y, weight.backend).view(*x.shape[:-1], len(y))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
         weight, dtype = Structure.of(indices, ctx.backend), _exact(values.dtype)
-        G = _columns(gradient, dtype)
+        G = _columns(gradient, dtype, ctx.backend)
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = _transposed(weight, values.to(dtype), G).t().contiguous().view(x.shape).to(x.dtype)
+            dx = transposed(_matmul_transposed(weight, values.to(dtype), G), ctx.backend).view(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dvalues = sampled(weight.matrix, G, _columns(x, dtype), ctx.backend).to(values.dtype)
+            dvalues = sampled(weight.matrix, G, _columns(x, dtype, ctx.backend), ctx.backend).to(values.dtype)
         if ctx.needs_input_grad[2]:
             dbias = G.sum(1).to(values.dtype)
         return dx, dvalues, dbias, None
@@ -256,7 +256,7 @@ class _Conv2d(torch.autograd.Function):
         dvalues = torch.zeros_like(exact) if ctx.needs_input_grad[1] else None
         for images, G in _gradients(x, gradient, geometry, dtype):
             if dx is not None:
-                columns = _transposed(weight, exact, G)
+                columns = _matmul_transposed(weight, exact, G)
                 dx[images] = geometry.fold(columns, len(x[images]), x.shape[2:]).to(x.dtype)
             if dvalues is not None:
                 dvalues += sampled(weight.matrix, G, geometry.unfold(x[images].to(dtype)), weight.backend)
@@ -268,12 +268,12 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _columns(x: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
     """Return ``(..., features)`` as ``(features, n)``, contiguous."""
-    return x.reshape(-1, x.shape[-1]).t().to(dtype).contiguous()
+    return transposed(x.reshape(-1, x.shape[-1]).to(dtype), backend)
 
 
-def _transposed(weight: Structure, values: Tensor, G: Tensor) -> Tensor:
+def _matmul_transposed(weight: Structure, values: Tensor, G: Tensor) -> Tensor:
     return matmul(weight.transposed, values.index_select(0, weight.permutation), G, weight.backend)
 
 

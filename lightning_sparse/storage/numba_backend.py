@@ -23,10 +23,11 @@ from torch.nn.functional import pad
 from lightning_sparse.kernels.numba_kernels import _compile, _pool
 from lightning_sparse.storage.structure import CSR
 
-__all__ = ["matmul", "sampled"]
+__all__ = ["matmul", "sampled", "transposed"]
 
 # bytes of a row of X that are multiplied at once: the registers hold as many sums beside what is added
 _VECTOR = 512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 256
+_LINE = 64  # bytes of a row that are transposed at once: a line of the cache is read and written as a whole
 _CACHED = 1 << 20  # bytes of X at once, if it pays: rows that come again are still in the cache
 _REPAYS = 32  # nonzeros of a row, on average, for which it pays to copy it, or to read and write it once more
 _SHARED_FROM = 1 << 18  # products
@@ -48,6 +49,15 @@ def sampled(csr: CSR, G: Tensor, X: Tensor) -> Tensor:
     out = X.new_zeros(len(csr.col))
     for block in _blocks(csr, X):
         block.multiply("sampled", csr, block.take(G), block.take(X), out)
+    return out
+
+
+def transposed(X: Tensor) -> Tensor:
+    """As ``torch_backend.transposed``."""
+    if X.t().is_contiguous():
+        return X.t()
+    out = X.new_empty(X.shape[1], X.shape[0])
+    _transpose(_LINE // X.element_size())(X.detach().contiguous().numpy(), out.numpy())
     return out
 
 
@@ -153,7 +163,22 @@ def _kernel(product: str, width: int) -> Callable[..., None]:
     return kernel  # type: ignore[no-any-return]
 
 
-# ---------------------------------------------------------------------- one row, in vectors
+@cache
+def _transpose(width: int) -> Callable[..., None]:
+    @_compile
+    def kernel(X, out):  # type: ignore[no-untyped-def]
+        rows, columns = len(X) // width * width, len(out) // width * width
+        for j in range(0, columns, width):
+            for i in range(0, rows, width):
+                _transpose_block(width, X, out, i, j)  # type: ignore[call-arg]
+        for i in range(len(X)):
+            for j in range(columns if i < rows else 0, len(out)):
+                out[j, i] = X[i, j]
+
+    return kernel  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------- in vectors
 
 
 @intrinsic(prefer_literal=True)
@@ -186,37 +211,39 @@ def _add_row(typing, product, width, first, last, col, a, X, b, i, low):  # type
     return types.void(product, width, index, index, col, a, X, b, index, index), generate
 
 
-class _Row:
-    """The code of ``_add_row``; arrays are contiguous, and vectors are ``width`` of their elements.
+@intrinsic(prefer_literal=True)
+def _transpose_block(typing, width, X, out, i, j):  # type: ignore[no-untyped-def]
+    """``out[j : j + width, i : i + width] = X[i : i + width, j : j + width].T``."""
 
-    Attributes:
-        builder: of the code.
-        a: pointer to the first element of that array.
-        b: the same.
-        start: of row ``i`` at column ``low`` in an array of the width of ``X``.
-    """
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        kinds, (_, *arrays, i, j) = signature.args[1:3], arguments
+        X, out = (context.make_array(kind)(context, builder, x) for kind, x in zip(kinds, arrays, strict=True))
+        vectors, size = _Vectors(context, builder, kinds[0].dtype, width.literal_value), width.literal_value
 
-    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
-        _, width, _, _, *kinds, _, _ = signature.args
-        _, _, self._first, self._last, *arrays, i, self._low = arguments
-        self.builder, self._width = builder, width.literal_value
-        col, a, X, b = (
-            context.make_array(kind)(context, builder, array) for kind, array in zip(kinds, arrays, strict=True)
-        )
-        self._col, self.a, self._X, self.b = col.data, a.data, X.data, b.data
-        self._n = builder.extract_value(X.shape, 1)
-        self._element = context.get_value_type(kinds[2].dtype)
+        def starts(array: Any, row: Any, column: Any) -> list[Any]:
+            n = builder.extract_value(array.shape, 1)
+            first = builder.add(builder.mul(row, n), column)
+            return [builder.add(first, builder.mul(n, n.type(k))) for k in range(size)]
+
+        rows = [vectors.load(X.data, start) for start in starts(X, i, j)]
+        for _ in range(size.bit_length() - 1):  # each turn moves one bit of the row's number to the column's
+            pairs = zip(rows[: size // 2], rows[size // 2 :], strict=True)
+            rows = [row for pair in pairs for row in vectors.interleaved(*pair)]
+        for row, start in zip(rows, starts(out, j, i), strict=True):
+            vectors.store(row, out.data, start)
+        return context.get_dummy_value()
+
+    return types.void(width, X, out, types.intp, types.intp), generate
+
+
+class _Vectors:
+    """Code for vectors of ``width`` elements, a power of 2, of this type of numba's."""
+
+    def __init__(self, context: Any, builder: Any, dtype: Any, width: int) -> None:
+        self.builder, self._width = builder, width
+        self._element = context.get_value_type(dtype)
         self._size = context.get_abi_sizeof(self._element)
-        self._vector = ir.VectorType(self._element, self._width)
-        self.start = builder.add(builder.mul(i, self._n), self._low)
-
-    @contextmanager
-    def nonzeros(self) -> Iterator[tuple[Any, Any]]:
-        """Loop over the nonzeros: the code in the ``with`` gets a number, and what of X it is multiplied with."""
-        builder, index = self.builder, self._first.type
-        with cgutils.for_range_slice(builder, self._first, self._last, index(1), index) as (p, _):
-            column = builder.sext(builder.load(builder.gep(self._col, [p])), index)
-            yield p, self.load(self._X, builder.add(builder.mul(column, self._n), self._low))
+        self._vector = ir.VectorType(self._element, width)
 
     def load(self, pointer: Any, start: Any) -> Any:
         return self.builder.load(self._at(pointer, start), align=self._size)
@@ -225,9 +252,13 @@ class _Row:
         self.builder.store(vector, self._at(pointer, start), align=self._size)
 
     def filled(self, scalar: Any) -> Any:
-        none, first = ir.Constant(self._vector, ir.Undefined), ir.IntType(32)(0)
-        one = self.builder.insert_element(none, scalar, first)
-        return self.builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(first.type, self._width), None))
+        none = ir.Constant(self._vector, ir.Undefined)
+        return self._picked(self.builder.insert_element(none, scalar, ir.IntType(32)(0)), none, [0] * self._width)
+
+    def interleaved(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """Return the elements of both in turn: those of the first halves, and of the second."""
+        order = [x for k in range(self._width) for x in (k, self._width + k)]
+        return self._picked(a, b, order[: self._width]), self._picked(a, b, order[self._width :])
 
     def multiply(self, a: Any, b: Any) -> Any:
         return self.builder.fmul(a, b, flags=_REORDERED)
@@ -241,5 +272,37 @@ class _Row:
         reduce = cgutils.get_or_insert_function(self.builder.module, kind, name)  # type: ignore[no-untyped-call]
         return self.builder.call(reduce, [self._element(-0.0), vector], fastmath=_REORDERED)
 
+    def _picked(self, a: Any, b: Any, order: list[int]) -> Any:
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), self._width), order))
+
     def _at(self, pointer: Any, start: Any) -> Any:
         return self.builder.bitcast(self.builder.gep(pointer, [start]), self._vector.as_pointer())
+
+
+class _Row(_Vectors):
+    """The code of ``_add_row``; arrays are contiguous, and vectors are of their elements.
+
+    Attributes:
+        a: pointer to the first element of that array.
+        b: the same.
+        start: of row ``i`` at column ``low`` in an array of the width of ``X``.
+    """
+
+    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        _, width, _, _, *kinds, _, _ = signature.args
+        _, _, self._first, self._last, *arrays, i, self._low = arguments
+        super().__init__(context, builder, kinds[2].dtype, width.literal_value)
+        col, a, X, b = (
+            context.make_array(kind)(context, builder, array) for kind, array in zip(kinds, arrays, strict=True)
+        )
+        self._col, self.a, self._X, self.b = col.data, a.data, X.data, b.data
+        self._n = builder.extract_value(X.shape, 1)
+        self.start = builder.add(builder.mul(i, self._n), self._low)
+
+    @contextmanager
+    def nonzeros(self) -> Iterator[tuple[Any, Any]]:
+        """Loop over the nonzeros: the code in the ``with`` gets a number, and what of X it is multiplied with."""
+        builder, index = self.builder, self._first.type
+        with cgutils.for_range_slice(builder, self._first, self._last, index(1), index) as (p, _):
+            column = builder.sext(builder.load(builder.gep(self._col, [p])), index)
+            yield p, self.load(self._X, builder.add(builder.mul(column, self._n), self._low))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sparse.storage.structure import CSR
 
-__all__ = ["matmul", "sampled"]
+__all__ = ["matmul", "sampled", "transposed"]
 
 with warnings.catch_warnings():  # torch says once that sparse CSR is beta
     warnings.simplefilter("ignore")
@@ -36,6 +36,11 @@ def sampled(csr: CSR, G: Tensor, X: Tensor) -> Tensor:
     out = _tensor(csr, torch.zeros(len(csr.col), dtype=X.dtype, device=X.device))
     torch.sparse.sampled_addmm(out, G, X.t(), beta=0.0, out=out)  # a fresh result would have int64 indices
     return out.values()
+
+
+def transposed(X: Tensor) -> Tensor:
+    """Return the transpose of a matrix, contiguous; a view of ``X`` if that is enough."""
+    return X.t().contiguous()
 
 
 def _tensor(csr: CSR, values: Tensor) -> Tensor:
