@@ -115,7 +115,8 @@ class GradualPruning(MaskedCallback):
         first, last = self.span()
         final = self.final(pool)
         start = pool.values.setdefault("start", sum(weight.active for weight in pool.weights))
-        now = final + round((start - final) * cubic(pool.step - first, last - first))
+        progress = (pool.step - first) / (last - first) if last > first else 1.0
+        now = final + round((start - final) * cubic(progress))
         pool.values["asked"] = min(now, pool.values.get("asked", start))  # a run may be resumed with more epochs
         return int(pool.values["asked"])
 

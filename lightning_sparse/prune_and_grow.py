@@ -15,7 +15,7 @@ from lightning_sparse.compiled import Uncompiled, can_pause, is_compiled
 from lightning_sparse.distributions import apportion, share
 from lightning_sparse.endpoints import Hooks
 from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
-from lightning_sparse.schedules import ANNEALING
+from lightning_sparse.schedules import DECAYS
 from lightning_sparse.storage.weight import Capture
 
 __all__ = ["PruneAndGrow"]
@@ -27,7 +27,8 @@ class PruneAndGrow(MaskedCallback):
     Args:
         sparsity: see ``MaskedCallback``.
         drop_fraction: share of a layer's connections that the first update drops, in (0, 1].
-        decay: how that share falls until the end of the updates: ``"cosine"`` as in RigL, ``"linear"``, ``"none"``, ...
+        decay: how that share falls until the end of the updates: ``"cosine"`` as in RigL, ``"linear"``, ``"sigmoid"``,
+            ``"sigmoid_cosine"`` or ``"none"``.
         update_every: number of optimizer steps from update to update; None: at the first step of each epoch but the
             first.
         stop_at: share of the training after which connections stay, in (0, 1].
@@ -45,7 +46,7 @@ class PruneAndGrow(MaskedCallback):
     ) -> None:
         super().__init__(sparsity, **options)
         checks.fraction("Usual values are 0.1 to 0.5.", drop_fraction=drop_fraction)
-        checks.one_of(ANNEALING, decay=decay)
+        checks.one_of(DECAYS, decay=decay)
         checks.fraction("RigL's value is 0.75.", stop_at=stop_at)
         if not drop_fraction or not stop_at:
             raise ValueError(
@@ -116,7 +117,7 @@ class PruneAndGrow(MaskedCallback):
             now, end = float(self._epoch - 1), self._last_epoch() - 1
         else:
             now, end = float(pool.step), self.stop_at * self.total_steps
-        return self.drop_fraction * ANNEALING[self.decay](now, max(end, 1e-9), 1.0)
+        return self.drop_fraction * DECAYS[self.decay](now / max(end, 1e-9))
 
     def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
         """Update with the share of now."""

@@ -1,58 +1,82 @@
 """Schedules: pure functions of progress.
 
-Annealing of AutoSparse's alpha, the paper's Eqs. 2-4 and 9. Each takes the epoch ``i`` (0, 1, ...), the number of
-epochs ``T`` and the rate ``beta`` (used by the exponential alone), and returns a factor in [0, 1].
+The decays are AutoSparse's annealing, Eqs. 2-4: each takes the share ``p`` of the way that is done, at least 0 (beyond
+1 it is taken for 1), and returns a factor that falls from 1 to 0, or nearly.
 """
 
 import math
 from collections.abc import Callable
 
-__all__ = ["ANNEALING", "cosine", "cubic", "exponential", "linear", "none", "sigmoid", "sigmoid_cosine"]
+from lightning_sparse._lightning import MisconfigurationException
+
+__all__ = ["ANNEALING", "DECAYS", "annealed", "cosine", "cubic", "linear", "none", "sigmoid", "sigmoid_cosine"]
 
 
-def none(i: float, T: float, beta: float = 1.0) -> float:
-    """No annealing: 1."""
+def none(p: float) -> float:
+    """No decay: 1."""
     return 1.0
 
 
-def linear(i: float, T: float, beta: float = 1.0) -> float:
-    """Return ``1 - i / T``.
+def linear(p: float) -> float:
+    """Return ``1 - p``.
 
-    >>> linear(1, 4)
+    >>> linear(0.25)
     0.75
     """
-    return 1 - min(i / T, 1)
+    return 1 - min(p, 1)
 
 
-def cosine(i: float, T: float, beta: float = 1.0) -> float:
-    """Return ``(1 + cos(pi i / T)) / 2`` (AutoSparse, Eq. 2)."""
-    return (1 + math.cos(math.pi * min(i / T, 1))) / 2
+def cosine(p: float) -> float:
+    """Return ``(1 + cos(pi p)) / 2`` (AutoSparse, Eq. 2)."""
+    return (1 + math.cos(math.pi * min(p, 1))) / 2
 
 
-def sigmoid(i: float, T: float, beta: float = 1.0) -> float:
-    """Return the falling logistic curve ``1 - 1 / (1 + exp(6 - 12 i / T))`` (AutoSparse, Eq. 3)."""
-    return 1 / (1 + math.exp(-6 + 12 * min(i / T, 1)))
+def sigmoid(p: float) -> float:
+    """Return the falling logistic curve ``1 - 1 / (1 + exp(6 - 12 p))`` (AutoSparse, Eq. 3)."""
+    return 1 / (1 + math.exp(-6 + 12 * min(p, 1)))
 
 
-def sigmoid_cosine(i: float, T: float, beta: float = 1.0) -> float:
+def sigmoid_cosine(p: float) -> float:
     """Return the larger of the two above (AutoSparse, Eq. 4)."""
-    return max(sigmoid(i, T), cosine(i, T))
+    return max(sigmoid(p), cosine(p))
 
 
-def exponential(i: float, T: float, beta: float = 1.0) -> float:
-    """Return ``exp(-beta i)`` (AutoSparse, Eq. 9); the number of epochs plays no part."""
-    return math.exp(-beta * i)
+def cubic(p: float) -> float:
+    """Return ``(1 - p)^3``, the part that is left to prune (GMP, Eq. 1); 1 before the start and 0 after the end.
 
-
-def cubic(i: float, T: float) -> float:
-    """Return ``(1 - i / T)^3``, the part that is left to prune (GMP, Eq. 1); 1 before the start and 0 after the end.
-
-    >>> cubic(1, 2), cubic(3, 2)
+    >>> cubic(0.5), cubic(1.5)
     (0.125, 0.0)
     """
-    return 0.0 if i >= T else (1 - max(i, 0) / T) ** 3
+    return (1 - min(max(p, 0.0), 1.0)) ** 3
 
 
-ANNEALING: dict[str, Callable[[float, float, float], float]] = {
-    function.__name__: function for function in (none, linear, cosine, sigmoid, sigmoid_cosine, exponential)
+DECAYS: dict[str, Callable[[float], float]] = {
+    function.__name__: function for function in (none, linear, cosine, sigmoid, sigmoid_cosine)
 }
+ANNEALING = (*DECAYS, "exponential")
+
+
+def annealed(alpha: float, decay: str, rate: float, epoch: int, epochs: int | None) -> float:
+    """Return ``alpha``, the share of their gradient that inactive weights get, in an epoch (AutoSparse, Eqs. 2-4, 9).
+
+    Args:
+        alpha: where annealing starts.
+        decay: one of ``ANNEALING``: of ``DECAYS``, or "exponential" (Eq. 9), ``exp(-rate epoch)``.
+        rate: of the exponential, per epoch.
+        epoch: counted from 0.
+        epochs: their number; None if it is not known.
+
+    Raises:
+        MisconfigurationException: the decay needs the number of epochs, and it is not known.
+
+    >>> annealed(1.0, "linear", 1.0, 1, 4)
+    0.75
+    """
+    if decay == "exponential":
+        return alpha * math.exp(-rate * epoch)
+    if epochs is None and decay != "none":
+        raise MisconfigurationException(
+            f"decay={decay!r} needs the number of epochs: set Trainer(max_epochs=...) or max_steps, "
+            "or use decay='exponential' or 'none'."
+        )
+    return alpha * DECAYS[decay](epoch / (epochs or 1))

@@ -1,17 +1,18 @@
 """Annealing of alpha: values worked out by hand, and what AutoSparse makes of them."""
 
 import math
+from itertools import pairwise
 
 import lightning.pytorch as pl
 import pytest
-from helpers import Lit, fit, loader, seeded, trainer
+from helpers import Lit, fit, loader, same, seeded, trainer, watched
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sparse import AutoSparse
-from lightning_sparse.schedules import ANNEALING
+from lightning_sparse import AutoSparse, RigL
+from lightning_sparse.schedules import ANNEALING, DECAYS, annealed
 
-# f(i, 4) for i = 0 ... 4
+# in epoch i = 0 ... 4 of 4
 TABLE = {
     "none": [1, 1, 1, 1, 1],
     "linear": [1, 0.75, 0.5, 0.25, 0],
@@ -24,21 +25,33 @@ TABLE = {
 
 @pytest.mark.parametrize("decay", ANNEALING)
 def test_values_are_the_papers(decay):
-    assert [ANNEALING[decay](i, 4, 1.0) for i in range(5)] == pytest.approx(TABLE[decay], abs=1e-12)
+    assert [annealed(1.0, decay, 1.0, i, 4) for i in range(5)] == pytest.approx(TABLE[decay], abs=1e-12)
 
 
 def test_every_decay_has_its_row():
-    assert TABLE.keys() == ANNEALING.keys()
+    assert list(TABLE) == list(ANNEALING)
 
 
 def test_exponential_uses_its_rate():
-    assert ANNEALING["exponential"](3, 100, 0.5) == pytest.approx(math.exp(-1.5))
+    assert annealed(2.0, "exponential", 0.5, 3, 100) == pytest.approx(2 * math.exp(-1.5))
 
 
-@given(st.sampled_from(sorted(ANNEALING)), st.integers(1, 300), st.integers(0, 400), st.floats(0, 3))
-def test_factors_stay_between_0_and_1_and_never_rise(decay, epochs, i, beta):
-    now, later = ANNEALING[decay](i, epochs, beta), ANNEALING[decay](i + 1, epochs, beta)
+@given(st.sampled_from(ANNEALING), st.integers(1, 300), st.integers(0, 400), st.floats(0, 3))
+def test_factors_stay_between_0_and_1_and_never_rise(decay, epochs, i, rate):
+    now, later = (annealed(1.0, decay, rate, epoch, epochs) for epoch in (i, i + 1))
     assert 0 <= later <= now <= 1
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_connections_move_under_every_decay(decay):
+    watch, _, _ = watched(RigL(0.8, decay=decay, update_every=5))
+    moved = [step for step, (then, now) in enumerate(pairwise(watch.masks), 1) if not same(then, now)]
+    assert moved == [5]
+
+
+def test_decays_of_connections_are_of_the_training_not_of_epochs():
+    with pytest.raises(ValueError, match=r"decay must be one of .*'linear'.*, got 'exponential'"):
+        RigL(0.8, decay="exponential")
 
 
 @pytest.mark.parametrize("decay", ANNEALING)

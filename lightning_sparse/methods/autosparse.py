@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import checks
-from lightning_sparse.annealing import annealed
 from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
 from lightning_sparse.masks import top_k
-from lightning_sparse.schedules import ANNEALING
+from lightning_sparse.schedules import ANNEALING, annealed
 
 __all__ = ["AutoSparse"]
 

@@ -71,7 +71,7 @@ class GraNet(GradualPruning):
     def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
         """Prune to the schedule; then drop the smallest ``|W|`` of each layer and grow the largest ``|dP|``."""
         trained = pool.step > 0  # what has not been trained is not judged
-        fraction = self.drop_fraction * cosine(pool.step, self.total_steps) if trained else 0.0
+        fraction = self.drop_fraction * cosine(pool.step / self.total_steps) if trained else 0.0
         free = [~weight.mask for weight in weights]
         self.prune_globally(pool)
         for weight, places in zip(weights, free, strict=True):

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse import checks, masks
-from lightning_sparse.annealing import annealed
 from lightning_sparse.distributions import apportion, budget
 from lightning_sparse.latent import LatentWeight
-from lightning_sparse.schedules import ANNEALING
+from lightning_sparse.schedules import ANNEALING, annealed
 from lightning_sparse.top_k import TopKCallback
 
 __all__ = ["TopKAST"]
