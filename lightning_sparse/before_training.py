@@ -98,7 +98,7 @@ class BeforeTraining(MaskedCallback):
             self._prune(list(self._weights.values()))
 
     def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
-        """Choose the connections of weights that joined an optimizer later, by their scores of now."""
+        """Choose the connections of weights that joined an optimizer later, by their current scores."""
         super().attach_more(choices, optimizer)
         self._prune([self._weights[choice.name] for choice in choices])
 

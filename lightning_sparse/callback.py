@@ -236,7 +236,7 @@ class SparseCallback(Callback, ABC):
         every, theirs = self.log_every_n_steps, max(getattr(trainer, "log_every_n_steps", 1), 1)
         if every is not None and trainer.loggers and every % theirs:
             rank_zero_warn(
-                f"log_every_n_steps={every} of {type(self).__name__} is no multiple of the Trainer's {theirs}, "
+                f"log_every_n_steps={every} of {type(self).__name__} is not a multiple of the Trainer's {theirs}, "
                 "so not all of its values reach the logger. "
                 f"Set Trainer(log_every_n_steps={every}) or a divisor of it."
             )
@@ -508,7 +508,7 @@ def _detached() -> dict[str, Any]:
 
 
 def unscales(optimizer: Optimizer | None) -> bool:
-    """Tell whether a gradient scaler, if there is one, divides gradients itself: a fused ``optimizer`` does it else."""
+    """Tell whether a gradient scaler, if any, divides the gradients itself; otherwise a fused optimizer does."""
     return not getattr(optimizer, "_step_supports_amp_scaling", False)
 
 

@@ -4,11 +4,25 @@ import math
 import os
 from collections.abc import Collection, Sequence
 
-__all__ = ["at_least", "file", "fraction", "integer", "one_of", "patterns"]
+__all__ = ["above", "at_least", "file", "finite", "fraction", "integer", "one_of", "patterns"]
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def finite(remedy: str, **argument: float) -> None:
+    """Raise unless the one keyword argument is a finite number."""
+    ((name, value),) = argument.items()
+    if not _is_number(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}. {remedy}")
+
+
+def above(low: float, remedy: str, **argument: float) -> None:
+    """Raise unless the one keyword argument is a finite number above ``low``."""
+    ((name, value),) = argument.items()
+    if not _is_number(value) or value <= low:
+        raise ValueError(f"{name} must be a finite number above {low}, got {value!r}. {remedy}")
 
 
 def at_least(low: float, remedy: str, **argument: float) -> None:
@@ -37,11 +51,20 @@ def file(remedy: str, **argument: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{name} must be a file that exists, got {os.fspath(value)!r}. {remedy}")
 
 
-def fraction(remedy: str, **argument: float) -> None:
-    """Raise unless the one keyword argument lies in [0, 1]."""
+def fraction(remedy: str, *, above_0: bool = False, below_1: bool = False, **argument: float) -> None:
+    """Raise unless the one keyword argument lies in [0, 1], without the ends that are excluded.
+
+    >>> fraction("1 uses all.", above_0=True, share=0)
+    Traceback (most recent call last):
+    ValueError: share must be above 0, got 0. 1 uses all.
+    """
     ((name, value),) = argument.items()
     if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}. {remedy}")
+    if above_0 and value == 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}. {remedy}")
+    if below_1 and value == 1:
+        raise ValueError(f"{name} must be below 1, got {value!r}. {remedy}")
 
 
 def integer(low: int, remedy: str, **argument: int) -> None:

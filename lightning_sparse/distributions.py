@@ -35,9 +35,7 @@ def check(sparsity: float, distribution: str | Mapping[str, float], min_layer_de
     Raises:
         ValueError: one is not; it is named.
     """
-    checks.fraction("It is the share of zeros, 0.9 for 10 % of the weights.", sparsity=sparsity)
-    if sparsity == 1:
-        raise ValueError(f"sparsity must be below 1, got {sparsity!r}: nothing would be left to train.")
+    checks.fraction("It is the share of zeros, 0.9 for 10 % of the weights.", below_1=True, sparsity=sparsity)
     if isinstance(distribution, str):
         checks.one_of(DISTRIBUTIONS, distribution=distribution)
     else:
@@ -153,7 +151,10 @@ def uniform_first_dense(shapes: Sequence[Shape], total: int) -> list[int]:
     """Leave the first layer dense and give all others the same density (RigL, Sec. 3)."""
     first = math.prod(shapes[0])
     if first > total:
-        raise ValueError(f"The first layer alone has {first} weights, the budget is {total}.")
+        raise ValueError(
+            f"distribution='uniform_first_dense' keeps the first layer whole, which has {first} weights, but sparsity "
+            f"leaves {total} in all. Lower sparsity, or use 'uniform'."
+        )
     return [first, *uniform(shapes[1:], total - first)]
 
 

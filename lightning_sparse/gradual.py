@@ -102,7 +102,7 @@ class GradualPruning(MaskedCallback):
     def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
         """Draw the masks of each optimizer's weights by themselves, as their schedule will go on."""
         for pool in self._pools.values() if self.initial_sparsity else ():
-            own = [weight for weight in weights if any(weight is other for other in pool.weights)]
+            own = [weight for weight in weights if weight in pool.weights]
             if own:
                 super().initial_masks(own)
 

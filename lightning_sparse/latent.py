@@ -225,7 +225,7 @@ class LatentCallback(SparseCallback):
 
     @torch.no_grad()
     def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
-        if resumed and self._weights:  # none in a checkpoint of before the fit, as LearningRateFinder writes it
+        if resumed and self._weights:  # none in a checkpoint from before the fit, as LearningRateFinder writes it
             here = {choice.name: tuple(choice.parameter.shape) for choice in choices}
             refuse_other_weights(self, here, {n: tuple(weight.latent.shape) for n, weight in self._weights.items()})
         elif self._weights and not self._continues(choices):
@@ -388,9 +388,9 @@ class LatentCallback(SparseCallback):
         place = next((i for i, p in enumerate(group["params"]) if p is t), len(group["params"]))
         if weight.places.setdefault(key, place) != place:
             raise MisconfigurationException(
-                f"In the checkpoint the threshold of {weight.name} stands at place {weight.places[key]} of its param "
-                f"group, where it would be at {place} now, and take another's momentum from the optimizer. Give "
-                "the Trainer the callbacks, and the optimizer the parameters, in the order of then."
+                f"The checkpoint has the threshold of {weight.name} at index {weight.places[key]} of its param group; "
+                f"here it would be at index {place} and get another tensor's optimizer state. Give the Trainer the "
+                "callbacks, and the optimizer the parameters, in the same order as when the checkpoint was written."
             )
         if place == len(group["params"]):
             group["params"].append(t)

@@ -23,7 +23,7 @@ from lightning_sparse.layers import Choice
 __all__ = ["MaskedCallback", "MaskedWeight", "Pool", "finite"]
 
 
-@dataclass
+@dataclass(eq=False)
 class MaskedWeight:
     """One weight that trains sparse.
 
@@ -232,7 +232,7 @@ class MaskedWeight:
         return {**self.__dict__, "parameter": None, "optimizer": None, "_places": None}
 
 
-@dataclass
+@dataclass(eq=False)
 class Pool:
     """The weights of one optimizer, among which connections may move, and its clock.
 
@@ -412,7 +412,7 @@ class MaskedCallback(SparseCallback):
         shapes = {choice.name: choice.shape for choice in choices}
         held = {name: weight.shape for name, weight in self._weights.items()}
         state = self._weights
-        if resumed and state:  # none in a checkpoint of before the fit, as LearningRateFinder writes it
+        if resumed and state:  # none in a checkpoint from before the fit, as LearningRateFinder writes it
             refuse_other_weights(self, shapes, held)
         else:
             if state and not (held == shapes and all(map(_fits, choices, (state[name] for name in shapes)))):

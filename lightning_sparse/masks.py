@@ -170,7 +170,7 @@ def largest(blocks: Iterable[tuple[int, Tensor]], k: int, floor: float = -1.0) -
         if len(best) >= 2 * k:
             kept = top_k_positions(best, k)
             best, positions = best[kept], positions[kept]
-            floor = float(best.min())  # who only equals it comes later, and loses
+            floor = float(best.min())  # a tie comes later, and loses
     kept = top_k_positions(best, min(k, len(best)))
     return positions[kept].cpu(), best[kept].cpu()
 

@@ -15,7 +15,7 @@ from lightning_sparse.matrices import as_matrix, write_matrix
 __all__ = ["LatentWeight", "Pool", "pools"]
 
 
-@dataclass
+@dataclass(eq=False)
 class LatentWeight:
     """One weight that trains sparse.
 

@@ -45,14 +45,10 @@ class PruneAndGrow(MaskedCallback):
         **options: Any,
     ) -> None:
         super().__init__(sparsity, **options)
-        checks.fraction("Usual values are 0.1 to 0.5.", drop_fraction=drop_fraction)
+        fixed = "RandomPruning is the method whose connections stay."
+        checks.fraction(f"Usual values are 0.1 to 0.5. {fixed}", above_0=True, drop_fraction=drop_fraction)
         checks.one_of(DECAYS, decay=decay)
-        checks.fraction("RigL's value is 0.75.", stop_at=stop_at)
-        if not drop_fraction or not stop_at:
-            raise ValueError(
-                f"drop_fraction and stop_at must be above 0, got {drop_fraction!r} and {stop_at!r}: no connection "
-                "would ever move. RandomPruning is the method with a fixed random mask."
-            )
+        checks.fraction(f"RigL's value is 0.75. {fixed}", above_0=True, stop_at=stop_at)
         if update_every is not None:
             checks.integer(1, "None updates once an epoch.", update_every=update_every)
         self.drop_fraction = drop_fraction
@@ -120,7 +116,7 @@ class PruneAndGrow(MaskedCallback):
         return self.drop_fraction * DECAYS[self.decay](now / max(end, 1e-9))
 
     def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
-        """Update with the share of now."""
+        """Update with the current fraction."""
         self.update(weights, self.fraction(pool), scale)
 
     # ------------------------------------------------------------------ what an update needs of its step

@@ -29,13 +29,13 @@ class TopKCallback(LatentCallback):
         update_every: number of optimizer steps from one choice of the sets to the next.
         distribution: under ``scope="layer"``, how the active weights are divided among layers; see ``MaskedCallback``.
         min_layer_density: no layer falls below this density.
-        granularity: of the thresholds, if the method has any.
         include: see ``SparseCallback``.
         exclude: see ``SparseCallback``.
         log_every_n_steps: see ``SparseCallback``.
     """
 
     threshold_names: Sequence[str] = ()
+    granularity: Granularity = "layer"  #: of the thresholds, if the method has any
 
     def __init__(
         self,
@@ -44,12 +44,11 @@ class TopKCallback(LatentCallback):
         update_every: int,
         distribution: str | Mapping[str, float] = "uniform",
         min_layer_density: float = 0.0,
-        granularity: Granularity = "layer",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         log_every_n_steps: int | None = None,
     ) -> None:
-        super().__init__(0.0, granularity, include, exclude, log_every_n_steps)
+        super().__init__(0.0, type(self).granularity, include, exclude, log_every_n_steps)
         checks.one_of(("global", "layer"), scope=scope)
         checks.integer(1, "1 chooses anew at every step.", update_every=update_every)
         distributions.check(sparsity, distribution, min_layer_density)
@@ -149,11 +148,11 @@ class TopKCallback(LatentCallback):
     def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         held = list(self._weights.values())
         super().attach(choices, optimizers, resumed)
-        fresh = [weight for weight in self._weights.values() if not any(weight is old for old in held)]
+        fresh = [weight for weight in self._weights.values() if weight not in held]
         if not resumed:
             self._updates = {}
         for optimizer in optimizers:
-            self._begin([weight for weight in self._owned(optimizer) if any(weight is other for other in fresh)])
+            self._begin([weight for weight in self._owned(optimizer) if weight in fresh])
 
     @torch.no_grad()
     def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
@@ -182,7 +181,7 @@ class TopKCallback(LatentCallback):
         if owned and self.is_due(updates):
             self.choose(owned)
             for weight in owned:
-                if not any(weight is other for other in weights):  # one without a gradient, which nobody else projects
+                if weight not in weights:  # one without a gradient, which nobody else projects
                     self._project(weight)
 
     def _begin(self, weights: Sequence[LatentWeight]) -> None:

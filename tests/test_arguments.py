@@ -3,12 +3,13 @@
 import copy
 import inspect
 import pickle
+from functools import partial
 
 import pytest
 from helpers import ROUNDS, SETTINGS
 
 import lightning_sparse
-from lightning_sparse import DST, SNIP, MemoryEfficientDST, OptG, RigL
+from lightning_sparse import DST, SNIP, SWAT, MemoryEfficientDST, OptG, RigL, TopKAST
 
 METHODS = {**SETTINGS, **ROUNDS}
 
@@ -36,8 +37,9 @@ def test_the_nearest_argument_is_named_and_those_that_a_method_sets_itself_are_n
         DST(sparsity=0.9)
     with pytest.raises(TypeError, match=r"^MemoryEfficientDST got an unexpected .* 'decay'\. It takes: (?!.*decay)"):
         MemoryEfficientDST(0.9, decay="linear")
-    with pytest.raises(TypeError, match=r"^OptG got an unexpected keyword argument 'granularity'"):
-        OptG(0.9, granularity="layer")
+    for build in (OptG, SWAT, partial(TopKAST, backward_sparsity=0.5)):
+        with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'granularity'"):
+            build(0.9, granularity="layer")
 
 
 class Own(RigL):

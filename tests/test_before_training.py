@@ -648,8 +648,8 @@ def test_grasp_finds_logits_by_name():
     [
         (lambda: SNIP(0.9, batches=0), "batches must be an integer of at least 1, got 0"),
         (lambda: GraSP(0.9, batches=1.5), r"batches must be an integer of at least 1, got 1\.5"),
-        (lambda: GraSP(0.9, temperature=0), "temperature must be above 0, got 0"),
-        (lambda: GraSP(0.9, temperature=-1), "temperature must be a finite number of at least 0, got -1"),
+        (lambda: GraSP(0.9, temperature=0), "temperature must be a finite number above 0, got 0"),
+        (lambda: GraSP(0.9, temperature=-1), "temperature must be a finite number above 0, got -1"),
         (lambda: SynFlow(0.9, rounds=0), "rounds must be an integer of at least 1, got 0"),
         (lambda: SynFlow(1.0), r"sparsity must be below 1, got 1\.0"),
         (lambda: RandomPruning(0.9, "er2"), "distribution must be one of"),

@@ -39,7 +39,7 @@ def test_er_leaves_the_kernel_out_and_erk_counts_it():
 def test_uniform_gives_each_layer_the_same_density():
     assert uniform([(10, 10), (20, 10), (1, 100)], 40) == [10, 20, 10]
     assert uniform_first_dense([(10, 10), (20, 10), (1, 100)], 130) == [100, 20, 10]
-    with pytest.raises(ValueError, match="The first layer alone has 100 weights, the budget is 40"):
+    with pytest.raises(ValueError, match=r"first layer whole, which has 100 weights, but sparsity leaves 40 in all"):
         uniform_first_dense([(10, 10), (20, 10)], 40)
 
 

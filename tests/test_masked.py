@@ -348,7 +348,7 @@ def test_a_layer_without_a_gradient_keeps_its_connections():
         ({"distribution": {"net.*": 2}}, "distribution must be a number from 0 to 1, got 2"),
         ({"min_layer_density": 2}, "min_layer_density must be a number from 0 to 1, got 2"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        ({"drop_fraction": 0}, "drop_fraction and stop_at must be above 0, got 0"),
+        ({"drop_fraction": 0}, "drop_fraction must be above 0, got 0"),
         ({"drop_fraction": 1.5}, "drop_fraction must be a number from 0 to 1, got 1.5"),
         ({"update_every": 0}, "update_every must be an integer of at least 1, got 0"),
         ({"decay": "fast"}, "decay must be one of .*'cosine'"),

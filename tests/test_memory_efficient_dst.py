@@ -545,7 +545,7 @@ def test_two_processes_with_different_data_draw_and_move_the_same():
         ({"heuristic": "rigl"}, r"heuristic must be one of \['grabo', 'random', 'synflow'\], got 'rigl'"),
         ({"subset_multiplier": 0.5}, "subset_multiplier must be a finite number of at least 1, got 0.5. With 1 all"),
         ({"subset_multiplier": math.inf}, "subset_multiplier must be a finite number"),
-        ({"drop_fraction": 0}, "drop_fraction and stop_at must be above 0"),
+        ({"drop_fraction": 0}, "drop_fraction must be above 0, got 0"),
         ({"update_every": 0}, "update_every must be an integer of at least 1"),
     ],
 )

@@ -153,7 +153,7 @@ def test_thresholds_are_not_resumed_with_each_others_momentum(tmp_path):
     run.save_checkpoint(tmp_path / "one.ckpt")
     with pytest.raises(
         MisconfigurationException,
-        match=r"threshold of net\.2\.weight stands at place 7 .*would be at 6 now.*order of then",
+        match=r"has the threshold of net\.2\.weight at index 7 .*would be at index 6.*same order",
     ):
         trainer(pair()[::-1], max_epochs=2).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "one.ckpt")
 

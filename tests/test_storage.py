@@ -360,7 +360,7 @@ def test_weight_of_a_sparse_layer_cannot_be_read(layer):
 def test_other_layers_have_no_sparse_form():
     with pytest.raises(TypeError, match=r"Only nn\.Linear and nn\.Conv2d have a sparse form, not Conv1d"):
         make_sparse_(nn.Conv1d(2, 2, 1), torch.tensor([0]))
-    with pytest.raises(TypeError, match="SparseConv2d cannot take the place of Linear"):
+    with pytest.raises(TypeError, match=r"layer must be an nn\.Conv2d for SparseConv2d, got Linear"):
         SparseConv2d.from_dense(nn.Linear(2, 2))
 
 

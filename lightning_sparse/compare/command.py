@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import lightning_sparse
 from lightning_sparse._extras import extra
@@ -67,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
             for seed in given.seeds
             for entry in chosen
         }
-        for module in ("jsonargparse", "docstring_parser", "tqdm"):
+        for module in ("jsonargparse", "docstring_parser"):
             extra(module, "cli")
         if not given.no_plot:
             extra("matplotlib", "report")
@@ -259,5 +260,5 @@ def _command(args: Sequence[str]) -> str:
 
 
 def _say(line: str) -> None:
-    extra("tqdm", "cli").tqdm.write(line, file=sys.stderr)
+    tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()

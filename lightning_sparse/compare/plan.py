@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+import yaml
+
 import lightning_sparse
 from lightning_sparse import checks
-from lightning_sparse._extras import extra
 from lightning_sparse.callback import SparseCallback
 from lightning_sparse.compare.recipe import Arguments, Recipe
 
@@ -89,7 +90,7 @@ def check_option(option: str) -> None:
     key, equals, _ = option.partition("=")
     if not equals or not key.startswith(("--trainer.", "--model.", "--data.")):
         raise ValueError(
-            f"{option} is no option of compare. Options for all runs have the form --trainer.KEY=VALUE, "
+            f"{option} is not an option of compare. Options for all runs have the form --trainer.KEY=VALUE, "
             "--model.KEY=VALUE or --data.KEY=VALUE, with the equals sign."
         )
     if key.split(".")[1].rstrip("+") in _OURS:
@@ -177,7 +178,7 @@ def _parse(text: str) -> tuple[str, Arguments, tuple[str, ...]]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not (key and equals and value):
-            raise ValueError(f"{text!r}: {setting!r} is no ARGUMENT=VALUE. Write {SYNTAX}.")
+            raise ValueError(f"{text!r}: {setting!r} is not ARGUMENT=VALUE. Write {SYNTAX}.")
         if key in arguments or key in options:
             raise ValueError(f"{text!r} gives {key} twice. Leave one of them.")
         if "." in key:
@@ -213,11 +214,10 @@ def _value(text: str) -> Any:
     >>> _value("1e-3"), _value("none"), _value("null"), _value("[a, b]")
     (0.001, 'none', None, ['a', 'b'])
     """
-    yaml = extra("yaml", "cli")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{text!r} is no value in YAML: {error}") from error
+        raise ValueError(f"{text!r} is not a value in YAML: {error}") from error
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -6,8 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lightning_sparse import recipes
-from lightning_sparse._extras import extra
 from lightning_sparse.callback import SparseCallback
 
 __all__ = ["Arguments", "Recipe"]
@@ -49,15 +50,16 @@ class Recipe:
         if not file.is_file():
             raise ValueError(f"there is no file {name}. Give a YAML file or a name of: lightning-sparse recipes")
         if not is_file and recipes.is_addition(name):
-            raise ValueError(f"{name} is no training but adds to one. See lightning-sparse recipes.")
+            raise ValueError(f"{name} is not a training but adds to one. See lightning-sparse recipes.")
         text = file.read_text(encoding="utf-8")
-        yaml = extra("yaml", "cli")
         try:
             content = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{name} is not YAML: {error}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{name} is no configuration of a training: it has no entries such as model and trainer.")
+            raise ValueError(
+                f"{name} is not the configuration of a training: it has no entries such as model and trainer."
+            )
         listed = (content.get("trainer") or {}).get("callbacks") or []
         callbacks = listed if isinstance(listed, list) else [listed]
         sparse = [callback for callback in callbacks if _is_sparse(callback)]

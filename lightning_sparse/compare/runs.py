@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from tqdm import tqdm
 
-from lightning_sparse._extras import extra
 from lightning_sparse._lightning import PACKAGE
 from lightning_sparse.compare.results import history
 
@@ -82,7 +83,7 @@ class Run:
         }
         trainer = {**self.changes.get("trainer", {}), "logger": logger, "enable_progress_bar": False}
         file = self.folder / "run.yaml"
-        text = extra("yaml", "cli").safe_dump({**self.changes, "trainer": trainer}, sort_keys=False)
+        text = yaml.safe_dump({**self.changes, "trainer": trainer}, sort_keys=False)
         file.write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "lightning_sparse", "fit", f"--config={self.recipe}", f"--config={file}"]
         command += [*self.options]
@@ -146,7 +147,7 @@ def train(
     unit = epochs or 1
     done = unit * (len(runs) - len(waiting))
     before = {run.name: min(run.epochs, unit) for run in waiting} if epochs else {}
-    bar = extra("tqdm", "cli").tqdm(
+    bar = tqdm(
         total=unit * len(runs),
         initial=done + sum(before.values()),
         unit="epoch" if epochs else "run",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 import torch
 
 from lightning_sparse._extras import extra
@@ -20,7 +21,6 @@ def decode(samples: Samples) -> Batch:
         ValueError: an image has another size than the first; the message names it.
     """
     load = extra("torchvision.datasets.folder", "examples").default_loader
-    numpy = extra("numpy", "examples")
     first = numpy.asarray(load(samples[0][0]))
     images = numpy.empty((len(samples), *first.shape), numpy.uint8)
     for index, (file, _) in enumerate(samples):  # threads would wait for one another: there is little to decode

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse import checks
 from lightning_sparse.export._modules import check_module
 from lightning_sparse.storage.backends import matmul
 from lightning_sparse.storage.functional import convolve, padded
@@ -171,8 +172,7 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
         )
     """
     check_module(module)
-    if not 0 <= min_sparsity <= 1:
-        raise ValueError(f"min_sparsity must be in [0, 1], got {min_sparsity}.")
+    checks.fraction("0.9 is about where CSR begins to pay.", min_sparsity=min_sparsity)
     result = nn.ModuleDict({"root": copy.deepcopy(module)})  # a holder, so that the module itself may be converted
     done: dict[nn.Module, nn.Module] = {}
     for parent in [*result.modules()]:
@@ -200,7 +200,7 @@ _CONVERTED: dict[type[nn.Module], Any] = {
 
 
 def _is_recorded() -> bool:
-    """Operations are written down or differentiated as they go, which compiled loops are none of."""
+    """Tell whether operations are traced, or differentiated forward: compiled loops support neither."""
     tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
     return bool(tracing or torch.autograd.forward_ad._current_level >= 0)
 

@@ -85,7 +85,7 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
             new = {f"{name}.indices": coded[0].cpu(), f"{name}.values": coded[1].cpu()}
             sparse[name] = list(shape)
         if parts.keys() & new.keys():
-            raise ValueError(f"names in state must not collide, but {name!r} is written as {sorted(new)}.")
+            raise ValueError(f"names in state must not collide, but {name!r} is written as {sorted(new)}. Rename it.")
         parts.update(new)
     metadata = {"format": _FORMAT, "sparse": json.dumps(sparse), "tied": json.dumps(tied)}
     extra("safetensors.torch", "export").save_file(parts, os.fspath(path), metadata=metadata)
@@ -116,7 +116,7 @@ def load_sparse(path: str | os.PathLike[str], device: str | torch.device = "cpu"
     try:
         opened = safetensors.safe_open(os.fspath(path), framework="pt", device=str(device))
     except safetensors.SafetensorError as error:
-        raise ValueError(_other(path, f"it is no safetensors file ({error})")) from error
+        raise ValueError(_other(path, f"it is not a safetensors file ({error})")) from error
     with opened as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:

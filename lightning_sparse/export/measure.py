@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.sparse import SparseSemiStructuredTensor
+from tqdm import tqdm
 
 from lightning_sparse._extras import extra
 from lightning_sparse.bench.measure import seconds
@@ -180,7 +181,6 @@ def benchmark(
 
 def _shown(things: Collection[T], title: str) -> Iterable[T]:
     """Return the things, with a bar, if there is a terminal, that shows how many of them have been handed out."""
-    tqdm = extra("tqdm", "cli").tqdm
     bar: Iterable[T] = tqdm(things, title, file=sys.stderr, leave=False, dynamic_ncols=True, disable=None)
     return bar
 

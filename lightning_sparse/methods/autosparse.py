@@ -65,7 +65,7 @@ class AutoSparse(LatentCallback):
         exclude: Sequence[str] = (),
         log_every_n_steps: int | None = None,
     ) -> None:
-        checks.at_least(float("-inf"), "The paper's value is -5.", init_threshold=init_threshold)
+        checks.finite("The paper's value is -5.", init_threshold=init_threshold)
         super().__init__(init_threshold, granularity, include, exclude, log_every_n_steps)
         checks.fraction("The paper's values are 0.75 to 1; 0 makes it STR.", alpha=alpha)
         checks.one_of(ANNEALING, decay=decay)

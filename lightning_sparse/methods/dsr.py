@@ -66,12 +66,8 @@ class DSR(SparseStorage, PruneAndGrow):
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
-        checks.at_least(0, "The paper's value is 1e-3.", init_threshold=init_threshold)
-        checks.fraction("The paper's value is 0.1.", tolerance=tolerance)
-        if not init_threshold:
-            raise ValueError(
-                f"init_threshold must be above 0, got {init_threshold!r}: doubled, it would stay 0. Try 1e-3."
-            )
+        checks.above(0, "The paper's value is 1e-3.", init_threshold=init_threshold)
+        checks.fraction("The paper's value is 0.1.", below_1=True, tolerance=tolerance)
         self.init_threshold = init_threshold
         self.tolerance = tolerance
 

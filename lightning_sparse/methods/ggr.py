@@ -124,7 +124,7 @@ def _ranking(
         if len(best) > 2 * extra or (owner + 1 == len(weights) and len(best) > extra):
             kept = masks.top_k_positions(best, extra)
             best, places, ends = best[kept], places[kept], torch.searchsorted(kept, ends)
-            bound = float(best.min()) if extra else bound  # who only equals it comes later, and loses
+            bound = float(best.min()) if extra else bound  # a tie comes later, and loses
     ranked = list(zip(places.tensor_split(ends[:-1]), best.tensor_split(ends[:-1]), strict=True))
     for owner, (found, gradients) in sure.items():
         positions, order = torch.cat((found, ranked[owner][0])).sort()

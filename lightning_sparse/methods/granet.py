@@ -56,11 +56,8 @@ class GraNet(GradualPruning):
         **options: Any,
     ) -> None:
         super().__init__(sparsity, initial_sparsity, begin_at, end_at, update_every, **options)
-        checks.fraction("The paper's value is 0.5.", drop_fraction=drop_fraction)
-        if not drop_fraction:
-            raise ValueError(
-                f"drop_fraction must be above 0, got {drop_fraction!r}: nothing would regenerate. That method is GMP."
-            )
+        remedy = "The paper's value is 0.5; the method without regeneration is GMP."
+        checks.fraction(remedy, above_0=True, drop_fraction=drop_fraction)
         self.drop_fraction = drop_fraction
 
     def is_due(self, pool: Pool) -> bool:

@@ -59,9 +59,7 @@ class GraSP(BeforeTraining):
     ) -> None:
         super().__init__(sparsity, **options)
         checks.integer(1, "About ten samples of each class are usual.", batches=batches)
-        checks.at_least(0, "The paper's value is 200; 1 leaves the logits as they are.", temperature=temperature)
-        if temperature == 0:
-            raise ValueError("temperature must be above 0, got 0. The paper's value is 200.")
+        checks.above(0, "The paper's value is 200; 1 leaves the logits as they are.", temperature=temperature)
         self.batches = batches
         self.absolute = absolute
         self.temperature = temperature

@@ -35,7 +35,7 @@ class OptG(TopKCallback):
         scope: the largest scores of all layers together (``"global"``, the paper's) or of each ``"layer"``.
         update_every: number of optimizer steps from one choice of the mask to the next.
         options: ``distribution`` (under ``scope="layer"``), ``min_layer_density``, ``include``, ``exclude``,
-            ``log_every_n_steps``; see :class:`~lightning_sparse.masked.MaskedCallback`.
+            ``log_every_n_steps``; see :class:`~lightning_sparse.top_k.TopKCallback`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -50,6 +50,7 @@ class OptG(TopKCallback):
     """
 
     threshold_names = ("t",)
+    granularity = "weight"
 
     def __init__(
         self,
@@ -60,11 +61,9 @@ class OptG(TopKCallback):
         update_every: int = 1,
         **options: Any,
     ) -> None:
-        super().__init__(sparsity, scope, update_every, granularity="weight", **options)
-        checks.at_least(0, "10 is near 0 and 1 at the ends.", steepness=steepness)
-        checks.fraction("1 goes on to the last step.", end_at=end_at)
-        if not steepness or not end_at:
-            raise ValueError(f"steepness and end_at must be above 0, got {steepness!r} and {end_at!r}. Try 10 and 1.")
+        super().__init__(sparsity, scope, update_every, **options)
+        checks.above(0, "10 is near 0 and 1 at the ends.", steepness=steepness)
+        checks.fraction("1 goes on to the last step.", above_0=True, end_at=end_at)
         self.steepness = steepness
         self.end_at = end_at
         self._rate = 0.0

@@ -57,9 +57,7 @@ class SNFS(PruneAndGrow):
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
-        checks.fraction("The paper's value is 0.9.", smoothing=smoothing)
-        if smoothing == 1:
-            raise ValueError(f"smoothing must be below 1, got {smoothing!r}: no gradient would ever count. Try 0.9.")
+        checks.fraction("The paper's value is 0.9.", below_1=True, smoothing=smoothing)
         self.smoothing = smoothing
 
     @property

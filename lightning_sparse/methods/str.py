@@ -48,7 +48,7 @@ class STR(LatentCallback):
         exclude: Sequence[str] = (),
         log_every_n_steps: int | None = None,
     ) -> None:
-        checks.at_least(float("-inf"), "Try -5, or -200 to begin dense.", init_threshold=init_threshold)
+        checks.finite("Try -5, or -200 to begin dense.", init_threshold=init_threshold)
         super().__init__(init_threshold, granularity, include, exclude, log_every_n_steps)
 
     @property

@@ -34,7 +34,7 @@ class SWAT(TopKCallback):
         scope: the largest of each ``"layer"`` (the paper's), or of all together (``"global"``).
         update_every: number of optimizer steps from one choice of the sets to the next.
         options: ``distribution`` (``"uniform"``, SWAT-U, or ``"erk"``, SWAT-ERK), ``min_layer_density``, ``include``,
-            ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.masked.MaskedCallback`.
+            ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.top_k.TopKCallback`.
 
     Raises:
         ValueError: an argument is out of range.

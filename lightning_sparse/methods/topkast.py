@@ -40,7 +40,7 @@ class TopKAST(TopKCallback):
         update_every: number of optimizer steps from one choice of the sets to the next.
         decay_rate: of the exponential decay, per epoch, at least 0.
         options: ``distribution`` (of A under ``scope="layer"``, ``"uniform"`` unless told), ``min_layer_density``,
-            ``include``, ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.masked.MaskedCallback`.
+            ``include``, ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.top_k.TopKCallback`.
 
     Raises:
         ValueError: an argument is out of range.

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_sparse._extras import extra
+from lightning_sparse import checks
 from lightning_sparse.models.base import NetworkModule
 
 __all__ = ["Classifier"]
@@ -28,17 +29,15 @@ class Classifier(NetworkModule, ABC):
 
     def __init__(self, classes: int, top5: bool = False, **training: Any) -> None:
         super().__init__(**training)
-        if classes < 2:
-            raise ValueError(f"classes must be at least 2, got {classes}.")
+        checks.integer(2, "It is the number of logits of the network.", classes=classes)
         if top5 and classes <= 5:
-            raise ValueError(f"top5 must be False with up to five classes, got True with classes={classes}.")
-        accuracy = extra("torchmetrics.classification", "examples").MulticlassAccuracy
+            raise ValueError(f"top5 needs more than five classes, got classes={classes!r}. Leave top5 out.")
         self.top5 = top5
-        self.val_acc = accuracy(classes, average="micro")
-        self.test_acc = accuracy(classes, average="micro")
+        self.val_acc = MulticlassAccuracy(classes, average="micro")
+        self.test_acc = MulticlassAccuracy(classes, average="micro")
         if top5:
-            self.val_acc5 = accuracy(classes, average="micro", top_k=5)
-            self.test_acc5 = accuracy(classes, average="micro", top_k=5)
+            self.val_acc5 = MulticlassAccuracy(classes, average="micro", top_k=5)
+            self.test_acc5 = MulticlassAccuracy(classes, average="micro", top_k=5)
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
+from torchmetrics.text import Perplexity
 
 from lightning_sparse import checks
-from lightning_sparse._extras import extra
 from lightning_sparse.models.base import LRSchedulerCallable, NetworkModule, OptimizerCallable
 from lightning_sparse.models.lr_schedules import InverseSquareRootLR
 
@@ -100,9 +100,8 @@ class Transformer(NetworkModule):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         with torch.no_grad():
             self.embedding.weight[padding].zero_()
-        perplexity = extra("torchmetrics.text", "examples").Perplexity
-        self.val_perplexity = perplexity(ignore_index=padding)
-        self.test_perplexity = perplexity(ignore_index=padding)
+        self.val_perplexity = Perplexity(ignore_index=padding)
+        self.test_perplexity = Perplexity(ignore_index=padding)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Return logits ``(batch, target length, vocabulary)`` of the token after each token of ``target``."""

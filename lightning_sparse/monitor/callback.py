@@ -363,7 +363,7 @@ class SparsityMonitor(Callback):
         self._low = self._low | {name} if low else self._low - {name}
 
     def _account(self, steps: int, moved: Sequence[SparseCallback]) -> None:
-        """Add the operations of the steps since the last look, which had the densities of then."""
+        """Add the operations of the steps since the last look, which had the densities found then."""
         if not self._flops or steps <= 0:
             return
         dense = ledger.training(self._flops, {}, {})

@@ -104,7 +104,9 @@ class SparseLayer(nn.Module):
         if positions is None:
             positions = masks.positions(layer.weight.detach() != 0)
         if _SPARSE.get(type(layer)) is not cls:
-            raise TypeError(f"{cls.__name__} cannot take the place of {type(layer).__name__}.")
+            raise TypeError(
+                f"layer must be an nn.{_DENSE[cls].__name__} for {cls.__name__}, got {type(layer).__name__}."
+            )
         sparse = make_sparse_(_copy(layer), positions)
         assert isinstance(sparse, cls)
         return sparse
