@@ -140,13 +140,13 @@ def test_a_callback_may_stand_alone_or_be_named_without_its_module(tmp_path):
         (["--methods", "set", "--sparsities", "a"], "must be numbers separated by commas, got 'a'"),
         (["--methods", "set,set"], "SET at sparsity 0.9 comes twice"),
         (["--methods", "dense", "--recipe", "dense-lenet300-digit"], "no recipe is named 'dense-lenet300-digit'"),
-        (["--methods", "dense", "--recipe", "medst/rigl"], "medst/rigl is no training but adds to one"),
+        (["--methods", "dense", "--recipe", "medst/rigl"], "medst/rigl is not a training but adds to one"),
         (["--methods", "dense", "--recipe", "none.yaml"], "there is no file none.yaml"),
         (["--methods", "dense", "--seeds", "0"], "must be an integer of at least 1, got '0'"),
         (["--methods", "dense", "--seeds", "1,1"], "must be a number of seeds, or different seeds such as 0,5"),
         (["--methods", "dense", "--jobs", "none"], "must be an integer of at least 1, got 'none'"),
         (["--methods", "dense", "--epochs", "0"], "--epochs must be at least 1, got 0"),
-        (["--methods", "dense", "--epoch=1"], "--epoch=1 is no option of compare"),
+        (["--methods", "dense", "--epoch=1"], "--epoch=1 is not an option of compare"),
         (["--methods", "dense", "--data.init_args.batch_size", "5"], "with the equals sign"),
         (["--methods", "dense", "--trainer.callbacks+=DST"], "--trainer.callbacks+ is set by compare itself"),
         (["--methods", "dense:trainer.logger=false"], "--trainer.logger is set by compare itself"),
@@ -180,7 +180,7 @@ def test_recipes_whose_callbacks_cannot_be_told_apart_are_refused(tmp_path, call
         Recipe.read(own_recipe(tmp_path, callbacks))
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("words", "is no configuration")])
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("words", "is not the configuration")])
 def test_files_that_are_no_recipes_are_refused(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -464,7 +464,7 @@ def test_a_folder_of_other_runs_is_refused(tmp_path):
         command._settle(tmp_path, {"recipe": "b", "epochs": 2, "options": []})
 
 
-@pytest.mark.parametrize("package", ["jsonargparse", "matplotlib", "yaml"])
+@pytest.mark.parametrize("package", ["jsonargparse", "matplotlib"])
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch, package):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)

@@ -714,7 +714,7 @@ def test_layers_whose_weights_their_parent_uses_stay_dense():
 def test_csr_warns_if_nothing_is_sparse_enough_and_refuses_a_wrong_share():
     with pytest.warns(UserWarning, match=r"No layer was converted.*at least 90%"):
         to_csr(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"min_sparsity must be in \[0, 1\], got 90"):
+    with pytest.raises(ValueError, match=r"min_sparsity must be a number from 0 to 1, got 90"):
         to_csr(nn.Linear(4, 4), min_sparsity=90)
 
 
@@ -894,7 +894,7 @@ def test_loading_says_what_a_wrong_file_is_and_what_reads_it(tmp_path):
     ):
         load_sparse(tmp_path / "nowhere")
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"got '.*last.ckpt': it is no safetensors .* read by lightning_sparse.load_d"):
+    with pytest.raises(ValueError, match=r"got '.*last.ckpt': it is not a safetensors .* read by lightning_sparse.load_d"):
         load_sparse(tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="path must be the path of a file, got one of type dict"):
         load_sparse({})
