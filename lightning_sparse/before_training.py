@@ -12,8 +12,9 @@ from lightning_sparse import masks
 from lightning_sparse._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_sparse.distributions import budget, floors
 from lightning_sparse.layers import Choice
-from lightning_sparse.masked import MaskedCallback, MaskedWeight
+from lightning_sparse.masked import MaskedCallback
 from lightning_sparse.probe import Probe, probing
+from lightning_sparse.weights import Weight
 
 __all__ = ["BeforeTraining", "budgets"]
 
@@ -102,19 +103,19 @@ class BeforeTraining(MaskedCallback):
         super().attach_more(choices, optimizer)
         self._prune([self._weights[choice.name] for choice in choices])
 
-    def _prune(self, weights: Sequence[MaskedWeight]) -> None:
+    def _prune(self, weights: Sequence[Weight]) -> None:
         assert self._trainer is not None
         assert self._module is not None
         with probing(self._trainer, self._module, [weight.name for weight in weights]) as probe:
             chosen = self.choose(probe)
         for weight, mask in zip(weights, chosen, strict=True):
-            weight.change(dropped=~mask, grown=torch.zeros_like(mask))
+            weight.keep(mask)
         self._scored = True
         rank_zero_info(f"{type(self).__name__} of lightning_sparse: density {self.density:.4g}")
 
     # ------------------------------------------------------------------ the family's verbs and state
 
-    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+    def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Leave all weights active until there are scores."""
         sizes = [weight.size for weight in weights]
         floors(self.min_layer_density, sizes, budget(self.sparsity_target, sum(sizes)))

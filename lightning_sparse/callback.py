@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,10 @@ from lightning_sparse._lightning import (
 from lightning_sparse.arguments import parameters, refusing_by_name
 from lightning_sparse.layers import FROZEN, Choice, choose, table
 
-__all__ = ["SparseCallback", "refuse_other_sparsity", "refuse_other_weights", "unscales"]
+__all__ = ["SparseCallback", "Storage", "refuse_other_sparsity", "refuse_other_weights", "unscales"]
+
+
+Storage = Literal["masked", "sparse"]
 
 
 class SparseCallback(Callback, ABC):
@@ -63,7 +66,7 @@ class SparseCallback(Callback, ABC):
     _trainer: Trainer | None
 
     #: ``"masked"``: weights are dense tensors with exact zeros; ``"sparse"``: layers that hold the nonzeros alone
-    storage: str = "masked"
+    storage: Storage = "masked"
 
     def __init__(
         self, include: Sequence[str] | None = None, exclude: Sequence[str] = (), log_every_n_steps: int | None = None

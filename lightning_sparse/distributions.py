@@ -7,11 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from typing import Literal
 
 from lightning_sparse import checks
 
 __all__ = [
     "DISTRIBUTIONS",
+    "Distribution",
+    "Scope",
     "apportion",
     "budget",
     "check",
@@ -27,9 +30,11 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
+Distribution = Literal["erk", "er", "uniform", "uniform_first_dense"]
+Scope = Literal["global", "layer"]
 
 
-def check(sparsity: float, distribution: str | Mapping[str, float], min_layer_density: float) -> None:
+def check(sparsity: float, distribution: Distribution | Mapping[str, float], min_layer_density: float) -> None:
     """Raise unless a method's arguments are in range.
 
     Raises:
@@ -185,7 +190,7 @@ DISTRIBUTIONS: dict[str, Callable[[Sequence[Shape], int], list[int]]] = {
 
 
 def layer_counts(
-    distribution: str | Mapping[str, float], shapes: Mapping[str, Shape], total: int, floor: float = 0.0
+    distribution: Distribution | Mapping[str, float], shapes: Mapping[str, Shape], total: int, floor: float = 0.0
 ) -> dict[str, int]:
     """Return the number of active weights of each layer, ``total`` in all.
 

@@ -4,15 +4,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, masks
+from lightning_sparse import checks, magnitude
 from lightning_sparse._lightning import MisconfigurationException
-from lightning_sparse.distributions import budget, floors
+from lightning_sparse.distributions import Scope, budget, floors
 from lightning_sparse.layers import Choice
-from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
+from lightning_sparse.masked import MaskedCallback
 from lightning_sparse.schedules import cubic
+from lightning_sparse.weights import Pool, Weight
 
 __all__ = ["GradualPruning"]
 
@@ -99,7 +99,7 @@ class GradualPruning(MaskedCallback):
 
     # ------------------------------------------------------------------ how many
 
-    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+    def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Draw the masks of each optimizer's weights by themselves, as their schedule will go on."""
         for pool in self._pools.values() if self.initial_sparsity else ():
             own = [weight for weight in weights if weight in pool.weights]
@@ -120,18 +120,10 @@ class GradualPruning(MaskedCallback):
         pool.values["asked"] = min(now, pool.values.get("asked", start))  # a run may be resumed with more epochs
         return int(pool.values["asked"])
 
-    def prune_globally(self, pool: Pool) -> None:
-        """Keep the largest ``|W|`` of all layers together, and of each what ``min_layer_density`` asks for."""
-        weights = pool.weights
-        counts = masks.count_global_top_k(
-            [weight.W for weight in weights],
-            self.asked(pool),
-            [weight.mask for weight in weights],
-            list(map(self.least, weights)),
-            score=torch.abs,
-        )
-        for weight, count in zip(weights, counts, strict=True):
-            weight.keep_largest(count)
+    def prune(self, pool: Pool, scope: Scope = "global") -> None:
+        """Keep as many of the largest ``|W|`` as the schedule says; see ``magnitude.prune``."""
+        total, final = self.asked(pool), self.final(pool)
+        magnitude.prune(pool.weights, total, final, scope, self.distribution, self.min_layer_density)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before its schedule."""

@@ -13,7 +13,6 @@ __all__ = [
     "global_top_k",
     "largest",
     "likely_bound",
-    "lowest",
     "lowest_positions",
     "positions",
     "put_",
@@ -44,11 +43,6 @@ def top_k(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     tensor([ True,  True, False, False])
     """
     return _marked(top_k_positions(scores, k, among), scores)
-
-
-def lowest(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
-    """Mark exactly the ``k`` smallest scores; arguments as in ``top_k``."""
-    return _marked(lowest_positions(scores, k, among), scores)
 
 
 def top_k_positions(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:

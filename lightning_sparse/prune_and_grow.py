@@ -14,9 +14,10 @@ from lightning_sparse.callback import unscales
 from lightning_sparse.compiled import Uncompiled, can_pause, is_compiled
 from lightning_sparse.distributions import apportion, share
 from lightning_sparse.endpoints import Hooks
-from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
-from lightning_sparse.schedules import DECAYS
+from lightning_sparse.masked import MaskedCallback
+from lightning_sparse.schedules import DECAYS, Decay
 from lightning_sparse.storage.weight import Capture
+from lightning_sparse.weights import Pool, Weight
 
 __all__ = ["PruneAndGrow"]
 
@@ -39,7 +40,7 @@ class PruneAndGrow(MaskedCallback):
         self,
         sparsity: float,
         drop_fraction: float,
-        decay: str,
+        decay: Decay,
         update_every: int | None,
         stop_at: float,
         **options: Any,
@@ -58,8 +59,8 @@ class PruneAndGrow(MaskedCallback):
         self._epochs: int | None = None
         self._watched: dict[int, list[Hooks | Uncompiled]] = {}
 
-    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
-        """Drop about ``fraction`` of the connections and grow as many, with ``MaskedWeight.exchange``.
+    def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
+        """Drop about ``fraction`` of the connections and grow as many, with ``Weight.exchange``.
 
         What a method defines, unless it needs the pool and defines ``move``.
 
@@ -115,13 +116,13 @@ class PruneAndGrow(MaskedCallback):
             now, end = float(pool.step), self.stop_at * self.total_steps
         return self.drop_fraction * DECAYS[self.decay](now / max(end, 1e-9))
 
-    def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+    def move(self, weights: Sequence[Weight], pool: Pool, scale: float) -> None:
         """Update with the current fraction."""
         self.update(weights, self.fraction(pool), scale)
 
     # ------------------------------------------------------------------ what an update needs of its step
 
-    def watchers(self, weights: Sequence[MaskedWeight]) -> list[Hooks]:
+    def watchers(self, weights: Sequence[Weight]) -> list[Hooks]:
         """Return what listens to the layers of ``weights`` from now until their connections have been moved."""
         if self.storage == "masked":
             return []
@@ -191,7 +192,7 @@ class PruneAndGrow(MaskedCallback):
 
     # ------------------------------------------------------------------ how many
 
-    def to_move(self, weight: MaskedWeight, fraction: float) -> int:
+    def to_move(self, weight: Weight, fraction: float) -> int:
         """Return ``fraction`` of a layer's connections, or its free places if they are fewer.
 
         So none that is dropped has to come back in the same update.
@@ -200,7 +201,7 @@ class PruneAndGrow(MaskedCallback):
 
     # ------------------------------------------------------------------ how many, between layers
 
-    def to_drop(self, weights: Sequence[MaskedWeight], wanted: Sequence[int]) -> list[int]:
+    def to_drop(self, weights: Sequence[Weight], wanted: Sequence[int]) -> list[int]:
         """Return how many connections each layer loses to all: those ``wanted``, but not more than there is room for.
 
         A layer keeps what ``min_layer_density`` asks for, counting the places it has free. A dense one may lose some.
@@ -208,11 +209,11 @@ class PruneAndGrow(MaskedCallback):
         loss = [min(n, w.size - self.least(w)) for w, n in zip(weights, wanted, strict=True)]
         return apportion(min(sum(loss), sum(w.room for w in weights)), loss, loss)
 
-    def needed(self, weights: Sequence[MaskedWeight], dropped: Sequence[int]) -> list[int]:
+    def needed(self, weights: Sequence[Weight], dropped: Sequence[int]) -> list[int]:
         """Return how many connections each layer must get back, having lost ``dropped``, for ``min_layer_density``."""
         return [max(0, self.least(w) - (w.active - n)) for w, n in zip(weights, dropped, strict=True)]
 
-    def to_grow(self, weights: Sequence[MaskedWeight], dropped: Sequence[int], claims: Sequence[float]) -> list[int]:
+    def to_grow(self, weights: Sequence[Weight], dropped: Sequence[int], claims: Sequence[float]) -> list[int]:
         """Divide what was ``dropped`` among the layers in proportion to their ``claims``, as far as they have room."""
         needed = self.needed(weights, dropped)
         room = [weight.room - n for weight, n in zip(weights, needed, strict=True)]

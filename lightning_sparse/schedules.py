@@ -6,10 +6,11 @@ The decays are AutoSparse's annealing, Eqs. 2-4: each takes the share ``p`` of t
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from lightning_sparse._lightning import MisconfigurationException
 
-__all__ = ["ANNEALING", "DECAYS", "annealed", "cosine", "cubic", "linear", "none", "sigmoid", "sigmoid_cosine"]
+__all__ = ["DECAYS", "Annealing", "Decay", "annealed", "cosine", "cubic", "linear", "none", "sigmoid", "sigmoid_cosine"]
 
 
 def none(p: float) -> float:
@@ -50,18 +51,20 @@ def cubic(p: float) -> float:
     return (1 - min(max(p, 0.0), 1.0)) ** 3
 
 
+Decay = Literal["none", "linear", "cosine", "sigmoid", "sigmoid_cosine"]
+Annealing = Literal[Decay, "exponential"]
+
 DECAYS: dict[str, Callable[[float], float]] = {
     function.__name__: function for function in (none, linear, cosine, sigmoid, sigmoid_cosine)
 }
-ANNEALING = (*DECAYS, "exponential")
 
 
-def annealed(alpha: float, decay: str, rate: float, epoch: int, epochs: int | None) -> float:
+def annealed(alpha: float, decay: Annealing, rate: float, epoch: int, epochs: int | None) -> float:
     """Return ``alpha``, the share of their gradient that inactive weights get, in an epoch (AutoSparse, Eqs. 2-4, 9).
 
     Args:
         alpha: where annealing starts.
-        decay: one of ``ANNEALING``: of ``DECAYS``, or "exponential" (Eq. 9), ``exp(-rate epoch)``.
+        decay: of ``DECAYS``, or "exponential" (Eq. 9), ``exp(-rate epoch)``.
         rate: of the exponential, per epoch.
         epoch: counted from 0.
         epochs: their number; None if it is not known.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse import checks, distributions, masks
 from lightning_sparse.callback import refuse_other_sparsity
-from lightning_sparse.distributions import budget, floors, layer_counts, shrunk
+from lightning_sparse.distributions import Distribution, Scope, budget, floors, layer_counts, shrunk
 from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight
 from lightning_sparse.layers import Choice
 
@@ -40,16 +40,16 @@ class TopKCallback(LatentCallback):
     def __init__(
         self,
         sparsity: float,
-        scope: str,
+        scope: Scope,
         update_every: int,
-        distribution: str | Mapping[str, float] = "uniform",
+        distribution: Distribution | Mapping[str, float] = "uniform",
         min_layer_density: float = 0.0,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         log_every_n_steps: int | None = None,
     ) -> None:
         super().__init__(0.0, type(self).granularity, include, exclude, log_every_n_steps)
-        checks.one_of(("global", "layer"), scope=scope)
+        checks.one_of(get_args(Scope), scope=scope)
         checks.integer(1, "1 chooses anew at every step.", update_every=update_every)
         distributions.check(sparsity, distribution, min_layer_density)
         self.sparsity_target = sparsity

@@ -894,7 +894,9 @@ def test_loading_says_what_a_wrong_file_is_and_what_reads_it(tmp_path):
     ):
         load_sparse(tmp_path / "nowhere")
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"got '.*last.ckpt': it is not a safetensors .* read by lightning_sparse.load_d"):
+    with pytest.raises(
+        ValueError, match=r"got '.*last.ckpt': it is not a safetensors .* read by lightning_sparse.load"
+    ):
         load_sparse(tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="path must be the path of a file, got one of type dict"):
         load_sparse({})

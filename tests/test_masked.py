@@ -121,28 +121,26 @@ def by_hand(callback, make_optimizer, steps, module=None):
     return module
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adadelta"])
-def test_connections_that_come_and_go_have_fresh_optimizer_state_and_others_keep_theirs(name):
+def test_connections_that_are_not_kept_lose_their_optimizer_state_and_others_keep_theirs(name, layout):
     callback = RigL(0.5, update_every=10**9)
-    by_hand(callback, OPTIMIZERS[name], 5)
-    weight = callback._weights["2.weight"]
+    by_hand(callback, OPTIMIZERS[name], 1, seeded(cnn).to(memory_format=layout))
+    weight = callback._weights["4.weight"]
     before = [state.clone() for state in weight.optimizer_state()]
-    values = weight.W.clone()
-    dropped = torch.zeros_like(weight.mask).view(-1).index_fill(0, weight.mask.view(-1).nonzero()[:7, 0], 1)
-    grown = torch.zeros_like(weight.mask).view(-1).index_fill(0, (~weight.mask).view(-1).nonzero()[:7, 0], 1)
-    dropped, grown = dropped.view_as(weight.mask), grown.view_as(weight.mask)
-    weight.change(dropped, grown)
-    changed = dropped | grown
-    after = list(weight.optimizer_state())
+    values, mask = weight.W.clone(), weight.mask.clone()
+    kept = torch.rand(weight.shape) < 0.7
+    weight.keep(kept)
+    staying, after = mask & kept, list(weight.optimizer_state())
+    assert torch.equal(weight.mask, staying)
+    assert torch.equal(weight.W, values * staying)
     assert len(after) == {"SGD": 1, "Adam": 3, "AdamW": 2, "RMSprop": 3, "Adadelta": 2}[name]
     for old, new in zip(before, after, strict=True):
-        assert (old[dropped] != 0).any(), "the test would prove nothing"
-        assert not new[changed].any()
-        assert torch.equal(new[~changed], old[~changed])
-    assert not weight.W[changed].any()
-    assert torch.equal(weight.W[~changed], values[~changed])
-    assert weight.mask[grown].all()
-    assert not weight.mask[dropped].any()
+        assert (old[mask & ~kept] != 0).any(), "the test would prove nothing"
+        assert torch.equal(new, old * staying)
+    weight.keep_largest(9)
+    order = torch.sort((values * staying).abs().reshape(-1), stable=True, descending=True).indices
+    assert weight.positions.tolist() == order[:9].sort().values.tolist()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

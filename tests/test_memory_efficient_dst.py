@@ -18,7 +18,7 @@ from torch import nn
 from lightning_sparse import MemoryEfficientDST, masks
 from lightning_sparse.endpoints import Activity, SynapticFlow, readable
 from lightning_sparse.layers import choose
-from lightning_sparse.methods.memory_efficient_dst import scale_to_fan_in_
+from lightning_sparse.weights import MaskedWeight
 
 
 def attached(callback, W, dP, grids=None):
@@ -28,7 +28,7 @@ def attached(callback, W, dP, grids=None):
     callback.attach(choose(module, include=["*"]), [optimizer], resumed=False)
     for name, weight in callback._weights.items():
         weight.W.copy_(torch.tensor(W[name]))
-        weight.mask = torch.tensor((grids or W)[name]) != 0
+        weight.start(torch.tensor((grids or W)[name]).flatten().nonzero()[:, 0], callback.generator)
         module[name].grad = torch.tensor(dP[name])
     return list(callback._weights.values())
 
@@ -50,24 +50,24 @@ class LSTM(nn.Module):
 
 
 def test_weights_are_scaled_to_the_fan_in_that_is_left():
-    W, mask = torch.ones(3, 4), torch.tensor([[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
-    scale_to_fan_in_(W, mask)
+    W, mask = nn.Parameter(torch.ones(3, 4)), torch.tensor([[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    MaskedWeight("w", mask, W).scale_to_fan_in_()
     assert W[:, 1].tolist() == [1, 2, 2], "square roots of 4 / 4, 4 / 1, and of 4 / 1 where nothing is left"
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_fan_in_counts_channels_of_the_group_and_the_kernel(layout):
     dense = torch.rand(6, 2, 3, 3).to(memory_format=layout)
-    mask, scaled = torch.rand(6, 2, 3, 3) < 0.3, dense.clone(memory_format=torch.preserve_format)
-    scale_to_fan_in_(scaled, mask)
+    mask, scaled = torch.rand(6, 2, 3, 3) < 0.3, nn.Parameter(dense.clone(memory_format=torch.preserve_format))
+    MaskedWeight("w", mask, scaled).scale_to_fan_in_()
     factor = (18 / mask.sum((1, 2, 3)).clamp(min=1)).sqrt()
     assert torch.allclose(scaled, dense * factor.view(6, 1, 1, 1))
 
 
 def test_fan_in_of_a_transposed_convolution_is_along_its_first_dimension():
     dense, mask = torch.rand(4, 3, 2), torch.rand(4, 3, 2) < 0.5  # 2 groups of 2 inputs and 3 outputs
-    scaled = dense.clone()
-    scale_to_fan_in_(scaled, mask, 2)
+    scaled = nn.Parameter(dense.clone())
+    MaskedWeight("w", mask, scaled, transposed_groups=2).scale_to_fan_in_()
     for group in range(2):
         rows = slice(2 * group, 2 * group + 2)
         factor = (4 / mask[rows].sum((0, 2)).clamp(min=1)).sqrt()

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sparse import DSR, GGR, ITOP, MEST, SET, SNFS, DeepR, GraNet, RigL, masks
 from lightning_sparse.layers import choose
 from lightning_sparse.ledger import mask_bits
-from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.methods.ggr import ranking
+from lightning_sparse.weights import MaskedWeight
 
 
 def attached(callback, weights, grids=None):
@@ -28,7 +28,7 @@ def attached(callback, weights, grids=None):
     for name, W in weights.items():
         weight = callback._weights[name]
         weight.W.copy_(torch.tensor(W))
-        weight.mask = torch.tensor((grids or {}).get(name, W)) != 0
+        weight.start(torch.tensor((grids or {}).get(name, W)).flatten().nonzero()[:, 0], callback.generator)
         weight.buffers = callback.new_buffers(weight)
     return module, next(iter(callback._pools.values())), list(callback._weights.values())
 
@@ -340,7 +340,8 @@ def test_ggr_loses_nothing_and_keeps_min_layer_density_whatever_the_gradients(la
     module, _, held = attached(callback, weights)
     graded(module, weights)
     for weight in held:  # begin with what the density asks for, and every second place
-        weight.mask = masks.top_k(torch.rand(weight.mask.shape), max(callback.least(weight), weight.active // 2))
+        count = max(callback.least(weight), weight.active // 2)
+        weight.start(masks.top_k_positions(torch.rand(weight.shape), count), callback.generator)
     before = [weight.mask for weight in held]
     callback.update(held, fraction, 1.0)
     assert sum(weight.active for weight in held) == sum(map(masks.count, before))
@@ -355,7 +356,7 @@ def test_ggrs_random_share_is_uniform():
     graded(module, {"a": [[1.0] * 20]})
     draws = 3000
     for _ in range(draws):
-        weight.mask = active
+        weight.start(torch.arange(5), callback.generator)
         callback.update([weight], 0.6, 1.0)
         hits += (weight.mask & ~active)[0]
     assert hits[:5].sum() == 0

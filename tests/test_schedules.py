@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import lightning.pytorch as pl
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sparse import AutoSparse, RigL
-from lightning_sparse.schedules import ANNEALING, DECAYS, annealed
+from lightning_sparse.schedules import DECAYS, Annealing, Decay, annealed
 
 # in epoch i = 0 ... 4 of 4
 TABLE = {
@@ -23,20 +24,21 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("decay", ANNEALING)
+@pytest.mark.parametrize("decay", get_args(Annealing))
 def test_values_are_the_papers(decay):
     assert [annealed(1.0, decay, 1.0, i, 4) for i in range(5)] == pytest.approx(TABLE[decay], abs=1e-12)
 
 
 def test_every_decay_has_its_row():
-    assert list(TABLE) == list(ANNEALING)
+    assert list(TABLE) == list(get_args(Annealing))
+    assert list(DECAYS) == list(get_args(Decay))
 
 
 def test_exponential_uses_its_rate():
     assert annealed(2.0, "exponential", 0.5, 3, 100) == pytest.approx(2 * math.exp(-1.5))
 
 
-@given(st.sampled_from(ANNEALING), st.integers(1, 300), st.integers(0, 400), st.floats(0, 3))
+@given(st.sampled_from(get_args(Annealing)), st.integers(1, 300), st.integers(0, 400), st.floats(0, 3))
 def test_factors_stay_between_0_and_1_and_never_rise(decay, epochs, i, rate):
     now, later = (annealed(1.0, decay, rate, epoch, epochs) for epoch in (i, i + 1))
     assert 0 <= later <= now <= 1
@@ -54,7 +56,7 @@ def test_decays_of_connections_are_of_the_training_not_of_epochs():
         RigL(0.8, decay="exponential")
 
 
-@pytest.mark.parametrize("decay", ANNEALING)
+@pytest.mark.parametrize("decay", get_args(Annealing))
 def test_autosparse_anneals_once_an_epoch(decay):
     callback = AutoSparse(alpha=0.8, decay=decay)
     seen = Alphas(callback)

@@ -29,10 +29,10 @@ import lightning_sparse.storage.backends as storage_backends
 import lightning_sparse.storage.training as training
 from lightning_sparse import DSR, DST, GGR, ITOP, MEST, SET, MemoryEfficientDST, RandomPruning, RigL, masks
 from lightning_sparse.kernels import numba_kernels
-from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
 from lightning_sparse.storage.measure import measure
 from lightning_sparse.storage.weight import SparseWeight
+from lightning_sparse.weights import MaskedWeight
 
 SCRIPT = Path(storage_script.__file__)
 METHODS = {
@@ -587,6 +587,27 @@ def test_equal_gradients_grow_by_position():
         for theirs, ours in zip(dense.steepest(n), (positions, gradients), strict=True):
             assert torch.equal(theirs, ours)
     assert (weight.steepest(540)[1] == weight.steepest(540, above=1.0)[1].min()).any()
+
+
+def test_a_sparse_weight_keeps_what_a_masked_one_does():
+    generator = torch.Generator().manual_seed(0)
+    layer = SparseLinear(30, 20, 200, generator=generator)
+    with torch.no_grad():
+        layer.values.copy_(torch.randint(1, 6, (200,), generator=generator))  # many equals
+    sparse = SparseWeight("weight", (20, 30), layer)
+    masked = MaskedWeight("weight", sparse.mask, nn.Parameter(layer.dense_weight()))
+    for weight in (sparse, masked):
+        weight.optimizer = torch.optim.Adam([weight.parameter])
+        weight.parameter.grad = torch.ones_like(weight.W)
+        weight.optimizer.step()
+    kept = torch.rand(20, 30, generator=generator) < 0.7
+    for move in (lambda weight: weight.keep(kept), lambda weight: weight.keep_largest(50)):
+        move(sparse)
+        move(masked)
+        assert torch.equal(sparse.mask, masked.mask)
+        assert torch.equal(layer.dense_weight(), masked.W)
+        assert sparse.W.shape == next(iter(sparse.optimizer_state())).shape
+    assert layer.nnz == 50
 
 
 @pytest.mark.parametrize(("x", "finite"), [(1.0, True), (3e38, False), (float("inf"), False), (float("nan"), False)])

@@ -9,30 +9,31 @@ import torch
 
 from lightning_sparse.bench.measure import hardware, middle, peak_above, seconds, synchronize
 from lightning_sparse.bench.networks import METHODS, NETWORKS, attach, bare_step, batch_for, on_meta
+from lightning_sparse.callback import Storage
 from lightning_sparse.distributions import share
 from lightning_sparse.layers import choose
-from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.methods import ggr
 from lightning_sparse.prune_and_grow import PruneAndGrow
 from lightning_sparse.storage.weight import Capture, SparseWeight
+from lightning_sparse.weights import Weight
 
 __all__ = ["prepare", "ranking", "update"]
 
 
-def _move(callback: PruneAndGrow, weights: Sequence[MaskedWeight]) -> None:
+def _move(callback: PruneAndGrow, weights: Sequence[Weight]) -> None:
     callback.update(weights, 0.3, 1.0)
 
 
-def _rank(callback: PruneAndGrow, weights: Sequence[MaskedWeight]) -> None:
+def _rank(callback: PruneAndGrow, weights: Sequence[Weight]) -> None:
     ggr.ranking(weights, share(0.1, sum(weight.active for weight in weights)), [0] * len(weights))
 
 
 def _mover(
     arguments: argparse.Namespace,
     method: str,
-    storage: str,
+    storage: Storage,
     sparsity: float,
-    move: Callable[[PruneAndGrow, Sequence[MaskedWeight]], None] = _move,
+    move: Callable[[PruneAndGrow, Sequence[Weight]], None] = _move,
 ) -> Callable[[], float]:
     """Return a function that takes a step in which connections move, and returns the seconds that ``move`` takes."""
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ found anew at every step, per layer, and never smaller than the active set A.
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from lightning_sparse import checks
 from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
 from lightning_sparse.masks import top_k
-from lightning_sparse.schedules import ANNEALING, annealed
+from lightning_sparse.schedules import Annealing, annealed
 
 __all__ = ["AutoSparse"]
 
@@ -55,7 +56,7 @@ class AutoSparse(LatentCallback):
     def __init__(
         self,
         alpha: float = 0.75,
-        decay: str = "sigmoid_cosine",
+        decay: Annealing = "sigmoid_cosine",
         alpha_zero_epoch: int | None = None,
         init_threshold: float = -5.0,
         backward_density: float | None = None,
@@ -68,7 +69,7 @@ class AutoSparse(LatentCallback):
         checks.finite("The paper's value is -5.", init_threshold=init_threshold)
         super().__init__(init_threshold, granularity, include, exclude, log_every_n_steps)
         checks.fraction("The paper's values are 0.75 to 1; 0 makes it STR.", alpha=alpha)
-        checks.one_of(ANNEALING, decay=decay)
+        checks.one_of(get_args(Annealing), decay=decay)
         checks.at_least(0, "The paper's value is 1.", decay_rate=decay_rate)
         if alpha_zero_epoch is not None:
             checks.integer(0, "None keeps annealing to the end.", alpha_zero_epoch=alpha_zero_epoch)

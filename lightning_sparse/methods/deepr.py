@@ -9,13 +9,15 @@ left.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor
 
 from lightning_sparse import checks, masks, sampling
-from lightning_sparse.masked import MaskedCallback, MaskedWeight, finite
+from lightning_sparse.distributions import Scope
+from lightning_sparse.masked import MaskedCallback
+from lightning_sparse.weights import Weight, finite
 
 __all__ = ["DeepR"]
 
@@ -54,13 +56,13 @@ class DeepR(MaskedCallback):
         sparsity: float,
         l1: float = 1e-5,
         temperature: float = 2.5e-11,
-        scope: str = "layer",
+        scope: Scope = "layer",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, **options)
         checks.at_least(0, "The authors' value is 1e-5.", l1=l1)
         checks.at_least(0, "0 adds no noise.", temperature=temperature)
-        checks.one_of(("global", "layer"), scope=scope)
+        checks.one_of(get_args(Scope), scope=scope)
         self.l1 = l1
         self.temperature = temperature
         self.scope = scope
@@ -71,17 +73,17 @@ class DeepR(MaskedCallback):
         """Nothing to go by: connections may move at every step."""
         return {}
 
-    def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
+    def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Fix the signs."""
         at_random = torch.rand(weight.mask.shape, generator=self.generator).to(weight.W.device) < 0.5
         return {"positive": torch.where(weight.W == 0, at_random, weight.W > 0)}
 
-    def observe(self, weights: Sequence[MaskedWeight], scale: float) -> None:
+    def observe(self, weights: Sequence[Weight], scale: float) -> None:
         """Note which weights the step that follows updates: none if AMP skips it."""
         if finite(weights):
             self._stepping.update(weight.name for weight in weights)
 
-    def updated(self, weights: Sequence[MaskedWeight]) -> None:
+    def updated(self, weights: Sequence[Weight]) -> None:
         """Decay, shake, and move the connections whose sign has changed."""
         weights = [weight for weight in weights if weight.name in self._stepping]
         self._stepping.difference_update(weight.name for weight in weights)
@@ -96,7 +98,7 @@ class DeepR(MaskedCallback):
                 grown = torch.cat((grown.to(dropped.device), dropped[again.to(dropped.device)]))
                 weight.exchange(dropped, grown, NEW * signs(weight, grown))
 
-    def drift(self, weight: MaskedWeight) -> Tensor:
+    def drift(self, weight: Weight) -> Tensor:
         """``theta -= lr l1`` and ``theta += sqrt(2 lr T) nu``; return which active connections are below 0 now."""
         lr, W = rate(weight), weight.W.reshape(-1)[weight.places]
         sign = signs(weight, weight.places)
@@ -107,7 +109,7 @@ class DeepR(MaskedCallback):
         masks.put_(weight.W, weight.places, W)
         return W * sign < 0
 
-    def anywhere(self, weights: Sequence[MaskedWeight], drops: Sequence[int]) -> list[int]:
+    def anywhere(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
         """Draw how many connections each layer gets of all that were dropped."""
         grows = [max(0, self.least(w) - (w.active - n)) for w, n in zip(weights, drops, strict=True)]
         room = [weight.room for weight in weights]
@@ -119,12 +121,12 @@ class DeepR(MaskedCallback):
         return grows
 
 
-def signs(weight: MaskedWeight, places: Tensor) -> Tensor:
+def signs(weight: Weight, places: Tensor) -> Tensor:
     """Return the signs that go with some flat positions, 1 or -1."""
     return weight.buffers["positive"].reshape(-1)[places].to(weight.W.dtype).mul_(2).sub_(1)
 
 
-def rate(weight: MaskedWeight) -> float:
+def rate(weight: Weight) -> float:
     """Return the learning rate of a weight."""
     assert weight.optimizer is not None
     groups = weight.optimizer.param_groups

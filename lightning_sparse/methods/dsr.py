@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_sparse import checks, masks, sampling
+from lightning_sparse.callback import Storage
 from lightning_sparse.distributions import share
-from lightning_sparse.masked import MaskedWeight, Pool
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.schedules import Decay
 from lightning_sparse.storage.training import SparseStorage
+from lightning_sparse.weights import Pool, Weight
 
 __all__ = ["DSR"]
 
@@ -59,10 +61,10 @@ class DSR(SparseStorage, PruneAndGrow):
         drop_fraction: float = 0.1,
         init_threshold: float = 1e-3,
         tolerance: float = 0.1,
-        decay: str = "none",
+        decay: Decay = "none",
         update_every: int | None = 100,
         stop_at: float = 0.9,
-        storage: str = "masked",
+        storage: Storage = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
@@ -83,7 +85,7 @@ class DSR(SparseStorage, PruneAndGrow):
         """H is logged, too."""
         return {"sparsity/threshold": self.threshold}
 
-    def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+    def move(self, weights: Sequence[Weight], pool: Pool, scale: float) -> None:
         """Drop what is below H in all layers, adapt H, and grow at random in proportion to each layer's survivors."""
         H = pool.values.setdefault("threshold", self.init_threshold)
         below = [masks.count(weight.magnitudes < H) for weight in weights]

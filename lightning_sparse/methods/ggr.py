@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import checks, masks, sampling
+from lightning_sparse.callback import Storage
 from lightning_sparse.distributions import share
-from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.schedules import Decay
 from lightning_sparse.storage.training import SparseStorage
+from lightning_sparse.weights import Weight
 
 __all__ = ["GGR"]
 
@@ -60,17 +62,17 @@ class GGR(SparseStorage, PruneAndGrow):
         sparsity: float,
         drop_fraction: float = 0.1,
         random_share: float = 0.5,
-        decay: str = "cosine",
+        decay: Decay = "cosine",
         update_every: int | None = None,
         stop_at: float = 0.5,
-        storage: str = "masked",
+        storage: Storage = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
         checks.fraction("The paper's value is 0.5.", random_share=random_share)
         self.random_share = random_share
 
-    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+    def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """Drop the smallest ``|W|`` of each layer, and grow as many as it wins in the ranking, some at random."""
         drops = self.to_drop(weights, [share(fraction, weight.active) for weight in weights])
         ranked = ranking(weights, sum(drops), self.needed(weights, drops))
@@ -82,7 +84,7 @@ class GGR(SparseStorage, PruneAndGrow):
             weight.exchange(weight.smallest(fewer), sampling.merged(grown, drawn), value=NEW)
 
 
-def ranking(weights: Sequence[MaskedWeight], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+def ranking(weights: Sequence[Weight], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Return which inactive connections are the ``k`` of largest ``|dP|`` of all layers together, for each layer.
 
     The layers are taken one after the other, and only the best so far are kept (Sec. 3.3); what cannot be among them,
@@ -105,9 +107,7 @@ def ranking(weights: Sequence[MaskedWeight], k: int, at_least: Sequence[int]) ->
     return ranked
 
 
-def _ranking(
-    weights: Sequence[MaskedWeight], k: int, at_least: Sequence[int], bound: float
-) -> list[tuple[Tensor, Tensor]]:
+def _ranking(weights: Sequence[Weight], k: int, at_least: Sequence[int], bound: float) -> list[tuple[Tensor, Tensor]]:
     """Return the ranking of what is larger than ``bound`` or among ``at_least``."""
     extra = k - sum(at_least)
     best, places, ends = torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)

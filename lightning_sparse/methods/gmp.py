@@ -5,12 +5,12 @@ last update falls on the end of the schedule exactly, and pruned weights never c
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from lightning_sparse import checks
-from lightning_sparse.distributions import layer_counts, shrunk
+from lightning_sparse.distributions import Distribution, Scope
 from lightning_sparse.gradual import GradualPruning
-from lightning_sparse.masked import MaskedWeight, Pool
+from lightning_sparse.weights import Pool, Weight
 
 __all__ = ["GMP"]
 
@@ -46,30 +46,20 @@ class GMP(GradualPruning):
     def __init__(
         self,
         sparsity: float,
-        scope: str = "global",
+        scope: Scope = "global",
         begin_at: float = 0.0,
         end_at: float = 0.75,
         update_every: int = 100,
         initial_sparsity: float = 0.0,
-        distribution: str | Mapping[str, float] = "uniform",
+        distribution: Distribution | Mapping[str, float] = "uniform",
         **options: Any,
     ) -> None:
         super().__init__(
             sparsity, initial_sparsity, begin_at, end_at, update_every, distribution=distribution, **options
         )
-        checks.one_of(("global", "layer"), scope=scope)
+        checks.one_of(get_args(Scope), scope=scope)
         self.scope = scope
 
-    def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+    def move(self, weights: Sequence[Weight], pool: Pool, scale: float) -> None:
         """Keep as many of the largest ``|W|`` as the schedule says."""
-        if self.scope == "global":
-            self.prune_globally(pool)
-        else:
-            for weight, count in zip(pool.weights, self.layer_counts(pool), strict=True):
-                weight.keep_largest(count)
-
-    def layer_counts(self, pool: Pool) -> list[int]:
-        """Shrink what each layer has above its final count, in equal proportions."""
-        shapes = {weight.name: weight.shape for weight in pool.weights}
-        final = layer_counts(self.distribution, shapes, self.final(pool), self.min_layer_density)
-        return shrunk([weight.active for weight in pool.weights], list(final.values()), self.asked(pool))
+        self.prune(pool, self.scope)

@@ -11,8 +11,8 @@ from typing import Any
 from lightning_sparse import checks, masks
 from lightning_sparse.distributions import share
 from lightning_sparse.gradual import GradualPruning
-from lightning_sparse.masked import MaskedWeight, Pool
 from lightning_sparse.schedules import cosine
+from lightning_sparse.weights import Pool, Weight
 
 __all__ = ["GraNet"]
 
@@ -65,14 +65,12 @@ class GraNet(GradualPruning):
         first, last = self.span()
         return super().is_due(pool) or (pool.step > last and (pool.step - first) % self.update_every == 0)
 
-    def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+    def move(self, weights: Sequence[Weight], pool: Pool, scale: float) -> None:
         """Prune to the schedule; then drop the smallest ``|W|`` of each layer and grow the largest ``|dP|``."""
         trained = pool.step > 0  # what has not been trained is not judged
         fraction = self.drop_fraction * cosine(pool.step / self.total_steps) if trained else 0.0
-        free = [~weight.mask for weight in weights]
-        self.prune_globally(pool)
-        for weight, places in zip(weights, free, strict=True):
-            n = min(share(fraction, weight.active), masks.count(places))
-            dropped = masks.lowest(weight.W.abs(), n, among=weight.mask)
-            grown = masks.top_k(weight.dP.abs(), n, among=places)
-            weight.change(dropped, grown)
+        free = [weight.steepest(min(share(fraction, weight.active), weight.room)) for weight in weights]
+        self.prune(pool)
+        for weight, (found, slopes) in zip(weights, free, strict=True):  # what has just been pruned does not come back
+            n = min(share(fraction, weight.active), len(found))
+            weight.exchange(weight.smallest(n), found[masks.top_k_positions(slopes, n)])

@@ -5,18 +5,23 @@ in the end nearly all weights have been active once. Decisions as in ``rigl.py``
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 
 from lightning_sparse import checks, sampling
+from lightning_sparse.callback import Storage
 from lightning_sparse.layers import Choice
 from lightning_sparse.ledger import Explored
-from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.schedules import Decay
 from lightning_sparse.storage.training import SparseStorage
+from lightning_sparse.weights import Weight
 
 __all__ = ["ITOP"]
+
+
+Growth = Literal["gradient", "random"]
 
 
 class ITOP(SparseStorage, PruneAndGrow):
@@ -55,16 +60,16 @@ class ITOP(SparseStorage, PruneAndGrow):
     def __init__(
         self,
         sparsity: float,
-        growth: str = "gradient",
+        growth: Growth = "gradient",
         drop_fraction: float = 0.5,
-        decay: str = "cosine",
+        decay: Decay = "cosine",
         update_every: int | None = 1500,
         stop_at: float = 1.0,
-        storage: str = "masked",
+        storage: Storage = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
-        checks.one_of(("gradient", "random"), growth=growth)
+        checks.one_of(get_args(Growth), growth=growth)
         self.growth = growth
         self._explored = Explored()
         self.skips_update = self.dense_gradient_to_move = growth == "gradient"
@@ -92,12 +97,12 @@ class ITOP(SparseStorage, PruneAndGrow):
         self._explored.keep(self._weights)
         self._explore([weight for name, weight in self._weights.items() if name not in self._explored.bits])
 
-    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+    def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Begin with the first connections."""
         super().initial_masks(weights)
         self._explore(weights)
 
-    def _explore(self, weights: Sequence[MaskedWeight]) -> None:
+    def _explore(self, weights: Sequence[Weight]) -> None:
         for weight in weights:
             self._explored.start(weight.name, weight.positions, weight.size)
             weight.forget_places()
@@ -111,7 +116,7 @@ class ITOP(SparseStorage, PruneAndGrow):
         super().load_state_dict(state_dict)
         self._explored.load_state_dict(state_dict["explored"])
 
-    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+    def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """In each layer drop the smallest ``|W|``, grow by ``|dP|`` or at random, and note what has been grown."""
         for weight in weights:
             n = self.to_move(weight, fraction)

@@ -6,12 +6,12 @@ weights that are left, and the last one the target exactly; all layers compete b
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, masks
+from lightning_sparse import checks, magnitude, masks
 from lightning_sparse._lightning import (
     LightningModule,
     MisconfigurationException,
@@ -20,9 +20,10 @@ from lightning_sparse._lightning import (
     rank_zero_info,
 )
 from lightning_sparse.before_training import budgets
-from lightning_sparse.distributions import budget, floors, layer_counts, shrunk
+from lightning_sparse.distributions import Distribution, Scope, budget, floors
 from lightning_sparse.layers import Choice
-from lightning_sparse.masked import MaskedCallback, MaskedWeight
+from lightning_sparse.masked import MaskedCallback
+from lightning_sparse.weights import Weight
 
 __all__ = ["LotteryTicket"]
 
@@ -63,14 +64,14 @@ class LotteryTicket(MaskedCallback):
         sparsity: float,
         rounds: int = 5,
         rewind_epoch: int = 0,
-        scope: str = "global",
-        distribution: str | Mapping[str, float] = "uniform",
+        scope: Scope = "global",
+        distribution: Distribution | Mapping[str, float] = "uniform",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, distribution, **options)
         checks.integer(1, "1 prunes once.", rounds=rounds)
         checks.integer(0, "0 rewinds to the start.", rewind_epoch=rewind_epoch)
-        checks.one_of(("global", "layer"), scope=scope)
+        checks.one_of(get_args(Scope), scope=scope)
         self.initial_sparsity = 0.0
         self.rounds = rounds
         self.rewind_epoch = rewind_epoch
@@ -149,33 +150,19 @@ class LotteryTicket(MaskedCallback):
 
     # ------------------------------------------------------------------ prune and rewind
 
-    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+    def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Begin dense, as all weights are."""
 
-    def count(self, weights: Sequence[MaskedWeight], rounds: int) -> int:
+    def count(self, weights: Sequence[Weight], rounds: int) -> int:
         """Return the number of connections that so many rounds leave to ``weights``."""
         size = sum(weight.size for weight in weights)
         return [size, *budgets(size, budget(self.sparsity_target, size), self.rounds)][rounds]
 
     @torch.no_grad()
-    def _prune(self, weights: Sequence[MaskedWeight]) -> None:
+    def _prune(self, weights: Sequence[Weight]) -> None:
         """Keep the largest ``|W|``, as many as the rounds so far leave."""
-        total = self.count(weights, self._pruned)
-        if self.scope == "global":
-            counts = masks.count_global_top_k(
-                [weight.W for weight in weights],
-                total,
-                [weight.mask for weight in weights],
-                list(map(self.least, weights)),
-                score=torch.abs,
-            )
-        else:
-            shapes = {weight.name: weight.shape for weight in weights}
-            final = self.count(weights, self.rounds)
-            least = layer_counts(self.distribution, shapes, final, self.min_layer_density)
-            counts = shrunk([weight.active for weight in weights], list(least.values()), total)
-        for weight, count in zip(weights, counts, strict=True):
-            weight.keep_largest(count)
+        total, final = (self.count(weights, rounds) for rounds in (self._pruned, self.rounds))
+        magnitude.prune(weights, total, final, self.scope, self.distribution, self.min_layer_density)
 
     @torch.no_grad()
     def _rewind(self, trainer: Trainer, pl_module: LightningModule) -> None:

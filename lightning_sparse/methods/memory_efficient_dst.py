@@ -7,23 +7,22 @@ processes; with ``storage="sparse"`` it is computed for the sampled positions al
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_sparse import checks, masks, sampling
-from lightning_sparse.distributions import apportion, share
+from lightning_sparse.callback import Storage
+from lightning_sparse.distributions import Distribution, apportion, share
 from lightning_sparse.endpoints import Activity, Hooks, SynapticFlow, readable
-from lightning_sparse.masked import MaskedWeight
-from lightning_sparse.matrices import as_matrix, write_matrix
 from lightning_sparse.prune_and_grow import PruneAndGrow
 from lightning_sparse.storage.training import SparseStorage
-from lightning_sparse.storage.weight import SparseWeight
+from lightning_sparse.weights import Weight
 
 __all__ = ["MemoryEfficientDST"]
 
-HEURISTICS = ("random", "grabo", "synflow")
+Heuristic = Literal["random", "grabo", "synflow"]
 
 
 class MemoryEfficientDST(SparseStorage, PruneAndGrow):
@@ -68,14 +67,14 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
     def __init__(
         self,
         sparsity: float,
-        heuristic: str = "grabo",
+        heuristic: Heuristic = "grabo",
         subset_multiplier: float = 10,
         drop_fraction: float = 0.2,
         update_every: int | None = 1000,
         stop_at: float = 0.6,
-        distribution: str | Mapping[str, float] = "uniform",
+        distribution: Distribution | Mapping[str, float] = "uniform",
         scale_init: bool = True,
-        storage: str = "masked",
+        storage: Storage = "masked",
         **options: Any,
     ) -> None:
         super().__init__(
@@ -88,22 +87,19 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
             storage=storage,
             **options,
         )
-        checks.one_of(HEURISTICS, heuristic=heuristic)
+        checks.one_of(get_args(Heuristic), heuristic=heuristic)
         checks.at_least(1, "With 1 all that is sampled is grown.", subset_multiplier=subset_multiplier)
         self.heuristic = heuristic
         self.subset_multiplier = subset_multiplier
         self.scale_init = scale_init
 
-    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+    def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Draw random masks, and scale the weights to the fan-in they leave."""
         super().initial_masks(weights)
         for weight in weights if self.scale_init else ():
-            if isinstance(weight, SparseWeight):
-                weight.scale_to_fan_in_()
-            else:
-                scale_to_fan_in_(weight.W, weight.mask, weight.transposed_groups)
+            weight.scale_to_fan_in_()
 
-    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+    def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """Drop the smallest ``|W|`` of all layers and grow the largest ``|dP|`` of all their subsets."""
         kept = [min(self.least(weight), weight.active) for weight in weights]
         active, room = [weight.active for weight in weights], [weight.room for weight in weights]
@@ -115,7 +111,7 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
         for weight, drop, subset, grow in zip(weights, dropped, subsets, best, strict=True):
             weight.exchange(weight.positions[drop.cpu()], subset[grow.to(subset.device)])
 
-    def subsets(self, weights: Sequence[MaskedWeight], n: int) -> list[Tensor]:
+    def subsets(self, weights: Sequence[Weight], n: int) -> list[Tensor]:
         """Draw ``n`` inactive connections in all, in proportion to the layers' sizes: flat positions, ascending."""
         sizes, room = [weight.size for weight in weights], [weight.room for weight in weights]
         endpoints = self._endpoints(weights)
@@ -127,7 +123,7 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
 
     # ------------------------------------------------------------------ the endpoints' distributions
 
-    def watchers(self, weights: Sequence[MaskedWeight]) -> list[Hooks]:
+    def watchers(self, weights: Sequence[Weight]) -> list[Hooks]:
         """Listen to what the heuristic needs, too."""
         listeners = super().watchers(weights)
         if self.heuristic == "random":
@@ -138,7 +134,7 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
             return [*listeners, Activity(readable(self._module, names))]
         return [*listeners, SynapticFlow(self._module, names)]
 
-    def _endpoints(self, weights: Sequence[MaskedWeight]) -> dict[str, dict[str, Any]]:
+    def _endpoints(self, weights: Sequence[Weight]) -> dict[str, dict[str, Any]]:
         """Return ``f``, ``g`` and the number of groups by the weights' names, the same on all processes."""
         listeners = self._watched.get(id(weights[0].optimizer), [])
         ends = [listener for listener in listeners if isinstance(listener, (Activity, SynapticFlow))]
@@ -170,19 +166,7 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
         }
 
 
-def scale_to_fan_in_(W: Tensor, mask: Tensor, transposed_groups: int = 0) -> None:
-    """Multiply the weights of each neuron by the square root of its fan-in over the number of its active weights.
-
-    The initialisation of Evci et al. (2019, "The difficulty of training sparse neural networks") by way of a dense
-    one: what standard initialisations divide by the square root of the fan-in is divided by that of the actual one.
-    """
-    rows = as_matrix(W, transposed_groups)
-    fan_in = as_matrix(mask, transposed_groups).sum(1, keepdim=True).clamp(min=1).double()
-    rows.mul_((rows.shape[1] / fan_in).sqrt())
-    write_matrix(W, rows, transposed_groups)
-
-
-def _smallest(weights: Sequence[MaskedWeight], n: int, kept: Sequence[int]) -> list[Tensor]:
+def _smallest(weights: Sequence[Weight], n: int, kept: Sequence[int]) -> list[Tensor]:
     """Mark the ``n`` smallest ``|W|`` among all layers' active connections, but in each not the ``kept`` largest."""
     magnitudes = [weight.magnitudes for weight in weights]
     total = sum(len(magnitude) for magnitude in magnitudes)

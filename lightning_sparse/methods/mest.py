@@ -13,10 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sparse import checks, sampling
+from lightning_sparse.callback import Storage
 from lightning_sparse.distributions import share
-from lightning_sparse.masked import MaskedWeight, Pool
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.schedules import Decay
 from lightning_sparse.storage.training import SparseStorage
+from lightning_sparse.weights import Pool, Weight
 
 __all__ = ["MEST"]
 
@@ -59,10 +61,10 @@ class MEST(SparseStorage, PruneAndGrow):
         drop_fraction: float = 0.3,
         gradient_weight: float = 0.5,
         soft_bound: bool = False,
-        decay: str = "cosine",
+        decay: Decay = "cosine",
         update_every: int | None = None,
         stop_at: float = 0.75,
-        storage: str = "masked",
+        storage: Storage = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
@@ -71,14 +73,14 @@ class MEST(SparseStorage, PruneAndGrow):
         self.soft_bound = self.resizes = soft_bound
         self._above: Counter[str] = Counter()  # connections above the budget, by the layers' names
 
-    def importance(self, weight: MaskedWeight, scale: float) -> Tensor:
+    def importance(self, weight: Weight, scale: float) -> Tensor:
         """Return ``|W| + lambda |dP|`` of the active connections."""
         assert weight.parameter is not None
         if weight.parameter.grad is None:
             return weight.magnitudes
         return weight.magnitudes + self.gradient_weight / scale * weight.slopes
 
-    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+    def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """In each layer drop the least important and grow as many at random where nothing was."""
         for weight in weights:
             n = self.to_move(weight, fraction)
@@ -87,7 +89,7 @@ class MEST(SparseStorage, PruneAndGrow):
 
     # ------------------------------------------------------------------ the soft bound
 
-    def initial_masks(self, weights: Sequence[MaskedWeight]) -> None:
+    def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Begin with the budget."""
         super().initial_masks(weights)
         for weight in weights:
@@ -107,7 +109,7 @@ class MEST(SparseStorage, PruneAndGrow):
         super().load_state_dict(state_dict)
         self._above = Counter(state_dict["above"])
 
-    def move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> None:
+    def move(self, weights: Sequence[Weight], pool: Pool, scale: float) -> None:
         """Update; under the soft bound drop to the budget and grow above it, also weights without gradient."""
         if not self.soft_bound:
             super().move(weights, pool, scale)
@@ -118,13 +120,13 @@ class MEST(SparseStorage, PruneAndGrow):
             weight.exchange(weight.smallest(fewer, self.importance(weight, scale)), grown)
             self._above[weight.name] = more
 
-    def extra(self, weight: MaskedWeight, pool: Pool) -> int:
+    def extra(self, weight: Weight, pool: Pool) -> int:
         """Return how many connections above its budget a layer has from now on; half of the free places at most."""
         if pool.step >= self.last_step():
             return 0
         return min(share(self.fraction(pool), self.budget(weight)), (weight.size - self.budget(weight)) // 2)
 
-    def budget(self, weight: MaskedWeight) -> int:
+    def budget(self, weight: Weight) -> int:
         """Return the number of a layer's connections, without those above it."""
         return weight.active - self._above[weight.name]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_sparse import checks
 from lightning_sparse._lightning import MisconfigurationException
+from lightning_sparse.distributions import Scope
 from lightning_sparse.latent import LatentWeight
 from lightning_sparse.top_k import TopKCallback
 
@@ -57,7 +58,7 @@ class OptG(TopKCallback):
         sparsity: float,
         steepness: float = 10.0,
         end_at: float = 1.0,
-        scope: str = "global",
+        scope: Scope = "global",
         update_every: int = 1,
         **options: Any,
     ) -> None:

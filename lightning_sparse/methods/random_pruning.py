@@ -6,6 +6,8 @@ Decision: each layer's number of connections is exact, where a draw for each con
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_sparse.callback import Storage
+from lightning_sparse.distributions import Distribution
 from lightning_sparse.storage.training import SparseStorage
 
 __all__ = ["RandomPruning"]
@@ -41,8 +43,8 @@ class RandomPruning(SparseStorage):
     def __init__(
         self,
         sparsity: float,
-        distribution: str | Mapping[str, float] = "erk",
-        storage: str = "masked",
+        distribution: Distribution | Mapping[str, float] = "erk",
+        storage: Storage = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, distribution, storage=storage, **options)

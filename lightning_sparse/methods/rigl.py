@@ -8,9 +8,11 @@ over processes.
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse.masked import MaskedWeight
+from lightning_sparse.callback import Storage
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.schedules import Decay
 from lightning_sparse.storage.training import SparseStorage
+from lightning_sparse.weights import Weight
 
 __all__ = ["RigL"]
 
@@ -52,15 +54,15 @@ class RigL(SparseStorage, PruneAndGrow):
         self,
         sparsity: float,
         drop_fraction: float = 0.3,
-        decay: str = "cosine",
+        decay: Decay = "cosine",
         update_every: int | None = 100,
         stop_at: float = 0.75,
-        storage: str = "masked",
+        storage: Storage = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
 
-    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+    def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """In each layer drop the smallest ``|W|`` and grow the largest ``|dP|`` where nothing was."""
         for weight in weights:
             n = self.to_move(weight, fraction)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_sparse import sampling
-from lightning_sparse.masked import MaskedWeight
+from lightning_sparse.callback import Storage
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.schedules import Decay
 from lightning_sparse.storage.training import SparseStorage
+from lightning_sparse.weights import Weight
 
 __all__ = ["SET"]
 
@@ -47,15 +49,15 @@ class SET(SparseStorage, PruneAndGrow):
         self,
         sparsity: float,
         drop_fraction: float = 0.3,
-        decay: str = "none",
+        decay: Decay = "none",
         update_every: int | None = None,
         stop_at: float = 1.0,
-        storage: str = "masked",
+        storage: Storage = "masked",
         **options: Any,
     ) -> None:
         super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, storage=storage, **options)
 
-    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+    def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """In each layer drop the smallest ``|W|`` and grow at random where nothing was."""
         for weight in weights:
             n = self.to_move(weight, fraction)

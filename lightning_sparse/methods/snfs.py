@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lightning_sparse import checks, masks
 from lightning_sparse.distributions import share
-from lightning_sparse.masked import MaskedWeight, finite
 from lightning_sparse.prune_and_grow import PruneAndGrow
+from lightning_sparse.schedules import Decay
+from lightning_sparse.weights import Weight, finite
 
 __all__ = ["SNFS"]
 
@@ -51,7 +52,7 @@ class SNFS(PruneAndGrow):
         sparsity: float,
         drop_fraction: float = 0.5,
         smoothing: float = 0.9,
-        decay: str = "cosine",
+        decay: Decay = "cosine",
         update_every: int | None = None,
         stop_at: float = 1.0,
         **options: Any,
@@ -70,19 +71,19 @@ class SNFS(PruneAndGrow):
         """Share of all selected weights whose gradient is used: all."""
         return 1.0
 
-    def new_buffers(self, weight: MaskedWeight) -> dict[str, Tensor]:
+    def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Begin the average at 0."""
         dtype = torch.promote_types(weight.W.dtype, torch.float32)
         return {"momentum": torch.zeros_like(weight.mask, dtype=dtype)}
 
-    def observe(self, weights: Sequence[MaskedWeight], scale: float) -> None:
+    def observe(self, weights: Sequence[Weight], scale: float) -> None:
         """Average the gradients of all steps but those that AMP skips."""
         if finite(weights):
             for weight in weights:
                 momentum = weight.buffers["momentum"]
                 momentum.lerp_(weight.dP.to(momentum.dtype) / scale, 1 - self.smoothing)
 
-    def update(self, weights: Sequence[MaskedWeight], fraction: float, scale: float) -> None:
+    def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """Drop each layer's smallest ``|W|``, share them out by mean momentum, grow where ``|momentum|`` is largest."""
         drops = self.to_drop(weights, [share(fraction, weight.active) for weight in weights])
         grows = self.to_grow(weights, drops, [contribution(w.buffers["momentum"], w.mask) for w in weights])

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_sparse import checks
 from lightning_sparse._lightning import LightningModule, Trainer
 from lightning_sparse.activations import SparseInput
+from lightning_sparse.distributions import Scope
 from lightning_sparse.latent import LatentWeight
 from lightning_sparse.layers import Choice
 from lightning_sparse.top_k import TopKCallback
@@ -51,7 +52,7 @@ class SWAT(TopKCallback):
         self,
         sparsity: float,
         activation_sparsity: float | None = None,
-        scope: str = "layer",
+        scope: Scope = "layer",
         update_every: int = 1,
         **options: Any,
     ) -> None:

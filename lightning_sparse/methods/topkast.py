@@ -6,16 +6,16 @@ with fresh optimizer state; annealing scales the loss's gradient, not the penalt
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse import checks, masks
-from lightning_sparse.distributions import apportion, budget
+from lightning_sparse.distributions import Scope, apportion, budget
 from lightning_sparse.latent import LatentWeight
-from lightning_sparse.schedules import ANNEALING, annealed
+from lightning_sparse.schedules import Annealing, annealed
 from lightning_sparse.top_k import TopKCallback
 
 __all__ = ["TopKAST"]
@@ -59,10 +59,10 @@ class TopKAST(TopKCallback):
         sparsity: float,
         backward_sparsity: float,
         alpha: float = 1.0,
-        decay: str = "none",
+        decay: Annealing = "none",
         power: float = 1.0,
         l2: float = 1e-4,
-        scope: str = "layer",
+        scope: Scope = "layer",
         update_every: int = 1,
         decay_rate: float = 1.0,
         **options: Any,
@@ -75,7 +75,7 @@ class TopKAST(TopKCallback):
                 "compute are among those that are updated. Lower it; 0 updates all."
             )
         checks.fraction("1 is plain Top-KAST; annealing starts at 0.75 to 1.", alpha=alpha)
-        checks.one_of(ANNEALING, decay=decay)
+        checks.one_of(get_args(Annealing), decay=decay)
         checks.at_least(0, "The paper's value is 1.", decay_rate=decay_rate)
         checks.at_least(1, "1 trains the weights themselves.", power=power)
         checks.at_least(0, "The paper's value for ResNet-50 is 1e-4.", l2=l2)

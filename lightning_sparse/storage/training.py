@@ -7,7 +7,7 @@ state and what processes average have that size, too.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -22,19 +22,18 @@ from lightning_sparse._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_sparse.callback import refuse_other_weights
+from lightning_sparse.callback import Storage, refuse_other_weights
 from lightning_sparse.distributions import budget
 from lightning_sparse.layers import Choice, choose
-from lightning_sparse.masked import MaskedCallback, MaskedWeight, Pool
+from lightning_sparse.masked import MaskedCallback
 from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
 from lightning_sparse.storage.layers import SparseLayer, make_dense_, to_dense
 from lightning_sparse.storage.measure import DENSE, measure
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 from lightning_sparse.storage.weight import SparseWeight, spare
+from lightning_sparse.weights import Pool, Weight
 
-__all__ = ["DENSE_LIMIT", "STORAGES", "SparseStorage"]
-
-STORAGES = ("masked", "sparse")
+__all__ = ["DENSE_LIMIT", "SparseStorage"]
 
 #: bytes of dense weights up to which checkpoints hold them, and a module is made dense again when the fit ends
 DENSE_LIMIT = 2 << 30
@@ -57,10 +56,10 @@ class SparseStorage(MaskedCallback):
     resizes: bool = False
 
     def __init__(
-        self, *args: Any, storage: str = "masked", plain_checkpoints: bool | None = None, **options: Any
+        self, *args: Any, storage: Storage = "masked", plain_checkpoints: bool | None = None, **options: Any
     ) -> None:
         super().__init__(*args, **options)
-        checks.one_of(STORAGES, storage=storage)
+        checks.one_of(get_args(Storage), storage=storage)
         if storage == "masked" and plain_checkpoints is not None:
             raise ValueError(
                 f"plain_checkpoints is for storage='sparse', got {plain_checkpoints!r} with storage='masked', whose "
@@ -230,7 +229,7 @@ class SparseStorage(MaskedCallback):
                 "lightning_sparse.storage.to_dense(module) to start afresh."
             )
 
-    def _move(self, weights: Sequence[MaskedWeight], pool: Pool, scale: float) -> bool:
+    def _move(self, weights: Sequence[Weight], pool: Pool, scale: float) -> bool:
         if self.storage == "sparse":
             spare(*weights)  # what training steps have left
         return super()._move(weights, pool, scale)
@@ -292,7 +291,7 @@ class SparseStorage(MaskedCallback):
 
     # ------------------------------------------------------------------ state
 
-    def loaded_weight(self, name: str, state: dict[str, Any]) -> MaskedWeight:
+    def loaded_weight(self, name: str, state: dict[str, Any]) -> Weight:
         """Return a weight with the state of a checkpoint."""
         if ("shape" in state) != (self.storage == "sparse"):
             raise MisconfigurationException(
@@ -372,7 +371,7 @@ def _prefix(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _continues(weights: Sequence[SparseWeight], earlier: Mapping[str, MaskedWeight]) -> bool:
+def _continues(weights: Sequence[SparseWeight], earlier: Mapping[str, Weight]) -> bool:
     """Tell whether the dense weights are 0 wherever an earlier fit left them inactive."""
     if {weight.name: weight.shape for weight in weights} != {name: w.shape for name, w in earlier.items()}:
         return False

@@ -10,11 +10,11 @@ from torch import Generator, Tensor, nn
 
 from lightning_sparse import masks
 from lightning_sparse.endpoints import Hooks
-from lightning_sparse.masked import MaskedWeight
 from lightning_sparse.storage import functional
 from lightning_sparse.storage.layers import SparseLayer, SparseLinear, make_sparse_
 from lightning_sparse.storage.memory import give_back
 from lightning_sparse.storage.structure import CSR, csr
+from lightning_sparse.weights import Weight
 
 __all__ = ["Capture", "SparseWeight", "spare"]
 
@@ -23,7 +23,7 @@ _CHUNK = 1 << 22  # bytes of a gradient to compute at once, if one row has not m
 _SPARED_FROM = 1 << 18  # nonzeros of a layer, for whose indices it pays to give freed memory back
 
 
-class SparseWeight(MaskedWeight):
+class SparseWeight(Weight):
     """One weight of which the active connections alone exist; ``parameter`` is the vector of their values.
 
     Args:
@@ -33,12 +33,8 @@ class SparseWeight(MaskedWeight):
     """
 
     def __init__(self, name: str, shape: Sequence[int], layer: nn.Module | None = None) -> None:
-        self.name = name
+        super().__init__(name, layer.values if isinstance(layer, SparseLayer) else None, {})
         self.layer = layer
-        self.buffers = {}
-        self.optimizer = None
-        self.transposed_groups = 0
-        self.parameter = layer.values if isinstance(layer, SparseLayer) else None
         #: inputs and output gradients of the calls that make up the gradient, if the connections are to be moved
         self.calls: list[tuple[Tensor, Tensor]] = []
         self._reduce: Callable[[Tensor], Tensor] = torch.Tensor.detach
@@ -77,8 +73,11 @@ class SparseWeight(MaskedWeight):
             raise RuntimeError(f"The connections of {self.name} are in the module's part of the checkpoint.")
         return self._positions
 
+    def forget_places(self) -> None:
+        """Do nothing: the layer needs them."""
+
     @property
-    def mask(self) -> Tensor:  # type: ignore[override]
+    def mask(self) -> Tensor:
         """Where the weight is active, of the dense shape: made when asked for, for users alone."""
         marks = torch.zeros(self.size, dtype=torch.bool)
         marks[self.positions] = True
@@ -149,17 +148,14 @@ class SparseWeight(MaskedWeight):
         spare(self)
 
     def scale_to_fan_in_(self) -> None:
-        """Multiply each neuron's values by the square root of its fan-in over what is left of it.
-
-        Not those that were drawn for the actual fan-in.
-        """
+        """Do as ``Weight.scale_to_fan_in_``, unless the values have been drawn for the actual fan-in."""
         if not self._drawn:
             fan_in = self.sparse.crow.diff()
             factor = (math.prod(self.shape[1:]) / fan_in.clamp(min=1).double()).sqrt()
             self.W.mul_(factor.repeat_interleave(fan_in, output_size=self.active))
 
     def exchange(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:
-        """Move connections: values, gradients and optimizer state go with them; the new ones have no such state."""
+        """Move connections, as ``Weight.exchange``; values, gradients and optimizer state change their places."""
         if not (len(dropped) or len(grown)):
             return
         assert self.parameter is not None
@@ -208,10 +204,21 @@ class SparseWeight(MaskedWeight):
         for state, key in self._state_entries():
             yield state[key]
 
+    def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
+        self._leave(mask.reshape(-1)[self.places.to(mask.device)])
+
+    def keep_largest(self, count: int) -> None:  # noqa: D102  (inherited)
+        self._leave(masks.top_k(self.magnitudes, count))
+
+    def _leave(self, staying: Tensor) -> None:
+        """Drop the connections that are not marked, in the order of their positions."""
+        self.exchange(self.positions[~staying.cpu()], self.positions[:0])
+
     def keep_zeros(self) -> None:
         """Do nothing: what is not active does not exist."""
 
-    keep_zero_gradients = keep_zeros
+    def keep_zero_gradients(self) -> None:
+        """Do nothing: what is not active has no gradient."""
 
     def listen(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Make ready for calls; ``reduce`` averages over processes, and takes the loss scale away."""
@@ -258,7 +265,7 @@ class Capture(Hooks):
             processes, without the loss scale if a gradient scaler has taken it away.
     """
 
-    def __init__(self, weights: Sequence[MaskedWeight], reduce: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, weights: Sequence[Weight], reduce: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._weights = [weight for weight in weights if isinstance(weight, SparseWeight)]
         #: calls by weight and backward pass: passes may run within each other (reentrant checkpoints)
@@ -309,7 +316,7 @@ def _backward_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
-def spare(*weights: MaskedWeight) -> None:
+def spare(*weights: Weight) -> None:
     """Give freed memory back if there can be much."""
     if any(weight.active >= _SPARED_FROM and weight.W.is_cpu for weight in weights):
         give_back()
