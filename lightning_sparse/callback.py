@@ -53,6 +53,9 @@ class SparseCallback(Callback, ABC):
             multiple of it, between which the Trainer repeats the latest values.
     """
 
+    #: what a family keeps of each weight, by parameter name: with the number of its elements, ``size``
+    _weights: Mapping[str, Any]
+
     # What ties the callback to one fit: see _detached.
     _handles: list[Any]
     _prepared: set[int]
@@ -162,7 +165,12 @@ class SparseCallback(Callback, ABC):
     @property
     def held(self) -> list[Mapping[str, Any]]:
         """What is kept of each weight: tensors, also those of module and optimizer, and containers of them."""
-        return []
+        return [vars(weight) for weight in self._weights.values()]
+
+    @property
+    def levels(self) -> dict[str, Tensor]:
+        """What ``|W|`` is compared with, by parameter name, if the method has thresholds."""
+        return {}
 
     #: the step that moves connections computes the gradients of all weights
     dense_gradient_to_move: bool = False
@@ -189,17 +197,25 @@ class SparseCallback(Callback, ABC):
     # ------------------------------------------------------------------ what users read
 
     @property
+    def layer_count(self) -> dict[str, int]:
+        """Number of nonzero weights of each layer, by parameter name; empty before the first fit, as ``masks``."""
+        return {name: _count(mask) for name, mask in self.masks.items()}
+
+    @property
     def layer_density(self) -> dict[str, float]:
         """Share of nonzero weights of each layer, by parameter name; empty before the first fit, as ``masks``."""
-        return {name: _count(mask) / mask.numel() for name, mask in self.masks.items()}
+        return {name: count / self._weights[name].size for name, count in self.layer_count.items()}
 
     @property
     def density(self) -> float:
         """Share of nonzero weights over all selected weights."""
-        masks = list(self.masks.values())
-        if not masks:
-            raise RuntimeError(f"{type(self).__name__} has no weights yet: they are chosen when trainer.fit starts.")
-        return sum(map(_count, masks)) / sum(mask.numel() for mask in masks)
+        return sum(self.layer_count.values()) / self._size
+
+    @property
+    def gradient_density(self) -> float:
+        """Share of all selected weights whose gradient is used."""
+        shares = self.layer_gradient_density
+        return sum(share * float(self._weights[name].size) for name, share in shares.items()) / self._size
 
     @property
     def sparsity(self) -> float:
@@ -291,14 +307,15 @@ class SparseCallback(Callback, ABC):
         every, step = self.log_every_n_steps, trainer.global_step
         if every is not None and trainer.loggers and step // every > self._logged_step // every:
             self._logged_step = step
-            pl_module.log_dict(self._scalars(), on_step=True, on_epoch=False)
+            pl_module.log_dict(self._scalars(self.layer_count), on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, and warn by name of layers that have no weight left."""
+        counts = self.layer_count
         if trainer.loggers:
-            pl_module.log_dict(self._scalars(), on_step=False, on_epoch=True, sync_dist=True)
-        for name, density in self.layer_density.items():
-            if density == 0:
+            pl_module.log_dict(self._scalars(counts), on_step=False, on_epoch=True, sync_dist=True)
+        for name, count in counts.items():
+            if count == 0:
                 self._warn_once(f"{name} has no weight left: density 0 after epoch {trainer.current_epoch}.")
         self.report_trouble()
 
@@ -392,7 +409,7 @@ class SparseCallback(Callback, ABC):
     def _take_newcomers(self, optimizer: Optimizer) -> None:
         """Take over weights that were added to ``optimizer``, or unfrozen, since the fit started."""
         assert self._module is not None
-        known = set(self.layer_density)
+        known = set(self._weights)
         owned = _owned(optimizer)
         choices = choose(self._module, self.include, self.exclude)
         new = [c for c in choices if c.reason is None and c.name not in known and id(c.parameter) in owned]
@@ -466,7 +483,7 @@ class SparseCallback(Callback, ABC):
         mine = {choice.name for choice in choices if choice.reason is None}
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, SparseCallback) and other is not self and other._trainer is trainer:
-                both = sorted(mine & set(other.layer_density))
+                both = sorted(mine & set(other._weights))
                 if both:
                     raise MisconfigurationException(
                         f"{type(other).__name__} and {type(self).__name__} both claim {both}. "
@@ -483,9 +500,16 @@ class SparseCallback(Callback, ABC):
                     "sparse layers dense with lightning_sparse.storage.to_dense(module)."
                 )
 
-    def _scalars(self) -> dict[str, float]:
-        sparsity = {f"sparsity/{name}": 1 - density for name, density in self.layer_density.items()}
-        return {"sparsity/model": self.sparsity, **sparsity, **self.watched}
+    @property
+    def _size(self) -> int:
+        """Number of all selected weights."""
+        if not self._weights:
+            raise RuntimeError(f"{type(self).__name__} has no weights yet: they are chosen when trainer.fit starts.")
+        return sum(weight.size for weight in self._weights.values())
+
+    def _scalars(self, counts: Mapping[str, int]) -> dict[str, float]:
+        sparsity = {f"sparsity/{name}": 1 - count / self._weights[name].size for name, count in counts.items()}
+        return {"sparsity/model": 1 - sum(counts.values()) / self._size, **sparsity, **self.watched}
 
     def _warn_once(self, message: str) -> None:
         key = message.split(":")[0]

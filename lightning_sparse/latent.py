@@ -7,7 +7,7 @@ copy), with ``dW`` in its gradient; the thresholds sit in the same param group a
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,6 +40,9 @@ class LatentCallback(SparseCallback):
         log_every_n_steps: see ``SparseCallback``.
     """
 
+    _weights: dict[str, LatentWeight]
+    _pools: dict[int, list[Pool]]
+
     #: names of the trainable thresholds of each weight, the forward one, "t", first; empty: the method has none
     threshold_names: Sequence[str] = ("t",)
 
@@ -61,8 +64,8 @@ class LatentCallback(SparseCallback):
         checks.one_of(get_args(Granularity), granularity=granularity)
         self.init_threshold = init_threshold
         self.granularity = granularity
-        self._weights: dict[str, LatentWeight] = {}
-        self._pools: dict[int, list[Pool]] = {}
+        self._weights = {}
+        self._pools = {}
         self._nonfinite: Tensor | None = None
 
     # ------------------------------------------------------------------ what a method defines
@@ -133,18 +136,6 @@ class LatentCallback(SparseCallback):
     def layer_gradient_density(self) -> dict[str, float]:
         """Share of each layer's weights whose gradient is used: what it costs where sparsity is exploited."""
         return dict.fromkeys(self._weights, 1.0)
-
-    @property
-    def held(self) -> list[Mapping[str, Any]]:  # noqa: D102  (inherited)
-        return [vars(weight) for weight in self._weights.values()]
-
-    @property
-    def gradient_density(self) -> float:
-        """Share of all selected weights whose gradient is used."""
-        sizes = {name: weight.latent.numel() for name, weight in self._weights.items()}
-        if not sizes:
-            raise RuntimeError(f"{type(self).__name__} has no weights yet: they are chosen when trainer.fit starts.")
-        return sum(share * sizes[name] for name, share in self.layer_gradient_density.items()) / sum(sizes.values())
 
     @property
     def masks(self) -> dict[str, Tensor]:  # noqa: D102  (inherited)

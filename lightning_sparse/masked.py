@@ -36,6 +36,7 @@ class MaskedCallback(SparseCallback):
         log_every_n_steps: see ``SparseCallback``.
     """
 
+    _weights: dict[str, Weight]
     _pools: dict[int, Pool]
 
     def __init__(
@@ -57,7 +58,7 @@ class MaskedCallback(SparseCallback):
         self.min_layer_density = min_layer_density
         self.seed = seed
         self.generator = torch.Generator()
-        self._weights: dict[str, Weight] = {}
+        self._weights = {}
         self._pools = {}
         self._epoch = 0
         self._clocks: list[dict[str, Any]] = []
@@ -107,15 +108,8 @@ class MaskedCallback(SparseCallback):
         return {name: weight.mask for name, weight in self._weights.items()}
 
     @property
-    def layer_density(self) -> dict[str, float]:  # noqa: D102  (inherited)
-        return {name: weight.active / weight.size for name, weight in self._weights.items()}
-
-    @property
-    def density(self) -> float:  # noqa: D102  (inherited)
-        weights = self._weights.values()
-        if not weights:
-            return super().density  # which raises
-        return sum(weight.active for weight in weights) / sum(weight.size for weight in weights)
+    def layer_count(self) -> dict[str, int]:  # noqa: D102  (inherited)
+        return {name: weight.active for name, weight in self._weights.items()}
 
     def mask(self, name: str) -> Tensor:  # noqa: D102  (inherited)
         return self._weights[name].mask
@@ -123,15 +117,6 @@ class MaskedCallback(SparseCallback):
     @property
     def connections(self) -> dict[str, Tensor]:  # noqa: D102  (inherited)
         return {name: weight.connections for name, weight in self._weights.items()}
-
-    @property
-    def held(self) -> list[Mapping[str, Any]]:  # noqa: D102  (inherited)
-        return [vars(weight) for weight in self._weights.values()]
-
-    @property
-    def gradient_density(self) -> float:
-        """Share of all selected weights whose gradient is used."""
-        return self.density
 
     # ------------------------------------------------------------------ state
 

@@ -53,6 +53,11 @@ class LatentWeight:
     _kernels: ModuleType | None = None
 
     @property
+    def size(self) -> int:
+        """Number of the weight's elements."""
+        return self.latent.numel()
+
+    @property
     def kernels(self) -> ModuleType:
         """The kernels that suit this weight best."""
         if self._kernels is None:

@@ -73,7 +73,7 @@ class TopKCallback(LatentCallback):
 
     def final(self, weights: Sequence[LatentWeight]) -> int:
         """Return how many of the weights of one optimizer the asked sparsity leaves."""
-        return budget(self.sparsity_target, sum(weight.latent.numel() for weight in weights))
+        return budget(self.sparsity_target, sum(weight.size for weight in weights))
 
     def is_due(self, updates: int) -> bool:
         """Tell whether the sets are found anew after so many updates."""
@@ -104,7 +104,7 @@ class TopKCallback(LatentCallback):
 
     def counts(self, weights: Sequence[LatentWeight]) -> list[int]:
         """Return the size of A in each weight."""
-        sizes = [weight.latent.numel() for weight in weights]
+        sizes = [weight.size for weight in weights]
         total = self.active(weights, self._clock(weights))
         if self.scope == "layer":
             shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
@@ -118,7 +118,7 @@ class TopKCallback(LatentCallback):
             shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
             layer_counts(self.distribution, shapes, self.final(weights), self.min_layer_density)
         else:
-            floors(self.min_layer_density, [weight.latent.numel() for weight in weights], self.final(weights))
+            floors(self.min_layer_density, [weight.size for weight in weights], self.final(weights))
 
     def largest(self, weights: Sequence[LatentWeight], total: int, floors: Sequence[int]) -> list[int]:
         """Return how many of the ``total`` largest scores of all lie in each weight, ``floors`` of them in any case."""

@@ -64,12 +64,7 @@ class SNFS(PruneAndGrow):
     @property
     def layer_gradient_density(self) -> dict[str, float]:
         """Share of each layer's weights whose gradient is used: all."""
-        return dict.fromkeys(self.masks, 1.0)
-
-    @property
-    def gradient_density(self) -> float:
-        """Share of all selected weights whose gradient is used: all."""
-        return 1.0
+        return dict.fromkeys(self._weights, 1.0)
 
     def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Begin the average at 0."""

@@ -15,7 +15,6 @@ from lightning_sparse import checks, ledger, run_file
 from lightning_sparse._extras import extra
 from lightning_sparse._lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_warn
 from lightning_sparse.callback import SparseCallback
-from lightning_sparse.latent import LatentCallback
 from lightning_sparse.layers import choose
 from lightning_sparse.ledger import Average, Explored, Flops
 from lightning_sparse.monitor.clock import Clock
@@ -436,8 +435,7 @@ class SparsityMonitor(Callback):
 
     def _thresholds(self) -> dict[str, Any]:
         """Return statistics of what ``|W|`` is compared with in each layer, where a method has thresholds."""
-        methods = [method for method in self._methods if isinstance(method, LatentCallback)]
-        levels = {name: tau for method in methods for name, tau in method.levels.items()}
+        levels = {name: tau for method in self._methods for name, tau in method.levels.items()}
         return {name: ledger.spread(tau) for name, tau in levels.items() if bool(tau.isfinite().all())}
 
     def _close(self, trainer: Trainer) -> None:
