@@ -41,6 +41,8 @@ class BeforeTraining(MaskedCallback):
     #: how often scores are computed, of a network that gets sparser from one to the next
     rounds: int = 1
 
+    moves = False
+
     def __init__(
         self,
         sparsity: float,

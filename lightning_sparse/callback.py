@@ -11,7 +11,6 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_sparse import checks
 from lightning_sparse._lightning import (
-    BaseFinetuning,
     Callback,
     DDPStrategy,
     LightningModule,
@@ -25,7 +24,7 @@ from lightning_sparse._lightning import (
 from lightning_sparse.arguments import parameters, refusing_by_name
 from lightning_sparse.layers import FROZEN, Choice, choose, table
 
-__all__ = ["SparseCallback", "Storage", "refuse_other_sparsity", "refuse_other_weights", "unscales"]
+__all__ = ["SparseCallback", "Storage", "averaging", "refuse_other_sparsity", "refuse_other_weights", "unscales"]
 
 
 Storage = Literal["masked", "sparse"]
@@ -58,6 +57,7 @@ class SparseCallback(Callback, ABC):
 
     # What ties the callback to one fit: see _detached.
     _handles: list[Any]
+    _optimizers: list[Optimizer]
     _prepared: set[int]
     _depth: dict[int, int]
     _group_sizes: dict[int, int]
@@ -172,6 +172,9 @@ class SparseCallback(Callback, ABC):
         """What ``|W|`` is compared with, by parameter name, if the method has thresholds."""
         return {}
 
+    #: connections move after the fit has begun
+    moves: bool = True
+
     #: the step that moves connections computes the gradients of all weights
     dense_gradient_to_move: bool = False
 
@@ -243,9 +246,11 @@ class SparseCallback(Callback, ABC):
         self._refuse_unowned(choices, trainer.optimizers)
         self._refuse_overlap(choices, trainer)
         self._refuse_storage(choices)
+        self._warn_of_averages(trainer)
         self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
         self.attach([choice for choice in choices if choice.reason is None], trainer.optimizers, self._restored)
         self._restored = False
+        self._optimizers = [*trainer.optimizers]
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_update))
             self._handles.append(optimizer.register_step_post_hook(self._after_update))
@@ -271,8 +276,14 @@ class SparseCallback(Callback, ABC):
         self.begin_epoch(trainer.current_epoch, _epochs(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Forget updates that an exception has broken off, and that the module has gone on from."""
+        """Forget updates that an exception has broken off; raise if the optimizers are others than at fit start."""
         self._depth.clear()
+        if [*map(id, trainer.optimizers)] != [*map(id, self._optimizers)]:
+            raise MisconfigurationException(
+                f"The Trainer's optimizers have been exchanged since the fit started: {type(self).__name__} acts in "
+                "the steps of the earlier ones, and under others weights would train dense. Change learning rates and "
+                "param groups of the same optimizers, or begin another fit."
+            )
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note that the penalty counts for this micro-batch.
@@ -412,7 +423,14 @@ class SparseCallback(Callback, ABC):
         known = set(self._weights)
         owned = _owned(optimizer)
         choices = choose(self._module, self.include, self.exclude)
-        new = [c for c in choices if c.reason is None and c.name not in known and id(c.parameter) in owned]
+        ours = [choice for choice in choices if choice.reason is None and id(choice.parameter) in owned]
+        replaced = [c.name for c in ours if c.name in known and self._weights[c.name].parameter is not c.parameter]
+        if replaced:
+            raise MisconfigurationException(
+                f"{', '.join(replaced)} became another parameter during the fit, which {type(self).__name__} would "
+                "leave dense. Keep the layer and write new values into its weight, or begin another fit."
+            )
+        new = [choice for choice in ours if choice.name not in known]
         if new:
             assert self._trainer is not None
             self._refuse_overlap(new, self._trainer)
@@ -437,12 +455,6 @@ class SparseCallback(Callback, ABC):
             raise MisconfigurationException(
                 f"{method} needs every process to make the same update: ZeroRedundancyOptimizer and model averaging "
                 "(model_averaging_period) do not. Use plain DDP with a plain optimizer."
-            )
-        # its bookkeeping looks every parameter of the optimizer up in the module
-        if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"{method} keeps its thresholds in the optimizer, where BaseFinetuning cannot handle them. "
-                "Freeze weights with requires_grad_(False) and add them later with optimizer.add_param_group."
             )
         if trainer.ckpt_path and not self._restored and not trainer.strategy.restore_checkpoint_after_setup:
             raise MisconfigurationException(
@@ -478,6 +490,15 @@ class SparseCallback(Callback, ABC):
                 f"({', '.join(choice.name for choice in selected)}). Return them from configure_optimizers."
             )
 
+    def _warn_of_averages(self, trainer: Trainer) -> None:
+        """Warn that an average of weights over time is denser than each of them."""
+        for name in averaging(trainer) if self.moves else ():
+            rank_zero_warn(
+                f"{name} averages weights of several steps: what was nonzero at one of them is so in the average, "
+                f"which is denser than {type(self).__name__} says unless it begins when connections move no longer. "
+                "For exact zeros multiply each weight of the averaged module by callback.masks[name] after the fit."
+            )
+
     def _refuse_overlap(self, choices: Sequence[Choice], trainer: Trainer) -> None:
         """Raise if another method of this Trainer already has one of the weights."""
         mine = {choice.name for choice in choices if choice.reason is None}
@@ -509,7 +530,17 @@ class SparseCallback(Callback, ABC):
 
     def _scalars(self, counts: Mapping[str, int]) -> dict[str, float]:
         sparsity = {f"sparsity/{name}": 1 - count / self._weights[name].size for name, count in counts.items()}
-        return {"sparsity/model": 1 - sum(counts.values()) / self._size, **sparsity, **self.watched}
+        if self._all[0] is self:  # Lightning would log the mean of what several methods call by one name
+            active = sum(counts.values()) + sum(sum(other.layer_count.values()) for other in self._all[1:])
+            sparsity["sparsity/model"] = 1 - active / sum(method._size for method in self._all)
+        return {**sparsity, **self.watched}
+
+    @property
+    def _all(self) -> list["SparseCallback"]:
+        """The methods of the Trainer that have weights: this one, and those beside it."""
+        assert self._trainer is not None
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, SparseCallback) and callback._weights]
 
     def _warn_once(self, message: str) -> None:
         key = message.split(":")[0]
@@ -522,6 +553,7 @@ def _detached() -> dict[str, Any]:
     """Return the attributes of a callback that no fit is using."""
     return {
         "_handles": [],
+        "_optimizers": [],
         "_prepared": set(),
         "_depth": {},
         "_group_sizes": {},
@@ -532,6 +564,13 @@ def _detached() -> dict[str, Any]:
         "_module": None,
         "_trainer": None,
     }
+
+
+def averaging(trainer: Trainer) -> list[str]:
+    """Return the names of the callbacks that average weights over time."""
+    kinds = {"StochasticWeightAveraging", "WeightAveraging"}
+    types = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [kind.__name__ for kind in types if kinds & {base.__name__ for base in kind.__mro__}]
 
 
 def unscales(optimizer: Optimizer | None) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse import checks
-from lightning_sparse._lightning import MisconfigurationException, rank_zero_warn
+from lightning_sparse._lightning import BaseFinetuning, MisconfigurationException, rank_zero_warn
 from lightning_sparse.callback import SparseCallback, refuse_other_weights
 from lightning_sparse.layers import Choice
 from lightning_sparse.matrices import write_matrix
@@ -277,6 +277,12 @@ class LatentCallback(SparseCallback):
 
     def _check(self, trainer: Any) -> None:
         super()._check(trainer)
+        # its bookkeeping looks every parameter of the optimizer up in the module
+        if self.threshold_names and any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):
+            raise MisconfigurationException(
+                f"{type(self).__name__} keeps thresholds in the optimizer, where BaseFinetuning cannot handle them. "
+                "Freeze weights with requires_grad_(False) and add them later with optimizer.add_param_group."
+            )
         for optimizer in trainer.optimizers:
             if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
                 raise MisconfigurationException(
@@ -423,7 +429,8 @@ class LatentCallback(SparseCallback):
         for weight in pool.weights:
             for t in weight.thresholds.values():
                 t.grad = None
-            if regularised or weight.has_gradient:
+            assert weight.parameter is not None
+            if (regularised and weight.parameter.requires_grad) or weight.has_gradient:
                 weight.thresholds["t"].grad = weight.gradients["t"]
 
     def _make_finite(self, dt: Tensor, note: bool) -> None:

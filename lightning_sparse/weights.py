@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ from lightning_sparse import masks
 from lightning_sparse.matrices import as_matrix, write_matrix
 
 __all__ = ["MaskedWeight", "Pool", "Weight", "all_finite", "finite"]
+
+#: settings of a param group that states begin at, if not at 0: of Rprop and of Adagrad
+_BEGINS_AT = {"step_size": "lr", "sum": "initial_accumulator_value"}
 
 
 class Weight(ABC):
@@ -134,9 +137,25 @@ class Weight(ABC):
             above: only what is larger counts.
         """
 
-    @abstractmethod
-    def optimizer_state(self) -> Iterable[Tensor]:
-        """Yield what the optimizer keeps for each element of the parameter: momentum, moments."""
+    @property
+    def group(self) -> dict[str, Any]:
+        """The param group that trains the weight."""
+        assert self.optimizer is not None
+        groups = self.optimizer.param_groups
+        return next(group for group in groups if any(p is self.parameter for p in group["params"]))
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the optimizer keeps for each element of the parameter, by name: momentum, moments."""
+        assert self.optimizer is not None
+        assert self.parameter is not None
+        for key, state in [*self.optimizer.state.get(self.parameter, {}).items()]:
+            if isinstance(state, Tensor) and state.shape == self.parameter.shape:
+                yield key, state
+
+    def fresh(self, key: str) -> float:
+        """Return what the optimizer's state of this name is for an element that has not been trained."""
+        setting = _BEGINS_AT.get(key)
+        return float(self.group.get(setting, 0.0)) if setting else 0.0
 
     # ------------------------------------------------------------------ how they move
 
@@ -273,13 +292,6 @@ class MaskedWeight(Weight):
         above = self.dP.reshape(-1).abs().gt(floor)
         return masks.positions(torch.gt(above, self.mask.reshape(-1), out=above))
 
-    def optimizer_state(self) -> Iterable[Tensor]:  # noqa: D102  (inherited)
-        assert self.optimizer is not None
-        assert self.parameter is not None
-        for state in self.optimizer.state.get(self.parameter, {}).values():
-            if isinstance(state, Tensor) and state.shape == self.mask.shape:
-                yield state
-
     def start(self, positions: Tensor, generator: Generator) -> None:  # noqa: D102  (inherited)
         self._mask = torch.zeros_like(self.mask)  # in the parameter's layout
         masks.put_(self.mask, positions.to(self.mask.device), True)
@@ -298,9 +310,9 @@ class MaskedWeight(Weight):
         self._mask = self.mask.clone()
         masks.put_(self.mask, dropped, False)
         masks.put_(self.mask, grown, True)
-        for state in self.optimizer_state():
+        for key, state in self.optimizer_state():
             masks.put_(state, dropped, 0.0)
-            masks.put_(state, grown, 0.0)
+            masks.put_(state, grown, self.fresh(key))
         masks.put_(self.W, dropped, 0.0)
         masks.put_(self.W, grown, value)
 
@@ -309,7 +321,7 @@ class MaskedWeight(Weight):
             return
         self._mask = self.mask.clone().logical_and_(mask)  # in the parameter's layout
         masks.zero_outside_(self.W, self.mask)
-        for state in self.optimizer_state():
+        for _, state in self.optimizer_state():
             masks.zero_outside_(state, self.mask)
 
     def keep_largest(self, count: int) -> None:  # noqa: D102  (inherited)
@@ -371,6 +383,7 @@ class Pool:
 
 def all_finite(x: Tensor) -> bool:
     """Tell whether all elements are finite."""
+    x = torch.view_as_real(x) if x.is_complex() else x
     return not x.numel() or all(bool(extreme.isfinite()) for extreme in x.aminmax())
 
 

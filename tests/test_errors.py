@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SETTINGS, THRESHOLDS, Lit, fit, seeded
-from lightning.pytorch.callbacks import BackboneFinetuning
+from helpers import SETTINGS, THRESHOLDS, Lit, effective, fit, seeded
+from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_sparse import DFBST, DSR, DST, STR, AutoSparse
+from lightning_sparse import DFBST, DSR, DST, SET, SNIP, STR, AutoSparse, RandomPruning
 
 NAN, INF = float("nan"), float("inf")
 
@@ -144,11 +144,46 @@ def test_a_weight_in_two_optimizers_is_refused(method):
         fit(SETTINGS[method](), seeded(Twice))
 
 
-def test_finetuning_callbacks_are_refused(method):
+@pytest.mark.parametrize("method", THRESHOLDS)
+def test_finetuning_callbacks_are_refused_by_methods_with_thresholds(method):
     module = seeded(Lit)
     module.backbone = module.net
     with pytest.raises(MisconfigurationException, match=rf"{method} .*BaseFinetuning.*add_param_group"):
         fit([SETTINGS[method](), BackboneFinetuning()], module)
+
+
+def test_optimizers_that_are_exchanged_during_the_fit_are_refused(method):
+    class Exchanges(Lit):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    module, callback = seeded(Exchanges), SETTINGS[method]()
+    with pytest.raises(
+        MisconfigurationException, match=rf"have been exchanged .*{method} acts in .*another fit"
+    ):
+        fit(callback, module)
+    assert effective(module, callback)
+
+
+def test_a_weight_that_is_replaced_during_the_fit_is_refused(method):
+    class Replaces(Lit):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net[2] = nn.Linear(16, 10)
+                self.optimizers().optimizer.add_param_group({"params": list(self.net[2].parameters())})
+
+    with pytest.raises(MisconfigurationException, match=rf"net\.2\.weight became another parameter .*{method} would"):
+        fit(SETTINGS[method](), seeded(Replaces))
+
+
+@pytest.mark.parametrize("average", [StochasticWeightAveraging(0.1), EMAWeightAveraging()])
+@pytest.mark.parametrize(("build", "told_of"), [(DST, 1), (SET, 1), (RandomPruning, 0), (SNIP, 0)])
+def test_averages_are_told_to_be_denser_where_connections_move(average, build, told_of):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([build(0.5), average], max_epochs=1)
+    assert len(told(caught, f"{type(average).__name__} averages weights of several steps")) == told_of
 
 
 class ZeroRedundancyOptimizer(torch.optim.SGD):

@@ -9,6 +9,8 @@ from helpers import SETTINGS, Lit, fit, has_fresh, loader, seeded, trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lightning_sparse import DST, RandomPruning
+
 LAYERS = ["net.0.weight", "net.2.weight", "net.4.weight"]
 
 
@@ -38,6 +40,17 @@ def test_once_an_epoch_by_default_with_the_values_of_that_moment(method, tmp_pat
         assert last["sparsity/backward"] == pytest.approx(1 - callback.backward_density, abs=1e-6)
     if method == "AutoSparse":
         assert last["sparsity/alpha"] == pytest.approx(callback.current_alpha, abs=1e-6)
+
+
+def test_the_models_sparsity_is_that_of_all_methods_together(tmp_path):
+    first = RandomPruning(0.9, include=["net.0.weight"], log_every_n_steps=1)
+    second = DST(5e-3, exclude=["net.0.weight"], log_every_n_steps=1)
+    module, _ = fit([first, second], logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    weights = [module.get_parameter(name) for name in LAYERS]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    logged = rows(tmp_path)
+    assert float(logged[-1]["sparsity/model"]) == pytest.approx(zeros, abs=1e-6)
+    assert len({row["sparsity/net.2.weight"] for row in logged}) > 2
 
 
 def test_tensorboard_gets_them_too(method, tmp_path):

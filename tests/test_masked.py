@@ -12,6 +12,9 @@ from torch import nn
 from lightning_sparse import SET, RandomPruning, RigL
 from lightning_sparse.layers import choose
 from lightning_sparse.masked import MaskedCallback
+from lightning_sparse.storage import SparseLinear
+from lightning_sparse.storage.weight import SparseWeight
+from lightning_sparse.weights import MaskedWeight
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-2),
@@ -127,11 +130,11 @@ def test_connections_that_are_not_kept_lose_their_optimizer_state_and_others_kee
     callback = RigL(0.5, update_every=10**9)
     by_hand(callback, OPTIMIZERS[name], 1, seeded(cnn).to(memory_format=layout))
     weight = callback._weights["4.weight"]
-    before = [state.clone() for state in weight.optimizer_state()]
+    before = [state.clone() for _, state in weight.optimizer_state()]
     values, mask = weight.W.clone(), weight.mask.clone()
     kept = torch.rand(weight.shape) < 0.7
     weight.keep(kept)
-    staying, after = mask & kept, list(weight.optimizer_state())
+    staying, after = mask & kept, [state for _, state in weight.optimizer_state()]
     assert torch.equal(weight.mask, staying)
     assert torch.equal(weight.W, values * staying)
     assert len(after) == {"SGD": 1, "Adam": 3, "AdamW": 2, "RMSprop": 3, "Adadelta": 2}[name]
@@ -150,7 +153,7 @@ def test_connections_exchanged_by_position_have_fresh_optimizer_state_and_others
     module = by_hand(callback, OPTIMIZERS[name], 5, seeded(cnn).to(memory_format=layout))
     weight = callback._weights["4.weight"]
     assert module[4].weight.is_contiguous(memory_format=layout)
-    before = [state.clone() for state in weight.optimizer_state()]
+    before = [state.clone() for _, state in weight.optimizer_state()]
     values, mask = weight.W.clone(), weight.mask.clone()
     dropped = mask.reshape(-1).nonzero()[3:10, 0]
     grown = (~mask).reshape(-1).nonzero()[5:14, 0]
@@ -159,7 +162,7 @@ def test_connections_exchanged_by_position_have_fresh_optimizer_state_and_others
     changed = torch.zeros(weight.shape, dtype=torch.bool)
     for position in (*dropped.tolist(), *grown.tolist()):
         changed[tuple(torch.unravel_index(torch.tensor(position), weight.shape))] = True
-    after = list(weight.optimizer_state())
+    after = [state for _, state in weight.optimizer_state()]
     assert len(after) == {"Adam": 3, "AdamW": 2, "RMSprop": 3, "Adadelta": 2}[name]
     for old, new in zip(before, after, strict=True):
         assert (old[changed] != 0).any(), "the test would prove nothing"
@@ -188,7 +191,7 @@ def test_what_a_method_grows_has_no_optimizer_state(method, name, layout):
     for weight in callback._weights.values():
         changed = weight.mask ^ before[weight.name]
         assert changed.any() or weight.name != "4.weight"
-        for state in weight.optimizer_state():
+        for _, state in weight.optimizer_state():
             assert state[weight.mask & ~changed].any()
             assert not state[changed].any()
 
@@ -198,7 +201,32 @@ def test_state_of_inactive_weights_is_0_under_the_usual_optimizers():
         callback = SET(0.8, update_every=10**9)
         by_hand(callback, OPTIMIZERS[name], 5)
         for weight in callback._weights.values():
-            assert all(not state[~weight.mask].any() for state in weight.optimizer_state()), name
+            assert all(not state[~weight.mask].any() for _, state in weight.optimizer_state()), name
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "key", "start"),
+    [
+        (lambda p: torch.optim.Rprop(p, lr=0.02), "step_size", 0.02),
+        (lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.3), "sum", 0.3),
+    ],
+)
+def test_state_of_new_connections_is_where_their_optimizer_begins(optimizer, key, start):
+    layer = SparseLinear(12, 7, 30, generator=torch.Generator().manual_seed(0))
+    sparse = SparseWeight("weight", (7, 12), layer)
+    masked = MaskedWeight("weight", sparse.mask, nn.Parameter(layer.dense_weight()))
+    dropped, grown = sparse.positions[3:9], (~sparse.mask).flatten().nonzero()[::9, 0]
+    for weight in (sparse, masked):
+        weight.optimizer = optimizer([weight.parameter])
+        for _ in range(3):
+            weight.parameter.grad = torch.rand_like(weight.W) + 1
+            weight.optimizer.step()
+        weight.exchange(dropped, grown)
+    state, values = (dict(weight.optimizer_state())[key] for weight in (masked, sparse))
+    assert state.view(-1)[grown].tolist() == pytest.approx([start] * len(grown))
+    assert torch.isin(sparse.positions, grown).sum() == len(grown)
+    assert values[torch.isin(sparse.positions, grown)].tolist() == pytest.approx([start] * len(grown))
+    assert (values[~torch.isin(sparse.positions, grown)] > start).all(), "the others keep theirs"
 
 
 class Notes(pl.Callback):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import (
     LATENT,
+    MASKED,
     SETTINGS,
     THRESHOLDS,
     TOP_K,
@@ -23,6 +24,7 @@ from helpers import (
     state,
     trainer,
 )
+from lightning.pytorch.callbacks import BackboneFinetuning
 from reference import Reference
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
@@ -378,6 +380,55 @@ def test_weights_that_are_unfrozen_later_train_sparse_from_then_on(method):
     assert effective(module, callback)
     mask = callback.masks["net.4.weight"]
     assert not torch.equal(module.net[4].weight[mask], frozen[mask])
+
+
+@pytest.mark.parametrize("method", THRESHOLDS)
+def test_weights_that_are_frozen_during_the_fit_stay_as_they_are(method):
+    class Freezes(Lit):
+        def on_train_epoch_start(self):
+            self.net[0].weight.requires_grad_(self.current_epoch == 0)
+            if self.current_epoch == 1:
+                self.then = self.net[0].weight.clone()
+
+    callback = SETTINGS[method]()
+    module, _ = fit(callback, seeded(Freezes), max_epochs=3)
+    assert torch.equal(module.net[0].weight, module.then)
+    assert effective(module, callback)
+
+
+@pytest.mark.parametrize("method", [*MASKED, "TopKAST", "SWAT"])
+def test_a_finetuning_callback_thaws_weights_that_train_sparse_then(method):
+    class Tuned(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net, self.backbone = nn.Sequential(nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 4)), nn.Linear(12, 16)
+
+        def forward(self, x):
+            return self.net(self.backbone(x).relu())
+
+        def configure_optimizers(self):
+            return sgd(filter(lambda p: p.requires_grad, self.parameters()))
+
+    callback = SETTINGS[method]()
+    module, _ = fit([BackboneFinetuning(1), callback], seeded(Tuned), max_epochs=3)
+    assert set(callback.masks) == {"net.0.weight", "net.2.weight", "backbone.weight"}
+    assert effective(module, callback)
+    assert callback.layer_density["backbone.weight"] < 1
+
+
+def test_a_complex_parameter_trains_beside_the_weights(method):
+    class Complex(Lit):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.factor = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, x):
+            return super().forward(x) * self.factor.abs()
+
+    callback = SETTINGS[method]()
+    module, _ = fit(callback, seeded(Complex), max_epochs=2)
+    assert effective(module, callback)
+    assert (module.factor != 1).all()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim.Optimizer, "_process_value_according_to_param_policy"), reason="old torch")

@@ -114,7 +114,7 @@ class Channels:
             return self._pinned[channel]
         for mixer in self.mixers:
             constant = mixer.inputs.fixed & ~mixer.foldable & (mixer.inputs.channels == channel)
-            if (constant & mixer.reads(self.needed)).any():
+            if constant.any() and (constant & mixer.reads(self.needed)).any():  # the latter takes long
                 return f"a constant that cannot go into the bias of {mixer.name}, which pads with zeros"
         return "in use elsewhere: a sum with other layers, or inputs that others read"
 

@@ -100,7 +100,7 @@ class DeepR(MaskedCallback):
 
     def drift(self, weight: Weight) -> Tensor:
         """``theta -= lr l1`` and ``theta += sqrt(2 lr T) nu``; return which active connections are below 0 now."""
-        lr, W = rate(weight), weight.W.reshape(-1)[weight.places]
+        lr, W = float(weight.group["lr"]), weight.W.reshape(-1)[weight.places]
         sign = signs(weight, weight.places)
         W -= lr * self.l1 * sign
         if self.temperature:
@@ -124,13 +124,6 @@ class DeepR(MaskedCallback):
 def signs(weight: Weight, places: Tensor) -> Tensor:
     """Return the signs that go with some flat positions, 1 or -1."""
     return weight.buffers["positive"].reshape(-1)[places].to(weight.W.dtype).mul_(2).sub_(1)
-
-
-def rate(weight: Weight) -> float:
-    """Return the learning rate of a weight."""
-    assert weight.optimizer is not None
-    groups = weight.optimizer.param_groups
-    return next(float(group["lr"]) for group in groups if any(p is weight.parameter for p in group["params"]))
 
 
 def drawn(n: int, places: Sequence[int], generator: Generator) -> list[int]:

@@ -177,7 +177,7 @@ class LotteryTicket(MaskedCallback):
             config.scheduler.load_state_dict(copy.deepcopy(saved))
         for weight in self._weights.values():
             masks.zero_outside_(weight.W, weight.mask)
-            for state in weight.optimizer_state():
+            for _, state in weight.optimizer_state():
                 masks.zero_outside_(state, weight.mask)
 
     # ------------------------------------------------------------------ the family's verbs and state

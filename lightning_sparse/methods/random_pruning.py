@@ -40,6 +40,8 @@ class RandomPruning(SparseStorage):
         ICLR 2022.
     """
 
+    moves = False
+
     def __init__(
         self,
         sparsity: float,

@@ -22,7 +22,7 @@ from lightning_sparse._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_sparse.callback import Storage, refuse_other_weights
+from lightning_sparse.callback import Storage, averaging, refuse_other_weights
 from lightning_sparse.distributions import budget
 from lightning_sparse.layers import Choice, choose
 from lightning_sparse.masked import MaskedCallback
@@ -95,13 +95,11 @@ class SparseStorage(MaskedCallback):
 
     def _refuse_averages(self, trainer: Trainer) -> None:
         """Raise if another callback averages weights over time: values whose places differ would be mixed."""
-        kinds = {"StochasticWeightAveraging", "WeightAveraging"}
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if kinds & {base.__name__ for base in type(other).__mro__}:
-                raise MisconfigurationException(
-                    f"{type(self).__name__}(storage='sparse') holds values whose places change, which "
-                    f"{type(other).__name__} would average as if they did not. Use storage='masked', or leave it out."
-                )
+        for other in averaging(trainer):
+            raise MisconfigurationException(
+                f"{type(self).__name__}(storage='sparse') holds values whose places change, which {other} would "
+                "average as if they did not. Use storage='masked', or leave it out."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave effective weights and the module's own methods behind, also of a fit that has not come to its start."""

@@ -159,6 +159,7 @@ class SparseWeight(Weight):
         if not (len(dropped) or len(grown)):
             return
         assert self.parameter is not None
+        assert self.optimizer is not None
         fresh, old = self.W.new_zeros(len(grown)), self.parameter.grad
         grown, new = grown.cpu(), fresh + value
         if (grown[1:] < grown[:-1]).any():  # seldom, and sorting takes long
@@ -174,8 +175,8 @@ class SparseWeight(Weight):
             gradient = moved(old, self.gradient_at(grown))
             gradient = old.copy_(gradient) if len(old) == len(gradient) else gradient
         values = moved(self.W, new)
-        for state, key in self._state_entries():
-            state[key] = moved(state[key], fresh)
+        for key, state in self.optimizer_state():
+            self.optimizer.state[self.parameter][key] = moved(state, fresh + self.fresh(key))
         self.sparse.set_structure(found, values)
         self.parameter.grad = gradient
         del found, moved, values
@@ -199,10 +200,6 @@ class SparseWeight(Weight):
         positions = both.index_select(0, source)
         of_all = source.to(self.W.device)
         return lambda x, new: torch.cat((x, new.to(x))).index_select(0, of_all), positions.to(self.W.device)
-
-    def optimizer_state(self) -> Iterator[Tensor]:  # noqa: D102  (inherited)
-        for state, key in self._state_entries():
-            yield state[key]
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
         self._leave(mask.reshape(-1)[self.places.to(mask.device)])
@@ -232,14 +229,6 @@ class SparseWeight(Weight):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the module's part, which has the connections."""
         return {"shape": torch.tensor(self.shape)}
-
-    def _state_entries(self) -> Iterator[tuple[dict[str, Any], str]]:
-        assert self.optimizer is not None
-        assert self.parameter is not None
-        state = self.optimizer.state.get(self.parameter, {})
-        for key, x in list(state.items()):
-            if isinstance(x, Tensor) and x.shape == self.parameter.shape:
-                yield state, key
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the module."""
