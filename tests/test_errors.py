@@ -159,9 +159,7 @@ def test_optimizers_that_are_exchanged_during_the_fit_are_refused(method):
                 self.trainer.strategy.setup_optimizers(self.trainer)
 
     module, callback = seeded(Exchanges), SETTINGS[method]()
-    with pytest.raises(
-        MisconfigurationException, match=rf"have been exchanged .*{method} acts in .*another fit"
-    ):
+    with pytest.raises(MisconfigurationException, match=rf"have been exchanged .*{method} acts in .*another fit"):
         fit(callback, module)
     assert effective(module, callback)
 
