@@ -1,4 +1,4 @@
-"""What ``sparsity.json`` says of a run beside its epochs, and how the file is written."""
+"""The file ``sparsity.json``: its name and format, what it says of a run beside its epochs, how it is written."""
 
 import os
 import platform
@@ -13,7 +13,12 @@ import torch
 
 from lightning_sparse._lightning import PACKAGE, Trainer
 
-__all__ = ["hardware", "now", "seed", "versions", "write"]
+__all__ = ["FILE", "FORMAT", "hardware", "now", "seed", "versions", "write"]
+
+#: name of the file in the log directory
+FILE = "sparsity.json"
+#: number of what is in it, for those who read it
+FORMAT = 1
 
 
 def now() -> str:

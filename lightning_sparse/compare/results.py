@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_sparse.run_file import FILE
+
 __all__ = [
     "COLUMNS",
     "Column",
@@ -54,8 +56,8 @@ def _monitored(folder: Path) -> list[dict[str, Any]]:
     """Return the epochs of ``sparsity.json``, which SparsityMonitor writes, of all attempts; empty without it."""
     epochs: dict[int, dict[str, Any]] = {}
     for attempt in _attempts(folder):
-        if (attempt / "sparsity.json").exists():
-            written = json.loads((attempt / "sparsity.json").read_text(encoding="utf-8"))
+        if (attempt / FILE).exists():
+            written = json.loads((attempt / FILE).read_text(encoding="utf-8"))
             epochs.update((epoch["epoch"], epoch) for epoch in written["epochs"])
     return [epochs[epoch] for epoch in sorted(epochs)]
 

@@ -1,5 +1,5 @@
 """SparsityMonitor: writes the ledger of a run, sparse or dense, to its loggers and to ``sparsity.json``."""
 
-from lightning_sparse.monitor.callback import FILE, SparsityMonitor
+from lightning_sparse.monitor.callback import SparsityMonitor
 
-__all__ = ["FILE", "SparsityMonitor"]
+__all__ = ["SparsityMonitor"]

@@ -24,10 +24,7 @@ from lightning_sparse.monitor.record import batch_size, described, metrics, scal
 from lightning_sparse.probe import probing
 from lightning_sparse.process import peak_memory
 
-__all__ = ["FILE", "SparsityMonitor"]
-
-#: name of the file in the log directory
-FILE = "sparsity.json"
+__all__ = ["SparsityMonitor"]
 
 
 class SparsityMonitor(Callback):
@@ -113,7 +110,7 @@ class SparsityMonitor(Callback):
         self._methods = [c for c in trainer.callbacks if isinstance(c, SparseCallback)]  # type: ignore[attr-defined]
         folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._file = Path(folder, FILE)
+            self._file = Path(folder, run_file.FILE)
         if self._from_step is None:
             self._from_step = self._step = trainer.global_step
         if self.figures and not painters(trainer):
@@ -461,7 +458,7 @@ class SparsityMonitor(Callback):
         if self._file is None:
             return
         head = {
-            "format": 1,
+            "format": run_file.FORMAT,
             "status": status,
             "started": self._started,
             "updated": run_file.now(),

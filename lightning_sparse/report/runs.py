@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_sparse.run_file import FILE, FORMAT
+
 __all__ = ["Run", "Values", "known", "last", "number", "read"]
 
 Values = list[float | None]
 
-FILE = "sparsity.json"
-FORMAT = 1
 #: keys of the file that no page can do without
 _REQUIRED = ("status", "epochs")
 
