@@ -4,23 +4,20 @@ import argparse
 import json
 import platform
 import shlex
-import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import lightning_sparse
 from lightning_sparse._extras import extra
 from lightning_sparse.compare import figure, results
 from lightning_sparse.compare.plan import SYNTAX, Entry, check_option, entries, folder_name, methods
 from lightning_sparse.compare.recipe import Recipe
-from lightning_sparse.compare.runs import Run, train
+from lightning_sparse.compare.runs import Run, say, terminated_as_interrupted, train
 
 __all__ = ["main"]
 
@@ -62,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if given.epochs is not None and given.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {given.epochs}. Leave it out to train as the recipe.")
         out = (given.out or Path("runs") / f"compare-{recipe.name}").resolve()
-        chosen = entries(given.methods, given.sparsities, recipe, _say)
+        chosen = entries(given.methods, given.sparsities, recipe, say)
         runs = {
             (entry.key, seed): _run(entry, seed, recipe, given.epochs, out, options)
             for seed in given.seeds
@@ -80,12 +77,12 @@ def main(args: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     look = _look_for(given.metric)
     try:
-        with _terminated_as_interrupted():
-            failed = train(list(runs.values()), given.jobs, given.threads, given.epochs or recipe.epochs, _say, look)
+        with terminated_as_interrupted():
+            failed = train(list(runs.values()), given.jobs, given.threads, given.epochs or recipe.epochs, say, look)
     except KeyboardInterrupt:
         finished = sum(run.finished for run in runs.values())
-        _say(f"\nInterrupted: {finished} of {len(runs)} runs have finished and are kept in {out}.")
-        _say(f"Go on with: {_command(args)}")
+        say(f"\nInterrupted: {finished} of {len(runs)} runs have finished and are kept in {out}.")
+        say(f"Go on with: {_command(args)}")
         return 130
     try:
         rows = [_row(entry, given.seeds, runs, given.metric) for entry in chosen]
@@ -95,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> int:
     count = len(given.seeds)
     _report(rows, given, out, plot, f"{recipe.name}, {f'mean of {count} seeds' if count > 1 else 'one seed'}", args)
     for run in failed:
-        _say(f"FAILED  {run.name}: see {run.log}{run.last_words}")
+        say(f"FAILED  {run.name}: see {run.log}{run.last_words}")
     return 1 if failed else 0
 
 
@@ -191,22 +188,6 @@ def _run(entry: Entry, seed: int, recipe: Recipe, epochs: int | None, out: Path,
     )
 
 
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal do what Ctrl-C does: no training is to outlive this process."""
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {getattr(signal, name): signal.signal(getattr(signal, name), interrupt) for name in names}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _look_for(metric: str) -> Callable[[Run], None]:
     """Return what tells, of the first run to finish, that it has not logged the metric: no other run will."""
     looked: list[Run] = []
@@ -218,7 +199,7 @@ def _look_for(metric: str) -> Callable[[Run], None]:
         try:
             results.measured(run.folder, results.history(run.folder), metric)
         except ValueError as error:
-            _say(f"NO METRIC  {error} The runs go on and are kept; the same command with that makes the table.")
+            say(f"NO METRIC  {error} The runs go on and are kept; the same command with that makes the table.")
 
     return look
 
@@ -252,13 +233,8 @@ def _report(
         pictures = [plot.with_suffix(".png"), plot.with_suffix(".svg")]
         figure.draw(rows, given.metric, title, pictures)
         written += pictures
-    _say(f"Written: {', '.join(map(str, written))}")
+    say(f"Written: {', '.join(map(str, written))}")
 
 
 def _command(args: Sequence[str]) -> str:
     return shlex.join(["lightning-sparse", "compare", *args])
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()

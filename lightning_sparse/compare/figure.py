@@ -7,11 +7,12 @@ from typing import Any
 
 from lightning_sparse._extras import extra
 from lightning_sparse.compare.results import Row, is_percent, summarise
+from lightning_sparse.report.charts import COLOURS
 
 __all__ = ["draw"]
 
-#: Okabe and Ito's colours, told apart with any colour vision; markers and lines tell apart what has the same colour
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999933", "#000000")
+#: markers and lines tell apart what has the same colour
+_COLOURS = (*COLOURS, "#999933", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", ":")
 _ACROSS = ("--", "-.", ":")

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from lightning_sparse._lightning import PACKAGE
 from lightning_sparse.compare.results import history
 
-__all__ = ["Run", "train"]
+__all__ = ["Run", "say", "terminated_as_interrupted", "train"]
 
 #: seconds that a training has to end by itself when it is told to
 GRACE = 10.0
@@ -189,6 +190,28 @@ def train(
         _stop(process for _, process, _ in active.values())
         bar.close()
     return failed
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal do what Ctrl-C does: no training is to outlive this process."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, above the progress bar."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _stop(processes: "Iterable[subprocess.Popen[bytes]]") -> None:

@@ -11,21 +11,15 @@ from typing import Any
 
 from lightning_sparse._extras import extra
 
-__all__ = ["STYLES", "Line", "Style", "histogram", "lines", "mask", "paths"]
+__all__ = ["COLOURS", "STYLES", "Line", "Style", "draw_lines", "histogram", "lines", "mask", "panels", "paths"]
 
-#: what matplotlib writes -> the style sheet's variable; the hues are Okabe and Ito's, told apart with any colour vision
-_VARIABLES = {
-    "#0072b2": "--blue",
-    "#e69f00": "--orange",
-    "#009e73": "--green",
-    "#cc79a7": "--pink",
-    "#d55e00": "--red",
-    "#56b4e9": "--sky",
-    "#101010": "--text",
-    "#808080": "--muted",
-    "#e0e0e0": "--rule",
-}
+#: Okabe and Ito's, told apart with any colour vision
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 _TEXT, _MUTED, _RULE = "#101010", "#808080", "#e0e0e0"
+_NAMES = ("--blue", "--orange", "--green", "--pink", "--red", "--sky", "--text", "--muted", "--rule")
+#: what matplotlib writes -> the style sheet's variable
+_VARIABLES = dict(zip((*COLOURS, _TEXT, _MUTED, _RULE), _NAMES, strict=True))
+_DASHES = ((), (5, 1.5), (2, 1), (6, 1.5, 1.5, 1.5), (1, 1), (8, 2))
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,7 @@ class Style:
         return _VARIABLES[self.colour]
 
 
-STYLES = (
-    Style("#0072b2"),
-    Style("#e69f00", (5, 1.5)),
-    Style("#009e73", (2, 1)),
-    Style("#cc79a7", (6, 1.5, 1.5, 1.5)),
-    Style("#d55e00", (1, 1)),
-    Style("#56b4e9", (8, 2)),
-)
+STYLES = tuple(map(Style, COLOURS, _DASHES))
 ALL = Style(_TEXT, width=2.6)
 OTHERS = Style(_MUTED, width=0.6)
 DENSE = Style(_MUTED, (4, 2), 1.6)
@@ -82,17 +69,32 @@ def lines(
     log: bool = False,
     limits: tuple[float, float] | None = None,
 ) -> str:
-    """Return a chart of values over the epochs; ``limits`` are the upright axis's, None: what is drawn."""
-    figure, axes = _axes()
+    """Return a chart of values over the epochs; see :func:`draw_lines`."""
+    figure, (axes,) = panels()
+    draw_lines(axes, epochs, drawn, ylabel=ylabel, percent=percent, log=log, limits=limits)
+    return _svg(figure, alt)
+
+
+def draw_lines(
+    axes: Any,
+    epochs: Sequence[int],
+    drawn: Sequence[Line],
+    *,
+    ylabel: str,
+    percent: bool = True,
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw values over the epochs; ``limits`` are the upright axis's, None: what is drawn."""
     for line in drawn:
         numbers = [float("nan") if value is None else value for value in line.values]
-        axes.plot(epochs, numbers, **_look(line.style, len(epochs)))
+        label = f"{line.label}  {line.note}"  # of a legend, which the page has beside the picture
+        axes.plot(epochs, numbers, label=label, **_look(line.style, len(epochs)))
     axes.set(xlabel="epoch", ylabel=ylabel)
     axes.xaxis.set_major_locator(extra("matplotlib.ticker", "report").MaxNLocator(7, integer=True))
     _scale(axes, "y", percent, log)
     if limits is not None:
         axes.set_ylim(limits)
-    return _svg(figure, alt)
 
 
 def paths(
@@ -106,7 +108,7 @@ def paths(
     limits: tuple[float, float] | None = None,
 ) -> str:
     """Return a chart of one value against a share: a path an epoch a dot, its end marked, and the twin's level."""
-    figure, axes = _axes()
+    figure, (axes,) = panels()
     if level is not None:
         axes.axhline(level, color=DENSE.colour, linewidth=DENSE.width, dashes=DENSE.dashes)
     for x, y, style in drawn:
@@ -124,7 +126,7 @@ def paths(
 
 def histogram(counts: Sequence[float], edges: Sequence[float], *, alt: str) -> str:
     """Return a small histogram."""
-    figure, axes = _axes((3.1, 1.7))
+    figure, (axes,) = panels(size=(3.1, 1.7))
     axes.stairs(counts, edges, fill=True, color=STYLES[0].colour)
     axes.locator_params(axis="both", nbins=4)
     axes.set_ylabel("thresholds")
@@ -143,17 +145,19 @@ def mask(density: Sequence[Sequence[float]]) -> tuple[str, float]:
 # ---------------------------------------------------------------------- how they look
 
 
-def _axes(size: tuple[float, float] = (4.6, 2.9)) -> tuple[Any, Any]:
+def panels(count: int = 1, size: tuple[float, float] = (4.6, 2.9)) -> tuple[Any, Sequence[Any]]:
+    """Return a figure and its axes, side by side."""
     figure = extra("matplotlib.figure", "report").Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(_MUTED)
-    axes.grid(color=_RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(color=_MUTED, labelcolor=_TEXT, which="both")
-    axes.xaxis.label.set_color(_TEXT)
-    axes.yaxis.label.set_color(_TEXT)
-    return figure, axes
+    row = figure.subplots(1, count, squeeze=False)[0]
+    for axes in row:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(_MUTED)
+        axes.grid(color=_RULE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(color=_MUTED, labelcolor=_TEXT, which="both")
+        axes.xaxis.label.set_color(_TEXT)
+        axes.yaxis.label.set_color(_TEXT)
+    return figure, row
 
 
 def _look(style: Style, count: int) -> dict[str, Any]:

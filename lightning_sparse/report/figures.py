@@ -13,6 +13,7 @@ __all__ = [
     "density_chart",
     "metric_chart",
     "movement_chart",
+    "numbers",
     "pictures",
     "settled",
     "threshold_charts",

@@ -9,7 +9,7 @@ from lightning_sparse.report import figures
 from lightning_sparse.report.runs import Run, Values, known, last, number
 from lightning_sparse.report.text import count, is_share, memory, metric_text, moment, operations, seconds, share
 
-__all__ = ["view"]
+__all__ = ["headline", "view"]
 
 _STATUS = {
     "finished": "The training ended as planned.",
