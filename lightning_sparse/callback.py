@@ -243,7 +243,7 @@ class SparseCallback(Callback, ABC):
         """Choose the weights, take them over, and show which they are."""
         self._check(trainer)
         choices = choose(pl_module, self.include, self.exclude)
-        self._refuse_unowned(choices, trainer.optimizers)
+        self._mark_unowned(choices, trainer.optimizers)
         self._refuse_overlap(choices, trainer)
         self._refuse_storage(choices)
         self._warn_of_averages(trainer)
@@ -461,7 +461,20 @@ class SparseCallback(Callback, ABC):
                 f"The checkpoint {trainer.ckpt_path} has no state of {self.state_key}. {_from_weights(self)}"
             )
 
-    def _refuse_unowned(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer]) -> None:
+    def _require_length(self, purpose: str, known: bool = True) -> None:
+        """Raise if ``known`` is False, or the number of steps of the training is not; for a purpose, in words."""
+        if not known or math.isinf(self.total_steps):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must know how long the training is, {purpose}. Give the Trainer max_epochs or "
+                "max_steps, and limit_train_batches if the data have no known length."
+            )
+
+    def _warn_of_other_weights(self) -> None:
+        rank_zero_warn(
+            f"This {type(self).__name__} holds the state of an earlier fit of other weights: it starts afresh."
+        )
+
+    def _mark_unowned(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer]) -> None:
         """Mark the weights that no optimizer owns; raise if nothing is left to make sparse."""
         method = type(self).__name__
         selected = [choice for choice in choices if choice.reason is None]

@@ -7,7 +7,6 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_sparse import checks, magnitude
-from lightning_sparse._lightning import MisconfigurationException
 from lightning_sparse.distributions import Scope, budget, floors
 from lightning_sparse.layers import Choice
 from lightning_sparse.masked import MaskedCallback
@@ -64,12 +63,7 @@ class GradualPruning(MaskedCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make sure that the schedule has a length and an end that can be reached."""
         super().on_train_start(trainer, pl_module)
-        if math.isinf(self.total_steps):
-            raise MisconfigurationException(
-                f"{type(self).__name__} must know how long the training is, of which it prunes in the first "
-                f"{self.end_at:.0%}. Give the Trainer max_epochs or max_steps, "
-                "and limit_train_batches if the data have no known length."
-            )
+        self._require_length(f"of which it prunes in the first {self.end_at:.0%}")
         for pool in self._pools.values():
             floors(self.min_layer_density, [weight.size for weight in pool.weights], self.final(pool))
         first, last = self.span()

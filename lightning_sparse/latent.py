@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse import checks
-from lightning_sparse._lightning import BaseFinetuning, MisconfigurationException, rank_zero_warn
+from lightning_sparse._lightning import BaseFinetuning, MisconfigurationException
 from lightning_sparse.callback import SparseCallback, refuse_other_weights
 from lightning_sparse.layers import Choice
 from lightning_sparse.matrices import write_matrix
@@ -220,9 +220,7 @@ class LatentCallback(SparseCallback):
             here = {choice.name: tuple(choice.parameter.shape) for choice in choices}
             refuse_other_weights(self, here, {n: tuple(weight.latent.shape) for n, weight in self._weights.items()})
         elif self._weights and not self._continues(choices):
-            rank_zero_warn(
-                f"This {type(self).__name__} holds the state of an earlier fit of other weights: it starts afresh."
-            )
+            self._warn_of_other_weights()
             self._weights = {}
         self._weights = {choice.name: self._take(choice, self._weights.get(choice.name)) for choice in choices}
         for weight in self._weights.values() if not resumed else ():

@@ -40,18 +40,20 @@ class Choice:
 
     Attributes:
         name: the parameter's name in the LightningModule.
-        layer: the type of the module that holds it.
+        kind: the type of the module that holds it.
         parameter: the parameter itself.
         reason: why it is left dense; None if it is made sparse.
+        tied: its other names, if it stands in several places.
         transposed_groups: the number of groups of a transposed convolution, whose outputs lie along the second
             dimension; 0 for every other layer.
         sparse: the layer, if it holds only the nonzeros of the weight: ``parameter`` is the vector of their values.
     """
 
     name: str
-    layer: str
+    kind: str
     parameter: nn.Parameter
     reason: str | None
+    tied: tuple[str, ...] = ()
     transposed_groups: int = 0
     sparse: SparseLayer | None = None
 
@@ -59,6 +61,11 @@ class Choice:
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
         return tuple(self.parameter.shape) if self.sparse is None else self.sparse.shape
+
+    @property
+    def layer(self) -> str:
+        """The layer in words."""
+        return f"{self.kind}, tied to {', '.join(self.tied)}" if self.tied else self.kind
 
 
 def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[str, str, nn.Module]]]]:
@@ -125,13 +132,12 @@ def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Seq
                 reason = "not a real-valued tensor with elements"
         transposed = [holder for _, _, holder in places if isinstance(holder, _TRANSPOSED)]
         groups = int(transposed[0].groups) if transposed else 0
-        kind = type(owner).__name__ + (f", tied to {', '.join(names[1:])}" if len(names) > 1 else "")
         if reason is None and any(isinstance(o, _EMBEDDINGS) and o.sparse for _, _, o in places):
             raise ValueError(
-                f"{name} ({kind}) must have dense gradients to be made sparse, but its layer has sparse=True. Make the "
-                f"layer with sparse=False, or leave it out with exclude=[{name!r}]."
+                f"{name} ({type(owner).__name__}) must have dense gradients to be made sparse, but its layer has "
+                f"sparse=True. Make the layer with sparse=False, or leave it out with exclude=[{name!r}]."
             )
-        choices.append(Choice(name, kind, parameter, reason, groups, sparse))
+        choices.append(Choice(name, type(owner).__name__, parameter, reason, tuple(names[1:]), groups, sparse))
     if unused:
         weights = [choice.name for choice in choices if len(choice.shape) >= 2]
         raise ValueError(

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse import checks, distributions, sampling
-from lightning_sparse._lightning import rank_zero_warn
 from lightning_sparse.callback import SparseCallback, refuse_other_sparsity, refuse_other_weights
 from lightning_sparse.distributions import Distribution, budget, layer_counts, least
 from lightning_sparse.layers import Choice
@@ -163,9 +162,7 @@ class MaskedCallback(SparseCallback):
             refuse_other_weights(self, shapes, held)
         else:
             if state and not (held == shapes and all(map(_fits, choices, (state[name] for name in shapes)))):
-                rank_zero_warn(
-                    f"This {type(self).__name__} holds the state of an earlier fit of other weights: it starts afresh."
-                )
+                self._warn_of_other_weights()
                 state = {}
             self._epoch, self._clocks = 0, []
         if not state:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse import checks
-from lightning_sparse._lightning import MisconfigurationException
 from lightning_sparse.callback import unscales
 from lightning_sparse.compiled import Uncompiled, can_pause, is_compiled
 from lightning_sparse.distributions import apportion, share
@@ -57,7 +56,7 @@ class PruneAndGrow(MaskedCallback):
         self.update_every = update_every
         self.stop_at = stop_at
         self._epochs: int | None = None
-        self._watched: dict[int, list[Hooks | Uncompiled]] = {}
+        self._hooks: dict[int, list[Hooks | Uncompiled]] = {}
 
     def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """Drop about ``fraction`` of the connections and grow as many, with ``Weight.exchange``.
@@ -76,12 +75,8 @@ class PruneAndGrow(MaskedCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make sure that there will be updates."""
         super().on_train_start(trainer, pl_module)
-        if (self.update_every is None and self._epochs is None) or math.isinf(self.total_steps):
-            raise MisconfigurationException(
-                f"{type(self).__name__} must know how long the training is, of which it moves connections in the first "
-                f"{self.stop_at:.0%}. Give the Trainer max_epochs or max_steps, "
-                "and limit_train_batches if the data have no known length."
-            )
+        known = self.update_every is not None or self._epochs is not None
+        self._require_length(f"of which it moves connections in the first {self.stop_at:.0%}", known)
         if self.update_every is None:
             updates = math.ceil(self._last_epoch()) - 1
         else:
@@ -149,15 +144,15 @@ class PruneAndGrow(MaskedCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave effective weights and no hooks behind."""
         super().on_exception(trainer, pl_module, exception)
-        self._unwatch(list(self._watched))
+        self._unwatch(list(self._hooks))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the hooks, too."""
-        return {**super().__getstate__(), "_watched": {}}
+        return {**super().__getstate__(), "_hooks": {}}
 
     def _release(self) -> None:
         super()._release()
-        self._unwatch(list(self._watched))
+        self._unwatch(list(self._hooks))
 
     def _whole(self, optimizer: Optimizer | None, gradient: Tensor) -> Tensor:
         """Make of a gradient with the loss scale, of this process, one as the parameters of ``optimizer`` have it."""
@@ -171,9 +166,9 @@ class PruneAndGrow(MaskedCallback):
         if self._module is None:
             return
         for key, pool in self._pools.items():
-            if pool.weights and key not in self._watched and (pool.due or self.is_due(pool)):
+            if pool.weights and key not in self._hooks and (pool.due or self.is_due(pool)):
                 listeners = self.watchers(pool.weights)
-                self._watched[key] = [*listeners, Uncompiled()] if listeners else []  # compiled code would not tell
+                self._hooks[key] = [*listeners, Uncompiled()] if listeners else []  # compiled code would not tell
                 if listeners and not can_pause() and is_compiled(self._module):
                     self._warn_once(
                         f"{type(self).__name__} moves connections by what enters and leaves the layers, which compiled "
@@ -183,7 +178,7 @@ class PruneAndGrow(MaskedCallback):
 
     def _unwatch(self, keys: Sequence[int]) -> None:
         for key in keys:
-            for hooks in self._watched.pop(key, []):
+            for hooks in self._hooks.pop(key, []):
                 hooks.close()
 
     def _last_epoch(self) -> float:

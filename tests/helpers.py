@@ -1,12 +1,17 @@
 """Small modules and data that the tests share."""
 
+import math
+import socket
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import (
@@ -34,6 +39,7 @@ from lightning_sparse import (
     SynFlow,
     TopKAST,
 )
+from lightning_sparse.layers import choose
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
 
@@ -221,6 +227,20 @@ class Watch(pl.Callback):
         self.masks.append(held)
         self.counts.append([int(mask.sum()) for mask in held.values()])
 
+    @property
+    def moves(self):
+        return sum(any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(self.masks))
+
+
+class StopsAfter(pl.Callback):
+    """Ends the fit after this epoch, counted from 0."""
+
+    def __init__(self, epoch=0):
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, run, module):
+        run.should_stop = run.current_epoch == self.epoch
+
 
 class SavesFirst(pl.Callback):
     """A checkpoint after the first epoch, in the middle of a schedule."""
@@ -283,3 +303,93 @@ def effective(module, callback):
 def saved(run, path: Path) -> dict:
     run.save_checkpoint(path)
     return torch.load(path, weights_only=True)
+
+
+def attached(callback, weights, grids=None):
+    """A callback that has taken over ``weights``, matrices by name, active where they are not 0 (or ``grids`` says)."""
+    module = nn.ParameterDict({name: nn.Parameter(torch.tensor(W)) for name, W in weights.items()})
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    callback.run_seed = 1
+    callback.attach(choose(module, include=["*"]), [optimizer], resumed=False)
+    for name, W in weights.items():
+        weight = callback._weights[name]
+        weight.W.copy_(torch.tensor(W))
+        weight.start(torch.tensor((grids or {}).get(name, W)).flatten().nonzero()[:, 0], callback.generator)
+        weight.buffers = callback.new_buffers(weight)
+    return module, next(iter(callback._pools.values())), list(callback._weights.values())
+
+
+def grid(weight):
+    return weight.mask.int().tolist()
+
+
+def fits(counts, expected):
+    """Whether counts agree with what is expected of them: chi-square within five standard deviations of its mean."""
+    counts, expected = counts.double().flatten(), expected.double().flatten()
+    assert not counts[expected == 0].any()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    assert expected.min() > 5, "too few draws to judge"
+    freedom = len(counts) - 1
+    return ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
+
+
+class Largest(TorchDispatchMode):
+    """Note the size of the largest tensor made, views apart."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta:
+            self.size = max(self.size, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+class Scaler(torch.amp.GradScaler):
+    """Scales by 1024 on the CPU and counts the steps it skips."""
+
+    def __init__(self, scale=1024.0, interval=10**6):
+        super().__init__("cpu", init_scale=scale, growth_interval=interval)
+        self.skipped = 0
+
+    def _maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs):
+        self.skipped += bool(sum(v.item() for v in optimizer_state["found_inf_per_device"].values()))
+        return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
+
+
+class Unmixed(MixedPrecision):
+    """Scaling as under 16-mixed, but no autocast: what remains is exactly comparable."""
+
+    def __init__(self, scaler):
+        super().__init__("16-mixed", "cpu", scaler)
+
+    def forward_context(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+def prune(module, outputs=0.4, inputs=0.3, weights=0.3, seed=0):
+    """Set some weights, some outputs and some inputs of each layer to 0, and make batch norm do something."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                layer.weight *= torch.rand_like(layer.weight) > weights
+                layer.weight[torch.rand(len(layer.weight)) < outputs] = 0
+                if layer.weight.shape[1] > 3:
+                    layer.weight[:, torch.rand(layer.weight.shape[1]) < inputs] = 0
+            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                layer.running_mean.normal_()
+                layer.running_var.uniform_(0.5, 2)
+                layer.weight.uniform_(0.5, 1.5)
+                layer.bias.normal_()
+    return module.eval()
+
+
+def two_of_four(out, inputs):
+    return (torch.rand(out, inputs // 4, 4).argsort(2) < 2).reshape(out, inputs) * torch.ones(out, inputs)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

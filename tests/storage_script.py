@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import Lit, SavesFirst, data, mlp, trainer
+from helpers import Lit, SavesFirst, Scaler, Unmixed, data, mlp, trainer
 from lightning.pytorch.strategies import DDPStrategy
-from test_precision import Scaler, Unmixed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -11,6 +11,7 @@ from helpers import (
     SETTINGS,
     Lit,
     SavesFirst,
+    Watch,
     cnn,
     effective,
     fit,
@@ -23,7 +24,6 @@ from helpers import (
     trainer,
 )
 from lightning.pytorch.loggers import CSVLogger
-from test_masked import StaysDead
 from test_sparse_storage import METHODS, images, tokens
 from torch import nn
 
@@ -115,7 +115,7 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(method, determ
 @pytest.mark.parametrize("method", ALL)
 def test_inactive_weights_stay_exactly_0(method, optimizer, precision):
     callback = ALL[method]()
-    looks = StaysDead(callback)
+    looks = Watch(callback)
     epochs = 3 if method in ROUNDS else 2
     module, run = fit(
         [callback, looks],

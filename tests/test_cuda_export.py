@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_export import prune, two_of_four
+from helpers import prune, two_of_four
 from torch import nn
 
 from lightning_sparse.export import (

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +9,10 @@ from pathlib import Path
 import ddp_script
 import pytest
 import torch
-from helpers import SETTINGS
+from helpers import SETTINGS, free_port
 
 SCRIPT = Path(__file__).parent / "ddp_script.py"
 WORLDS = [2, 3]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def launch(world, folder):

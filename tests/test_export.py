@@ -8,10 +8,9 @@ import sys
 
 import pytest
 import torch
-from helpers import SETTINGS, Lit, effective, fit, mlp, seeded
+from helpers import SETTINGS, Largest, Lit, effective, fit, mlp, prune, seeded, two_of_four
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sampling import Largest
 from torch import nn
 from torch.nn import functional
 
@@ -35,24 +34,6 @@ from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def prune(module, outputs=0.4, inputs=0.3, weights=0.3, seed=0):
-    """Set some weights, some outputs and some inputs of each layer to 0, and make batch norm do something."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for layer in module.modules():
-            if isinstance(layer, LAYERS):
-                layer.weight *= torch.rand_like(layer.weight) > weights
-                layer.weight[torch.rand(len(layer.weight)) < outputs] = 0
-                if layer.weight.shape[1] > 3:
-                    layer.weight[:, torch.rand(layer.weight.shape[1]) < inputs] = 0
-            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                layer.running_mean.normal_()
-                layer.running_var.uniform_(0.5, 2)
-                layer.weight.uniform_(0.5, 1.5)
-                layer.bias.normal_()
-    return module.eval()
 
 
 def same_results(module, small, *inputs, tolerance=1e-5):
@@ -984,10 +965,6 @@ def test_onnx_that_computes_something_else_is_refused_and_leaves_no_file(tmp_pat
 
 
 # ---------------------------------------------------------------------- 2:4
-
-
-def two_of_four(out, inputs):
-    return (torch.rand(out, inputs // 4, 4).argsort(2) < 2).reshape(out, inputs) * torch.ones(out, inputs)
 
 
 def test_the_pattern_is_at_most_two_nonzeros_in_every_four_neighbours():

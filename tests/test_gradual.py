@@ -3,9 +3,8 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import NETS, Lit, fit, loader, mlp, seeded, watched
+from helpers import NETS, Lit, StopsAfter, attached, fit, grid, loader, mlp, seeded, watched
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_prune_and_grow import attached, grid
 
 from lightning_sparse import GMP, GraNet
 from lightning_sparse.distributions import layer_counts
@@ -173,14 +172,10 @@ def test_gmp_resumes_in_the_middle_of_its_schedule(tmp_path):
 
 
 def test_a_training_that_ends_before_the_schedule_is_told():
-    class Stop(pl.Callback):
-        def on_train_epoch_end(self, trainer, module):
-            trainer.should_stop = True
-
     with pytest.warns(
         UserWarning, match=r"GMP has \d+ active weights, not 39: the training ended after 10 steps of 40"
     ):
-        fit([GMP(0.9, update_every=3), Stop()], train=loader(80), max_epochs=4)
+        fit([GMP(0.9, update_every=3), StopsAfter()], train=loader(80), max_epochs=4)
 
 
 def test_a_training_too_short_for_a_schedule_is_told():

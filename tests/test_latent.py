@@ -1,9 +1,8 @@
 """LatentCallback as a base: methods without thresholds, optimizers that move storage, gradients that are replaced."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, fit, loader, mlp, saved, seeded, trainer
+from helpers import Lit, StopsAfter, fit, loader, mlp, saved, seeded, trainer
 
 from lightning_sparse import DFBST, DST, STR, AutoSparse
 from lightning_sparse.latent import LatentCallback
@@ -46,11 +45,7 @@ def test_a_method_may_have_no_thresholds(tmp_path):
         assert (module.get_parameter(name) != 0).sum(1).tolist() == [W.shape[1] // 2] * len(W)
         assert W.all()
 
-    class Stop(pl.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.should_stop = True
-
-    _, run = fit([HalfOfEachRow(), Stop()], max_epochs=2)
+    _, run = fit([HalfOfEachRow(), StopsAfter()], max_epochs=2)
     saved(run, tmp_path / "half.ckpt")
     trainer(resumed, max_epochs=2).fit(seeded(Lit, 9), loader(), ckpt_path=tmp_path / "half.ckpt")
     assert all(torch.equal(W, resumed.latents[name]) for name, W in whole.latents.items())

@@ -5,14 +5,14 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, cnn, effective, fit, loader, same, saved, seeded, state, trainer
+from helpers import Lit, StopsAfter, cnn, effective, fit, loader, same, saved, seeded, state, trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lightning_sparse import LotteryTicket
-from lightning_sparse.methods.lottery_ticket import _load
+from lightning_sparse.rewind import _load
 
 
 def step_lr(optimizer):
@@ -154,17 +154,13 @@ def test_schedules_of_steps_and_of_plateaus_restart_too():
 @pytest.mark.parametrize("rewind", [0, 1])
 @pytest.mark.parametrize("stop", range(1, 5))
 def test_a_run_stopped_in_any_round_resumes_to_the_last_bit(stop, rewind, tmp_path):
-    class Stop(pl.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.should_stop = trainer.current_epoch + 1 == stop
-
     def build():
         return LotteryTicket(0.8, rounds=2, rewind_epoch=rewind)
 
     epochs = 6 if rewind == 0 else 7
     whole, resumed = build(), build()
     module, _, _ = train(whole, epochs)
-    _, run = fit([build(), Stop()], seeded(lambda: Lit(cnn(), scheduler=step_lr)), max_epochs=epochs)
+    _, run = fit([build(), StopsAfter(stop - 1)], seeded(lambda: Lit(cnn(), scheduler=step_lr)), max_epochs=epochs)
     saved(run, tmp_path / "half.ckpt")
     again = seeded(lambda: Lit(cnn(), scheduler=step_lr), 9)
     run = trainer(resumed, max_epochs=epochs)

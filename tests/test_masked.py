@@ -5,8 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import MASKED, Lit, cnn, fit, loader, mlp, seeded
-from test_precision import Scaler, Unmixed
+from helpers import MASKED, Lit, Scaler, Unmixed, Watch, cnn, fit, loader, mlp, seeded
 from torch import nn
 
 from lightning_sparse import SET, RandomPruning, RigL
@@ -46,29 +45,12 @@ class Shifts(torch.optim.SGD):
         return loss
 
 
-class StaysDead(pl.Callback):
-    """Look after every batch."""
-
-    def __init__(self, callback):
-        self.callback, self.masks = callback, []
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        for name, mask in self.callback.masks.items():
-            assert not pl_module.get_parameter(name)[~mask].any(), f"{name} is not 0 outside its mask"
-        self.masks.append(self.callback.masks)
-
-    @property
-    def moves(self):
-        pairs = zip(self.masks, self.masks[1:], strict=False)
-        return sum(any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
-
-
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("build", [lambda: SET(0.8, update_every=4), lambda: RigL(0.8, update_every=4, decay="none")])
 def test_inactive_weights_are_exactly_0_after_every_step(build, optimizer, accumulate):
     callback = build()
-    looks = StaysDead(callback)
+    looks = Watch(callback)
     fit([callback, looks], seeded(lambda: Lit(optimizer=OPTIMIZERS[optimizer])), accumulate_grad_batches=accumulate)
     assert len(looks.masks) == 60
     assert looks.moves >= 3, "the test would prove nothing"
@@ -85,7 +67,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_where_a_weight_is_inactiv
             return gradient.masked_fill(~mask, value) if callback._trainer.global_step in broken else gradient
 
         module.net[2].weight.register_hook(breaks)
-        fit([callback, StaysDead(callback)], module, gradient_clip_val=1.0, max_epochs=1)
+        fit([callback, Watch(callback)], module, gradient_clip_val=1.0, max_epochs=1)
         return module.state_dict()
 
     whole, ours = train(()), train((5, 6, 20))
@@ -96,7 +78,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_where_a_weight_is_inactiv
 @pytest.mark.parametrize("method", MASKED)
 def test_inactive_weights_are_exactly_0_after_every_step_with_a_scaler_and_accumulation(method, optimizer):
     callback = MASKED[method]()
-    looks = StaysDead(callback)
+    looks = Watch(callback)
     module = seeded(lambda: Lit(cnn(), optimizer=OPTIMIZERS[optimizer]))
     fit([callback, looks], module, accumulate_grad_batches=2, plugins=[Unmixed(Scaler())])
     assert callback.sparsity > 0.02
@@ -297,7 +279,7 @@ def test_moving_waits_while_gradients_are_not_finite():
             return loss * float("inf") if batch_idx in (7, 8) else loss
 
     callback = RigL(0.8, update_every=7, stop_at=1.0, decay="none")
-    looks = StaysDead(callback)
+    looks = Watch(callback)
     scaler = Scaler()
     fit([callback, looks], seeded(Overflows), plugins=[Unmixed(scaler)], max_epochs=1)
     assert scaler.skipped == 2

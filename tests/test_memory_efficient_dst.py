@@ -10,9 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, cnn, fit, loader, mlp, seeded, trainer
-from test_ddp import free_port
-from test_sampling import fits
+from helpers import Lit, cnn, fit, fits, free_port, loader, mlp, seeded, trainer
 from torch import nn
 
 from lightning_sparse import MemoryEfficientDST, masks
@@ -266,7 +264,7 @@ def test_no_hook_is_left_by_an_exception(heuristic, moment, monkeypatch):
     with pytest.raises(ArithmeticError):
         fit(callback, module)
     assert not hooks(module)
-    assert not callback._watched
+    assert not callback._hooks
 
 
 def test_the_last_step_leaves_no_hooks_even_if_the_next_one_would_move():

@@ -13,10 +13,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import SETTINGS, Lit, cnn, data, fit, loader, same, saved, seeded, trainer
+from helpers import SETTINGS, Lit, cnn, data, fit, free_port, loader, same, saved, seeded, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from test_ddp import free_port
 from torch import nn
 
 from lightning_sparse import DST, ITOP, SET, RandomPruning, RigL, SparsityMonitor

@@ -5,32 +5,25 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import LATENT, SETTINGS, THRESHOLDS, Lit, effective, fit, loader, mlp, same, seeded, state, trainer
+from helpers import (
+    LATENT,
+    SETTINGS,
+    THRESHOLDS,
+    Lit,
+    Scaler,
+    Unmixed,
+    effective,
+    fit,
+    loader,
+    mlp,
+    same,
+    seeded,
+    state,
+    trainer,
+)
 from lightning.pytorch.plugins import MixedPrecision
 
 DTYPES = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
-
-
-class Scaler(torch.amp.GradScaler):
-    """Scales by 1024 on the CPU and counts the steps it skips."""
-
-    def __init__(self, scale=1024.0, interval=10**6):
-        super().__init__("cpu", init_scale=scale, growth_interval=interval)
-        self.skipped = 0
-
-    def _maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs):
-        self.skipped += bool(sum(v.item() for v in optimizer_state["found_inf_per_device"].values()))
-        return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
-
-
-class Unmixed(MixedPrecision):
-    """Scaling as under 16-mixed, but no autocast: what remains is exactly comparable."""
-
-    def __init__(self, scaler):
-        super().__init__("16-mixed", "cpu", scaler)
-
-    def forward_context(self):
-        return torch.autocast("cpu", enabled=False)
 
 
 class Overflows(Lit):

@@ -6,40 +6,21 @@ from itertools import pairwise
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import NETS, Lit, Residual, Watch, cnn, data, fit, loader, mlp, seeded, watched
+from helpers import NETS, Lit, Residual, StopsAfter, Watch, attached, cnn, data, fit, grid, loader, mlp, seeded, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import DSR, GGR, ITOP, MEST, SET, SNFS, DeepR, GraNet, RigL, masks
-from lightning_sparse.layers import choose
 from lightning_sparse.ledger import mask_bits
 from lightning_sparse.methods.ggr import ranking
 from lightning_sparse.weights import MaskedWeight
 
 
-def attached(callback, weights, grids=None):
-    """A callback that has taken over ``weights``, matrices by name, active where they are not 0 (or ``grids`` says)."""
-    module = nn.ParameterDict({name: nn.Parameter(torch.tensor(W)) for name, W in weights.items()})
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    callback.run_seed = 1
-    callback.attach(choose(module, include=["*"]), [optimizer], resumed=False)
-    for name, W in weights.items():
-        weight = callback._weights[name]
-        weight.W.copy_(torch.tensor(W))
-        weight.start(torch.tensor((grids or {}).get(name, W)).flatten().nonzero()[:, 0], callback.generator)
-        weight.buffers = callback.new_buffers(weight)
-    return module, next(iter(callback._pools.values())), list(callback._weights.values())
-
-
 def graded(module, gradients):
     for name, dP in gradients.items():
         module[name].grad = torch.tensor(dP)
-
-
-def grid(weight):
-    return weight.mask.int().tolist()
 
 
 # ---------------------------------------------------------------------- worked out by hand
@@ -495,13 +476,9 @@ def test_mests_soft_bound_has_more_between_updates_and_the_budget_at_the_end(upd
 
 
 def test_mest_tells_of_a_training_that_ended_above_the_budget():
-    class Stop(pl.Callback):
-        def on_train_epoch_end(self, trainer, module):
-            trainer.should_stop = True
-
     callback = MEST(0.9, soft_bound=True, update_every=3)
     with pytest.warns(UserWarning, match=r"MEST has \d+ active weights above its budget"):
-        fit([callback, Stop()], train=loader(80), max_epochs=4)
+        fit([callback, StopsAfter()], train=loader(80), max_epochs=4)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

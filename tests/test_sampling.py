@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers import Largest, fits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sparse import sampling
 from lightning_sparse.storage import functional
@@ -16,16 +16,6 @@ from lightning_sparse.storage.structure import csr
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def fits(counts, expected):
-    """Whether counts agree with what is expected of them: chi-square within five standard deviations of its mean."""
-    counts, expected = counts.double().flatten(), expected.double().flatten()
-    assert not counts[expected == 0].any()
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    assert expected.min() > 5, "too few draws to judge"
-    freedom = len(counts) - 1
-    return ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
 
 
 # ---------------------------------------------------------------------- endpoint distributions
@@ -232,18 +222,6 @@ def test_gradient_of_filters_is_the_dense_one_there(options, chunk, monkeypatch)
     for rows in (slice(0, 8), slice(1, 6), slice(7, 8)):
         gradient = functional.conv2d_gradient_rows(x, delta, rows, layer.weight.shape, geometry, layer.groups)
         assert torch.allclose(gradient, dense.view(layer.weight.shape)[rows], rtol=0, atol=1e-10)
-
-
-class Largest(TorchDispatchMode):
-    """Note the size of the largest tensor made, views apart."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not result.is_meta:
-            self.size = max(self.size, result.untyped_storage().nbytes() // result.element_size())
-        return result
 
 
 def test_no_tensor_beyond_the_chunk_is_made(monkeypatch):

@@ -15,14 +15,27 @@ import lightning.pytorch as pl
 import pytest
 import storage_script
 import torch
-from helpers import Lit, SavesFirst, fit, loader, mlp, same, saved, seeded, state, trainer
+from helpers import (
+    Largest,
+    Lit,
+    SavesFirst,
+    Scaler,
+    StopsAfter,
+    Unmixed,
+    fit,
+    free_port,
+    loader,
+    mlp,
+    same,
+    saved,
+    seeded,
+    state,
+    trainer,
+)
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_ddp import free_port
-from test_precision import Scaler, Unmixed
-from test_sampling import Largest
 from torch import nn
 
 import lightning_sparse.storage.backends as storage_backends
@@ -370,15 +383,11 @@ def test_a_second_fit_goes_on_with_the_connections_of_the_first():
 
 
 def test_mests_soft_bound_goes_on_in_a_second_fit_after_one_that_ended_above_the_budget():
-    class Stops(pl.Callback):
-        def on_train_epoch_end(self, run, module):
-            run.should_stop = True
-
     counts = []
     for storage in ("sparse", "masked"):
         callback, module = METHODS["MEST soft bound"](storage=storage, seed=3), seeded(Lit)
         with pytest.warns(UserWarning, match="active weights above its budget"):
-            fit([callback, Stops()], module)
+            fit([callback, StopsAfter()], module)
         counts.append([78 + callback.surplus])
         fit(callback, module)
         counts[-1].append(sum(int(mask.sum()) for mask in callback.masks.values()))

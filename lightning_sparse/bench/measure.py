@@ -5,8 +5,7 @@ import gc
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 import torch
@@ -22,8 +21,6 @@ __all__ = [
     "peak",
     "peak_above",
     "peak_megabytes",
-    "seconds",
-    "synchronize",
 ]
 
 
@@ -35,12 +32,6 @@ def hardware(device: str) -> str:
     return f"{torch.get_num_threads()} CPU thread(s), {name}, torch {torch.__version__}"
 
 
-def synchronize(device: str) -> None:
-    """Wait for what the device still computes."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-
-
 def megabytes(device: str) -> float:
     """Return what this process has on the CPU or its tensors take on a GPU, in MB."""
     return (resident_memory() if device == "cpu" else torch.cuda.memory_allocated(device)) / 1e6
@@ -49,16 +40,6 @@ def megabytes(device: str) -> float:
 def peak_megabytes(device: str) -> float:
     """Return the largest ``megabytes`` so far."""
     return (peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated(device)) / 1e6
-
-
-def seconds(step: Callable[[], object], count: int, device: str) -> float:
-    """Return the mean time of ``count`` steps."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - start) / count
 
 
 def middle(values: Sequence[float], digits: int = 3) -> str:
@@ -98,7 +79,7 @@ def peak_above(of: str, arguments: argparse.Namespace, **options: object) -> flo
 def _before_and_peak(arguments: argparse.Namespace) -> tuple[float, float]:
     """Return the memory in MB before the network of ``arguments`` is made, and the peak after five of its steps."""
     prepare = import_module(f"{__package__}.{arguments.of}").prepare
-    small = argparse.Namespace(**{**vars(arguments), "network": "lenet300", "batch": 1})
+    small = argparse.Namespace(**{**vars(arguments), "network": "lenet300"})
     prepare(small)()  # loads and compiles what is needed
     gc.collect()
     before = megabytes(arguments.device)

@@ -11,22 +11,14 @@ from torch import nn
 
 from lightning_sparse import SET, ledger, sampling
 from lightning_sparse._lightning import Callback, LightningModule, Trainer
-from lightning_sparse.bench.measure import (
-    child,
-    hardware,
-    megabytes,
-    middle,
-    peak_above,
-    peak_megabytes,
-    seconds,
-    synchronize,
-)
+from lightning_sparse.bench.measure import child, hardware, megabytes, middle, peak_above, peak_megabytes
 from lightning_sparse.bench.networks import NETWORKS, NEVER, bare_step, batch_for, on_meta
 from lightning_sparse.bench.trainers import Plain, fit_seconds
 from lightning_sparse.callback import SparseCallback
 from lightning_sparse.distributions import budget
 from lightning_sparse.storage import make_sparse_
 from lightning_sparse.storage.backends import candidates
+from lightning_sparse.timing import seconds, synchronize
 
 __all__ = ["fit", "fitted", "prepare", "storage"]
 
@@ -130,7 +122,7 @@ def fitted(arguments: argparse.Namespace) -> None:
         fit_seconds(_Built(network, sparse), batch_for(network, batch), steps, [*methods, clock], device=device)
         return clock
 
-    run("lenet300", 1, 4)  # loads and compiles what is needed
+    run("lenet300", arguments.batch, 4)  # loads and compiles what is needed
     before = megabytes(device)
     clock = run(arguments.network, arguments.batch, arguments.steps)
     end = peak_megabytes(device) - before

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lightning_sparse.bench.measure import hardware, middle, peak_above, seconds, synchronize
+from lightning_sparse.bench.measure import hardware, middle, peak_above
 from lightning_sparse.bench.networks import METHODS, NETWORKS, attach, bare_step, batch_for, on_meta
 from lightning_sparse.callback import Storage
 from lightning_sparse.distributions import share
@@ -15,6 +15,7 @@ from lightning_sparse.layers import choose
 from lightning_sparse.methods import ggr
 from lightning_sparse.prune_and_grow import PruneAndGrow
 from lightning_sparse.storage.weight import Capture, SparseWeight
+from lightning_sparse.timing import seconds, synchronize
 from lightning_sparse.weights import Weight
 
 __all__ = ["prepare", "ranking", "update"]

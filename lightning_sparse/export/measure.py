@@ -20,7 +20,6 @@ from torch.sparse import SparseSemiStructuredTensor
 from tqdm import tqdm
 
 from lightning_sparse._extras import extra
-from lightning_sparse.bench.measure import seconds
 from lightning_sparse.export._modules import (
     Example,
     check_equal,
@@ -37,6 +36,7 @@ from lightning_sparse.export.onnx import onnx_session, to_onnx
 from lightning_sparse.export.semi_structured import to_semi_structured
 from lightning_sparse.process import peak_memory, resident_memory
 from lightning_sparse.storage import to_dense, training
+from lightning_sparse.timing import seconds
 
 __all__ = ["Benchmark", "Measurement", "benchmark"]
 

@@ -4,7 +4,6 @@ Decisions: one fit holds all trainings of the iteration, of equal length; each p
 weights that are left, and the last one the target exactly; all layers compete by default, as in the second paper.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -23,6 +22,7 @@ from lightning_sparse.before_training import budgets
 from lightning_sparse.distributions import Distribution, Scope, budget, floors
 from lightning_sparse.layers import Choice
 from lightning_sparse.masked import MaskedCallback
+from lightning_sparse.rewind import restore, snapshot
 from lightning_sparse.weights import Weight
 
 __all__ = ["LotteryTicket"]
@@ -140,7 +140,7 @@ class LotteryTicket(MaskedCallback):
         super().on_train_epoch_start(trainer, pl_module)
         epoch = trainer.current_epoch
         if epoch == self.rewind_epoch and not self._rewind_point:
-            self._rewind_point = _snapshot(trainer, pl_module)
+            self._rewind_point = snapshot(trainer, pl_module)
         if self._earlier + sum(start <= epoch for start in self.starts()) > self._pruned:
             self._pruned += 1
             for pool in self._pools.values():
@@ -167,14 +167,7 @@ class LotteryTicket(MaskedCallback):
     @torch.no_grad()
     def _rewind(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back the state that was taken, but for what is pruned."""
-        point = self._rewind_point
-        for name, tensor in _tensors(pl_module).items():
-            if name in point["tensors"]:
-                tensor.copy_(point["tensors"][name])
-        for optimizer, saved in zip(trainer.optimizers, point["optimizers"].values(), strict=True):
-            _load(optimizer, saved)
-        for config, saved in zip(trainer.lr_scheduler_configs, point["schedulers"].values(), strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(saved))
+        restore(self._rewind_point, trainer, pl_module)
         for weight in self._weights.values():
             masks.zero_outside_(weight.W, weight.mask)
             for _, state in weight.optimizer_state():
@@ -208,33 +201,3 @@ class LotteryTicket(MaskedCallback):
         super().load_state_dict(state_dict)
         self._pruned, self._earlier = state_dict["pruned"], state_dict["earlier"]
         self._rewind_point = state_dict["rewind_point"]
-
-
-def _tensors(module: LightningModule) -> dict[str, torch.Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _snapshot(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Return what a training depends on: tensors on the CPU and plain values."""
-    return {
-        "tensors": {name: tensor.detach().cpu().clone() for name, tensor in _tensors(module).items()},
-        "optimizers": {str(i): copy.deepcopy(o.state_dict()) for i, o in enumerate(trainer.optimizers)},
-        "schedulers": {
-            str(i): copy.deepcopy(config.scheduler.state_dict())
-            for i, config in enumerate(trainer.lr_scheduler_configs)
-        },
-    }
-
-
-def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Bring an optimizer's state back; groups and weights that joined it since then stay, without state."""
-    now = optimizer.state_dict()["param_groups"]
-    then = saved["param_groups"]
-    groups = [{**group, "params": now[i]["params"]} for i, group in enumerate(then)] + now[len(then) :]
-    moved = {
-        old: new
-        for group, other in zip(then, groups, strict=False)
-        for old, new in zip(group["params"], other["params"], strict=False)
-    }
-    state = {moved[index]: values for index, values in saved["state"].items()}
-    optimizer.load_state_dict(copy.deepcopy({**saved, "state": state, "param_groups": groups}))

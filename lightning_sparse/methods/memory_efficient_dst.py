@@ -136,7 +136,7 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
 
     def _endpoints(self, weights: Sequence[Weight]) -> dict[str, dict[str, Any]]:
         """Return ``f``, ``g`` and the number of groups by the weights' names, the same on all processes."""
-        listeners = self._watched.get(id(weights[0].optimizer), [])
+        listeners = self._hooks.get(id(weights[0].optimizer), [])
         ends = [listener for listener in listeners if isinstance(listener, (Activity, SynapticFlow))]
         if not ends:
             return {}

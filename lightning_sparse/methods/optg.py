@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import checks
-from lightning_sparse._lightning import MisconfigurationException
 from lightning_sparse.distributions import Scope
 from lightning_sparse.latent import LatentWeight
 from lightning_sparse.top_k import TopKCallback
@@ -79,12 +78,7 @@ class OptG(TopKCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make sure that the schedule has an end."""
         super().on_train_start(trainer, pl_module)
-        if math.isinf(self.total_steps):
-            raise MisconfigurationException(
-                "OptG must know how long the training is, to reach its sparsity in time. "
-                "Give the Trainer max_epochs or max_steps, "
-                "and limit_train_batches if the data have no known length."
-            )
+        self._require_length("to reach its sparsity in time")
         for optimizer in trainer.optimizers:
             self.check(self._owned(optimizer))
 

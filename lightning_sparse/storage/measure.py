@@ -2,12 +2,14 @@
 
 import math
 import time
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.storage.backends import candidates
 from lightning_sparse.storage.layers import SparseConv2d, SparseLayer, SparseLinear
+from lightning_sparse.timing import seconds
 
 __all__ = ["DENSE", "measure"]
 
@@ -49,9 +51,9 @@ def measure(layer: SparseLayer) -> dict[str, float]:
     for round_ in range(_ROUNDS + 1):
         for name in best:
             twin.backend = name
-            seconds = _seconds(dense if name == DENSE else twin, x)
+            taken = seconds(partial(_pass, dense if name == DENSE else twin, x), 1, device)
             if round_:
-                best[name] = min(best[name], seconds)
+                best[name] = min(best[name], taken)
         if round_ == 0:
             start = time.perf_counter()  # the first one may compile
         elif time.perf_counter() - start > _SECONDS:
@@ -59,12 +61,6 @@ def measure(layer: SparseLayer) -> dict[str, float]:
     return best
 
 
-def _seconds(layer: nn.Module, x: Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    start = time.perf_counter()
+def _pass(layer: nn.Module, x: Tensor) -> None:
     with torch.enable_grad():
         layer(x).sum().backward()
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter() - start

@@ -132,10 +132,7 @@ class SparseStorage(MaskedCallback):
                     weight.start(earlier[weight.name].positions, self.generator)
             else:
                 if earlier:
-                    rank_zero_warn(
-                        f"This {type(self).__name__} holds the state of an earlier fit of other weights: it starts "
-                        "afresh."
-                    )
+                    self._warn_of_other_weights()
                 self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
                 self.generator.manual_seed(self.run_seed if self.seed is None else self.seed)
                 self.initial_masks(weights)
@@ -163,7 +160,7 @@ class SparseStorage(MaskedCallback):
             owner = module.get_submodule(prefix)
             if type(owner) not in (nn.Linear, nn.Conv2d) or local != "weight":
                 problems.append(f"{choice.name} ({choice.layer})")
-            elif "tied" in choice.layer:
+            elif choice.tied:
                 problems.append(f"{choice.name} ({choice.layer}: a sparse layer cannot share its weight)")
         if problems:
             raise MisconfigurationException(
