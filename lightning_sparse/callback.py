@@ -80,6 +80,7 @@ class SparseCallback(Callback, ABC):
             checks.integer(1, "Leave it out to log once an epoch.", log_every_n_steps=log_every_n_steps)
         self.log_every_n_steps = log_every_n_steps
         self._restored = False
+        self._begun = 0  # steps of the Trainer before this fit
         self.run_seed = 0
         self.__dict__.update(_detached())
 
@@ -145,8 +146,8 @@ class SparseCallback(Callback, ABC):
     def total_steps(self) -> float:
         """Number of optimizer steps of the whole fit; infinite if nothing tells how many."""
         assert self._trainer is not None
-        steps = float(self._trainer.estimated_stepping_batches)
-        return math.inf if steps < 0 else steps  # -1 is max_steps, which is not set
+        steps = float(self._trainer.estimated_stepping_batches)  # of all fits of the Trainer
+        return math.inf if steps < 0 else steps - self._begun  # -1 is max_steps, which is not set
 
     def mask(self, name: str) -> Tensor:
         """Return one of ``masks``, without making the others."""
@@ -248,6 +249,8 @@ class SparseCallback(Callback, ABC):
         self._refuse_storage(choices)
         self._warn_of_averages(trainer)
         self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
+        if not self._restored:
+            self._begun = trainer.fit_loop.epoch_loop._batches_that_stepped
         self.attach([choice for choice in choices if choice.reason is None], trainer.optimizers, self._restored)
         self._restored = False
         self._optimizers = [*trainer.optimizers]
@@ -354,6 +357,7 @@ class SparseCallback(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
         self._restored = True
+        self._begun = state_dict.get("begun", 0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer, the module and the optimizers."""

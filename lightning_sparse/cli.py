@@ -16,6 +16,7 @@ from lightning_sparse._extras import extra
 from lightning_sparse._lightning import PACKAGE, LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.callback import SparseCallback
 from lightning_sparse.monitor import SparsityMonitor
+from lightning_sparse.run_file import FILE
 
 __all__ = ["main"]
 
@@ -88,7 +89,8 @@ def _tell(cli: Any) -> None:
             print(f"{type(callback).__name__}: density {callback.density:.2%}")
     folder = cli.trainer.log_dir
     if cli.trainer.loggers and folder:
-        print(f"Written to {folder}. A page on it: lightning-sparse report {folder}")
+        page = f" A page on it: lightning-sparse report {folder}" if Path(folder, FILE).is_file() else ""
+        print(f"Written to {folder}.{page}")
 
 
 def run(args: Sequence[str]) -> Any:

@@ -200,7 +200,12 @@ class TopKCallback(LatentCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return latents, sets and clock."""
-        return {**super().state_dict(), "sparsity": self.sparsity_target, "updates": dict(self._updates)}
+        return {
+            **super().state_dict(),
+            "sparsity": self.sparsity_target,
+            "updates": dict(self._updates),
+            "begun": self._begun,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""

@@ -3,10 +3,10 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import NETS, Lit, StopsAfter, attached, fit, grid, loader, mlp, seeded, watched
+from helpers import NETS, Lit, StopsAfter, attached, fit, grid, loader, mlp, seeded, trainer, watched
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sparse import GMP, GraNet
+from lightning_sparse import GMP, GraNet, OptG, RigL
 from lightning_sparse.distributions import layer_counts
 
 SIZE = 392
@@ -132,6 +132,27 @@ def test_a_layer_pruned_away_is_named_and_the_rest_meets_the_target():
     with pytest.warns(UserWarning, match=r"net\.2\.weight has no weight left: density 0 after epoch 0"):
         fit(callback, module, loader(80), max_epochs=1)
     assert callback.density == 78 / SIZE
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: GMP(0.9, update_every=3), lambda: RigL(0.9, update_every=3), lambda: OptG(0.9)]
+)
+def test_a_second_fit_of_a_trainer_has_a_schedule_of_its_own_length(build, tmp_path):
+    class Totals(pl.Callback):
+        def on_train_batch_end(self, run, module, *args):
+            planned.append(run.callbacks[0].total_steps)
+            if run.current_epoch == 3:
+                run.save_checkpoint(tmp_path / "second.ckpt")
+
+    planned, module = [], seeded(Lit)
+    run = trainer([build(), Totals()], max_epochs=2)
+    run.fit(module, loader())
+    assert planned == [60] * 60
+    run.fit_loop.max_epochs = 5
+    run.fit(module, loader())
+    assert planned[60:] == [90] * 90
+    trainer([build(), Totals()], max_epochs=5).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "second.ckpt")
+    assert planned[150:] == [90] * 30
 
 
 def test_weights_unfrozen_after_the_end_join_the_target():
