@@ -1,25 +1,26 @@
 """AutoSparse: learnable soft thresholds with gradient annealing (ICLR 2023 submission).
 
-Equations 1-9. Decisions: alpha is annealed over the Trainer's epochs; the set B of the explicit gradient sparsity is
-found anew at every step, per layer, and never smaller than the active set A.
+Equations 1-9; the forward function and the thresholds' own gradients are STR's. Decisions: alpha is annealed over the
+Trainer's epochs; the set B of the explicit gradient sparsity is found anew at every step, per layer, and never smaller
+than the active set A.
 """
 
 import math
 from collections.abc import Sequence
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from lightning_sparse import checks
-from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
+from lightning_sparse.latent import Granularity, LatentWeight
 from lightning_sparse.masks import top_k
+from lightning_sparse.methods.str import STR
 from lightning_sparse.schedules import Annealing, annealed
 
 __all__ = ["AutoSparse"]
 
 
-class AutoSparse(LatentCallback):
+class AutoSparse(STR):
     r"""AutoSparse: a learnable soft threshold per layer, with annealed gradients for the weights below it.
 
     With ``T = sigmoid(s)`` the layer computes with ``P = sign(W) max(|W| - T, 0)``. Backward, ``dW = dP * A`` and
@@ -51,8 +52,6 @@ class AutoSparse(LatentCallback):
         "AutoSparse: Towards Automated Sparse Training", ICLR 2023 submission, Eqs. 1-9.
     """
 
-    needs_weight_decay = True
-
     def __init__(
         self,
         alpha: float = 0.75,
@@ -66,7 +65,6 @@ class AutoSparse(LatentCallback):
         exclude: Sequence[str] = (),
         log_every_n_steps: int | None = None,
     ) -> None:
-        checks.finite("The paper's value is -5.", init_threshold=init_threshold)
         super().__init__(init_threshold, granularity, include, exclude, log_every_n_steps)
         checks.fraction("The paper's values are 0.75 to 1; 0 makes it STR.", alpha=alpha)
         checks.one_of(get_args(Annealing), decay=decay)
@@ -88,7 +86,7 @@ class AutoSparse(LatentCallback):
         if self.current_alpha == 0:
             return self.layer_density
         if self.backward_density is None:
-            return super().layer_gradient_density
+            return dict.fromkeys(self._weights, 1.0)
         return {name: max(self.backward_density, density) for name, density in self.layer_density.items()}
 
     @property
@@ -103,24 +101,11 @@ class AutoSparse(LatentCallback):
             return
         self.current_alpha = annealed(self.alpha, self.decay, self.decay_rate, epoch, epochs)
 
-    def level(self, t: Tensor) -> Tensor:
-        """``T = g(s)``, with g the sigmoid."""
-        return torch.sigmoid(t)
-
-    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
-        """Write ``sign(W) max(|W| - T, 0)`` (Eq. 7)."""
-        weight.kernels.soft_project(W, weight.tau, out)
-
     def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
         """``dW = dP A`` and ``dT = -sum dP sign(W) A`` (Eq. 1), outside of B nothing (Eq. 8)."""
         if self.backward_density is not None:
             dP.mul_(_largest(W.abs(), weight.tau, self.backward_density))
         weight.kernels.soft_gradient(dP, W, weight.tau, weight.dtau["t"], self.current_alpha)
-
-    def threshold_gradients(self, pool: Pool, share: float) -> bool:
-        """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay."""
-        pool.kernels.through_sigmoid(pool.gradients["t"], pool.values["t"])
-        return False
 
 
 def _largest(magnitude: Tensor, T: Tensor, density: float) -> Tensor:
