@@ -80,7 +80,7 @@ class SparseCallback(Callback, ABC):
             checks.integer(1, "Leave it out to log once an epoch.", log_every_n_steps=log_every_n_steps)
         self.log_every_n_steps = log_every_n_steps
         self._restored = False
-        self._begun = 0  # steps of the Trainer before this fit
+        self._begun = (0, 0)  # epochs and steps of the Trainer before this fit
         self.run_seed = 0
         self.__dict__.update(_detached())
 
@@ -146,8 +146,20 @@ class SparseCallback(Callback, ABC):
     def total_steps(self) -> float:
         """Number of optimizer steps of the whole fit; infinite if nothing tells how many."""
         assert self._trainer is not None
-        steps = float(self._trainer.estimated_stepping_batches)  # of all fits of the Trainer
-        return math.inf if steps < 0 else steps - self._begun  # -1 is max_steps, which is not set
+        trainer: Any = self._trainer
+        steps = float(trainer.estimated_stepping_batches)
+        if steps < 0:  # -1 is max_steps, which is not set
+            return math.inf
+        if self._begun == (0, 0):
+            return steps
+        # a later fit of the Trainer, whose max_epochs and max_steps count the earlier ones, too
+        epochs_done, steps_done = self._begun
+        batches, epochs = trainer.num_training_batches, trainer.max_epochs
+        by_steps = float(trainer.max_steps - steps_done) if trainer.max_steps >= 0 else math.inf
+        if math.isinf(batches) or epochs is None or epochs < 0:
+            return by_steps
+        an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        return min(float(an_epoch * (epochs - epochs_done)), by_steps)
 
     def mask(self, name: str) -> Tensor:
         """Return one of ``masks``, without making the others."""
@@ -239,6 +251,7 @@ class SparseCallback(Callback, ABC):
         self._release()
         if stage == "fit":
             self._restored = False
+            self._begun = (trainer.current_epoch, trainer.global_step)  # a checkpoint's, if one is loaded now
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the weights, take them over, and show which they are."""
@@ -249,8 +262,6 @@ class SparseCallback(Callback, ABC):
         self._refuse_storage(choices)
         self._warn_of_averages(trainer)
         self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
-        if not self._restored:
-            self._begun = trainer.fit_loop.epoch_loop._batches_that_stepped
         self.attach([choice for choice in choices if choice.reason is None], trainer.optimizers, self._restored)
         self._restored = False
         self._optimizers = [*trainer.optimizers]
@@ -357,7 +368,7 @@ class SparseCallback(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
         self._restored = True
-        self._begun = state_dict.get("begun", 0)
+        self._begun = (*state_dict.get("begun", (0, 0)),)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer, the module and the optimizers."""

@@ -103,7 +103,7 @@ def table(sparse: Result, dense: Result) -> str:
         "clock's: both train at once, and on a busy machine their ratio says little. Most of the memory of so small a",
         "training is that of Python's packages (numba, where installed, is loaded by the method alone).",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\u2212", "-")  # a minus that every terminal has
 
 
 def write_csv(results: Mapping[str, Result], file: Path) -> None:

@@ -126,7 +126,7 @@ class MaskedCallback(SparseCallback):
             "lightning_sparse": type(self).__name__,
             "sparsity": self.sparsity_target,
             "epoch": self._epoch,
-            "begun": self._begun,
+            "begun": list(self._begun),
             "clocks": {str(index): clock for index, clock in enumerate(clocks)},
             "generator": self.generator.get_state(),
             "weights": {name: weight.state() for name, weight in self._weights.items()},

@@ -204,7 +204,7 @@ class TopKCallback(LatentCallback):
             **super().state_dict(),
             "sparsity": self.sparsity_target,
             "updates": dict(self._updates),
-            "begun": self._begun,
+            "begun": list(self._begun),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

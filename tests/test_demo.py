@@ -66,7 +66,7 @@ def test_ratios_are_sparse_over_dense(results):
     text = demo.table(*results())
     table = lines(text)
     assert text.split()[:3] == ["dense", "DFBST", "compared"]
-    assert table["val_acc"] == ["96.70 %", "96.20 %", "−0.50 points"]
+    assert table["val_acc"] == ["96.70 %", "96.20 %", "-0.50 points"]
     assert table["time of a step (measured)"] == ["1.9 ms", "2.1 ms", "× 1.11"]
 
 

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import NETS, Lit, StopsAfter, attached, fit, grid, loader, mlp, seeded, trainer, watched
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_sparse import GMP, GraNet, OptG, RigL
@@ -149,10 +150,30 @@ def test_a_second_fit_of_a_trainer_has_a_schedule_of_its_own_length(build, tmp_p
     run.fit(module, loader())
     assert planned == [60] * 60
     run.fit_loop.max_epochs = 5
+    run.fit(module, loader(80))
+    assert planned[60:] == [30] * 30, "three epochs of ten batches"
+    trainer([build(), Totals()], max_epochs=5).fit(seeded(Lit), loader(80), ckpt_path=tmp_path / "second.ckpt")
+    assert planned[90:] == [30] * 10
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_length_of_a_second_fit_is_that_of_max_steps(accumulate):
+    method = RigL(0.9, update_every=3)
+    run = trainer(
+        [LearningRateFinder(num_training_steps=5), method],
+        max_steps=10,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+    )
+    module = seeded(Lit)
+    module.lr = 0.1
     run.fit(module, loader())
-    assert planned[60:] == [90] * 90
-    trainer([build(), Totals()], max_epochs=5).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "second.ckpt")
-    assert planned[150:] == [90] * 30
+    run.fit_loop.epoch_loop.max_steps = 25
+    planned = []
+    method.on_train_end = lambda *args: planned.append(method.total_steps)
+    run.fit(module, loader())
+    assert run.global_step == 25
+    assert planned == [15]
 
 
 def test_weights_unfrozen_after_the_end_join_the_target():

@@ -170,6 +170,7 @@ class SparseWeight(Weight):
         spare(self)
         found = self.sparse.structure_at(positions)
         del positions
+        spare(self)
         gradient = None
         if old is not None:
             gradient = moved(old, self.gradient_at(grown))
@@ -184,7 +185,8 @@ class SparseWeight(Weight):
 
     def _moved(self, dropped: Tensor, grown: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
         """Return what a vector of the values' order becomes, with elements for the grown, and the new positions."""
-        held = self.positions
+        index = torch.int32 if self.size < 2**31 else torch.int64
+        held, dropped, grown = (x.to(index) for x in (self.positions, dropped, grown))
         staying = torch.ones(len(held), dtype=torch.bool)
         staying[torch.searchsorted(held, dropped)] = False
         before = torch.searchsorted(held, grown) - torch.searchsorted(dropped, grown)  # of those that stay
@@ -194,8 +196,7 @@ class SparseWeight(Weight):
         source = torch.empty(len(others), dtype=torch.int32)  # where each comes from, of the held and the grown
         source.masked_scatter_(others, masks.positions(staying).int())
         source[of_grown] = torch.arange(len(held), len(held) + len(grown), dtype=torch.int32)
-        index = torch.int32 if self.size < 2**31 else torch.int64
-        both = torch.cat((held.to(index), grown.to(index)))
+        both = torch.cat((held, grown))
         del held
         positions = both.index_select(0, source)
         of_all = source.to(self.W.device)
@@ -263,6 +264,7 @@ class Capture(Hooks):
             weight.listen(reduce)
             hook = partial(self._called, weight)
             self._handles.append(weight.sparse.register_forward_hook(hook, with_kwargs=True))
+        spare(*self._weights)  # what earlier steps have left, for what will be kept
 
     def close(self) -> None:
         """Take the hooks away and forget the calls."""
