@@ -79,6 +79,7 @@ class SparseCallback(Callback, ABC):
         if log_every_n_steps is not None:
             checks.integer(1, "Leave it out to log once an epoch.", log_every_n_steps=log_every_n_steps)
         self.log_every_n_steps = log_every_n_steps
+        self._weights = {}
         self._restored = False
         self._begun = (0, 0)  # epochs and steps of the Trainer before this fit
         self.run_seed = 0
@@ -368,7 +369,8 @@ class SparseCallback(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
         self._restored = True
-        self._begun = (*state_dict.get("begun", (0, 0)),)
+        begun = state_dict.get("begun", {})  # not in those of earlier versions
+        self._begun = (begun.get("epochs", 0), begun.get("steps", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer, the module and the optimizers."""

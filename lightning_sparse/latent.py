@@ -64,7 +64,6 @@ class LatentCallback(SparseCallback):
         checks.one_of(get_args(Granularity), granularity=granularity)
         self.init_threshold = init_threshold
         self.granularity = granularity
-        self._weights = {}
         self._pools = {}
         self._nonfinite: Tensor | None = None
 

@@ -57,7 +57,6 @@ class MaskedCallback(SparseCallback):
         self.min_layer_density = min_layer_density
         self.seed = seed
         self.generator = torch.Generator()
-        self._weights = {}
         self._pools = {}
         self._epoch = 0
         self._clocks: list[dict[str, Any]] = []
@@ -126,7 +125,7 @@ class MaskedCallback(SparseCallback):
             "lightning_sparse": type(self).__name__,
             "sparsity": self.sparsity_target,
             "epoch": self._epoch,
-            "begun": list(self._begun),
+            "begun": {"epochs": self._begun[0], "steps": self._begun[1]},
             "clocks": {str(index): clock for index, clock in enumerate(clocks)},
             "generator": self.generator.get_state(),
             "weights": {name: weight.state() for name, weight in self._weights.items()},

@@ -204,7 +204,7 @@ class TopKCallback(LatentCallback):
             **super().state_dict(),
             "sparsity": self.sparsity_target,
             "updates": dict(self._updates),
-            "begun": list(self._begun),
+            "begun": {"epochs": self._begun[0], "steps": self._begun[1]},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
