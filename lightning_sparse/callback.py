@@ -81,7 +81,7 @@ class SparseCallback(Callback, ABC):
         self.log_every_n_steps = log_every_n_steps
         self._weights = {}
         self._restored = False
-        self._begun = (0, 0)  # epochs and steps of the Trainer before this fit
+        self._begun = {"epochs": 0, "steps": 0}  # of the Trainer before this fit
         self.run_seed = 0
         self.__dict__.update(_detached())
 
@@ -151,16 +151,15 @@ class SparseCallback(Callback, ABC):
         steps = float(trainer.estimated_stepping_batches)
         if steps < 0:  # -1 is max_steps, which is not set
             return math.inf
-        if self._begun == (0, 0):
+        if not any(self._begun.values()):
             return steps
         # a later fit of the Trainer, whose max_epochs and max_steps count the earlier ones, too
-        epochs_done, steps_done = self._begun
         batches, epochs = trainer.num_training_batches, trainer.max_epochs
-        by_steps = float(trainer.max_steps - steps_done) if trainer.max_steps >= 0 else math.inf
+        by_steps = float(trainer.max_steps - self._begun["steps"]) if trainer.max_steps >= 0 else math.inf
         if math.isinf(batches) or epochs is None or epochs < 0:
             return by_steps
         an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-        return min(float(an_epoch * (epochs - epochs_done)), by_steps)
+        return min(float(an_epoch * (epochs - self._begun["epochs"])), by_steps)
 
     def mask(self, name: str) -> Tensor:
         """Return one of ``masks``, without making the others."""
@@ -252,7 +251,8 @@ class SparseCallback(Callback, ABC):
         self._release()
         if stage == "fit":
             self._restored = False
-            self._begun = (trainer.current_epoch, trainer.global_step)  # a checkpoint's, if one is loaded now
+            # those of a checkpoint, if one is loaded now
+            self._begun = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the weights, take them over, and show which they are."""
@@ -369,8 +369,7 @@ class SparseCallback(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
         self._restored = True
-        begun = state_dict.get("begun", {})  # not in those of earlier versions
-        self._begun = (begun.get("epochs", 0), begun.get("steps", 0))
+        self._begun = dict(state_dict.get("begun", {"epochs": 0, "steps": 0}))  # earlier versions wrote none
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the Trainer, the module and the optimizers."""

@@ -125,7 +125,7 @@ class MaskedCallback(SparseCallback):
             "lightning_sparse": type(self).__name__,
             "sparsity": self.sparsity_target,
             "epoch": self._epoch,
-            "begun": {"epochs": self._begun[0], "steps": self._begun[1]},
+            "begun": dict(self._begun),
             "clocks": {str(index): clock for index, clock in enumerate(clocks)},
             "generator": self.generator.get_state(),
             "weights": {name: weight.state() for name, weight in self._weights.items()},

@@ -204,7 +204,7 @@ class TopKCallback(LatentCallback):
             **super().state_dict(),
             "sparsity": self.sparsity_target,
             "updates": dict(self._updates),
-            "begun": {"epochs": self._begun[0], "steps": self._begun[1]},
+            "begun": dict(self._begun),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
