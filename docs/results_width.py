@@ -29,7 +29,7 @@ def network(kind: str, width: float) -> Any:
     import torch
     from torch import nn
 
-    from lightning_sparse.models.classifier import Classifier
+    from lightning_sparse.zoo.models.classifier import Classifier
 
     def wide(units: int) -> int:
         return round(width * units)
@@ -65,9 +65,9 @@ def weights(kind: str, width: float) -> int:
 def run(kind: str, width: float, sparse: bool, seed: int, epochs: int, data_dir: str) -> None:
     """Train once in this process; print what came of it as JSON."""
     from lightning_sparse import MemoryEfficientDST
-    from lightning_sparse._lightning import Trainer
-    from lightning_sparse.data import MNISTDataModule
-    from lightning_sparse.process import peak_memory, resident_memory
+    from lightning_sparse.accounting.memory import peak_memory, resident_memory
+    from lightning_sparse.compat.lightning import Trainer
+    from lightning_sparse.zoo.data import MNISTDataModule
 
     def trainer(callbacks: list[Any], **options: Any) -> Any:
         return Trainer(

@@ -1,6 +1,5 @@
 """Sparse training for PyTorch Lightning: each method is one callback."""
 
-from lightning_sparse.callback import SparseCallback
 from lightning_sparse.methods.autosparse import AutoSparse
 from lightning_sparse.methods.deepr import DeepR
 from lightning_sparse.methods.dfbst import DFBST
@@ -26,6 +25,7 @@ from lightning_sparse.methods.synflow import SynFlow
 from lightning_sparse.methods.topkast import TopKAST
 from lightning_sparse.monitor import SparsityMonitor
 from lightning_sparse.storage.checkpoint import load_dense
+from lightning_sparse.trainer.callback import SparseCallback
 
 __all__ = [
     "DFBST",

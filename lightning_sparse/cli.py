@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning_sparse
-from lightning_sparse import recipes
-from lightning_sparse._extras import extra
-from lightning_sparse._lightning import PACKAGE, LightningModule, MisconfigurationException, Trainer
-from lightning_sparse.callback import SparseCallback
+from lightning_sparse.compat.extras import extra
+from lightning_sparse.compat.lightning import PACKAGE, LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.monitor import SparsityMonitor
-from lightning_sparse.run_file import FILE
+from lightning_sparse.monitor.run_file import FILE
+from lightning_sparse.trainer.callback import SparseCallback
+from lightning_sparse.zoo import recipes
 
 __all__ = ["main"]
 
@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
         elif args[:1] == ["recipes"]:
             _recipes(args[1:])
         elif args[:1] == ["demo"]:
-            from lightning_sparse import demo
+            from lightning_sparse.compare import demo
 
             demo.main(args[1:])
         elif args[:1] == ["compare"]:

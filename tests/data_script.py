@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from helpers import pl, trainer
 
-from lightning_sparse.data import ByteImages, DigitsDataModule, ImageDataModule
-from lightning_sparse.models import LeNet300
+from lightning_sparse.zoo.data import ByteImages, DigitsDataModule, ImageDataModule
+from lightning_sparse.zoo.models import LeNet300
 
 
 class Augmented(ImageDataModule):

@@ -39,7 +39,7 @@ from lightning_sparse import (
     SynFlow,
     TopKAST,
 )
-from lightning_sparse.layers import choose
+from lightning_sparse.layers.selection import choose
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
 

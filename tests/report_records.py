@@ -75,7 +75,7 @@ def record(epochs: int = 8, method: str | None = "DFBST", shapes: dict[str, list
         "updated": "2026-11-21T08:02:05+00:00",
         "wall_time_s": 125.0,
         "method": {"name": method, "arguments": {"alpha": 0.0005, "beta": 0.01}} if method else None,
-        "module": "lightning_sparse.models.lenet.LeNet300",
+        "module": "lightning_sparse.zoo.models.lenet.LeNet300",
         "seed": 0,
         "versions": {"lightning_sparse": "0.1.0", "torch": "2.9.0", "lightning": "2.6.0", "python": "3.11.9"},
         "hardware": {"device": "cpu", "cpu": "a CPU", "cores": 2, "threads": 1, "processes": 1, "precision": "32-true"},

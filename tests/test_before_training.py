@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sparse import SNIP, GraSP, RandomPruning, SynFlow
-from lightning_sparse.before_training import budgets
-from lightning_sparse.data import ResumableLoader, ResumableSampler
-from lightning_sparse.distributions import budget
+from lightning_sparse.families.before_training import budgets
+from lightning_sparse.rules.budgets import budget
+from lightning_sparse.zoo.data import ResumableLoader, ResumableSampler
 
 METHODS = {
     "SNIP": lambda sparsity, **kw: SNIP(sparsity, **{"batches": 3, **kw}),
@@ -458,7 +458,7 @@ def test_the_module_of_the_run_is_not_touched():
 
 def test_dropout_is_the_same_in_both_passes_of_grasp(monkeypatch):
     """So g and H are those of one function."""
-    from lightning_sparse.probe import Probe
+    from lightning_sparse.trainer.probe import Probe
 
     known, losses = [], Probe.losses
 

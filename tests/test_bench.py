@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_sparse._lightning import PACKAGE
 from lightning_sparse.bench import measure
 from lightning_sparse.bench.__main__ import main
+from lightning_sparse.compat.lightning import PACKAGE
 
 SMALL = ["--network", "lenet300", "--batch", "2", "--rounds", "1", "--seconds", "0.001"]
 

@@ -9,7 +9,7 @@ import torch
 from helpers import MASKED, NETS, ROUNDS, TOP_K, watched
 
 from lightning_sparse import MemoryEfficientDST
-from lightning_sparse.distributions import budget
+from lightning_sparse.rules.budgets import budget
 
 BEFORE = ("RandomPruning", "SNIP", "GraSP", "SynFlow")
 # These come to their budget while they train.

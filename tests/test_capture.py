@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sparse import RigL
 from lightning_sparse.storage import SparseConv2d, SparseLinear
-from lightning_sparse.storage.weight import Capture, SparseWeight
+from lightning_sparse.weights.sparse import Capture, SparseWeight
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -186,7 +186,7 @@ class Two(Lit):
 
 @pytest.mark.parametrize("kind", [Adversarial, Two])
 def test_training_with_other_backward_passes_is_that_with_masks(kind, monkeypatch):
-    monkeypatch.setattr("lightning_sparse.storage.training.measure", lambda layer: {"torch": 0.5, "dense": 1.0})
+    monkeypatch.setattr("lightning_sparse.storage.sparse.measure", lambda layer: {"torch": 0.5, "dense": 1.0})
     runs = []
     for storage in ("masked", "sparse"):
         callback, module = RigL(0.8, update_every=7, seed=3, storage=storage), seeded(lambda: kind(mlp(torch.float64)))

@@ -9,10 +9,11 @@ import torch
 import yaml
 
 import lightning_sparse
-from lightning_sparse import DST, RigL, SparsityMonitor, cli, demo, recipes
-from lightning_sparse.arguments import parameters
-from lightning_sparse.compare import plan
-from lightning_sparse.models import LeNet300
+from lightning_sparse import DST, RigL, SparsityMonitor, cli
+from lightning_sparse.compare import demo, plan
+from lightning_sparse.compat.arguments import parameters
+from lightning_sparse.zoo import recipes
+from lightning_sparse.zoo.models import LeNet300
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
@@ -262,10 +263,12 @@ def test_the_end_of_a_fit_says_density_and_folder(capsys):
 
 def test_a_module_of_the_working_directory_can_be_named(elsewhere, capsys, monkeypatch):
     (elsewhere / "my_network.py").write_text(
-        "from lightning_sparse.models import LeNet300\n\n\nclass Net(LeNet300):\n    pass\n"
+        "from lightning_sparse.zoo.models import LeNet300\n\n\nclass Net(LeNet300):\n    pass\n"
     )
     text = (
-        recipes.path("dense-lenet300-digits").read_text().replace("lightning_sparse.models.LeNet300", "my_network.Net")
+        recipes.path("dense-lenet300-digits")
+        .read_text()
+        .replace("lightning_sparse.zoo.models.LeNet300", "my_network.Net")
     )
     (elsewhere / "mine.yaml").write_text(text)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])

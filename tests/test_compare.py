@@ -28,7 +28,7 @@ OWN_DENSITY = {"DST", "DFBST", "AutoSparse", "STR"}
 
 def own_recipe(folder, callbacks, **more):
     """Write a user's recipe, here of digits, with callbacks."""
-    content = yaml.safe_load(lightning_sparse.recipes.path(DIGITS).read_text())
+    content = yaml.safe_load(lightning_sparse.zoo.recipes.path(DIGITS).read_text())
     content["trainer"]["callbacks"] = callbacks
     content.update(more)
     file = folder / "mine.yaml"

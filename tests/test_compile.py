@@ -11,8 +11,8 @@ from helpers import LATENT, ROUNDS, SETTINGS, THRESHOLDS, Lit, effective, fit, l
 from torch import nn
 
 from lightning_sparse import SET, MemoryEfficientDST, RigL
-from lightning_sparse.compiled import Uncompiled, copied, is_compiled
-from lightning_sparse.endpoints import SynapticFlow
+from lightning_sparse.compat.compiled import Uncompiled, copied, is_compiled
+from lightning_sparse.layers.unit_activity import SynapticFlow
 from lightning_sparse.storage import training
 
 SPARSE = {"storage": "sparse", "include": ["*0.weight"], "distribution": "uniform", "stop_at": 0.5}

@@ -7,7 +7,7 @@ from helpers import Lit, fit, loader, seeded
 from torch import nn
 
 from lightning_sparse import GMP, SWAT, AutoSparse, GraNet, LotteryTicket, OptG, TopKAST
-from lightning_sparse.distributions import budget, shrunk
+from lightning_sparse.rules.budgets import budget, shrunk
 
 
 class Two(pl.LightningModule):

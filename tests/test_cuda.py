@@ -27,7 +27,8 @@ from lightning.pytorch.loggers import CSVLogger
 from test_sparse_storage import METHODS, images, tokens
 from torch import nn
 
-from lightning_sparse import DFBST, RigL, SparsityMonitor, masks
+from lightning_sparse import DFBST, RigL, SparsityMonitor
+from lightning_sparse.rules import select
 from lightning_sparse.storage import SparseConv2d, SparseLayer, SparseLinear, functional, load_dense
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -243,7 +244,7 @@ def test_positions_of_extremes_are_those_of_the_cpu():
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         for k in (1, 1000, 200_000):
-            for find in (masks.top_k_positions, masks.lowest_positions):
+            for find in (select.top_k_positions, select.lowest_positions):
                 assert torch.equal(find(scores.cuda(), k, among.cuda()).cpu(), find(scores, k, among))
 
 

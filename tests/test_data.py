@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
-from lightning_sparse.data import DigitsDataModule, MNISTDataModule, ResumableLoader, TensorImages
-from lightning_sparse.models import LeNet300
+from lightning_sparse.zoo.data import DigitsDataModule, MNISTDataModule, ResumableLoader, TensorImages
+from lightning_sparse.zoo.models import LeNet300
 from tests.helpers import pl, trainer
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from lightning_sparse import RigL
-from lightning_sparse.data import (
+from lightning_sparse.zoo.data import (
     ByteImages,
     CIFAR10DataModule,
     CIFAR100DataModule,
@@ -16,8 +16,8 @@ from lightning_sparse.data import (
     ImageNetDataModule,
     TinyImageNetDataModule,
 )
-from lightning_sparse.data.images import crop, flip, mean_and_std, rotate
-from lightning_sparse.models import LeNet300, WarmupCosineLR
+from lightning_sparse.zoo.data.images import crop, flip, mean_and_std, rotate
+from lightning_sparse.zoo.models import LeNet300, WarmupCosineLR
 from tests.helpers import pl, trainer
 from tests.test_data import Seen
 

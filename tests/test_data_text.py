@@ -6,8 +6,8 @@ import pytest
 import sentencepiece
 import torch
 
-from lightning_sparse.data import ParallelTextDataModule, ResumableSampler
-from lightning_sparse.data.text import PADDING, Sentences, TranslationBatches, group
+from lightning_sparse.zoo.data import ParallelTextDataModule, ResumableSampler
+from lightning_sparse.zoo.data.text import PADDING, Sentences, TranslationBatches, group
 
 WORDS = {"en": ["a", "red", "green", "tree", "house", "stands"], "de": ["ein", "rotes", "Haus", "Baum", "steht", "da"]}
 

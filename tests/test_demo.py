@@ -6,10 +6,11 @@ import pytest
 import torch
 from report_records import record, save
 
-from lightning_sparse import cli, demo
-from lightning_sparse.models import LeNet300
+from lightning_sparse import cli
+from lightning_sparse.compare import demo
 from lightning_sparse.report.runs import read
 from lightning_sparse.report.text import operations
+from lightning_sparse.zoo.models import LeNet300
 
 
 @pytest.fixture

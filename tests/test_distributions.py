@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sparse.distributions import (
+from lightning_sparse.rules.budgets import (
     DISTRIBUTIONS,
     apportion,
     budget,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from lightning_sparse.accounting.ledger import shrunk_size
 from lightning_sparse.export import (
     Benchmark,
     CSRConv2d,
@@ -29,7 +30,6 @@ from lightning_sparse.export import (
     to_semi_structured,
 )
 from lightning_sparse.export import measure as measuring
-from lightning_sparse.ledger import shrunk_size
 from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
@@ -594,7 +594,7 @@ def test_csr_convolution_equals_dense_for_any_geometry(data, sparsity, bias, dty
     assert layer.values.numel() == torch.count_nonzero(conv.weight)
     x = torch.randn(*data.draw(st.sampled_from([(), (0,), (3,)])), channels, 8, 7, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_sparse.storage.functional._CHUNK", data.draw(st.sampled_from([1, 1 << 20])))
+        patch.setattr("lightning_sparse.layers.functional._CHUNK", data.draw(st.sampled_from([1, 1 << 20])))
         assert layer(x).shape == conv(x).shape
         assert torch.allclose(layer(x), conv(x), atol=1e-5)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_sparse import DFBST, DST, SET, SNFS, STR, AutoSparse, OptG, TopKAST
-from lightning_sparse.layers import choose
+from lightning_sparse.layers.selection import choose
 
 W = torch.tensor([[0.5, -0.2, 0.1], [-0.3, 0.3, 0.05]])
 V = torch.tensor([[0.35, -0.4]])

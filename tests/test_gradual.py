@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_sparse import GMP, GraNet, OptG, RigL
-from lightning_sparse.distributions import layer_counts
+from lightning_sparse.rules.budgets import layer_counts
 
 SIZE = 392
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sparse import DFBST, GMP, SET, GraNet, OptG, RigL, TopKAST
-from lightning_sparse.distributions import budget
-from lightning_sparse.layers import choose
+from lightning_sparse.layers.selection import choose
+from lightning_sparse.rules.budgets import budget
 
 
 class Stream(IterableDataset):

@@ -5,7 +5,7 @@ import torch
 from helpers import Lit, StopsAfter, fit, loader, mlp, saved, seeded, trainer
 
 from lightning_sparse import DFBST, DST, STR, AutoSparse
-from lightning_sparse.latent import LatentCallback
+from lightning_sparse.families.latent import LatentCallback
 
 METHODS = {
     "DST": lambda: DST(alpha=5e-3),

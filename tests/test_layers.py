@@ -9,8 +9,8 @@ from reference import Reference
 from torch import nn
 
 from lightning_sparse import DST
-from lightning_sparse.layers import choose, table
-from lightning_sparse.matrices import as_matrix, write_matrix
+from lightning_sparse.layers.selection import choose, table
+from lightning_sparse.rules.matrices import as_matrix, write_matrix
 
 
 class Takes(nn.Module):

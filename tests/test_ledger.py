@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_sparse.ledger import (
+from lightning_sparse.accounting.ledger import (
     OTHER,
     Average,
     Explored,
@@ -21,10 +21,10 @@ from lightning_sparse.ledger import (
     stored_bytes,
     training,
 )
-from lightning_sparse.masks import positions
-from lightning_sparse.models import LeNet5Caffe, LeNet300, SequenceLSTM
+from lightning_sparse.layers.sparse import SparseConv2d, SparseLinear
+from lightning_sparse.rules.select import positions
 from lightning_sparse.storage import backends, torch_backend
-from lightning_sparse.storage.layers import SparseConv2d, SparseLinear
+from lightning_sparse.zoo.models import LeNet5Caffe, LeNet300, SequenceLSTM
 
 BATCH = 8
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lightning_sparse import LotteryTicket
-from lightning_sparse.rewind import _load
+from lightning_sparse.trainer.rewind import _load
 
 
 def step_lr(optimizer):

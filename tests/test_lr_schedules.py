@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sparse.models import InverseSquareRootLR, LeNet300, WarmupCosineLR, WarmupMultiStepLR
+from lightning_sparse.zoo.models import InverseSquareRootLR, LeNet300, WarmupCosineLR, WarmupMultiStepLR
 from tests.helpers import trainer
 
 

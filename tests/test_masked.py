@@ -9,11 +9,11 @@ from helpers import MASKED, Lit, Scaler, Unmixed, Watch, cnn, fit, loader, mlp, 
 from torch import nn
 
 from lightning_sparse import SET, RandomPruning, RigL
-from lightning_sparse.layers import choose
-from lightning_sparse.masked import MaskedCallback
+from lightning_sparse.families.masked import MaskedCallback
+from lightning_sparse.layers.selection import choose
 from lightning_sparse.storage import SparseLinear
-from lightning_sparse.storage.weight import SparseWeight
-from lightning_sparse.weights import MaskedWeight
+from lightning_sparse.weights.base import MaskedWeight
+from lightning_sparse.weights.sparse import SparseWeight
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-2),

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_sparse import DFBST, DST, STR, AutoSparse
-from lightning_sparse.layers import choose
-from lightning_sparse.masks import (
+from lightning_sparse.layers.selection import choose
+from lightning_sparse.methods.autosparse import _largest
+from lightning_sparse.rules.select import (
     count_global_top_k,
     lowest_positions,
     positions,
@@ -18,7 +19,6 @@ from lightning_sparse.masks import (
     top_k_positions,
     zero_outside_,
 )
-from lightning_sparse.methods.autosparse import _largest
 
 
 def attached(callback, W, **thresholds):

@@ -13,10 +13,11 @@ import torch
 from helpers import Lit, cnn, fit, fits, free_port, loader, mlp, seeded, trainer
 from torch import nn
 
-from lightning_sparse import MemoryEfficientDST, masks
-from lightning_sparse.endpoints import Activity, SynapticFlow, readable
-from lightning_sparse.layers import choose
-from lightning_sparse.weights import MaskedWeight
+from lightning_sparse import MemoryEfficientDST
+from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.unit_activity import Activity, SynapticFlow, readable
+from lightning_sparse.rules import select
+from lightning_sparse.weights.base import MaskedWeight
 
 
 def attached(callback, W, dP, grids=None):
@@ -126,8 +127,8 @@ def test_with_everything_sampled_growth_is_that_of_rigl_over_all_layers(density)
     before = [weight.mask for weight in weights]
     callback.update(weights, 0.3, 1.0)
     grown = [weight.mask & ~mask for weight, mask in zip(weights, before, strict=True)]
-    moved = sum(map(masks.count, grown))
-    assert moved == min(int(0.3 * sum(map(masks.count, before))), sum(masks.count(~mask) for mask in before))
+    moved = sum(map(select.count, grown))
+    assert moved == min(int(0.3 * sum(map(select.count, before))), sum(select.count(~mask) for mask in before))
     scores = torch.cat([weight.dP.abs()[~mask] for weight, mask in zip(weights, before, strict=True)])
     bound = scores.sort(descending=True).values[moved - 1]
     for weight, mask, new in zip(weights, before, grown, strict=True):
@@ -209,7 +210,7 @@ class Watch(pl.Callback):
         self.during = hooks(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        self.counts.add(sum(masks.count(mask) for mask in self.callback.masks.values()))
+        self.counts.add(sum(select.count(mask) for mask in self.callback.masks.values()))
         self.masks.append((self.during, self.callback.masks))
         for name, mask in self.callback.masks.items():
             assert not pl_module.get_parameter(name)[~mask].any()
@@ -259,7 +260,7 @@ def test_no_hook_is_left_by_an_exception(heuristic, moment, monkeypatch):
                 raise ArithmeticError
 
     if moment == "update":
-        monkeypatch.setattr(masks, "global_top_k", lambda *args: 1 / 0)
+        monkeypatch.setattr(select, "global_top_k", lambda *args: 1 / 0)
     callback, module = MemoryEfficientDST(0.8, heuristic, update_every=5), seeded(Fails)
     with pytest.raises(ArithmeticError):
         fit(callback, module)

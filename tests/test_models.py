@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import DST, STR
-from lightning_sparse._extras import extra
 from lightning_sparse.cli import run
-from lightning_sparse.models import VGG16, LeNet5Caffe, LeNet300, ResNet18, SequenceLSTM
+from lightning_sparse.compat.extras import extra
+from lightning_sparse.zoo.models import VGG16, LeNet5Caffe, LeNet300, ResNet18, SequenceLSTM
 from tests.helpers import trainer
 
 
@@ -117,20 +117,20 @@ def test_yaml_says_all_of_a_recipe_without_code(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(
         """
         model:
-          class_path: lightning_sparse.models.LeNet300
+          class_path: lightning_sparse.zoo.models.LeNet300
           init_args:
             inputs: 64
             optimizer:
               class_path: torch.optim.SGD
               init_args: {lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 1.0e-4}
             lr_scheduler:
-              class_path: lightning_sparse.models.WarmupMultiStepLR
+              class_path: lightning_sparse.zoo.models.WarmupMultiStepLR
               init_args: {milestones: [60, 120, 160], gamma: 0.2, warmup: 1}
             lr_interval: step
             label_smoothing: 0.1
             decay_norm_and_bias: false
             top5: true
-        data: lightning_sparse.data.DigitsDataModule
+        data: lightning_sparse.zoo.data.DigitsDataModule
         trainer: {max_epochs: 1, logger: false, enable_checkpointing: false, enable_progress_bar: false}
         """
     )
@@ -190,7 +190,7 @@ def test_a_cli_runs_checkpoint_loads_without_the_cli(tmp_path, monkeypatch):
     (path,) = tmp_path.glob("runs/dst-lenet300-digits/version_0/checkpoints/last.ckpt")
     code = (
         "import sys; sys.modules['jsonargparse'] = None\n"
-        "from lightning_sparse.models import LeNet300\n"
+        "from lightning_sparse.zoo.models import LeNet300\n"
         f"print(LeNet300.load_from_checkpoint({str(path)!r}).fc1.in_features)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

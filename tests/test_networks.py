@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import DST, AutoSparse, RigL, models
-from lightning_sparse.layers import choose
-from lightning_sparse.ledger import OTHER, dense_flops, inference
-from lightning_sparse.models import (
+from lightning_sparse import DST, AutoSparse, RigL
+from lightning_sparse.accounting.ledger import OTHER, dense_flops, inference
+from lightning_sparse.layers.selection import choose
+from lightning_sparse.zoo import models
+from lightning_sparse.zoo.models import (
     VGG16,
     MobileNetV1,
     MobileNetV2,

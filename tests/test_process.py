@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lightning_sparse.process import peak_memory, resident_memory
+from lightning_sparse.accounting.memory import peak_memory, resident_memory
 
 
 def test_memory_that_was_touched_is_counted_and_the_peak_remembers_what_was_freed():

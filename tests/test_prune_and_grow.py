@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import DSR, GGR, ITOP, MEST, SET, SNFS, DeepR, GraNet, RigL, masks
-from lightning_sparse.ledger import mask_bits
+from lightning_sparse import DSR, GGR, ITOP, MEST, SET, SNFS, DeepR, GraNet, RigL
+from lightning_sparse.accounting.ledger import mask_bits
 from lightning_sparse.methods.ggr import ranking
-from lightning_sparse.weights import MaskedWeight
+from lightning_sparse.rules import select
+from lightning_sparse.weights.base import MaskedWeight
 
 
 def graded(module, gradients):
@@ -261,10 +262,10 @@ def test_counts_of_the_global_top_k_are_those_of_one_over_all_layers(layers, dra
     """With ties, and layer by layer; the earlier position wins."""
     scores = [torch.tensor(layer, dtype=torch.float32) for layer in layers]
     among = [torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(s), max_size=len(s)))) for s in scores]
-    k = draw.draw(st.integers(0, sum(map(masks.count, among))))
-    whole = masks.top_k(torch.cat(scores), k, among=torch.cat(among))
+    k = draw.draw(st.integers(0, sum(map(select.count, among))))
+    whole = select.top_k(torch.cat(scores), k, among=torch.cat(among))
     expected = [int(part.sum()) for part in whole.split([len(s) for s in scores])]
-    assert masks.count_global_top_k(iter(scores), k, among) == expected
+    assert select.count_global_top_k(iter(scores), k, among) == expected
 
 
 @given(scores_of_layers, st.data())
@@ -273,10 +274,10 @@ def test_counts_of_the_global_top_k_keep_what_each_layer_needs(layers, draw):
     among = [torch.ones(len(s), dtype=torch.bool) for s in scores]
     least = [draw.draw(st.integers(0, len(s))) for s in scores]
     k = draw.draw(st.integers(sum(least), sum(map(len, scores))))
-    sure = [masks.top_k(s, n) for s, n in zip(scores, least, strict=True)]
-    rest = masks.top_k(torch.cat(scores), k - sum(least), among=~torch.cat(sure))
+    sure = [select.top_k(s, n) for s, n in zip(scores, least, strict=True)]
+    rest = select.top_k(torch.cat(scores), k - sum(least), among=~torch.cat(sure))
     expected = [n + int(p.sum()) for n, p in zip(least, rest.split([len(s) for s in scores]), strict=True)]
-    assert masks.count_global_top_k(scores, k, among, least) == expected
+    assert select.count_global_top_k(scores, k, among, least) == expected
 
 
 @given(st.lists(st.integers(-1, 4), max_size=40), st.data())
@@ -287,10 +288,10 @@ def test_the_largest_of_blocks_are_those_of_the_whole(scores, draw):
     blocks = [(a, whole[a:b]) for a, b in pairwise(edges)]
     above = draw.draw(st.sampled_from([-1.0, 0.0, 2.0]))
     candidates = whole > above
-    k = draw.draw(st.integers(0, masks.count(candidates)))
-    expected = masks.top_k(whole, k, among=candidates).nonzero().squeeze(1)
-    for asked in {k, 50} if k == masks.count(candidates) else {k}:
-        positions, values = masks.largest(blocks, asked, above)
+    k = draw.draw(st.integers(0, select.count(candidates)))
+    expected = select.top_k(whole, k, among=candidates).nonzero().squeeze(1)
+    for asked in {k, 50} if k == select.count(candidates) else {k}:
+        positions, values = select.largest(blocks, asked, above)
         assert torch.equal(positions, expected)
         assert torch.equal(values, whole[expected])
 
@@ -306,9 +307,9 @@ def test_ggrs_ranking_is_that_of_all_layers_together(layers, draw):
     free, gradients = [~weight.mask for weight in weights], [weight.dP for weight in weights]
     least = [draw.draw(st.integers(0, weight.room)) for weight in weights]
     k = draw.draw(st.integers(sum(least), sum(weight.room for weight in weights)))
-    counts = masks.count_global_top_k(gradients, k, free, least)
+    counts = select.count_global_top_k(gradients, k, free, least)
     for (won, slopes), count, gradient, among in zip(ranking(weights, k, least), counts, gradients, free, strict=True):
-        best = masks.top_k(gradient, count, among).reshape(-1).nonzero().squeeze(1)
+        best = select.top_k(gradient, count, among).reshape(-1).nonzero().squeeze(1)
         assert torch.equal(won, best)
         assert torch.equal(slopes, gradient.reshape(-1)[best])
 
@@ -322,10 +323,10 @@ def test_ggr_loses_nothing_and_keeps_min_layer_density_whatever_the_gradients(la
     graded(module, weights)
     for weight in held:  # begin with what the density asks for, and every second place
         count = max(callback.least(weight), weight.active // 2)
-        weight.start(masks.top_k_positions(torch.rand(weight.shape), count), callback.generator)
+        weight.start(select.top_k_positions(torch.rand(weight.shape), count), callback.generator)
     before = [weight.mask for weight in held]
     callback.update(held, fraction, 1.0)
-    assert sum(weight.active for weight in held) == sum(map(masks.count, before))
+    assert sum(weight.active for weight in held) == sum(map(select.count, before))
     assert all(weight.active >= callback.least(weight) for weight in held)
 
 

@@ -9,9 +9,10 @@ import torch
 import yaml
 
 import lightning_sparse
-from lightning_sparse import SparseCallback, data, recipes
+from lightning_sparse import SparseCallback
 from lightning_sparse.cli import run
-from lightning_sparse.data.text import Sentences, TranslationBatches
+from lightning_sparse.zoo import data, recipes
+from lightning_sparse.zoo.data.text import Sentences, TranslationBatches
 
 DOCS = Path(__file__).parents[1] / "docs" / "recipes.md"
 NETS = ["lenet300-mnist", "lenet5-mnist", "lenet300-digits"]

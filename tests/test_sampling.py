@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_sparse import sampling
+from lightning_sparse.kernels.structure import csr
+from lightning_sparse.rules import sampling
 from lightning_sparse.storage import functional
-from lightning_sparse.storage.structure import csr
 
 
 def seeded(seed=0):

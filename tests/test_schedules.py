@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sparse import AutoSparse, RigL
-from lightning_sparse.schedules import DECAYS, Annealing, Decay, annealed
+from lightning_sparse.rules.schedules import DECAYS, Annealing, Decay, annealed
 
 # in epoch i = 0 ... 4 of 4
 TABLE = {

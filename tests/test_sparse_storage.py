@@ -38,14 +38,15 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-import lightning_sparse.storage.backends as storage_backends
-import lightning_sparse.storage.training as training
-from lightning_sparse import DSR, DST, GGR, ITOP, MEST, SET, MemoryEfficientDST, RandomPruning, RigL, masks
+import lightning_sparse.kernels.products as storage_backends
+import lightning_sparse.storage.sparse as training
+from lightning_sparse import DSR, DST, GGR, ITOP, MEST, SET, MemoryEfficientDST, RandomPruning, RigL
 from lightning_sparse.kernels import numba_kernels
+from lightning_sparse.rules import select
 from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
 from lightning_sparse.storage.measure import measure
-from lightning_sparse.storage.weight import SparseWeight
-from lightning_sparse.weights import MaskedWeight
+from lightning_sparse.weights.base import MaskedWeight
+from lightning_sparse.weights.sparse import SparseWeight
 
 SCRIPT = Path(storage_script.__file__)
 METHODS = {
@@ -552,7 +553,7 @@ def test_what_lightning_does_with_gradients_is_as_with_masks(method, options):
 @pytest.mark.parametrize("method", ["RigL", "GGR"])
 def test_growth_does_not_depend_on_how_many_rows_are_looked_at_at_once(method, network, monkeypatch):
     expected, _ = run(METHODS[method](storage="sparse", seed=3), NETWORKS[network])
-    monkeypatch.setattr("lightning_sparse.storage.weight._CHUNK", 1)
+    monkeypatch.setattr("lightning_sparse.weights.sparse._CHUNK", 1)
     module, _ = run(METHODS[method](storage="sparse", seed=3), NETWORKS[network])
     assert all(torch.equal(x, module.state_dict()[name]) for name, x in expected.state_dict().items())
 
@@ -562,7 +563,7 @@ def test_no_tensor_is_near_the_size_of_the_dense_weight(method, monkeypatch):
     """Nor of its gradient, in the whole of a fit with updates; ITOP has a bit for each weight."""
     monkeypatch.setattr(training, "measure", lambda layer: {"numba": 0.5, "dense": 1.0})  # Largest sees no CSR tensor
     monkeypatch.setattr(training, "DENSE_LIMIT", 0)
-    monkeypatch.setattr("lightning_sparse.storage.weight._CHUNK", 1 << 14)
+    monkeypatch.setattr("lightning_sparse.weights.sparse._CHUNK", 1 << 14)
 
     class Wide(OnMeta):
         def configure_model(self):
@@ -590,7 +591,7 @@ def test_equal_gradients_grow_by_position():
     dense.parameter.grad = delta.t() @ h
     for n in (0, 1, 5, 50, 200, 540):
         positions, gradients = weight.steepest(n)
-        expected = masks.top_k(dense.dP.abs(), n, among=~dense.mask).reshape(-1).nonzero().squeeze(1)
+        expected = select.top_k(dense.dP.abs(), n, among=~dense.mask).reshape(-1).nonzero().squeeze(1)
         assert torch.equal(positions, expected)
         assert torch.equal(gradients, dense.dP.abs().reshape(-1)[expected])
         for theirs, ours in zip(dense.steepest(n), (positions, gradients), strict=True):
@@ -735,7 +736,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from lightning_sparse import MemoryEfficientDST
-from lightning_sparse.process import peak_memory
+from lightning_sparse.accounting.memory import peak_memory
 from lightning_sparse.storage import SparseLinear
 
 torch.set_num_threads(1)

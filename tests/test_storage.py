@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_sparse import kernels
+from lightning_sparse.kernels.structure import flat_positions, structure
 from lightning_sparse.storage import SparseConv2d, SparseLinear, backends, make_dense_, make_sparse_, numba_backend
-from lightning_sparse.storage.structure import flat_positions, structure
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 BACKENDS = {"torch": None, "numba": numba_backend}
@@ -90,7 +90,7 @@ def test_convolution_equals_dense(backend, data, density, bias, dtype):
     batch = data.draw(st.sampled_from([(), (1,), (3,)]))
     x = torch.randn(*batch, channels, *space, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_sparse.storage.functional._CHUNK", data.draw(st.sampled_from([1, 1 << 20])))
+        patch.setattr("lightning_sparse.layers.functional._CHUNK", data.draw(st.sampled_from([1, 1 << 20])))
         assert_equal_layers(dense, SparseConv2d.from_dense(dense), x, patch, backend)
 
 
@@ -223,7 +223,7 @@ def test_training_goes_on_with_a_state_that_was_loaded_in_inference_mode(layer):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_the_transpose_does_not_depend_on_how_much_is_sorted_at_once(chunk, monkeypatch):
-    monkeypatch.setattr("lightning_sparse.storage.structure._CHUNK", chunk)
+    monkeypatch.setattr("lightning_sparse.kernels.structure._CHUNK", chunk)
     weight = torch.zeros(6, 4, 3)
     positions = torch.randperm(72, generator=torch.Generator().manual_seed(0))[:30].sort().values
     weight.view(-1)[positions] = torch.arange(1.0, 31)
@@ -345,8 +345,8 @@ def test_second_derivatives_are_refused(layer):
 
 def test_gradients_that_nobody_asked_for_are_not_computed(layer, monkeypatch):
     layer.values.requires_grad_(False)
-    monkeypatch.setattr("lightning_sparse.storage.functional.sampled", None)
-    monkeypatch.setattr("lightning_sparse.storage.functional._matmul_transposed", None)
+    monkeypatch.setattr("lightning_sparse.layers.functional.sampled", None)
+    monkeypatch.setattr("lightning_sparse.layers.functional._matmul_transposed", None)
     layer(example(layer)).sum().backward()
     assert layer.values.grad is None
     assert layer.bias.grad is not None
@@ -368,7 +368,7 @@ def test_other_layers_have_no_sparse_form():
 
 TRAINS = """
 import torch
-from lightning_sparse.process import peak_memory, resident_memory
+from lightning_sparse.accounting.memory import peak_memory, resident_memory
 from lightning_sparse.storage import SparseConv2d, SparseLinear
 
 torch.set_num_threads(1)

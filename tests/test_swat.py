@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_sparse import SWAT
-from lightning_sparse.activations import SparseInput, largest
+from lightning_sparse.layers.activations import SparseInput, largest
 
 
 def first(x, k):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from lightning_sparse import bench
-from lightning_sparse._lightning import PACKAGE
 from lightning_sparse.bench import measure, steps, storage, traffic, trainers, updates
 from lightning_sparse.bench.networks import NETWORKS, PRECISIONS
+from lightning_sparse.compat.lightning import PACKAGE
 
 __all__ = ["main"]
 

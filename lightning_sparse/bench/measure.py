@@ -11,7 +11,7 @@ from importlib import import_module
 import torch
 
 from lightning_sparse import kernels
-from lightning_sparse.process import peak_memory, resident_memory
+from lightning_sparse.accounting.memory import peak_memory, resident_memory
 
 __all__ = [
     "child",

@@ -25,9 +25,9 @@ from lightning_sparse import (
     MemoryEfficientDST,
     RigL,
 )
-from lightning_sparse.callback import SparseCallback
-from lightning_sparse.layers import choose
-from lightning_sparse.models import VGG16, LeNet300, ResNet18
+from lightning_sparse.layers.selection import choose
+from lightning_sparse.trainer.callback import SparseCallback
+from lightning_sparse.zoo.models import VGG16, LeNet300, ResNet18
 
 __all__ = ["METHODS", "NETWORKS", "NEVER", "PRECISIONS", "attach", "bare_step", "batch_for", "on_meta"]
 

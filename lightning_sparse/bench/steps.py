@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_sparse.accounting.timing import seconds
 from lightning_sparse.bench.measure import child, hardware, middle
 from lightning_sparse.bench.networks import METHODS, NETWORKS, bare_step, batch_for
-from lightning_sparse.timing import seconds
 
 __all__ = ["compiled", "memory", "overhead", "prepare"]
 

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_sparse import SET, ledger, sampling
-from lightning_sparse._lightning import Callback, LightningModule, Trainer
+from lightning_sparse import SET
+from lightning_sparse.accounting import ledger
+from lightning_sparse.accounting.timing import seconds, synchronize
 from lightning_sparse.bench.measure import child, hardware, megabytes, middle, peak_above, peak_megabytes
 from lightning_sparse.bench.networks import NETWORKS, NEVER, bare_step, batch_for, on_meta
 from lightning_sparse.bench.trainers import Plain, fit_seconds
-from lightning_sparse.callback import SparseCallback
-from lightning_sparse.distributions import budget
+from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer
+from lightning_sparse.kernels.products import candidates
+from lightning_sparse.rules import sampling
+from lightning_sparse.rules.budgets import budget
 from lightning_sparse.storage import make_sparse_
-from lightning_sparse.storage.backends import candidates
-from lightning_sparse.timing import seconds, synchronize
+from lightning_sparse.trainer.callback import SparseCallback
 
 __all__ = ["fit", "fitted", "prepare", "storage"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, distributed
 
 from lightning_sparse import SET, MemoryEfficientDST
-from lightning_sparse._lightning import Callback, DDPStrategy, LightningModule, Trainer
 from lightning_sparse.bench.networks import NETWORKS, batch_for
 from lightning_sparse.bench.trainers import Plain, fit_seconds
+from lightning_sparse.compat.lightning import Callback, DDPStrategy, LightningModule, Trainer
 
 __all__ = ["Traffic", "traffic"]
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sparse import SparsityMonitor
-from lightning_sparse._lightning import PACKAGE, Callback, LightningModule, Trainer
 from lightning_sparse.bench.measure import hardware, middle
 from lightning_sparse.bench.networks import METHODS, NETWORKS, batch_for
-from lightning_sparse.callback import SparseCallback
+from lightning_sparse.compat.lightning import PACKAGE, Callback, LightningModule, Trainer
+from lightning_sparse.trainer.callback import SparseCallback
 
 __all__ = ["Plain", "fit_seconds", "hooks", "monitor", "trainer"]
 

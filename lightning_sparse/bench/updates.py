@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lightning_sparse.accounting.timing import seconds, synchronize
 from lightning_sparse.bench.measure import hardware, middle, peak_above
 from lightning_sparse.bench.networks import METHODS, NETWORKS, attach, bare_step, batch_for, on_meta
-from lightning_sparse.callback import Storage
-from lightning_sparse.distributions import share
-from lightning_sparse.layers import choose
+from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.layers.selection import choose
 from lightning_sparse.methods import ggr
-from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.storage.weight import Capture, SparseWeight
-from lightning_sparse.timing import seconds, synchronize
-from lightning_sparse.weights import Weight
+from lightning_sparse.rules.budgets import share
+from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.sparse import Capture, SparseWeight
 
 __all__ = ["prepare", "ranking", "update"]
 

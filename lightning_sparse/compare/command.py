@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 import lightning_sparse
-from lightning_sparse._extras import extra
 from lightning_sparse.compare import figure, results
 from lightning_sparse.compare.plan import SYNTAX, Entry, check_option, entries, folder_name, methods
 from lightning_sparse.compare.recipe import Recipe
 from lightning_sparse.compare.runs import Run, say, terminated_as_interrupted, train
+from lightning_sparse.compat.extras import extra
 
 __all__ = ["main"]
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sparse._extras import extra
 from lightning_sparse.compare.results import Row, is_percent, summarise
+from lightning_sparse.compat.extras import extra
 from lightning_sparse.report.charts import COLOURS
 
 __all__ = ["draw"]

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 import lightning_sparse
-from lightning_sparse import checks
-from lightning_sparse.callback import SparseCallback
 from lightning_sparse.compare.recipe import Arguments, Recipe
+from lightning_sparse.compat import checks
+from lightning_sparse.trainer.callback import SparseCallback
 
 __all__ = ["SYNTAX", "Entry", "check_option", "entries", "folder_name", "methods"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from lightning_sparse import recipes
-from lightning_sparse.callback import SparseCallback
+from lightning_sparse.trainer.callback import SparseCallback
+from lightning_sparse.zoo import recipes
 
 __all__ = ["Arguments", "Recipe"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_sparse.run_file import FILE
+from lightning_sparse.monitor.run_file import FILE
 
 __all__ = [
     "COLUMNS",

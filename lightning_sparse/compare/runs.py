@@ -18,8 +18,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from lightning_sparse._lightning import PACKAGE
 from lightning_sparse.compare.results import history
+from lightning_sparse.compat.lightning import PACKAGE
 
 __all__ = ["Run", "say", "terminated_as_interrupted", "train"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_sparse.storage.layers import SparseLayer
+from lightning_sparse.layers.sparse import SparseLayer
 
 __all__ = [
     "Example",

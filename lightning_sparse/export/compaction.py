@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from lightning_sparse.export._modules import Example, arguments, check_dense, check_equal, evaluating, results
 from lightning_sparse.export.channels import Channels, Mixer
 from lightning_sparse.export.rules import RULES, contribution
-from lightning_sparse.storage.layers import SparseLayer
+from lightning_sparse.layers.sparse import SparseLayer
 
 __all__ = ["CompactReport", "LayerReport", "Select", "compact"]
 

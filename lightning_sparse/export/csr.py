@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import checks
+from lightning_sparse.compat import checks
 from lightning_sparse.export._modules import check_module
-from lightning_sparse.storage.backends import matmul
-from lightning_sparse.storage.functional import convolve, padded
-from lightning_sparse.storage.layers import SparseConv2d, SparseLayer, SparseLinear
-from lightning_sparse.storage.structure import CSR
+from lightning_sparse.kernels.products import matmul
+from lightning_sparse.kernels.structure import CSR
+from lightning_sparse.layers.functional import convolve, padded
+from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
 
 __all__ = ["CSRConv2d", "CSRLinear", "to_csr"]
 

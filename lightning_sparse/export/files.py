@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import checks
-from lightning_sparse._extras import extra
+from lightning_sparse.compat import checks
+from lightning_sparse.compat.extras import extra
+from lightning_sparse.kernels.structure import flat_positions
 from lightning_sparse.storage.checkpoint import take_sparse
-from lightning_sparse.storage.structure import flat_positions
 
 __all__ = ["load_sparse", "save_sparse"]
 

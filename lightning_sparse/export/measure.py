@@ -19,7 +19,9 @@ from torch import Tensor, fx, nn
 from torch.sparse import SparseSemiStructuredTensor
 from tqdm import tqdm
 
-from lightning_sparse._extras import extra
+from lightning_sparse.accounting.memory import peak_memory, resident_memory
+from lightning_sparse.accounting.timing import seconds
+from lightning_sparse.compat.extras import extra
 from lightning_sparse.export._modules import (
     Example,
     check_equal,
@@ -34,9 +36,7 @@ from lightning_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
 from lightning_sparse.export.files import save_sparse
 from lightning_sparse.export.onnx import onnx_session, to_onnx
 from lightning_sparse.export.semi_structured import to_semi_structured
-from lightning_sparse.process import peak_memory, resident_memory
-from lightning_sparse.storage import to_dense, training
-from lightning_sparse.timing import seconds
+from lightning_sparse.storage import sparse, to_dense
 
 __all__ = ["Benchmark", "Measurement", "benchmark"]
 
@@ -128,7 +128,7 @@ def benchmark(
     bytes of the variant's parameters and buffers, plus what a run of the largest batch allocates at its peak.
 
     A module with sparse layers is measured as it is, and beside it a dense twin, of which the exports are made, if the
-    twin's weights take no more than ``lightning_sparse.storage.training.DENSE_LIMIT`` bytes. Above, rows that need
+    twin's weights take no more than ``lightning_sparse.storage.sparse.DENSE_LIMIT`` bytes. Above, rows that need
     dense weights are left out.
 
     Args:
@@ -223,7 +223,7 @@ def _variants(
     """Return what can be made of the module by name: a module, or the session of an ONNX file."""
     variants: dict[str, Any] = {}
     size = dense_bytes(module)
-    if size <= training.DENSE_LIMIT:
+    if size <= sparse.DENSE_LIMIT:
         variants["dense"] = to_dense(copy.deepcopy(module)) if size else module
     if size:
         variants["sparse layers"] = module

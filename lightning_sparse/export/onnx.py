@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse._extras import extra
+from lightning_sparse.compat.extras import extra
 from lightning_sparse.export._modules import Example, check_dense, check_equal, evaluating, results, tensor_arguments
 
 __all__ = ["onnx_session", "to_onnx"]

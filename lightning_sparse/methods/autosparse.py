@@ -11,11 +11,11 @@ from typing import get_args
 
 from torch import Tensor
 
-from lightning_sparse import checks
-from lightning_sparse.latent import Granularity, LatentWeight
-from lightning_sparse.masks import top_k
+from lightning_sparse.compat import checks
+from lightning_sparse.families.latent import Granularity, LatentWeight
 from lightning_sparse.methods.str import STR
-from lightning_sparse.schedules import Annealing, annealed
+from lightning_sparse.rules.schedules import Annealing, annealed
+from lightning_sparse.rules.select import top_k
 
 __all__ = ["AutoSparse"]
 

@@ -14,10 +14,11 @@ from typing import Any, get_args
 import torch
 from torch import Generator, Tensor
 
-from lightning_sparse import checks, masks, sampling
-from lightning_sparse.distributions import Scope
-from lightning_sparse.masked import MaskedCallback
-from lightning_sparse.weights import Weight, finite
+from lightning_sparse.compat import checks
+from lightning_sparse.families.masked import MaskedCallback
+from lightning_sparse.rules import sampling, select
+from lightning_sparse.rules.budgets import Scope
+from lightning_sparse.weights.base import Weight, finite
 
 __all__ = ["DeepR"]
 
@@ -38,7 +39,7 @@ class DeepR(MaskedCallback):
             deviation 1e-5 times the learning rate, at their learning rate 0.5.
         scope: grow in the same ``"layer"``, or anywhere (``"global"``).
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -88,7 +89,7 @@ class DeepR(MaskedCallback):
         weights = [weight for weight in weights if weight.name in self._stepping]
         self._stepping.difference_update(weight.name for weight in weights)
         lost = [self.drift(weight) for weight in weights]
-        drops = list(map(masks.count, lost))
+        drops = list(map(select.count, lost))
         grows = drops if self.scope == "layer" else self.anywhere(weights, drops)
         for weight, leaving, fewer, more in zip(weights, lost, drops, grows, strict=True):
             if fewer or more:
@@ -106,7 +107,7 @@ class DeepR(MaskedCallback):
         if self.temperature:
             noise = torch.randn(len(W), generator=self.generator) * math.sqrt(2 * lr * self.temperature)
             W += noise.to(W)
-        masks.put_(weight.W, weight.places, W)
+        select.put_(weight.W, weight.places, W)
         return W * sign < 0
 
     def anywhere(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:

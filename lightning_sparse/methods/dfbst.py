@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import checks
-from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
+from lightning_sparse.compat import checks
+from lightning_sparse.families.latent import Granularity, LatentCallback, LatentWeight, Pool
 
 __all__ = ["DFBST"]
 

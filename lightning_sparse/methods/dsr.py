@@ -8,13 +8,14 @@ in proportion; each optimizer has a threshold of its own.
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse import checks, masks, sampling
-from lightning_sparse.callback import Storage
-from lightning_sparse.distributions import share
-from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.schedules import Decay
-from lightning_sparse.storage.training import SparseStorage
-from lightning_sparse.weights import Pool, Weight
+from lightning_sparse.compat import checks
+from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.rules import sampling, select
+from lightning_sparse.rules.budgets import share
+from lightning_sparse.rules.schedules import Decay
+from lightning_sparse.storage.sparse import SparseStorage
+from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.weights.base import Pool, Weight
 
 __all__ = ["DSR"]
 
@@ -38,8 +39,8 @@ class DSR(SparseStorage, PruneAndGrow):
         storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
             memory and time in proportion to them (linear layers and 2-d convolutions only).
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
-            :class:`~lightning_sparse.storage.training.SparseStorage`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`; with ``storage="sparse"`` also
+            ``plain_checkpoints``; see :class:`~lightning_sparse.storage.sparse.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -88,7 +89,7 @@ class DSR(SparseStorage, PruneAndGrow):
     def move(self, weights: Sequence[Weight], pool: Pool, scale: float) -> None:
         """Drop what is below H in all layers, adapt H, and grow at random in proportion to each layer's survivors."""
         H = pool.values.setdefault("threshold", self.init_threshold)
-        below = [masks.count(weight.magnitudes < H) for weight in weights]
+        below = [select.count(weight.magnitudes < H) for weight in weights]
         target = share(self.fraction(pool), sum(weight.active for weight in weights))
         pool.values["threshold"] = adapted(H, sum(below), target, self.tolerance)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_sparse import checks
-from lightning_sparse.latent import Granularity, LatentCallback, LatentWeight, Pool
+from lightning_sparse.compat import checks
+from lightning_sparse.families.latent import Granularity, LatentCallback, LatentWeight, Pool
 
 __all__ = ["DST"]
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import checks, masks, sampling
-from lightning_sparse.callback import Storage
-from lightning_sparse.distributions import share
-from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.schedules import Decay
-from lightning_sparse.storage.training import SparseStorage
-from lightning_sparse.weights import Weight
+from lightning_sparse.compat import checks
+from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.rules import sampling, select
+from lightning_sparse.rules.budgets import share
+from lightning_sparse.rules.schedules import Decay
+from lightning_sparse.storage.sparse import SparseStorage
+from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.weights.base import Weight
 
 __all__ = ["GGR"]
 
@@ -40,8 +41,8 @@ class GGR(SparseStorage, PruneAndGrow):
             memory and time in proportion to them (linear layers and 2-d convolutions only); updates compute the
             gradient of some rows at a time.
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
-            :class:`~lightning_sparse.storage.training.SparseStorage`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`; with ``storage="sparse"`` also
+            ``plain_checkpoints``; see :class:`~lightning_sparse.storage.sparse.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -78,7 +79,7 @@ class GGR(SparseStorage, PruneAndGrow):
         ranked = ranking(weights, sum(drops), self.needed(weights, drops))
         for weight, fewer, (won, gradients) in zip(weights, drops, ranked, strict=True):
             at_random = share(self.random_share, len(won))
-            grown = won[masks.top_k_positions(gradients, len(won) - at_random)]
+            grown = won[select.top_k_positions(gradients, len(won) - at_random)]
             taken = sampling.merged(weight.positions, grown)
             drawn = sampling.free_positions(at_random, taken, weight.size, self.generator)
             weight.exchange(weight.smallest(fewer), sampling.merged(grown, drawn), value=NEW)
@@ -98,7 +99,7 @@ def ranking(weights: Sequence[Weight], k: int, at_least: Sequence[int]) -> list[
     Returns:
         Flat positions, ascending, and their ``|dP|``.
     """
-    bound = masks.likely_bound(
+    bound = select.likely_bound(
         sum(weight.size for weight in weights), k, lambda stride: [weight.free_sample(stride) for weight in weights]
     )
     ranked = _ranking(weights, k, at_least, -1.0 if bound is None else float(bound))
@@ -115,14 +116,14 @@ def _ranking(weights: Sequence[Weight], k: int, at_least: Sequence[int], bound: 
     for owner, (weight, least) in enumerate(zip(weights, at_least, strict=True)):
         found, gradients = weight.steepest(least + extra, above=-1.0 if least else bound)
         if least:
-            first = masks.top_k(gradients, least)
+            first = select.top_k(gradients, least)
             sure[owner] = found[first], gradients[first]
             rest = ~first & (gradients > bound)
             found, gradients = found[rest], gradients[rest]
         best, places = torch.cat((best.to(gradients), gradients)), torch.cat((places, found))
         ends = torch.cat((ends, torch.tensor([len(best)])))  # those of each layer lie together
         if len(best) > 2 * extra or (owner + 1 == len(weights) and len(best) > extra):
-            kept = masks.top_k_positions(best, extra)
+            kept = select.top_k_positions(best, extra)
             best, places, ends = best[kept], places[kept], torch.searchsorted(kept, ends)
             bound = float(best.min()) if extra else bound  # a tie comes later, and loses
     ranked = list(zip(places.tensor_split(ends[:-1]), best.tensor_split(ends[:-1]), strict=True))

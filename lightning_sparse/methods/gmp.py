@@ -7,10 +7,10 @@ last update falls on the end of the schedule exactly, and pruned weights never c
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from lightning_sparse import checks
-from lightning_sparse.distributions import Distribution, Scope
-from lightning_sparse.gradual import GradualPruning
-from lightning_sparse.weights import Pool, Weight
+from lightning_sparse.compat import checks
+from lightning_sparse.families.gradual import GradualPruning
+from lightning_sparse.rules.budgets import Distribution, Scope
+from lightning_sparse.weights.base import Pool, Weight
 
 __all__ = ["GMP"]
 
@@ -29,7 +29,7 @@ class GMP(GradualPruning):
         update_every: number of optimizer steps from update to update.
         initial_sparsity: share of zeros at the start, s_i, from 0 to ``sparsity``; a random mask if above 0.
         distribution: how the active weights are divided among layers, see
-            :class:`~lightning_sparse.masked.MaskedCallback`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`.
         options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see there.
 
     Raises:

@@ -8,11 +8,12 @@ at 0; the gradient is that of the step's own batch, and the optimizer's update i
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse import checks, masks
-from lightning_sparse.distributions import share
-from lightning_sparse.gradual import GradualPruning
-from lightning_sparse.schedules import cosine
-from lightning_sparse.weights import Pool, Weight
+from lightning_sparse.compat import checks
+from lightning_sparse.families.gradual import GradualPruning
+from lightning_sparse.rules import select
+from lightning_sparse.rules.budgets import share
+from lightning_sparse.rules.schedules import cosine
+from lightning_sparse.weights.base import Pool, Weight
 
 __all__ = ["GraNet"]
 
@@ -30,7 +31,7 @@ class GraNet(GradualPruning):
             goes on.
         update_every: number of optimizer steps from update to update.
         options: ``distribution`` of the initial mask, ``min_layer_density``, ``seed``, ``include``, ``exclude``,
-            ``log_every_n_steps``; see :class:`~lightning_sparse.masked.MaskedCallback`.
+            ``log_every_n_steps``; see :class:`~lightning_sparse.families.masked.MaskedCallback`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -73,4 +74,4 @@ class GraNet(GradualPruning):
         self.prune(pool)
         for weight, (found, slopes) in zip(weights, free, strict=True):  # what has just been pruned does not come back
             n = min(share(fraction, weight.active), len(found))
-            weight.exchange(weight.smallest(n), found[masks.top_k_positions(slopes, n)])
+            weight.exchange(weight.smallest(n), found[select.top_k_positions(slopes, n)])

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_sparse import checks
-from lightning_sparse._lightning import MisconfigurationException
-from lightning_sparse.before_training import BeforeTraining
-from lightning_sparse.probe import Probe, whole
+from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.families.before_training import BeforeTraining
+from lightning_sparse.trainer.probe import Probe, whole
 
 __all__ = ["GraSP"]
 
@@ -35,7 +35,7 @@ class GraSP(BeforeTraining):
         logits: name of the submodule that returns the logits, such as ``"net.head"``; default: the module's own
             ``forward``, which ``training_step`` then has to call as ``self(x)``.
         options: ``min_layer_density``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.before_training.BeforeTraining`.
+            :class:`~lightning_sparse.families.before_training.BeforeTraining`.
 
     Raises:
         ValueError: an argument is out of range.

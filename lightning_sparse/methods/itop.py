@@ -9,14 +9,15 @@ from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, sampling
-from lightning_sparse.callback import Storage
-from lightning_sparse.layers import Choice
-from lightning_sparse.ledger import Explored
-from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.schedules import Decay
-from lightning_sparse.storage.training import SparseStorage
-from lightning_sparse.weights import Weight
+from lightning_sparse.accounting.ledger import Explored
+from lightning_sparse.compat import checks
+from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.layers.selection import Choice
+from lightning_sparse.rules import sampling
+from lightning_sparse.rules.schedules import Decay
+from lightning_sparse.storage.sparse import SparseStorage
+from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.weights.base import Weight
 
 __all__ = ["ITOP"]
 
@@ -43,8 +44,8 @@ class ITOP(SparseStorage, PruneAndGrow):
             memory and time in proportion to them (linear layers and 2-d convolutions only), beside a bit for each
             weight that tells what has been active; updates by gradient compute that of some rows at a time.
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
-            :class:`~lightning_sparse.storage.training.SparseStorage`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`; with ``storage="sparse"`` also
+            ``plain_checkpoints``; see :class:`~lightning_sparse.storage.sparse.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.

@@ -10,20 +10,22 @@ from typing import Any, get_args
 import torch
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, magnitude, masks
-from lightning_sparse._lightning import (
+from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import (
     LightningModule,
     MisconfigurationException,
     StochasticWeightAveraging,
     Trainer,
     rank_zero_info,
 )
-from lightning_sparse.before_training import budgets
-from lightning_sparse.distributions import Distribution, Scope, budget, floors
-from lightning_sparse.layers import Choice
-from lightning_sparse.masked import MaskedCallback
-from lightning_sparse.rewind import restore, snapshot
-from lightning_sparse.weights import Weight
+from lightning_sparse.families import magnitude
+from lightning_sparse.families.before_training import budgets
+from lightning_sparse.families.masked import MaskedCallback
+from lightning_sparse.layers.selection import Choice
+from lightning_sparse.rules import select
+from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
+from lightning_sparse.trainer.rewind import restore, snapshot
+from lightning_sparse.weights.base import Weight
 
 __all__ = ["LotteryTicket"]
 
@@ -44,7 +46,7 @@ class LotteryTicket(MaskedCallback):
         scope: compare the weights of all layers (``"global"``), or prune each ``"layer"`` to its own count, given by
             ``distribution``.
         distribution: how the active weights are divided among layers, see
-            :class:`~lightning_sparse.masked.MaskedCallback`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`.
         options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see there.
 
     Raises:
@@ -169,9 +171,9 @@ class LotteryTicket(MaskedCallback):
         """Bring back the state that was taken, but for what is pruned."""
         restore(self._rewind_point, trainer, pl_module)
         for weight in self._weights.values():
-            masks.zero_outside_(weight.W, weight.mask)
+            select.zero_outside_(weight.W, weight.mask)
             for _, state in weight.optimizer_state():
-                masks.zero_outside_(state, weight.mask)
+                select.zero_outside_(state, weight.mask)
 
     # ------------------------------------------------------------------ the family's verbs and state
 

@@ -12,13 +12,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_sparse import checks, masks, sampling
-from lightning_sparse.callback import Storage
-from lightning_sparse.distributions import Distribution, apportion, share
-from lightning_sparse.endpoints import Activity, Hooks, SynapticFlow, readable
-from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.storage.training import SparseStorage
-from lightning_sparse.weights import Weight
+from lightning_sparse.compat import checks
+from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.layers.unit_activity import Activity, Hooks, SynapticFlow, readable
+from lightning_sparse.rules import sampling, select
+from lightning_sparse.rules.budgets import Distribution, apportion, share
+from lightning_sparse.storage.sparse import SparseStorage
+from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.weights.base import Weight
 
 __all__ = ["MemoryEfficientDST"]
 
@@ -48,8 +49,8 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
         storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
             memory and time in proportion to them (linear layers and 2-d convolutions only).
         options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
-            :class:`~lightning_sparse.storage.training.SparseStorage`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`; with ``storage="sparse"`` also
+            ``plain_checkpoints``; see :class:`~lightning_sparse.storage.sparse.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -107,7 +108,7 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
         dropped = _smallest(weights, n, kept)
         subsets = self.subsets(weights, min(share(self.subset_multiplier, n), sum(room)))
         gradients = [weight.gradient_at(subset).abs() for weight, subset in zip(weights, subsets, strict=True)]
-        best = masks.global_top_k(gradients, n, [_all(gradient) for gradient in gradients], [0] * len(weights))
+        best = select.global_top_k(gradients, n, [_all(gradient) for gradient in gradients], [0] * len(weights))
         for weight, drop, subset, grow in zip(weights, dropped, subsets, best, strict=True):
             weight.exchange(weight.positions[drop.cpu()], subset[grow.to(subset.device)])
 
@@ -170,7 +171,7 @@ def _smallest(weights: Sequence[Weight], n: int, kept: Sequence[int]) -> list[Te
     """Mark the ``n`` smallest ``|W|`` among all layers' active connections, but in each not the ``kept`` largest."""
     magnitudes = [weight.magnitudes for weight in weights]
     total = sum(len(magnitude) for magnitude in magnitudes)
-    staying = masks.global_top_k(magnitudes, total - n, [_all(magnitude) for magnitude in magnitudes], kept)
+    staying = select.global_top_k(magnitudes, total - n, [_all(magnitude) for magnitude in magnitudes], kept)
     return [~stays for stays in staying]
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_sparse import checks, sampling
-from lightning_sparse.callback import Storage
-from lightning_sparse.distributions import share
-from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.schedules import Decay
-from lightning_sparse.storage.training import SparseStorage
-from lightning_sparse.weights import Pool, Weight
+from lightning_sparse.compat import checks
+from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.rules import sampling
+from lightning_sparse.rules.budgets import share
+from lightning_sparse.rules.schedules import Decay
+from lightning_sparse.storage.sparse import SparseStorage
+from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.weights.base import Pool, Weight
 
 __all__ = ["MEST"]
 
@@ -41,8 +42,8 @@ class MEST(SparseStorage, PruneAndGrow):
         storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
             memory and time in proportion to them (linear layers and 2-d convolutions only).
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
-            :class:`~lightning_sparse.storage.training.SparseStorage`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`; with ``storage="sparse"`` also
+            ``plain_checkpoints``; see :class:`~lightning_sparse.storage.sparse.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.

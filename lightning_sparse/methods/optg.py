@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import checks
-from lightning_sparse.distributions import Scope
-from lightning_sparse.latent import LatentWeight
-from lightning_sparse.top_k import TopKCallback
+from lightning_sparse.compat import checks
+from lightning_sparse.families.latent import LatentWeight
+from lightning_sparse.families.top_k import TopKCallback
+from lightning_sparse.rules.budgets import Scope
 
 __all__ = ["OptG"]
 
@@ -35,7 +35,7 @@ class OptG(TopKCallback):
         scope: the largest scores of all layers together (``"global"``, the paper's) or of each ``"layer"``.
         update_every: number of optimizer steps from one choice of the mask to the next.
         options: ``distribution`` (under ``scope="layer"``), ``min_layer_density``, ``include``, ``exclude``,
-            ``log_every_n_steps``; see :class:`~lightning_sparse.top_k.TopKCallback`.
+            ``log_every_n_steps``; see :class:`~lightning_sparse.families.top_k.TopKCallback`.
 
     Raises:
         ValueError: an argument is out of range.

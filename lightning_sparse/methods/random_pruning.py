@@ -6,9 +6,9 @@ Decision: each layer's number of connections is exact, where a draw for each con
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_sparse.callback import Storage
-from lightning_sparse.distributions import Distribution
-from lightning_sparse.storage.training import SparseStorage
+from lightning_sparse.rules.budgets import Distribution
+from lightning_sparse.storage.sparse import SparseStorage
+from lightning_sparse.trainer.callback import Storage
 
 __all__ = ["RandomPruning"]
 
@@ -25,8 +25,8 @@ class RandomPruning(SparseStorage):
         storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
             memory and time in proportion to them (linear layers and 2-d convolutions only).
         options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
-            :class:`~lightning_sparse.storage.training.SparseStorage`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`; with ``storage="sparse"`` also
+            ``plain_checkpoints``; see :class:`~lightning_sparse.storage.sparse.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.

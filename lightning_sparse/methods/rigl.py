@@ -8,11 +8,11 @@ over processes.
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sparse.callback import Storage
-from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.schedules import Decay
-from lightning_sparse.storage.training import SparseStorage
-from lightning_sparse.weights import Weight
+from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.rules.schedules import Decay
+from lightning_sparse.storage.sparse import SparseStorage
+from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.weights.base import Weight
 
 __all__ = ["RigL"]
 
@@ -33,8 +33,8 @@ class RigL(SparseStorage, PruneAndGrow):
             memory and time in proportion to them (linear layers and 2-d convolutions only); updates compute the
             gradient of some rows at a time.
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`; with ``storage="sparse"`` also ``plain_checkpoints``; see
-            :class:`~lightning_sparse.storage.training.SparseStorage`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`; with ``storage="sparse"`` also
+            ``plain_checkpoints``; see :class:`~lightning_sparse.storage.sparse.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.

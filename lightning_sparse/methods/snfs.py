@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import checks, masks
-from lightning_sparse.distributions import share
-from lightning_sparse.prune_and_grow import PruneAndGrow
-from lightning_sparse.schedules import Decay
-from lightning_sparse.weights import Weight, finite
+from lightning_sparse.compat import checks
+from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.rules import select
+from lightning_sparse.rules.budgets import share
+from lightning_sparse.rules.schedules import Decay
+from lightning_sparse.weights.base import Weight, finite
 
 __all__ = ["SNFS"]
 
@@ -34,7 +35,7 @@ class SNFS(PruneAndGrow):
             epoch but the first.
         stop_at: share of the training after which connections stay, in (0, 1].
         options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.masked.MaskedCallback`.
+            :class:`~lightning_sparse.families.masked.MaskedCallback`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -83,7 +84,7 @@ class SNFS(PruneAndGrow):
         drops = self.to_drop(weights, [share(fraction, weight.active) for weight in weights])
         grows = self.to_grow(weights, drops, [contribution(w.buffers["momentum"], w.mask) for w in weights])
         for weight, fewer, more in zip(weights, drops, grows, strict=True):
-            grown = masks.top_k_positions(weight.buffers["momentum"].abs(), more, among=~weight.mask)
+            grown = select.top_k_positions(weight.buffers["momentum"].abs(), more, among=~weight.mask)
             weight.exchange(weight.smallest(fewer), grown)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_sparse import checks
-from lightning_sparse.before_training import BeforeTraining
-from lightning_sparse.probe import Probe, whole
+from lightning_sparse.compat import checks
+from lightning_sparse.families.before_training import BeforeTraining
+from lightning_sparse.trainer.probe import Probe, whole
 
 __all__ = ["SNIP"]
 
@@ -24,7 +24,7 @@ class SNIP(BeforeTraining):
         sparsity: share of zeros over all selected weights, in [0, 1).
         batches: number of training batches (of each process) whose loss is differentiated, 1 or more.
         options: ``min_layer_density``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.before_training.BeforeTraining`.
+            :class:`~lightning_sparse.families.before_training.BeforeTraining`.
 
     Raises:
         ValueError: an argument is out of range.

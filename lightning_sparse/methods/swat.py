@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import checks
-from lightning_sparse._lightning import LightningModule, Trainer
-from lightning_sparse.activations import SparseInput
-from lightning_sparse.distributions import Scope
-from lightning_sparse.latent import LatentWeight
-from lightning_sparse.layers import Choice
-from lightning_sparse.top_k import TopKCallback
+from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import LightningModule, Trainer
+from lightning_sparse.families.latent import LatentWeight
+from lightning_sparse.families.top_k import TopKCallback
+from lightning_sparse.layers.activations import SparseInput
+from lightning_sparse.layers.selection import Choice
+from lightning_sparse.rules.budgets import Scope
 
 __all__ = ["SWAT"]
 
@@ -35,7 +35,7 @@ class SWAT(TopKCallback):
         scope: the largest of each ``"layer"`` (the paper's), or of all together (``"global"``).
         update_every: number of optimizer steps from one choice of the sets to the next.
         options: ``distribution`` (``"uniform"``, SWAT-U, or ``"erk"``, SWAT-ERK), ``min_layer_density``, ``include``,
-            ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.top_k.TopKCallback`.
+            ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.families.top_k.TopKCallback`.
 
     Raises:
         ValueError: an argument is out of range.

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import checks
-from lightning_sparse._lightning import MisconfigurationException
-from lightning_sparse.before_training import BeforeTraining
-from lightning_sparse.probe import Probe
+from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.families.before_training import BeforeTraining
+from lightning_sparse.trainer.probe import Probe
 
 __all__ = ["SynFlow"]
 
@@ -36,7 +36,7 @@ class SynFlow(BeforeTraining):
         biases: let biases, by magnitude, take part in the flow. They carry some past layers that have lost all, so the
             paper's guarantee that no layer is lost holds for False alone.
         options: ``min_layer_density``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.before_training.BeforeTraining`.
+            :class:`~lightning_sparse.families.before_training.BeforeTraining`.
 
     Raises:
         ValueError: an argument is out of range.

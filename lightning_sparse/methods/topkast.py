@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import checks, masks
-from lightning_sparse.distributions import Scope, apportion, budget
-from lightning_sparse.latent import LatentWeight
-from lightning_sparse.schedules import Annealing, annealed
-from lightning_sparse.top_k import TopKCallback
+from lightning_sparse.compat import checks
+from lightning_sparse.families.latent import LatentWeight
+from lightning_sparse.families.top_k import TopKCallback
+from lightning_sparse.rules import select
+from lightning_sparse.rules.budgets import Scope, apportion, budget
+from lightning_sparse.rules.schedules import Annealing, annealed
 
 __all__ = ["TopKAST"]
 
@@ -40,7 +41,7 @@ class TopKAST(TopKCallback):
         update_every: number of optimizer steps from one choice of the sets to the next.
         decay_rate: of the exponential decay, per epoch, at least 0.
         options: ``distribution`` (of A under ``scope="layer"``, ``"uniform"`` unless told), ``min_layer_density``,
-            ``include``, ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.top_k.TopKCallback`.
+            ``include``, ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.families.top_k.TopKCallback`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -104,7 +105,7 @@ class TopKAST(TopKCallback):
         """Share of each layer's weights whose gradient is used: B, or once alpha is 0, A."""
         if self.current_alpha == 0:
             return self.layer_density
-        return {name: masks.count(B) / B.numel() for name, B in self.backward_masks.items()}
+        return {name: select.count(B) / B.numel() for name, B in self.backward_masks.items()}
 
     @property
     def backward_density(self) -> float:
@@ -165,7 +166,7 @@ class TopKAST(TopKCallback):
             dP.mul_(W.abs().pow_(self.power - 1).mul_(self.power))
         if self._l2_now:
             dP.addcmul_(W, _either(A, self._l2_now, self._l2_now / (1 - self.sparsity_target), dP))
-        masks.zero_outside_(dP, B)
+        select.zero_outside_(dP, B)
 
     # ------------------------------------------------------------------ outside of B nothing moves
 
@@ -195,7 +196,7 @@ class TopKAST(TopKCallback):
             assert weight.parameter is not None
             for state in optimizer.state.get(weight.parameter, {}).values():
                 if isinstance(state, Tensor) and state.shape == B.shape:
-                    masks.zero_outside_(state, before[weight.name] | ~B)
+                    select.zero_outside_(state, before[weight.name] | ~B)
 
 
 def _either(mask: Tensor, inside: float, outside: float, like: Tensor) -> Tensor:

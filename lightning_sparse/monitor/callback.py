@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import checks, ledger, run_file
-from lightning_sparse._extras import extra
-from lightning_sparse._lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_warn
-from lightning_sparse.callback import SparseCallback
-from lightning_sparse.layers import choose
-from lightning_sparse.ledger import Average, Explored, Flops
+from lightning_sparse.accounting import ledger
+from lightning_sparse.accounting.ledger import Average, Explored, Flops
+from lightning_sparse.accounting.memory import peak_memory
+from lightning_sparse.compat import checks
+from lightning_sparse.compat.extras import extra
+from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_warn
+from lightning_sparse.layers.selection import choose
+from lightning_sparse.monitor import run_file
 from lightning_sparse.monitor.clock import Clock
 from lightning_sparse.monitor.figures import draw, painters
 from lightning_sparse.monitor.layer import COUNTS, Layer, picture
 from lightning_sparse.monitor.record import batch_size, described, metrics, scalars
-from lightning_sparse.probe import probing
-from lightning_sparse.process import peak_memory
+from lightning_sparse.trainer.callback import SparseCallback
+from lightning_sparse.trainer.probe import probing
 
 __all__ = ["SparsityMonitor"]
 

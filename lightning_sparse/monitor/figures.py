@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_sparse._extras import extra
-from lightning_sparse._lightning import Trainer
+from lightning_sparse.compat.extras import extra
+from lightning_sparse.compat.lightning import Trainer
 
 __all__ = ["draw", "painters"]
 

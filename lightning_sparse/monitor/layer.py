@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import ledger
-from lightning_sparse.callback import SparseCallback
-from lightning_sparse.matrices import as_matrix
+from lightning_sparse.accounting import ledger
+from lightning_sparse.rules.matrices import as_matrix
+from lightning_sparse.trainer.callback import SparseCallback
 
 __all__ = ["COUNTS", "Layer", "picture"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_sparse._lightning import Trainer
-from lightning_sparse.callback import SparseCallback
+from lightning_sparse.compat.lightning import Trainer
+from lightning_sparse.trainer.callback import SparseCallback
 
 __all__ = ["batch_size", "described", "metrics", "scalars"]
 

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_sparse import run_file
-from lightning_sparse._extras import extra
+from lightning_sparse.compat.extras import extra
+from lightning_sparse.monitor import run_file
 from lightning_sparse.report.runs import read
 
 __all__ = ["main", "write"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from lightning_sparse._extras import extra
+from lightning_sparse.compat.extras import extra
 
 __all__ = ["COLOURS", "STYLES", "Line", "Style", "draw_lines", "histogram", "lines", "mask", "panels", "paths"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_sparse.run_file import FILE, FORMAT
+from lightning_sparse.monitor.run_file import FILE, FORMAT
 
 __all__ = ["Run", "Values", "known", "last", "number", "read"]
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import checks, masks
-from lightning_sparse.storage.layers import SparseLayer, dense_weight
-from lightning_sparse.storage.structure import structure
+from lightning_sparse.compat import checks
+from lightning_sparse.kernels.structure import structure
+from lightning_sparse.layers.sparse import SparseLayer, dense_weight
+from lightning_sparse.rules import select
 
 __all__ = ["load_dense", "load_for", "make_state_sparse", "sparse_entries", "take_sparse"]
 
@@ -93,7 +94,7 @@ def load_for(module: nn.Module, state: dict[str, Any]) -> None:
     _make_state_dense(state, leave=sparse)
     for name, layer in sparse.items():
         if f"{name}.weight" in state:
-            make_state_sparse(state, name, layer, masks.positions(state[f"{name}.weight"] != 0))
+            make_state_sparse(state, name, layer, select.positions(state[f"{name}.weight"] != 0))
 
 
 def make_state_sparse(state: dict[str, Any], prefix: str, layer: SparseLayer, positions: Tensor) -> None:

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_sparse.storage.backends import candidates
-from lightning_sparse.storage.layers import SparseConv2d, SparseLayer, SparseLinear
-from lightning_sparse.timing import seconds
+from lightning_sparse.accounting.timing import seconds
+from lightning_sparse.kernels.products import candidates
+from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
 
 __all__ = ["DENSE", "measure"]
 

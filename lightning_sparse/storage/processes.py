@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from lightning_sparse._lightning import MisconfigurationException
-from lightning_sparse.storage.layers import SparseLayer
+from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.layers.sparse import SparseLayer
 
 __all__ = ["Ignored", "average_gradients", "copy_from_first"]
 

@@ -1,0 +1,1 @@
+"""What sparsity saves: operations, bytes, time; how masks look and change."""

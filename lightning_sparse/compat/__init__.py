@@ -1,0 +1,1 @@
+"""What the package is built on: Lightning's two names, corners of torch, extras, checks of arguments."""

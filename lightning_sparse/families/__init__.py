@@ -1,0 +1,1 @@
+"""Families of methods: when connections move, how many, in which order."""

@@ -1,0 +1,46 @@
+"""Pruning by magnitude, of each layer by itself or of all together."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from lightning_sparse.rules import select
+from lightning_sparse.rules.budgets import Distribution, Scope, layer_counts, least, shrunk
+from lightning_sparse.weights.base import Weight
+
+__all__ = ["prune"]
+
+
+def prune(
+    weights: Sequence[Weight],
+    total: int,
+    final: int,
+    scope: Scope,
+    distribution: Distribution | Mapping[str, float],
+    min_layer_density: float,
+) -> None:
+    """Keep the connections of largest ``|W|``, exactly ``total`` of all weights.
+
+    Args:
+        weights: of one optimizer; dense parameters.
+        total: how many to keep now.
+        final: how many the last pruning keeps.
+        scope: the largest of all weights (``"global"``), or as many of each ``"layer"`` as go from what it has to its
+            final number in equal proportions.
+        distribution: under ``scope="layer"``, how ``final`` is divided; see ``MaskedCallback``.
+        min_layer_density: no weight falls below this density.
+    """
+    if scope == "global":
+        counts = select.count_global_top_k(
+            [weight.W for weight in weights],
+            total,
+            [weight.mask for weight in weights],
+            [least(min_layer_density, weight.size) for weight in weights],
+            score=torch.abs,
+        )
+    else:
+        shapes = {weight.name: weight.shape for weight in weights}
+        ends = layer_counts(distribution, shapes, final, min_layer_density)
+        counts = shrunk([weight.active for weight in weights], list(ends.values()), total)
+    for weight, count in zip(weights, counts, strict=True):
+        weight.keep_largest(count)

@@ -1,0 +1,422 @@
+"""SparseLinear and SparseConv2d: layers whose one parameter is the vector of their nonzeros.
+
+They take the place of ``nn.Linear`` and ``nn.Conv2d``. ``make_sparse_`` and ``make_dense_`` turn one into the other in
+place, so that hooks, names and other references to the layer stay what they are.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lightning_sparse.kernels.structure import Structure, flat_positions, structure
+from lightning_sparse.layers.functional import conv2d, linear, padded
+from lightning_sparse.rules import sampling, select
+
+__all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "dense_weight", "make_dense_", "make_sparse_", "to_dense"]
+
+_DERIVED = ("transposed_crow", "transposed_col", "permutation")
+_SAVED = ("values", "crow", "col", "weight_shape")
+
+Self = TypeVar("Self", bound="SparseLayer")
+Layer = TypeVar("Layer", bound="nn.Linear | nn.Conv2d | SparseLayer")
+
+
+class SparseLayer(nn.Module):
+    """What the sparse layers have in common.
+
+    Attributes:
+        values: the nonzeros in the order of their positions, ``(nnz,)``: the parameter.
+        crow: where each row of the weight begins among them, ``(out + 1,)``, int32.
+        col: the columns, ``(nnz,)``, int32, counted over all groups.
+        weight_shape: of the dense weight, int64; not read, but what a checkpoint needs to be made dense.
+        plain: ``state_dict`` has the dense ``weight`` in the place of these.
+        backend: the module that multiplies, see ``storage.backends``; None: the one that is quicker as a rule.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    crow: Tensor
+    col: Tensor
+    transposed_crow: Tensor
+    transposed_col: Tensor
+    permutation: Tensor
+    plain: bool = False
+    backend: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        raise NotImplementedError
+
+    @property
+    def nnz(self) -> int:
+        """Number of nonzeros."""
+        return len(self.values)
+
+    @property
+    def positions(self) -> Tensor:
+        """Flat positions of the nonzeros in the dense weight, ascending; int64."""
+        return flat_positions(self.crow, self.col, self.shape)
+
+    @property
+    def structure(self) -> Structure:
+        """Where the nonzeros are, as products need it."""
+        tensors = self.crow, self.col, self.transposed_crow, self.transposed_col, self.permutation
+        return Structure.of(tensors, self.backend)
+
+    def set_connections(self, positions: Tensor, values: Tensor) -> None:
+        """Exchange the nonzeros; ``values`` stays the same parameter object, though of another length.
+
+        Args:
+            positions: flat ones in the dense weight, ascending and different.
+            values: theirs.
+        """
+        self.set_structure(self.structure_at(positions), values)
+
+    def structure_at(self, positions: Tensor) -> Structure:
+        """Return what the structure would be with nonzeros at these flat positions, ascending and different."""
+        return structure(positions, self.shape, getattr(self, "groups", 1))
+
+    def set_structure(self, found: Structure, values: Tensor) -> None:
+        """Exchange the nonzeros for those of ``structure_at``, see ``set_connections``."""
+        self._set_structure(found)
+        if len(values) == self.nnz:
+            self.values.data.copy_(values)  # the storage may be known elsewhere, as to DDP
+        else:
+            self._set_values(values.to(self.values))
+
+    def dense_weight(self) -> Tensor:
+        """Return the dense weight, without gradient."""
+        return dense_weight(self.values.detach(), self.crow, self.col, self.shape)
+
+    @classmethod
+    def from_dense(cls: type[Self], layer: nn.Linear | nn.Conv2d, positions: Tensor | None = None) -> Self:
+        """Return a sparse copy of a dense layer.
+
+        Args:
+            layer: stays as it is.
+            positions: flat ones of the connections to keep, ascending; default: where the weight is not 0.
+        """
+        if positions is None:
+            positions = select.positions(layer.weight.detach() != 0)
+        if _SPARSE.get(type(layer)) is not cls:
+            raise TypeError(
+                f"layer must be an nn.{_DENSE[cls].__name__} for {cls.__name__}, got {type(layer).__name__}."
+            )
+        sparse = make_sparse_(_copy(layer), positions)
+        assert isinstance(sparse, cls)
+        return sparse
+
+    def to_dense(self) -> nn.Linear | nn.Conv2d:
+        """Return a dense copy."""
+        return make_dense_(_copy(self))
+
+    def extra_repr(self) -> str:
+        """Show shape and density."""
+        size = math.prod(self.shape)
+        return f"{' x '.join(map(str, self.shape))}, nnz={self.nnz} ({self.nnz / max(size, 1):.3g})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} has no dense weight: its nonzeros are `values`. Code that reads `weight` needs "
+                "a dense layer; keep this one dense with exclude=[...]."
+            )
+        return super().__getattr__(name)
+
+    def _set_structure(self, found: Structure) -> None:
+        tensors = [_trainable(x) for x in found.tensors]
+        self.crow, self.col, self.transposed_crow, self.transposed_col, self.permutation = tensors
+
+    def _set_values(self, values: Tensor) -> None:
+        """Exchange the parameter's data for that of another length."""
+        self.values.grad = None
+        # a graph that is still alive holds what accumulates the gradient, with the old length; another dtype resets it
+        other = torch.float32 if values.dtype == torch.float64 else torch.float64
+        self.values.data = _trainable(self.values.data.new_empty(0, dtype=other))
+        self.values.data = _trainable(values)
+
+    def _take(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
+        """Return the input and the dtype of the output, which autocast may change."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            return x, torch.get_autocast_dtype(kind) if self.values.dtype != torch.float64 else self.values.dtype
+        if x.dtype != self.values.dtype:
+            raise RuntimeError(f"Input and weight of {self!r} must have the same dtype: {x.dtype}, {self.values.dtype}")
+        return x, self.values.dtype
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write the dense weight instead, if ``plain``."""
+        entries: dict[str, Any] = {f"{prefix}weight": self.dense_weight()} if self.plain else {}
+        super()._save_to_state_dict(entries, prefix, keep_vars)
+        for name in _SAVED if self.plain else ():
+            del entries[prefix + name]
+        destination.update(entries)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take up another number of nonzeros, too, and a dense weight that is 0 where there is no connection."""
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and f"{prefix}values" not in state_dict:
+            values = weight.reshape(-1)[self.positions.to(weight.device)] if weight.shape == self.shape else None
+            if values is None or values.count_nonzero() != weight.count_nonzero():
+                error_msgs.append(
+                    f"{prefix}weight is dense, the layer sparse: load it before the layer is made sparse, "
+                    "and fit without ckpt_path."
+                )
+                return
+            entries = values, self.crow, self.col, self.weight_shape
+            state_dict = {key: x for key, x in state_dict.items() if key != f"{prefix}weight"}
+            state_dict.update({prefix + name: entry for name, entry in zip(_SAVED, entries, strict=True)})
+        values, col, shape = (state_dict.get(prefix + name) for name in ("values", "col", "weight_shape"))
+        if shape is not None and tuple(shape.tolist()) != self.shape:
+            error_msgs.append(f"{prefix}values belong to a weight of shape {shape.tolist()}, not {list(self.shape)}.")
+            return
+        if values is not None and col is not None and len(values) == len(col) != self.nnz:
+            self._set_values(self.values.data.new_empty(len(values)))
+            self.col = self.col.new_empty(len(col))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if col is not None and not error_msgs:
+            self._set_structure(self.structure_at(self.positions))
+
+
+class SparseLinear(SparseLayer):
+    """``nn.Linear`` with a sparse weight: memory and time in proportion to its nonzeros.
+
+    Positions are drawn uniformly, exactly ``nnz`` of them, and values uniformly within one over the square root of the
+    number of nonzeros in their row, which is how ``nn.Linear`` draws for a dense row.
+
+    Args:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
+        nnz: number of nonzeros.
+        bias: add a bias.
+        generator: for all draws, on the CPU; default: torch's.
+        dtype: of values and bias.
+
+    Example:
+        >>> layer = SparseLinear(512, 256, nnz=1000)
+        >>> layer(torch.ones(8, 512)).shape, layer.values.shape
+        (torch.Size([8, 256]), torch.Size([1000]))
+    """
+
+    in_features: int
+    out_features: int
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nnz: int,
+        bias: bool = True,
+        generator: Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _draw_into(self, nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype), nnz, generator)
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102  (inherited)
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W.T + bias`` for ``(..., in_features)``."""
+        x, dtype = self._take(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x, self.values, self.bias, self.structure).to(dtype)
+
+
+class SparseConv2d(SparseLayer):
+    """``nn.Conv2d`` with a sparse weight: parameters, gradients and optimizer state in proportion to its nonzeros.
+
+    The input is unfolded for some images at a time, so what this takes does not grow with the batch.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: as in ``nn.Conv2d``.
+        nnz: number of nonzeros.
+        stride: as in ``nn.Conv2d``.
+        padding: as in ``nn.Conv2d``.
+        dilation: as in ``nn.Conv2d``.
+        groups: as in ``nn.Conv2d``.
+        bias: add a bias.
+        padding_mode: as in ``nn.Conv2d``.
+        generator: for all draws, on the CPU; default: torch's.
+        dtype: of values and bias.
+
+    Example:
+        >>> layer = SparseConv2d(16, 32, 3, nnz=500, padding=1)
+        >>> layer(torch.ones(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        nnz: int,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        generator: Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dense = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device="meta",
+            dtype=dtype,
+        )
+        _draw_into(self, dense, nnz, generator)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:  # noqa: D102  (inherited)
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of ``(batch, in_channels, height, width)``, or of one image."""
+        x, dtype = self._take(x)
+        images = x if x.ndim == 4 else x.unsqueeze(0)
+        with torch.autocast(x.device.type, enabled=False):
+            images, geometry = padded(self, images)
+            y = conv2d(images, self.values, self.bias, self.structure, geometry).to(dtype)
+        return y if x.ndim == 4 else y.squeeze(0)
+
+
+_SPARSE: dict[type[nn.Module], type[SparseLayer]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+_DENSE: dict[type[nn.Module], type[nn.Module]] = {sparse: dense for dense, sparse in _SPARSE.items()}
+
+
+@torch.no_grad()
+def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Generator | None = None) -> SparseLayer:
+    """Turn a dense layer into a sparse one, in place, and free its dense weight.
+
+    A layer on the meta device has no values yet: they are drawn on the CPU, for the number of nonzeros of each row.
+
+    Args:
+        layer: exactly of type ``nn.Linear`` or ``nn.Conv2d``.
+        positions: flat ones of the connections to keep, ascending and different.
+        generator: for values of layers on the meta device; on the CPU.
+    """
+    if type(layer) not in _SPARSE:
+        raise TypeError(f"Only nn.Linear and nn.Conv2d have a sparse form, not {type(layer).__name__}.")
+    weight = layer.weight
+    bias = layer._parameters["bias"]
+    shape = tuple(weight.shape)
+    found = structure(positions.to("cpu" if weight.is_meta else weight.device), shape, getattr(layer, "groups", 1))
+    if weight.is_meta:
+        fan_in = found.matrix.crow.diff()
+        values = _uniform(len(positions), weight.dtype, generator)
+        values.mul_(fan_in.double().rsqrt().to(values.dtype).repeat_interleave(fan_in, output_size=len(positions)))
+        if bias is not None and bias.is_meta:
+            bias = nn.Parameter(_uniform(len(bias), bias.dtype, generator) / math.prod(shape[1:]) ** 0.5)
+    else:
+        values = weight.reshape(-1)[positions.to(weight.device)]
+    layer._parameters = {"values": nn.Parameter(values.to(weight.dtype), weight.requires_grad), "bias": bias}
+    layer.__class__ = _SPARSE[type(layer)]  # type: ignore[assignment]
+    assert isinstance(layer, SparseLayer)
+    layer.register_buffer("crow", found.matrix.crow)
+    layer.register_buffer("col", found.matrix.col)
+    layer.register_buffer("weight_shape", torch.tensor(shape, device=values.device))
+    for name in _DERIVED:
+        layer.register_buffer(name, None, persistent=False)
+    layer._set_structure(found)
+    return layer
+
+
+@torch.no_grad()
+def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
+    """Turn a sparse layer into the dense one, in place."""
+    weight = nn.Parameter(layer.dense_weight(), layer.values.requires_grad)
+    for name in ("crow", "col", "weight_shape", *_DERIVED):
+        delattr(layer, name)
+    for name in ("plain", "backend"):
+        vars(layer).pop(name, None)
+    parameters: dict[str, nn.Parameter | None] = {"weight": weight, "bias": layer.bias}
+    layer._parameters = parameters
+    layer.__class__ = _DENSE[type(layer)]  # type: ignore[assignment]
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    return layer
+
+
+def to_dense(module: nn.Module) -> nn.Module:
+    """Turn all sparse layers in ``module`` into dense ones, in place, and return it."""
+    for layer in list(module.modules()):
+        if isinstance(layer, SparseLayer):
+            make_dense_(layer)
+    return module
+
+
+def dense_weight(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the dense weight of a layer with these nonzeros."""
+    weight = values.new_zeros(math.prod(shape))
+    weight[flat_positions(crow, col, shape)] = values
+    return weight.view(shape)
+
+
+def _trainable(x: Tensor) -> Tensor:
+    """Return ``x`` as training needs it, though a state may be loaded while validating, in inference mode."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x
+
+
+def _copy(layer: Layer) -> Layer:
+    """Return a copy that shares the weight, which is about to be exchanged, but not the bias."""
+    twin = copy.copy(layer)
+    twin.__dict__ = {
+        key: copy.copy(value) if isinstance(value, (dict, set)) else value for key, value in layer.__dict__.items()
+    }
+    if layer.bias is not None:
+        twin.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+    return twin
+
+
+def _draw_into(sparse: SparseLayer, dense: nn.Linear | nn.Conv2d, nnz: int, generator: Generator | None) -> None:
+    """Make ``sparse``, an empty module, what ``dense``, a layer on the meta device, would be with ``nnz`` nonzeros."""
+    size = dense.weight.numel()
+    if not 0 <= nnz <= size:
+        raise ValueError(f"nnz must be from 0 to {size}, the size of the dense weight, got {nnz!r}.")
+    generator = torch.default_generator if generator is None else generator
+    positions = sampling.distinct(nnz, size, generator)
+    sparse.__dict__ = make_sparse_(dense, positions, generator).__dict__
+
+
+def _uniform(n: int, dtype: torch.dtype, generator: Generator | None) -> Tensor:
+    """Draw from -1 to 1; in the dtype's precision, float32 at least."""
+    return torch.rand(n, dtype=torch.promote_types(dtype, torch.float32), generator=generator).mul_(2).sub_(1)

@@ -1,0 +1,1 @@
+"""Pure functions of tensors and numbers: which, how many, when."""

@@ -1,0 +1,271 @@
+"""Boolean masks: pure functions of tensors. Counts are exact, and among equal scores the earlier position wins."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.rules.matrices import as_matrix
+
+__all__ = [
+    "count",
+    "count_global_top_k",
+    "global_top_k",
+    "largest",
+    "likely_bound",
+    "lowest_positions",
+    "positions",
+    "put_",
+    "top_k",
+    "top_k_positions",
+    "zero_outside_",
+]
+
+_CHUNK = 1 << 18
+_SAMPLED_FROM = 1 << 17
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def count(mask: Tensor) -> int:
+    """Return the number of True elements."""
+    return int(torch.count_nonzero(mask))
+
+
+def top_k(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+    """Mark exactly the ``k`` largest scores.
+
+    Args:
+        scores: any shape, no NaN.
+        k: from 0 to the number of candidates.
+        among: the candidates, a boolean tensor of the same shape; default: all.
+
+    >>> top_k(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2)
+    tensor([ True,  True, False, False])
+    """
+    return _marked(top_k_positions(scores, k, among), scores)
+
+
+def top_k_positions(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+    """Return the flat positions of exactly the ``k`` largest scores, ascending; arguments as in ``top_k``."""
+    return _extreme(scores, k, among, largest=True)
+
+
+def lowest_positions(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+    """Return the flat positions of exactly the ``k`` smallest scores, ascending; arguments as in ``top_k``."""
+    return _extreme(scores, k, among, largest=False)
+
+
+def global_top_k(scores: Sequence[Tensor], k: int, among: Sequence[Tensor], at_least: Sequence[int]) -> list[Tensor]:
+    """Mark exactly the ``k`` largest scores of all tensors together, but in each tensor its ``at_least`` largest.
+
+    The tensors are taken one after the other, and only the largest ``k`` so far are kept: never all at once.
+    """
+    counts = count_global_top_k(scores, k, among, at_least)
+    return [top_k(s, n, a) for s, n, a in zip(scores, counts, among, strict=True)]
+
+
+def count_global_top_k(
+    tensors: Iterable[Tensor],
+    k: int,
+    among: Sequence[Tensor],
+    at_least: Sequence[int] | None = None,
+    score: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+) -> list[int]:
+    """Return how many of the ``k`` largest scores of all tensors together lie in each of them.
+
+    The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3); what cannot
+    be among them, as samples of all tensors tell, is not looked at twice.
+
+    Args:
+        tensors: of any shapes.
+        k: how many in all.
+        among: the candidates, a boolean tensor for each.
+        at_least: so many of each tensor's largest are among the ``k`` in any case.
+        score: what is compared, element by element, such as ``torch.abs``; computed for one tensor at a time.
+    """
+    tensors = list(tensors)
+    least = [0] * len(among) if at_least is None else list(at_least)
+    extra = k - sum(least)
+    if extra == 0:
+        return least
+
+    def sample(stride: int) -> Iterator[Tensor]:
+        for tensor, candidates in zip(tensors, among, strict=True):
+            yield score(tensor.reshape(-1)[::stride])[candidates.reshape(-1)[::stride]]
+
+    bound = likely_bound(sum(tensor.numel() for tensor in tensors), k, sample)
+    won = _winners(tensors, extra, among, least, score, bound)
+    if sum(won) < extra:  # the sample was misleading
+        won = _winners(tensors, extra, among, least, score, None)
+    return [sure + more for sure, more in zip(least, won, strict=True)]
+
+
+def _winners(
+    tensors: Sequence[Tensor],
+    k: int,
+    among: Sequence[Tensor],
+    least: Sequence[int],
+    score: Callable[[Tensor], Tensor],
+    bound: Tensor | None,
+) -> list[int]:
+    """Return how many of the ``k`` largest scores of at least ``bound`` lie in each tensor, beside its ``least``."""
+    best, owner = torch.empty(0), torch.empty(0, dtype=torch.long)
+    for index, (tensor, candidates, sure) in enumerate(zip(tensors, among, least, strict=True)):
+        scores = score(tensor)
+        if sure:
+            candidates = candidates & ~top_k(scores, sure, candidates)
+        if bound is not None:
+            candidates = (scores >= bound.to(scores.device)).logical_and_(candidates)
+        values = scores.reshape(-1)[positions(candidates)]
+        best = torch.cat((best.to(values), values))
+        owner = torch.cat((owner.to(values.device), torch.full((len(values),), index, device=values.device)))
+        if len(best) > 2 * k or (index + 1 == len(tensors) and len(best) > k):
+            kept = top_k_positions(best, k)  # among equals the earlier tensor's
+            best, owner = best[kept], owner[kept]
+            bound = best.min()
+    won: list[int] = torch.bincount(owner, minlength=len(least)).tolist()
+    return won
+
+
+def likely_bound(size: int, k: int, sample: Callable[[int], Iterable[Tensor]]) -> Tensor | None:
+    """Return a score that a few more than ``k`` candidates reach, as a sample tells; None if there are few.
+
+    Args:
+        size: number of scores in all.
+        k: how many.
+        sample: gives the candidates' scores, tensor by tensor, at every so-many-th position.
+    """
+    if size < _SAMPLED_FROM:
+        return None
+    stride = size >> 14
+    first, *others = sample(stride)
+    return _likely(torch.cat((first, *(other.to(first) for other in others))), k / stride, largest=True)
+
+
+def largest(blocks: Iterable[tuple[int, Tensor]], k: int, floor: float = -1.0) -> tuple[Tensor, Tensor]:
+    """Return the positions, ascending, of the ``k`` largest scores of a long vector, and these scores; on the CPU.
+
+    The vector comes in blocks, and beside the block at hand only the best so far are kept, up to three times ``k``.
+
+    Args:
+        blocks: the position of a block's first score in the vector, and its scores ``(n,)``; in ascending order.
+        k: how many. Fewer are returned if there are not so many candidates.
+        floor: candidates are the scores larger than this.
+
+    >>> largest([(0, torch.tensor([2.0, 5.0])), (2, torch.tensor([-1.0, 5.0]))], 2)
+    (tensor([1, 3]), tensor([5., 5.]))
+    """
+    best, positions = torch.empty(0), torch.empty(0, dtype=torch.long)
+    for first, scores in blocks if k else ():
+        candidates = scores > floor
+        found = top_k_positions(scores, min(k, count(candidates)), candidates)
+        best = torch.cat((best.to(scores), scores[found]))
+        positions = torch.cat((positions.to(found.device), found + first))
+        if len(best) >= 2 * k:
+            kept = top_k_positions(best, k)
+            best, positions = best[kept], positions[kept]
+            floor = float(best.min())  # a tie comes later, and loses
+    kept = top_k_positions(best, min(k, len(best)))
+    return positions[kept].cpu(), best[kept].cpu()
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Return the flat positions of the True elements, counted as in ``mask.reshape(-1)``, ascending.
+
+    >>> positions(torch.tensor([[False, True], [True, False]]))
+    tensor([1, 2])
+    """
+    flat = mask.reshape(-1)
+    if not flat.is_cpu:
+        return flat.nonzero().squeeze(1)
+    return torch.from_numpy(flat.numpy().nonzero()[0])  # on one thread up to nine times as fast as torch's
+
+
+def put_(x: Tensor, positions: Tensor, value: float | Tensor) -> None:
+    """Write ``value`` at flat positions, counted as in ``x.reshape(-1)`` whatever the layout in memory."""
+    if x.is_contiguous():
+        x.view(-1)[positions] = value
+    else:
+        x[torch.unravel_index(positions, x.shape)] = value
+
+
+def zero_outside_(x: Tensor, mask: Tensor) -> None:
+    """Set ``x`` to 0 where ``mask`` is False, whatever stands there; in chunks on the CPU, which is quicker.
+
+    The bits are multiplied, as an integer: 0 times what is not finite would not be 0.
+
+    >>> x = torch.tensor([1.5, float("nan"), float("-inf")])
+    >>> zero_outside_(x, torch.tensor([True, False, False]))
+    >>> x
+    tensor([1.5000, 0.0000, 0.0000])
+    """
+    bits = x.view(_INTEGERS[x.element_size()])
+    if x.device.type != "cpu" or x.stride() != mask.stride():
+        bits.mul_(mask)
+        return
+    values, keeps = as_matrix(bits), as_matrix(mask)
+    if values.data_ptr() != x.data_ptr() or keeps.data_ptr() != mask.data_ptr() or not values.is_contiguous():
+        bits.mul_(mask)
+        return
+    buffer = torch.empty(min(_CHUNK, x.numel()), dtype=bits.dtype)
+    for value, keep in zip(torch.split(values.view(-1), _CHUNK), torch.split(keeps.view(-1), _CHUNK), strict=True):
+        value.mul_(buffer[: len(keep)].copy_(keep))
+
+
+def _marked(positions: Tensor, like: Tensor) -> Tensor:
+    mask = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
+    mask[positions] = True
+    return mask.view(like.shape)
+
+
+def _extreme(scores: Tensor, k: int, among: Tensor | None, largest: bool) -> Tensor:
+    """Return the flat positions, ascending, of the ``k`` largest (or smallest) scores."""
+    if k <= 0:
+        return torch.empty(0, dtype=torch.long, device=scores.device)
+    flat, where = scores.reshape(-1), None if among is None else among.reshape(-1)
+    candidates = _sampled(flat, k, where, largest) if flat.numel() >= _SAMPLED_FROM else None
+    if candidates is None and where is not None:
+        candidates = positions(where)
+    values = flat if candidates is None else flat[candidates]
+    if len(values) < k:
+        raise ValueError(f"{k} of {len(values)} candidates were asked for.")
+    if len(values) == k:
+        return torch.arange(k, device=flat.device) if candidates is None else candidates
+    bound = _kth(values, k, largest)
+    chosen = values > bound if largest else values < bound
+    ties = positions(values == bound)
+    chosen[ties[: k - count(chosen)]] = True
+    found = positions(chosen)
+    return found if candidates is None else candidates[found]
+
+
+def _kth(values: Tensor, k: int, largest: bool) -> Tensor:
+    rank = len(values) - k + 1 if largest else k
+    if torch.are_deterministic_algorithms_enabled() and values.is_cuda:  # where torch refuses kthvalue
+        return values.sort().values[rank - 1]
+    return values.kthvalue(rank).values
+
+
+def _sampled(flat: Tensor, k: int, where: Tensor | None, largest: bool) -> Tensor | None:
+    """Return positions that hold the ``k`` extreme ones and not many more, by a bound from a sample; None if it fails.
+
+    A selection among millions costs many times a comparison with a bound.
+    """
+    stride = max(1, flat.numel() >> 14)
+    sample = flat[::stride]
+    if where is not None:
+        sample = sample[where[::stride]]
+    bound = _likely(sample, k / stride, largest)
+    if bound is None:
+        return None
+    within = flat >= bound if largest else flat <= bound
+    if where is not None:
+        within &= where
+    candidates = positions(within)
+    return candidates if len(candidates) >= k else None
+
+
+def _likely(sample: Tensor, expected: float, largest: bool) -> Tensor | None:
+    """Return the score that ``expected`` elements of the sample reach, and four standard deviations more of them."""
+    rank = int(expected + 4 * (expected + 1) ** 0.5) + 1
+    return _kth(sample, rank, largest) if rank < len(sample) else None

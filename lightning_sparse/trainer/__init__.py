@@ -1,0 +1,1 @@
+"""Lightning's hooks, and what a fit refuses, tells and remembers."""

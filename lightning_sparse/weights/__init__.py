@@ -1,0 +1,1 @@
+"""What is kept of each weight that trains sparse."""
