@@ -1,0 +1,83 @@
+"""Fit: what ties a callback to one fit, and how long that is."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_warn
+
+__all__ = ["Fit", "epochs", "steps"]
+
+
+@dataclass
+class Fit:
+    """What a callback holds of the fit it is in; a fresh one between fits. Nothing of it is pickled or copied.
+
+    Attributes:
+        trainer: the Trainer; None until the weights have been taken over, and after the fit.
+        module: the module it trains; None as the Trainer is.
+        optimizers: those of the fit's start.
+        handles: what is removed at the fit's end: hooks, and other things with ``remove``.
+        backwards: number of micro-batches whose gradients are in the weights.
+        logged_step: the latest step that was logged.
+        warned: the warnings that were given, which are given once.
+    """
+
+    trainer: Trainer | None = None
+    module: LightningModule | None = None
+    optimizers: list[Optimizer] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
+    backwards: int = 0
+    logged_step: int = 0
+    warned: set[str] = field(default_factory=set)
+
+    def release(self) -> None:
+        """Take all hooks away."""
+        for handle in self.handles:
+            handle.remove()
+
+    def remove(self, *kinds: type[Any]) -> None:
+        """Take the hooks of these kinds away."""
+        for handle in self.handles:
+            if isinstance(handle, kinds):
+                handle.remove()
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Give a warning unless one of the same key was given."""
+        if key not in self.warned:
+            self.warned.add(key)
+            rank_zero_warn(message)
+
+
+def epochs(trainer: Trainer) -> int | None:
+    """Return the number of epochs of the whole fit, None if nothing bounds it."""
+    bounds = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        bounds.append(trainer.max_epochs)
+    if trainer.max_steps >= 0 and trainer.num_training_batches != float("inf"):
+        an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        bounds.append(math.ceil(trainer.max_steps / max(an_epoch, 1)))
+    return max(1, min(bounds)) if bounds else None
+
+
+def steps(trainer: Trainer, before: Mapping[str, int]) -> float:
+    """Return the number of optimizer steps of the whole fit; infinite if nothing tells how many.
+
+    Args:
+        trainer: whose ``max_epochs`` and ``max_steps`` count its earlier fits, too.
+        before: the ``"epochs"`` and ``"steps"`` of these.
+    """
+    counted = float(trainer.estimated_stepping_batches)
+    if counted < 0:  # -1 is max_steps, which is not set
+        return math.inf
+    if not any(before.values()):
+        return counted
+    batches, last_epoch = trainer.num_training_batches, trainer.max_epochs
+    by_steps = float(trainer.max_steps - before["steps"]) if trainer.max_steps >= 0 else math.inf
+    if math.isinf(batches) or last_epoch is None or last_epoch < 0:
+        return by_steps
+    an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    return min(float(an_epoch * (last_epoch - before["epochs"])), by_steps)

@@ -1,0 +1,213 @@
+"""Guards: what a fit refuses, and what it warns of, before anything trains dense or wrong in silence."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+
+from lightning_sparse.compat.lightning import (
+    DDPStrategy,
+    MisconfigurationException,
+    SingleDeviceStrategy,
+    Trainer,
+    rank_zero_warn,
+)
+from lightning_sparse.layers.selection import Choice, table
+from lightning_sparse.trainer.verbs import Verbs
+
+__all__ = [
+    "averaging",
+    "refuse_exchanged_optimizers",
+    "refuse_missing_state",
+    "refuse_other_sparsity",
+    "refuse_other_weights",
+    "refuse_overlap",
+    "refuse_replaced",
+    "refuse_trainer",
+    "refuse_unknown_length",
+    "refuse_unowned",
+    "warn_of_averages",
+    "warn_of_log_interval",
+    "warn_of_other_weights",
+]
+
+
+def refuse_trainer(method: Verbs, trainer: Trainer) -> None:
+    """Raise if the strategy or an optimizer cannot train sparse."""
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise MisconfigurationException(
+            f"{method!r} needs whole weights on every process; {type(trainer.strategy).__name__} may split them. "
+            "Use a single device or strategy='ddp'."
+        )
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            f"{method!r} cannot train with LBFGS, which evaluates the loss several times within a step. "
+            "Use a first-order optimizer such as SGD or AdamW."
+        )
+    kinds = {kind.__name__ for optimizer in trainer.optimizers for kind in type(optimizer).__mro__}
+    if "ZeroRedundancyOptimizer" in kinds or getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+        raise MisconfigurationException(
+            f"{method!r} needs every process to make the same update: ZeroRedundancyOptimizer and model averaging "
+            "(model_averaging_period) do not. Use plain DDP with a plain optimizer."
+        )
+
+
+def refuse_unowned(method: Verbs, choices: Sequence[Choice], optimizers: Sequence[Optimizer]) -> None:
+    """Mark the weights that no optimizer owns; raise if nothing is left to make sparse."""
+    selected = [choice for choice in choices if choice.reason is None]
+    if not selected:
+        raise MisconfigurationException(
+            f"{method!r} found nothing to make sparse.\n{table('The parameters are:', choices)}\n"
+            "Name weights with include=[...], or take the callback away to train dense."
+        )
+    owners: dict[int, int] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for choice in selected:
+        count = owners.get(id(choice.parameter), 0)
+        if count == 0:
+            choice.reason = "in no optimizer"
+        elif count > 1:
+            raise MisconfigurationException(
+                f"{choice.name} is in {count} optimizers or param groups; {method!r} needs it in one. "
+                "Leave it to one of them, or keep it dense with exclude."
+            )
+    if all(choice.reason for choice in selected):
+        raise MisconfigurationException(
+            f"{method!r} would train nothing sparse: no optimizer owns any of the chosen weights "
+            f"({', '.join(choice.name for choice in selected)}). Return them from configure_optimizers."
+        )
+
+
+def refuse_overlap(method: Verbs, choices: Sequence[Choice], trainer: Trainer) -> None:
+    """Raise if another method of this Trainer already has one of the weights."""
+    mine = {choice.name for choice in choices if choice.reason is None}
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(other, Verbs) and other is not method and other._fit.trainer is trainer:
+            both = sorted(mine & set(other._weights))
+            if both:
+                raise MisconfigurationException(
+                    f"{other!r} and {method!r} both claim {both}. Divide the weights with include and exclude."
+                )
+
+
+def refuse_replaced(method: Verbs, choices: Sequence[Choice]) -> None:
+    """Raise if a weight of the method is another parameter of the module now."""
+    weights = method._weights
+    known = [choice for choice in choices if choice.name in weights]
+    replaced = [choice.name for choice in known if weights[choice.name].parameter is not choice.parameter]
+    if replaced:
+        raise MisconfigurationException(
+            f"{', '.join(replaced)} became another parameter during the fit, which {method!r} would "
+            "leave dense. Keep the layer and write new values into its weight, or begin another fit."
+        )
+
+
+def refuse_exchanged_optimizers(method: Verbs, trainer: Trainer) -> None:
+    """Raise if the Trainer's optimizers are others than at fit start."""
+    if [*map(id, trainer.optimizers)] != [*map(id, method._fit.optimizers)]:
+        raise MisconfigurationException(
+            f"The Trainer's optimizers have been exchanged since the fit started: {method!r} acts in "
+            "the steps of the earlier ones, and under others weights would train dense. Change learning rates and "
+            "param groups of the same optimizers, or begin another fit."
+        )
+
+
+def refuse_unknown_length(method: Verbs, steps: float, purpose: str, known: bool = True) -> None:
+    """Raise if ``known`` is False, or the number of steps of the training is not; for a purpose, in words."""
+    if not known or math.isinf(steps):
+        raise MisconfigurationException(
+            f"{method!r} must know how long the training is, {purpose}. Give the Trainer max_epochs or "
+            "max_steps, and limit_train_batches if the data have no known length."
+        )
+
+
+# ---------------------------------------------------------------------- checkpoints and earlier fits
+
+
+def refuse_missing_state(method: Verbs, key: str, callbacks: Mapping[str, Any]) -> None:
+    """Raise if a checkpoint's states of callbacks have none of this ``key``."""
+    if key in callbacks:
+        return
+    states = [state for state in callbacks.values() if isinstance(state, dict) and "lightning_sparse" in state]
+    others = ", ".join(str(state.get("method", state["lightning_sparse"])) for state in states)
+    raise MisconfigurationException(
+        f"The checkpoint has no state of {method!r} for its choice of weights: it was written "
+        + (f"with {others}. " if others else "without a method of lightning_sparse. ")
+        + _from_weights(method)
+    )
+
+
+def refuse_unread_checkpoint(method: Verbs, trainer: Trainer, restored: bool) -> None:
+    """Raise if the fit is resumed from a checkpoint, and no state was loaded."""
+    if trainer.ckpt_path and not restored and not trainer.strategy.restore_checkpoint_after_setup:
+        raise MisconfigurationException(
+            f"The checkpoint {trainer.ckpt_path} has no state of {method!r}. {_from_weights(method)}"
+        )
+
+
+def _from_weights(method: Verbs) -> str:
+    return (
+        "To start from its weights with fresh state: model = MyModule.load_from_checkpoint(path), then "
+        f"trainer.fit(model) without ckpt_path. To continue, give the Trainer the callback it was written with, "
+        f"not this {type(method).__name__}."
+    )
+
+
+def refuse_other_weights(
+    method: Verbs, here: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise unless the loaded state has just the chosen weights: names and shapes."""
+    if here != there:
+        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        raise MisconfigurationException(
+            f"The checkpoint's state of {method!r} and this module differ in {differing}: "
+            "choose the same weights (include, exclude, requires_grad, optimizers) as when it was written."
+        )
+
+
+def refuse_other_sparsity(method: Verbs, there: float, here: float) -> None:
+    """Raise unless the loaded state has the sparsity that the callback was made with."""
+    if here != there:
+        raise MisconfigurationException(
+            f"The checkpoint was written with sparsity={there!r}, this {method!r} has {here!r}: give it the same."
+        )
+
+
+def warn_of_other_weights(method: Verbs) -> None:
+    """Warn that the state of an earlier fit is of no use."""
+    rank_zero_warn(f"This {method!r} holds the state of an earlier fit of other weights: it starts afresh.")
+
+
+# ---------------------------------------------------------------------- what goes beside
+
+
+def averaging(trainer: Trainer) -> list[str]:
+    """Return the names of the callbacks that average weights over time."""
+    kinds = {"StochasticWeightAveraging", "WeightAveraging"}
+    types = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [kind.__name__ for kind in types if kinds & {base.__name__ for base in kind.__mro__}]
+
+
+def warn_of_averages(method: Verbs, trainer: Trainer) -> None:
+    """Warn that an average of weights over time is denser than each of them."""
+    for name in averaging(trainer) if method.moves else ():
+        rank_zero_warn(
+            f"{name} averages weights of several steps: what was nonzero at one of them is so in the average, "
+            f"which is denser than {method!r} says unless it begins when connections move no longer. "
+            "For exact zeros multiply each weight of the averaged module by callback.masks[name] after the fit."
+        )
+
+
+def warn_of_log_interval(method: Verbs, every: int | None, trainer: Trainer) -> None:
+    """Warn if the Trainer writes less often than the method logs."""
+    theirs = max(getattr(trainer, "log_every_n_steps", 1), 1)
+    if every is not None and trainer.loggers and every % theirs:
+        rank_zero_warn(
+            f"log_every_n_steps={every} of {method!r} is not a multiple of the Trainer's {theirs}, "
+            "so not all of its values reach the logger. "
+            f"Set Trainer(log_every_n_steps={every}) or a divisor of it."
+        )
