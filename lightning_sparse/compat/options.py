@@ -85,7 +85,7 @@ def option(
     kw_only: bool = True,
     init: bool = True,
 ) -> Any:
-    """Declare an option in the body of a class: ``smoothing: float = option(default=0.9, doc="...", check=...)``.
+    """Declare an option in the body of a class, as in ``rate: float = option(default=0.9, doc="share kept.")``.
 
     Args:
         default: left out: the argument is required.
@@ -182,7 +182,7 @@ def _declared(cls: type[Options]) -> dict[str, Option]:
     """Return the options that a class body declares, by field, and put their defaults in the place of declarations."""
     hints, bases, own = inspect.get_annotations(cls, eval_str=True), cls._inherited(), {}
     for field in hints:
-        if get_origin(hints[field]) is ClassVar or hints[field] is ClassVar or field.startswith("_"):
+        if ClassVar in (hints[field], get_origin(hints[field])) or field.startswith("_"):
             continue
         said = vars(cls).get(field, _Declared())
         if not isinstance(said, _Declared):  # a default alone
@@ -211,18 +211,18 @@ def _constructor(cls: type[Options]) -> Callable[..., None]:
     signature = inspect.Signature([receiver, *(known.parameter for known in options)], return_annotation=None)
 
     @wraps(object.__init__, assigned=("__name__", "__doc__"), updated=())
-    def __init__(self: Options, *args: Any, **kwargs: Any) -> None:
+    def constructor(self: Options, *args: Any, **kwargs: Any) -> None:
         given = _bound(type(self).__name__, options, args, kwargs)
         for known in options:
             known.refuse(given[known.name])
             setattr(self, known.field, given[known.name])
         self.__post_init__()
 
-    __init__.__signature__ = signature  # type: ignore[attr-defined]  # a function has any attribute
-    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
-    __init__.__module__ = cls.__module__
-    __init__.__doc__ = None
-    return __init__
+    constructor.__signature__ = signature  # type: ignore[attr-defined]  # a function has any attribute
+    constructor.__qualname__ = f"{cls.__qualname__}.__init__"
+    constructor.__module__ = cls.__module__
+    constructor.__doc__ = None
+    return constructor
 
 
 def _bound(method: str, options: Sequence[Option], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

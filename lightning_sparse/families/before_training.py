@@ -1,7 +1,7 @@
 """BeforeTraining: the base of methods that choose their connections once, by a score, before the first step."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
+from lightning_sparse.compat.options import fixed
 from lightning_sparse.families.masked import MaskedCallback
 from lightning_sparse.layers.selection import Choice
 from lightning_sparse.rules import select
-from lightning_sparse.rules.budgets import budget, floors
+from lightning_sparse.rules.budgets import Distribution, budget, floors
+from lightning_sparse.storage.store import Storage
 from lightning_sparse.trainer.probe import Probe, probing
 from lightning_sparse.weights.base import Weight
 
@@ -26,56 +28,44 @@ class BeforeTraining(MaskedCallback):
     second fit, keep their masks. Until then, in the sanity check of validation, the network is dense. Weights that join
     an optimizer later are scored by themselves when they do. Everything is computed on copies: batches, random draws,
     batch-norm statistics, metrics and logs of the run are those it would have had.
-
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        min_layer_density: no layer falls below this density.
-        include: see ``SparseCallback``.
-        exclude: see ``SparseCallback``.
-        log_every_n_steps: see ``SparseCallback``.
     """
 
-    #: the scores need the loss of ``training_step``
-    needs_loss: bool = True
+    distribution: Distribution | Mapping[str, float] = fixed(default="erk")  # layers compete
+    seed: int | None = fixed(default=None)  # nothing is drawn
+    storage: Storage = fixed(default="masked")
+    plain_checkpoints: bool | None = fixed(default=None)
 
-    #: how often scores are computed, of a network that gets sparser from one to the next
-    rounds: int = 1
+    #: the scores need the loss of ``training_step``
+    needs_loss = True
 
     moves = False
 
-    def __init__(
-        self,
-        sparsity: float,
-        min_layer_density: float = 0.0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        log_every_n_steps: int | None = None,
-    ) -> None:
-        super().__init__(
-            sparsity,
-            min_layer_density=min_layer_density,
-            include=include,
-            exclude=exclude,
-            log_every_n_steps=log_every_n_steps,
-        )
+    def __post_init__(self) -> None:
+        """Make the state."""
+        super().__post_init__()
         self._scored = False
+
+    @property
+    def num_rounds(self) -> int:
+        """How often scores are computed, of a network that gets sparser from one to the next."""
+        return 1
 
     @abstractmethod
     def scores(self, probe: Probe) -> list[Tensor]:
         """Return the score of each of ``probe.weights``, which are those of the masked network; the largest stay."""
 
-    def choose(self, probe: Probe) -> list[Tensor]:
+    def choose_masks(self, probe: Probe) -> list[Tensor]:
         """Return the masks: round by round, down to the budget."""
         chosen = [torch.ones_like(W, dtype=torch.bool, requires_grad=False) for W in probe.weights]
         sizes = [mask.numel() for mask in chosen]
         final = budget(self.sparsity_target, sum(sizes))
         at_least = floors(self.min_layer_density, sizes, final)
-        for k in budgets(sum(sizes), final, self.rounds):
+        for k in budgets(sum(sizes), final, self.num_rounds):
             scores = self.scores(probe)
             for name, score in zip(probe.names, scores, strict=True):
                 if not score.isfinite().all():
                     raise MisconfigurationException(
-                        f"{type(self).__name__} got scores of {name} that are NaN or infinite. Check that the loss and "
+                        f"{self!r} got scores of {name} that are NaN or infinite. Check that the loss and "
                         "its gradients are finite at the start: input values, initial weights, precision."
                     )
             chosen = select.global_top_k(scores, k, chosen, at_least)
@@ -90,7 +80,7 @@ class BeforeTraining(MaskedCallback):
         super().on_fit_start(trainer, pl_module)
         if self.needs_loss and not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"{type(self).__name__} needs the loss that training_step returns, but {type(pl_module).__name__} "
+                f"{self!r} needs the loss that training_step returns, but {type(pl_module).__name__} "
                 "optimizes manually. Set automatic_optimization=True, or use SynFlow or RandomPruning, which need none."
             )
 
@@ -100,20 +90,20 @@ class BeforeTraining(MaskedCallback):
         if not self._scored:
             self._prune(list(self._weights.values()))
 
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
         """Choose the connections of weights that joined an optimizer later, by their current scores."""
-        super().attach_more(choices, optimizer)
+        super().attach_added(choices, optimizer)
         self._prune([self._weights[choice.name] for choice in choices])
 
     def _prune(self, weights: Sequence[Weight]) -> None:
-        assert self._trainer is not None
-        assert self._module is not None
-        with probing(self._trainer, self._module, [weight.name for weight in weights]) as probe:
-            chosen = self.choose(probe)
+        assert self._fit.trainer is not None
+        assert self._fit.module is not None
+        with probing(self._fit.trainer, self._fit.module, [weight.name for weight in weights]) as probe:
+            chosen = self.choose_masks(probe)
         for weight, mask in zip(weights, chosen, strict=True):
             weight.keep(mask)
         self._scored = True
-        rank_zero_info(f"{type(self).__name__} of lightning_sparse: density {self.density:.4g}")
+        rank_zero_info(f"{self!r} of lightning_sparse: density {self.density:.4g}")
 
     # ------------------------------------------------------------------ the family's verbs and state
 

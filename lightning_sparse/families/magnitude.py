@@ -7,6 +7,7 @@ import torch
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, layer_counts, least, shrunk
 from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.masked import dense
 
 __all__ = ["prune"]
 
@@ -30,17 +31,18 @@ def prune(
         distribution: under ``scope="layer"``, how ``final`` is divided; see ``MaskedCallback``.
         min_layer_density: no weight falls below this density.
     """
+    held = dense(weights)
     if scope == "global":
         counts = select.count_global_top_k(
-            [weight.W for weight in weights],
+            [weight.W for weight in held],
             total,
-            [weight.mask for weight in weights],
+            [weight.mask for weight in held],
             [least(min_layer_density, weight.size) for weight in weights],
             score=torch.abs,
         )
     else:
         shapes = {weight.name: weight.shape for weight in weights}
         ends = layer_counts(distribution, shapes, final, min_layer_density)
-        counts = shrunk([weight.active for weight in weights], list(ends.values()), total)
-    for weight, count in zip(weights, counts, strict=True):
-        weight.keep_largest(count)
+        counts = shrunk([weight.num_active for weight in held], list(ends.values()), total)
+    for weight, count in zip(held, counts, strict=True):
+        weight.keep(select.top_k(weight.W.abs(), count, among=weight.mask))

@@ -9,16 +9,20 @@ left.
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families.masked import MaskedCallback
-from lightning_sparse.rules import sampling, select
+from lightning_sparse.families.shares import needed
+from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Scope
-from lightning_sparse.weights.base import Weight, finite
+from lightning_sparse.storage.store import Storage
+from lightning_sparse.weights.base import Weight, finite, param_group
+from lightning_sparse.weights.masked import MaskedWeight, dense
 
 __all__ = ["DeepR"]
 
@@ -32,15 +36,6 @@ class DeepR(MaskedCallback):
     ``theta += sqrt(2 lr T) nu`` with standard normal ``nu``; where ``theta < 0`` the connection is dropped, and as many
     are grown at random.
 
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        l1: the paper's alpha, weight of the L1 term, at least 0.
-        temperature: the paper's T, at least 0; 0 adds no noise. The default gives the authors' noise, of standard
-            deviation 1e-5 times the learning rate, at their learning rate 0.5.
-        scope: grow in the same ``"layer"``, or anywhere (``"global"``).
-        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.families.masked.MaskedCallback`.
-
     Raises:
         ValueError: an argument is out of range.
 
@@ -52,32 +47,36 @@ class DeepR(MaskedCallback):
         "Deep Rewiring: Training very sparse deep networks", ICLR 2018.
     """
 
-    def __init__(
-        self,
-        sparsity: float,
-        l1: float = 1e-5,
-        temperature: float = 2.5e-11,
-        scope: Scope = "layer",
-        **options: Any,
-    ) -> None:
-        super().__init__(sparsity, **options)
-        checks.at_least(0, "The authors' value is 1e-5.", l1=l1)
-        checks.at_least(0, "0 adds no noise.", temperature=temperature)
-        checks.one_of(get_args(Scope), scope=scope)
-        self.l1 = l1
-        self.temperature = temperature
-        self.scope = scope
+    l1: float = option(
+        default=1e-5,
+        check=partial(checks.at_least, 0, "The authors' value is 1e-5."),
+        doc="the paper's alpha, weight of the L1 term, at least 0.",
+    )
+    temperature: float = option(
+        default=2.5e-11,
+        check=partial(checks.at_least, 0, "0 adds no noise."),
+        doc="the paper's T, at least 0; 0 adds no noise. The default gives the authors' noise, of standard deviation "
+        "1e-5 times the learning rate, at their learning rate 0.5.",
+    )
+    scope: Scope = option(default="layer", doc='grow in the same ``"layer"``, or anywhere (``"global"``).')
+    storage: Storage = fixed(default="masked")
+    plain_checkpoints: bool | None = fixed(default=None)
+
+    def __post_init__(self) -> None:
+        """Make the state."""
+        super().__post_init__()
         self._stepping: set[str] = set()
 
     @property
-    def connections(self) -> dict[str, Tensor]:
+    def mask_versions(self) -> dict[str, int]:
         """Nothing to go by: connections may move at every step."""
         return {}
 
     def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Fix the signs."""
-        at_random = torch.rand(weight.mask.shape, generator=self.generator).to(weight.W.device) < 0.5
-        return {"positive": torch.where(weight.W == 0, at_random, weight.W > 0)}
+        (held,) = dense([weight])
+        at_random = torch.rand(held.mask.shape, generator=self.generator).to(held.W.device) < 0.5
+        return {"positive": torch.where(held.W == 0, at_random, held.W > 0)}
 
     def observe(self, weights: Sequence[Weight], scale: float) -> None:
         """Note which weights the step that follows updates: none if AMP skips it."""
@@ -86,34 +85,35 @@ class DeepR(MaskedCallback):
 
     def updated(self, weights: Sequence[Weight]) -> None:
         """Decay, shake, and move the connections whose sign has changed."""
-        weights = [weight for weight in weights if weight.name in self._stepping]
-        self._stepping.difference_update(weight.name for weight in weights)
-        lost = [self.drift(weight) for weight in weights]
+        moving = dense([weight for weight in weights if weight.name in self._stepping])
+        self._stepping.difference_update(weight.name for weight in moving)
+        lost = [self.drift(weight) for weight in moving]
         drops = list(map(select.count, lost))
-        grows = drops if self.scope == "layer" else self.anywhere(weights, drops)
-        for weight, leaving, fewer, more in zip(weights, lost, drops, grows, strict=True):
+        grows = drops if self.scope == "layer" else self.anywhere(moving, drops)
+        for weight, leaving, fewer, more in zip(moving, lost, drops, grows, strict=True):
             if fewer or more:
-                new, dropped = min(more, weight.room), weight.places[leaving]
-                grown = sampling.free_positions(new, weight.positions, weight.size, self.generator)
+                new, dropped = min(more, weight.num_inactive), weight.active_indices[leaving]
+                grown = self.pattern.grow_at_random(weight, new, dropped, self.generator)
                 again = torch.randperm(fewer, generator=self.generator)[: more - new]
                 grown = torch.cat((grown.to(dropped.device), dropped[again.to(dropped.device)]))
-                weight.exchange(dropped, grown, NEW * signs(weight, grown))
+                weight.rewire(dropped, grown, NEW * signs(weight, grown))
 
-    def drift(self, weight: Weight) -> Tensor:
+    def drift(self, weight: MaskedWeight) -> Tensor:
         """``theta -= lr l1`` and ``theta += sqrt(2 lr T) nu``; return which active connections are below 0 now."""
-        lr, W = float(weight.group["lr"]), weight.W.reshape(-1)[weight.places]
-        sign = signs(weight, weight.places)
+        places = weight.active_indices
+        lr, W = float(param_group(weight)["lr"]), weight.W.reshape(-1)[places]
+        sign = signs(weight, places)
         W -= lr * self.l1 * sign
         if self.temperature:
             noise = torch.randn(len(W), generator=self.generator) * math.sqrt(2 * lr * self.temperature)
             W += noise.to(W)
-        select.put_(weight.W, weight.places, W)
+        select.put_(weight.W, places, W)
         return W * sign < 0
 
     def anywhere(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
         """Draw how many connections each layer gets of all that were dropped."""
-        grows = [max(0, self.least(w) - (w.active - n)) for w, n in zip(weights, drops, strict=True)]
-        room = [weight.room for weight in weights]
+        grows = needed(weights, drops, self.min_layer_density)
+        room = [weight.num_inactive for weight in weights]
         with_own = [places + n for places, n in zip(room, drops, strict=True)]
         for places in (room, with_own):  # the places that were just left come last
             open_ = [max(0, n - taken) for n, taken in zip(places, grows, strict=True)]
@@ -122,7 +122,7 @@ class DeepR(MaskedCallback):
         return grows
 
 
-def signs(weight: Weight, places: Tensor) -> Tensor:
+def signs(weight: MaskedWeight, places: Tensor) -> Tensor:
     """Return the signs that go with some flat positions, 1 or -1."""
     return weight.buffers["positive"].reshape(-1)[places].to(weight.W.dtype).mul_(2).sub_(1)
 

@@ -5,12 +5,13 @@ last update falls on the end of the schedule exactly, and pruned weights never c
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
 
-from lightning_sparse.compat import checks
+from lightning_sparse.compat.options import option
+from lightning_sparse.families.common import SCOPE
 from lightning_sparse.families.gradual import GradualPruning
 from lightning_sparse.rules.budgets import Distribution, Scope
-from lightning_sparse.weights.base import Pool, Weight
+from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.group import WeightGroup
 
 __all__ = ["GMP"]
 
@@ -19,18 +20,6 @@ class GMP(GradualPruning):
     """Gradual Magnitude Pruning: from dense to sparse, the smallest weights first.
 
     The sparsity of step t is ``s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3``.
-
-    Args:
-        sparsity: share of zeros at the end over all selected weights, s_f, in [0, 1).
-        scope: compare the weights of all layers (``"global"``), or prune each ``"layer"`` towards its own count, given
-            by ``distribution``.
-        begin_at: share of the training after which pruning begins (t_0), in [0, 1).
-        end_at: share of the training after which the target is reached (t_1), above ``begin_at`` and at most 1.
-        update_every: number of optimizer steps from update to update.
-        initial_sparsity: share of zeros at the start, s_i, from 0 to ``sparsity``; a random mask if above 0.
-        distribution: how the active weights are divided among layers, see
-            :class:`~lightning_sparse.families.masked.MaskedCallback`.
-        options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see there.
 
     Raises:
         ValueError: an argument is out of range.
@@ -43,23 +32,9 @@ class GMP(GradualPruning):
         "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017.
     """
 
-    def __init__(
-        self,
-        sparsity: float,
-        scope: Scope = "global",
-        begin_at: float = 0.0,
-        end_at: float = 0.75,
-        update_every: int = 100,
-        initial_sparsity: float = 0.0,
-        distribution: Distribution | Mapping[str, float] = "uniform",
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            sparsity, initial_sparsity, begin_at, end_at, update_every, distribution=distribution, **options
-        )
-        checks.one_of(get_args(Scope), scope=scope)
-        self.scope = scope
+    scope: Scope = option(default="global", doc=SCOPE)
+    distribution: Distribution | Mapping[str, float] = "uniform"
 
-    def move(self, weights: Sequence[Weight], pool: Pool, scale: float) -> None:
+    def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Keep as many of the largest ``|W|`` as the schedule says."""
-        self.prune(pool, self.scope)
+        self.prune(group, self.scope)

@@ -5,15 +5,19 @@ dropped in an update are not grown in it, so a layer regenerates no more of them
 at 0; the gradient is that of the step's own batch, and the optimizer's update is applied as in any step.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.options import option
 from lightning_sparse.families.gradual import GradualPruning
-from lightning_sparse.rules import select
-from lightning_sparse.rules.budgets import share
+from lightning_sparse.rules import criteria, select
+from lightning_sparse.rules.budgets import portion
+from lightning_sparse.rules.clock import Clock
 from lightning_sparse.rules.schedules import cosine
-from lightning_sparse.weights.base import Pool, Weight
+from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.group import WeightGroup
 
 __all__ = ["GraNet"]
 
@@ -21,17 +25,7 @@ __all__ = ["GraNet"]
 class GraNet(GradualPruning):
     """Gradual pruning with regrowth: fall to the target by global magnitude, and rewire some of each layer meanwhile.
 
-    Args:
-        sparsity: share of zeros at the end over all selected weights, s_f, in [0, 1).
-        initial_sparsity: share of zeros at the start, s_i, from 0 (dense to sparse) to ``sparsity``.
-        drop_fraction: the paper's r, share of a layer's connections that the first update regenerates, in (0, 1]; it
-            falls to 0 by a cosine until the end of the training.
-        begin_at: share of the training after which pruning begins, in [0, 1).
-        end_at: share of the training after which the target is reached, above ``begin_at`` and at most 1; regeneration
-            goes on.
-        update_every: number of optimizer steps from update to update.
-        options: ``distribution`` of the initial mask, ``min_layer_density``, ``seed``, ``include``, ``exclude``,
-            ``log_every_n_steps``; see :class:`~lightning_sparse.families.masked.MaskedCallback`.
+    Regeneration goes on after the schedule's end.
 
     Raises:
         ValueError: an argument is out of range.
@@ -44,34 +38,35 @@ class GraNet(GradualPruning):
         "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", NeurIPS 2021.
     """
 
+    initial_sparsity: float = 0.5
+    drop_fraction: float = option(
+        default=0.5,
+        check=partial(
+            checks.fraction,
+            "The paper's value is 0.5; the method without regeneration is GMP.",
+            above_0=True,
+        ),
+        doc="the paper's r, share of a layer's connections that the first update regenerates, in (0, 1]; it falls to 0 "
+        "by a cosine until the end of the training.",
+    )
+    end_at: float = 0.5
+    update_every: int = 1000
+
     dense_gradient_to_move = True
 
-    def __init__(
-        self,
-        sparsity: float,
-        initial_sparsity: float = 0.5,
-        drop_fraction: float = 0.5,
-        begin_at: float = 0.0,
-        end_at: float = 0.5,
-        update_every: int = 1000,
-        **options: Any,
-    ) -> None:
-        super().__init__(sparsity, initial_sparsity, begin_at, end_at, update_every, **options)
-        remedy = "The paper's value is 0.5; the method without regeneration is GMP."
-        checks.fraction(remedy, above_0=True, drop_fraction=drop_fraction)
-        self.drop_fraction = drop_fraction
-
-    def is_due(self, pool: Pool) -> bool:
+    @property
+    def clock(self) -> Clock:
         """Regenerate also after the schedule's end."""
         first, last = self.span()
-        return super().is_due(pool) or (pool.step > last and (pool.step - first) % self.update_every == 0)
+        return Clock(self.update_every, begin=first, end=math.inf, closing=last)
 
-    def move(self, weights: Sequence[Weight], pool: Pool, scale: float) -> None:
+    def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Prune to the schedule; then drop the smallest ``|W|`` of each layer and grow the largest ``|dP|``."""
-        trained = pool.step > 0  # what has not been trained is not judged
-        fraction = self.drop_fraction * cosine(pool.step / self.total_steps) if trained else 0.0
-        free = [weight.steepest(min(share(fraction, weight.active), weight.room)) for weight in weights]
-        self.prune(pool)
-        for weight, (found, slopes) in zip(weights, free, strict=True):  # what has just been pruned does not come back
-            n = min(share(fraction, weight.active), len(found))
-            weight.exchange(weight.smallest(n), found[select.top_k_positions(slopes, n)])
+        trained = group.step > 0  # what has not been trained is not judged
+        fraction = self.drop_fraction * cosine(group.step / self.total_steps) if trained else 0.0
+        free = [w.largest_gradients(min(portion(fraction, w.num_active), w.num_inactive)) for w in weights]
+        self.prune(group)
+        for weight, (found, gradients) in zip(weights, free, strict=True):  # what was just pruned does not come back
+            n = min(portion(fraction, weight.num_active), len(found))
+            dropped = self.pattern.drop(weight, criteria.magnitude(weight), n)
+            weight.rewire(dropped, found[select.top_k_positions(gradients, n)])

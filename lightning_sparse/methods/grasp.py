@@ -7,6 +7,7 @@ is the variant of Lubana and Dick (ICLR 2021): what changes the flow least, in e
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.compat.options import option
 from lightning_sparse.families.before_training import BeforeTraining
 from lightning_sparse.trainer.probe import Probe, whole
 
@@ -27,16 +29,6 @@ class GraSP(BeforeTraining):
     ``S = -W * Hg`` with the gradient ``g`` and the Hessian ``H`` of the mean loss of some batches, its logits divided
     by ``temperature``; the smallest ``S`` of the whole network stay.
 
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        batches: number of training batches (of each process) whose loss is differentiated, 1 or more.
-        absolute: keep the largest ``|S|`` instead.
-        temperature: the logits are divided by it, above 0; 1 leaves them as they are.
-        logits: name of the submodule that returns the logits, such as ``"net.head"``; default: the module's own
-            ``forward``, which ``training_step`` then has to call as ``self(x)``.
-        options: ``min_layer_density``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.families.before_training.BeforeTraining`.
-
     Raises:
         ValueError: an argument is out of range.
 
@@ -48,22 +40,22 @@ class GraSP(BeforeTraining):
         "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020.
     """
 
-    def __init__(
-        self,
-        sparsity: float,
-        batches: int = 1,
-        absolute: bool = False,
-        temperature: float = 200.0,
-        logits: str | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(sparsity, **options)
-        checks.integer(1, "About ten samples of each class are usual.", batches=batches)
-        checks.above(0, "The paper's value is 200; 1 leaves the logits as they are.", temperature=temperature)
-        self.batches = batches
-        self.absolute = absolute
-        self.temperature = temperature
-        self.logits = logits
+    batches: int = option(
+        default=1,
+        check=partial(checks.integer, 1, "About ten samples of each class are usual."),
+        doc="number of training batches (of each process) whose loss is differentiated, 1 or more.",
+    )
+    absolute: bool = option(default=False, doc="keep the largest ``|S|`` instead.")
+    temperature: float = option(
+        default=200.0,
+        check=partial(checks.above, 0, "The paper's value is 200; 1 leaves the logits as they are."),
+        doc="the logits are divided by it, above 0; 1 leaves them as they are.",
+    )
+    logits: str | None = option(
+        default=None,
+        doc='name of the submodule that returns the logits, such as ``"net.head"``; default: the module\'s own '
+        "``forward``, which ``training_step`` then has to call as ``self(x)``.",
+    )
 
     def scores(self, probe: Probe) -> list[Tensor]:
         """Return ``-S = W * Hg``, or its magnitude."""

@@ -5,7 +5,8 @@ weights that are left, and the last one the target exactly; all layers compete b
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from functools import partial
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -18,14 +19,17 @@ from lightning_sparse.compat.lightning import (
     Trainer,
     rank_zero_info,
 )
+from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families import magnitude
 from lightning_sparse.families.before_training import budgets
+from lightning_sparse.families.common import FINAL_SPARSITY, SCOPE
 from lightning_sparse.families.masked import MaskedCallback
 from lightning_sparse.layers.selection import Choice
-from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
+from lightning_sparse.storage.store import Storage
 from lightning_sparse.trainer.rewind import restore, snapshot
 from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.masked import dense
 
 __all__ = ["LotteryTicket"]
 
@@ -37,17 +41,6 @@ class LotteryTicket(MaskedCallback):
     are pruned by magnitude, down to ``size (1 - sparsity)^(j / rounds)`` in round j. Then all parameters and buffers of
     the module, optimizers and learning-rate schedulers go back to where they were when the fit began (or after
     ``rewind_epoch`` epochs), so each training runs like the first, with fewer weights.
-
-    Args:
-        sparsity: share of zeros at the end over all selected weights, in [0, 1).
-        rounds: number of prunings, at least 1, which is one-shot pruning.
-        rewind_epoch: number of epochs after which the state to rewind to is taken. Later trainings repeat only the
-            epochs from there on, so with L epochs a training, the fit has ``L + rounds (L - rewind_epoch)``.
-        scope: compare the weights of all layers (``"global"``), or prune each ``"layer"`` to its own count, given by
-            ``distribution``.
-        distribution: how the active weights are divided among layers, see
-            :class:`~lightning_sparse.families.masked.MaskedCallback`.
-        options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see there.
 
     Raises:
         ValueError: an argument is out of range.
@@ -61,37 +54,40 @@ class LotteryTicket(MaskedCallback):
         "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", ICLR 2019.
     """
 
-    def __init__(
-        self,
-        sparsity: float,
-        rounds: int = 5,
-        rewind_epoch: int = 0,
-        scope: Scope = "global",
-        distribution: Distribution | Mapping[str, float] = "uniform",
-        **options: Any,
-    ) -> None:
-        super().__init__(sparsity, distribution, **options)
-        checks.integer(1, "1 prunes once.", rounds=rounds)
-        checks.integer(0, "0 rewinds to the start.", rewind_epoch=rewind_epoch)
-        checks.one_of(get_args(Scope), scope=scope)
-        self.initial_sparsity = 0.0
-        self.rounds = rounds
-        self.rewind_epoch = rewind_epoch
-        self.scope = scope
+    sparsity_target: float = option(alias="sparsity", kw_only=False, doc=FINAL_SPARSITY)
+    rounds: int = option(
+        default=5,
+        check=partial(checks.integer, 1, "1 prunes once."),
+        doc="number of prunings, at least 1, which is one-shot pruning.",
+    )
+    rewind_epoch: int = option(
+        default=0,
+        check=partial(checks.integer, 0, "0 rewinds to the start."),
+        doc="number of epochs after which the state to rewind to is taken. Later trainings repeat only the epochs from "
+        "there on, so with L epochs a training, the fit has ``L + rounds (L - rewind_epoch)``.",
+    )
+    scope: Scope = option(default="global", doc=SCOPE)
+    distribution: Distribution | Mapping[str, float] = "uniform"
+    storage: Storage = fixed(default="masked")
+    plain_checkpoints: bool | None = fixed(default=None)
+
+    def __post_init__(self) -> None:
+        """Make the state."""
+        super().__post_init__()
         self._epochs: int | None = None
-        self._pruned = 0  # rounds, and how many of them belong to earlier fits
-        self._earlier = 0
+        self._pruned = 0  # rounds
+        self._earlier = 0  # those of earlier fits
         self._rewind_point: dict[str, Any] = {}
 
     @property
-    def watched(self) -> dict[str, float]:
+    def extra_metrics(self) -> dict[str, float]:
         """The number of prunings so far, to log."""
         return {"sparsity/round": float(self._pruned)}
 
     @property
-    def held(self) -> list[Mapping[str, Any]]:
+    def state_tensors(self) -> list[Mapping[str, Any]]:
         """The state to rewind to, too."""
-        return [*super().held, self._rewind_point]
+        return [*super().state_tensors, self._rewind_point]
 
     # ------------------------------------------------------------------ when
 
@@ -104,16 +100,16 @@ class LotteryTicket(MaskedCallback):
         """Make sure that the epochs make up the trainings, and the budget the floors."""
         super().on_train_start(trainer, pl_module)
         self._refuse_early_average(trainer, max(self.starts(), default=-1))
-        for pool in self._pools.values():
-            sizes = [weight.size for weight in pool.weights]
-            floors(self.min_layer_density, sizes, self.count(pool.weights, self.rounds))
+        for group in self._groups:
+            sizes = [weight.size for weight in group.weights]
+            floors(self.min_layer_density, sizes, self.count(group.weights, self.rounds))
 
     def _refuse_early_average(self, trainer: Trainer, last: int) -> None:
         """Raise if weights are averaged, and learning rates exchanged, before the last rewinding."""
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, StochasticWeightAveraging) and other.swa_start <= last:
                 raise MisconfigurationException(
-                    f"LotteryTicket rewinds weights and learning rates in epoch {last} for the last time, and "
+                    f"{self!r} rewinds weights and learning rates in epoch {last} for the last time, and "
                     "StochasticWeightAveraging must not begin before the one after, but it does in epoch "
                     f"{other.swa_start} (both counted from 0). Give it swa_epoch_start={last + 2} or more."
                 )
@@ -125,7 +121,7 @@ class LotteryTicket(MaskedCallback):
             return []
         if self._epochs is None:
             raise MisconfigurationException(
-                f"LotteryTicket divides the epochs of the fit into {rounds + 1} trainings: give the Trainer max_epochs."
+                f"{self!r} divides the epochs of the fit into {rounds + 1} trainings: give the Trainer max_epochs."
             )
         length, rest = divmod(self._epochs + rounds * r, rounds + 1)
         if rest or length <= r:
@@ -145,10 +141,10 @@ class LotteryTicket(MaskedCallback):
             self._rewind_point = snapshot(trainer, pl_module)
         if self._earlier + sum(start <= epoch for start in self.starts()) > self._pruned:
             self._pruned += 1
-            for pool in self._pools.values():
-                self._prune(pool.weights)
+            for group in self._groups:
+                self._prune(group.weights)
             self._rewind(trainer, pl_module)
-            rank_zero_info(f"LotteryTicket: round {self._pruned} of {self.rounds} leaves density {self.density:.4g}.")
+            rank_zero_info(f"{self!r}: round {self._pruned} of {self.rounds} leaves density {self.density:.4g}.")
 
     # ------------------------------------------------------------------ prune and rewind
 
@@ -170,10 +166,9 @@ class LotteryTicket(MaskedCallback):
     def _rewind(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back the state that was taken, but for what is pruned."""
         restore(self._rewind_point, trainer, pl_module)
-        for weight in self._weights.values():
-            select.zero_outside_(weight.W, weight.mask)
-            for _, state in weight.optimizer_state():
-                select.zero_outside_(state, weight.mask)
+        for weight in dense([*self._weights.values()]):
+            weight.keep_zeros()
+            weight.keep_zero_state()
 
     # ------------------------------------------------------------------ the family's verbs and state
 
@@ -184,9 +179,9 @@ class LotteryTicket(MaskedCallback):
             self._pruned = self._pruned if self.density < 1 else 0
             self._earlier, self._rewind_point = self._pruned, {}
 
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
         """Prune newcomers at once as far as the others are."""
-        super().attach_more(choices, optimizer)
+        super().attach_added(choices, optimizer)
         self._prune([self._weights[choice.name] for choice in choices])
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,18 +7,18 @@ processes; with ``storage="sparse"`` it is computed for the sampled positions al
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.layers.unit_activity import Activity, Hooks, SynapticFlow, readable
 from lightning_sparse.rules import sampling, select
-from lightning_sparse.rules.budgets import Distribution, apportion, share
-from lightning_sparse.storage.sparse import SparseStorage
-from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.rules.budgets import Distribution, apportion, least, portion
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["MemoryEfficientDST"]
@@ -26,31 +26,13 @@ __all__ = ["MemoryEfficientDST"]
 Heuristic = Literal["random", "grabo", "synflow"]
 
 
-class MemoryEfficientDST(SparseStorage, PruneAndGrow):
+class MemoryEfficientDST(PruneAndGrow):
     """Memory Efficient DST: drop the smallest weights of all, grow the largest gradients of a sampled subset.
 
     An update drops ``|P|`` connections of smallest ``|W|``, whatever their layer. In each layer it samples inactive
     connections ``(a, b)``, input ``a ~ f`` and output ``b ~ g``, in proportion to the layer's size and
     ``subset_multiplier |P|`` in all; of these it grows the ``|P|`` of largest ``|dP|``. At the start of a fit the
     weights of each neuron are multiplied by the square root of its dense fan-in over its actual one.
-
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        heuristic: what ``f`` and ``g`` are: ``"random"``: uniform; ``"grabo"``: in proportion to ``sum |h|`` over the
-            inputs and ``sum |delta|`` over the gradients of the outputs; ``"synflow"``: the flow of ones through
-            ``|W|``, from the input to ``a`` and from ``b`` to the output.
-        subset_multiplier: number of connections sampled for each one moved, at least 1.
-        drop_fraction: share of the connections that the first update would drop, in (0, 1]; falls by a cosine to 0.
-        update_every: number of optimizer steps from update to update; None: at the first step of each epoch but the
-            first.
-        stop_at: share of the training after which connections stay, in (0, 1].
-        distribution: how the active weights are divided among layers at first.
-        scale_init: scale the weights a fit starts with to the fan-in that is left; False if they are trained ones.
-        storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
-            memory and time in proportion to them (linear layers and 2-d convolutions only).
-        options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.families.masked.MaskedCallback`; with ``storage="sparse"`` also
-            ``plain_checkpoints``; see :class:`~lightning_sparse.storage.sparse.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -63,36 +45,34 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
         "Memory Efficient Dynamic Sparse Training", under double-blind review.
     """
 
+    heuristic: Heuristic = option(
+        default="grabo",
+        doc='what ``f`` and ``g`` are: ``"random"``: uniform; ``"grabo"``: in proportion to ``sum |h|`` over the '
+        'inputs and ``sum |delta|`` over the gradients of the outputs; ``"synflow"``: the flow of ones through '
+        "``|W|``, from the input to ``a`` and from ``b`` to the output.",
+    )
+    subset_multiplier: float = option(
+        default=10,
+        check=partial(checks.at_least, 1, "With 1 all that is sampled is grown."),
+        doc="number of connections sampled for each one moved, at least 1.",
+    )
+    drop_fraction: float = option(
+        default=0.2, doc="share of the connections that the first update would drop, in (0, 1]."
+    )
+    update_every: int | None = 1000
+    stop_at: float = 0.6
+    distribution: Distribution | Mapping[str, float] = "uniform"
+    scale_init: bool = option(
+        default=True,
+        doc="scale the weights a fit starts with to the fan-in that is left; False if they are trained ones.",
+    )
+
     resizes = True
 
-    def __init__(
-        self,
-        sparsity: float,
-        heuristic: Heuristic = "grabo",
-        subset_multiplier: float = 10,
-        drop_fraction: float = 0.2,
-        update_every: int | None = 1000,
-        stop_at: float = 0.6,
-        distribution: Distribution | Mapping[str, float] = "uniform",
-        scale_init: bool = True,
-        storage: Storage = "masked",
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            sparsity,
-            drop_fraction,
-            "cosine",
-            update_every,
-            stop_at,
-            distribution=distribution,
-            storage=storage,
-            **options,
-        )
-        checks.one_of(get_args(Heuristic), heuristic=heuristic)
-        checks.at_least(1, "With 1 all that is sampled is grown.", subset_multiplier=subset_multiplier)
-        self.heuristic = heuristic
-        self.subset_multiplier = subset_multiplier
-        self.scale_init = scale_init
+    def __post_init__(self) -> None:
+        """Make the state."""
+        super().__post_init__()
+        self._chosen: dict[str, tuple[Tensor, Tensor]] = {}  # what goes and what comes, by layer, within an update
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Draw random masks, and scale the weights to the fan-in they leave."""
@@ -102,24 +82,41 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
 
     def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """Drop the smallest ``|W|`` of all layers and grow the largest ``|dP|`` of all their subsets."""
-        kept = [min(self.least(weight), weight.active) for weight in weights]
-        active, room = [weight.active for weight in weights], [weight.room for weight in weights]
-        n = min(share(fraction, sum(active)), sum(active) - sum(kept), sum(room))  # |P|
-        dropped = _smallest(weights, n, kept)
-        subsets = self.subsets(weights, min(share(self.subset_multiplier, n), sum(room)))
+        kept = [min(least(self.min_layer_density, weight.size), weight.num_active) for weight in weights]
+        active, room = sum(weight.num_active for weight in weights), sum(weight.num_inactive for weight in weights)
+        n = min(portion(fraction, active), active - sum(kept), room)  # |P|
+        staying = largest([weight.magnitudes for weight in weights], active - n, kept)
+        subsets = self.subsets(weights, min(portion(self.subset_multiplier, n), room))
         gradients = [weight.gradient_at(subset).abs() for weight, subset in zip(weights, subsets, strict=True)]
-        best = select.global_top_k(gradients, n, [_all(gradient) for gradient in gradients], [0] * len(weights))
-        for weight, drop, subset, grow in zip(weights, dropped, subsets, best, strict=True):
-            weight.exchange(weight.positions[drop.cpu()], subset[grow.to(subset.device)])
+        best = largest(gradients, n, [0] * len(weights))
+        drops = []
+        for weight, stays, subset, grows in zip(weights, staying, subsets, best, strict=True):
+            dropped = weight.active_indices.cpu()[~stays.cpu()]
+            self._chosen[weight.name] = dropped, subset[grows.to(subset.device)]
+            drops.append(len(dropped))
+        self.rewire(weights, drops, scale)
+
+    def drop(self, weight: Weight, n: int, scale: float) -> Tensor:
+        """Drop what lost among all layers."""
+        return self._chosen[weight.name][0]
+
+    def grow_counts(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
+        """Give each layer as many as it won among all layers."""
+        return [len(self._chosen[weight.name][1]) for weight in weights]
+
+    def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:
+        """Grow what won among all layers."""
+        return self._chosen.pop(weight.name)[1]
 
     def subsets(self, weights: Sequence[Weight], n: int) -> list[Tensor]:
         """Draw ``n`` inactive connections in all, in proportion to the layers' sizes: flat positions, ascending."""
-        sizes, room = [weight.size for weight in weights], [weight.room for weight in weights]
+        sizes, room = [weight.size for weight in weights], [weight.num_inactive for weight in weights]
         endpoints = self._endpoints(weights)
         subsets = []
         for weight, count in zip(weights, apportion(n, sizes, room), strict=True):
             ends = endpoints.get(weight.name, {})
-            subsets.append(sampling.subset(count, weight.positions, weight.shape, self.generator, **ends))
+            active = weight.active_indices.cpu()
+            subsets.append(sampling.subset(count, active, weight.shape, self.generator, **ends))
         return subsets
 
     # ------------------------------------------------------------------ the endpoints' distributions
@@ -129,31 +126,29 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
         listeners = super().watchers(weights)
         if self.heuristic == "random":
             return listeners
-        assert self._module is not None
+        assert self._fit.module is not None
         names = [weight.name for weight in weights]
         if self.heuristic == "grabo":
-            return [*listeners, Activity(readable(self._module, names))]
-        return [*listeners, SynapticFlow(self._module, names)]
+            return [*listeners, Activity(readable(self._fit.module, names))]
+        return [*listeners, SynapticFlow(self._fit.module, names)]
 
     def _endpoints(self, weights: Sequence[Weight]) -> dict[str, dict[str, Any]]:
         """Return ``f``, ``g`` and the number of groups by the weights' names, the same on all processes."""
-        listeners = self._hooks.get(id(weights[0].optimizer), [])
-        ends = [listener for listener in listeners if isinstance(listener, (Activity, SynapticFlow))]
-        if not ends:
+        watched = self._watch.of(weights[0].optimizer, Activity, SynapticFlow)
+        if watched is None:
             return {}
-        (watched,) = ends
         sums = watched.sums()
         unseen = [weight.name for weight in weights if not watched.calls.get(weight.name)]
         if unseen:
-            self._warn_once(
-                f"{type(self).__name__} draws the endpoints of some weights uniformly: heuristic={self.heuristic!r} "
+            self.warn_once(
+                f"{self!r} draws the endpoints of some weights uniformly: heuristic={self.heuristic!r} "
                 f"can tell them only where training_step calls a linear layer or a convolution as a module that alone "
                 f"holds the weight, not for {unseen}."
             )
         if sums:
             of_units = [end for pair in sums.values() for end in pair]
-            assert self._trainer is not None
-            whole = self._trainer.strategy.reduce(torch.cat(of_units), reduce_op="sum")
+            assert self._fit.trainer is not None
+            whole = self._fit.trainer.strategy.reduce(torch.cat(of_units), reduce_op="sum")
             parts = iter(whole.split([len(end) for end in of_units]))
             sums = {name: (next(parts), next(parts)) for name in sums}
         return {
@@ -167,13 +162,6 @@ class MemoryEfficientDST(SparseStorage, PruneAndGrow):
         }
 
 
-def _smallest(weights: Sequence[Weight], n: int, kept: Sequence[int]) -> list[Tensor]:
-    """Mark the ``n`` smallest ``|W|`` among all layers' active connections, but in each not the ``kept`` largest."""
-    magnitudes = [weight.magnitudes for weight in weights]
-    total = sum(len(magnitude) for magnitude in magnitudes)
-    staying = select.global_top_k(magnitudes, total - n, [_all(magnitude) for magnitude in magnitudes], kept)
-    return [~stays for stays in staying]
-
-
-def _all(x: Tensor) -> Tensor:
-    return torch.ones_like(x, dtype=torch.bool)
+def largest(scores: Sequence[Tensor], k: int, at_least: Sequence[int]) -> list[Tensor]:
+    """Mark the ``k`` largest scores of all layers together, but in each its ``at_least`` largest."""
+    return select.global_top_k(scores, k, [torch.ones_like(score, dtype=torch.bool) for score in scores], at_least)

@@ -3,30 +3,15 @@
 Decision: each layer's number of connections is exact, where a draw for each connection would meet it on average.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from lightning_sparse.rules.budgets import Distribution
-from lightning_sparse.storage.sparse import SparseStorage
-from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.families.masked import MaskedCallback
 
 __all__ = ["RandomPruning"]
 
 
-class RandomPruning(SparseStorage):
+class RandomPruning(MaskedCallback):
     """Random pruning at initialization: every layer keeps its share of connections, drawn uniformly.
 
     The baseline that every other method has to beat. It needs neither data nor a loss.
-
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        distribution: how the active weights are divided among layers: ``"erk"``, ``"er"``, ``"uniform"``,
-            ``"uniform_first_dense"``, or a density for each glob pattern on parameter names.
-        storage: ``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in
-            memory and time in proportion to them (linear layers and 2-d convolutions only).
-        options: ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.families.masked.MaskedCallback`; with ``storage="sparse"`` also
-            ``plain_checkpoints``; see :class:`~lightning_sparse.storage.sparse.SparseStorage`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -41,12 +26,3 @@ class RandomPruning(SparseStorage):
     """
 
     moves = False
-
-    def __init__(
-        self,
-        sparsity: float,
-        distribution: Distribution | Mapping[str, float] = "erk",
-        storage: Storage = "masked",
-        **options: Any,
-    ) -> None:
-        super().__init__(sparsity, distribution, storage=storage, **options)

@@ -6,17 +6,21 @@ passes the rest on to the others in proportion; connections that were just dropp
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.families.shares import droppable, shared_out
 from lightning_sparse.rules import select
-from lightning_sparse.rules.budgets import share
-from lightning_sparse.rules.schedules import Decay
+from lightning_sparse.rules.budgets import portion
+from lightning_sparse.rules.criteria import mean_momentum
+from lightning_sparse.storage.store import Storage
 from lightning_sparse.weights.base import Weight, finite
+from lightning_sparse.weights.masked import dense
 
 __all__ = ["SNFS"]
 
@@ -25,17 +29,6 @@ class SNFS(PruneAndGrow):
     """Sparse Momentum: layers whose connections have the larger momentum on average get more of them.
 
     It keeps a dense average of gradients beside each weight and needs dense weight gradients at every step.
-
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        drop_fraction: share of a layer's connections that the first update drops, in (0, 1].
-        smoothing: the average keeps so much of its past at each step, in [0, 1).
-        decay: how ``drop_fraction`` falls until the end of the updates: ``"cosine"``, ``"linear"``, ``"none"``.
-        update_every: number of optimizer steps from update to update; None (the paper's): at the first step of each
-            epoch but the first.
-        stop_at: share of the training after which connections stay, in (0, 1].
-        options: ``distribution``, ``min_layer_density``, ``seed``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.families.masked.MaskedCallback`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -48,19 +41,16 @@ class SNFS(PruneAndGrow):
         "Sparse Networks from Scratch: Faster Training without Losing Performance", 2019.
     """
 
-    def __init__(
-        self,
-        sparsity: float,
-        drop_fraction: float = 0.5,
-        smoothing: float = 0.9,
-        decay: Decay = "cosine",
-        update_every: int | None = None,
-        stop_at: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(sparsity, drop_fraction, decay, update_every, stop_at, **options)
-        checks.fraction("The paper's value is 0.9.", below_1=True, smoothing=smoothing)
-        self.smoothing = smoothing
+    drop_fraction: float = 0.5
+    smoothing: float = option(
+        default=0.9,
+        check=partial(checks.fraction, "The paper's value is 0.9.", below_1=True),
+        doc="the average keeps so much of its past at each step, in [0, 1).",
+    )
+    update_every: int | None = None
+    stop_at: float = 1.0
+    storage: Storage = fixed(default="masked")
+    plain_checkpoints: bool | None = fixed(default=None)
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:
@@ -69,30 +59,27 @@ class SNFS(PruneAndGrow):
 
     def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Begin the average at 0."""
-        dtype = torch.promote_types(weight.W.dtype, torch.float32)
-        return {"momentum": torch.zeros_like(weight.mask, dtype=dtype)}
+        (held,) = dense([weight])
+        dtype = torch.promote_types(held.W.dtype, torch.float32)
+        return {"momentum": torch.zeros_like(held.mask, dtype=dtype)}
 
     def observe(self, weights: Sequence[Weight], scale: float) -> None:
         """Average the gradients of all steps but those that AMP skips."""
         if finite(weights):
-            for weight in weights:
+            for weight in dense(weights):
                 momentum = weight.buffers["momentum"]
                 momentum.lerp_(weight.dP.to(momentum.dtype) / scale, 1 - self.smoothing)
 
-    def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
-        """Drop each layer's smallest ``|W|``, share them out by mean momentum, grow where ``|momentum|`` is largest."""
-        drops = self.to_drop(weights, [share(fraction, weight.active) for weight in weights])
-        grows = self.to_grow(weights, drops, [contribution(w.buffers["momentum"], w.mask) for w in weights])
-        for weight, fewer, more in zip(weights, drops, grows, strict=True):
-            grown = select.top_k_positions(weight.buffers["momentum"].abs(), more, among=~weight.mask)
-            weight.exchange(weight.smallest(fewer), grown)
+    def drop_counts(self, weights: Sequence[Weight], fraction: float) -> list[int]:
+        """Drop the same share of each layer."""
+        wanted = [portion(fraction, weight.num_active) for weight in weights]
+        return droppable(weights, wanted, self.min_layer_density)
 
+    def grow_counts(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
+        """Share out what was dropped by the layers' mean momentum."""
+        claims = [mean_momentum(weight.buffers["momentum"], weight.mask) for weight in weights]
+        return shared_out(weights, drops, claims, self.min_layer_density)
 
-def contribution(momentum: Tensor, mask: Tensor) -> float:
-    """Return the mean ``|momentum|`` over active weights; 0 if there are none.
-
-    >>> contribution(torch.tensor([1.0, -3.0, 8.0]), torch.tensor([True, True, False]))
-    2.0
-    """
-    active = momentum[mask]
-    return float(active.abs().mean()) if len(active) else 0.0
+    def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:
+        """Grow where ``|momentum|`` is largest."""
+        return select.top_k_positions(weight.buffers["momentum"].abs(), n, among=~weight.mask)

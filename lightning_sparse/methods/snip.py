@@ -4,11 +4,12 @@ Algorithm 1. The sensitivity to a connection's switch ``c`` at ``c = 1`` is ``dL
 division by the sum of all sensitivities does not change their order.
 """
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.options import option
 from lightning_sparse.families.before_training import BeforeTraining
 from lightning_sparse.trainer.probe import Probe, whole
 
@@ -19,12 +20,6 @@ class SNIP(BeforeTraining):
     """Keep the connections whose removal would change the loss most: the largest ``|dP * W|`` of the whole network.
 
     ``dP`` is the gradient of the mean loss of some batches, at the initial weights.
-
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        batches: number of training batches (of each process) whose loss is differentiated, 1 or more.
-        options: ``min_layer_density``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.families.before_training.BeforeTraining`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -37,10 +32,11 @@ class SNIP(BeforeTraining):
         "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019.
     """
 
-    def __init__(self, sparsity: float, batches: int = 1, **options: Any) -> None:
-        super().__init__(sparsity, **options)
-        checks.integer(1, "The paper's value is 1.", batches=batches)
-        self.batches = batches
+    batches: int = option(
+        default=1,
+        check=partial(checks.integer, 1, "The paper's value is 1."),
+        doc="number of training batches (of each process) whose loss is differentiated, 1 or more.",
+    )
 
     def scores(self, probe: Probe) -> list[Tensor]:
         """Return ``|dP * W|``."""

@@ -7,6 +7,7 @@ infinite entries (attention masks); for integer inputs the ones enter at the emb
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.compat.options import option
 from lightning_sparse.families.before_training import BeforeTraining
 from lightning_sparse.trainer.probe import Probe
 
@@ -30,14 +32,6 @@ class SynFlow(BeforeTraining):
     and evaluation mode. The input has the shape of the module's ``example_input_array``, or else of the first tensor of
     a training batch, with one sample along the first dimension.
 
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        rounds: number of rounds n, 1 or more; with few, layers may be lost as a whole.
-        biases: let biases, by magnitude, take part in the flow. They carry some past layers that have lost all, so the
-            paper's guarantee that no layer is lost holds for False alone.
-        options: ``min_layer_density``, ``include``, ``exclude``, ``log_every_n_steps``; see
-            :class:`~lightning_sparse.families.before_training.BeforeTraining`.
-
     Raises:
         ValueError: an argument is out of range.
 
@@ -49,21 +43,31 @@ class SynFlow(BeforeTraining):
         "Pruning neural networks without any data by iteratively conserving synaptic flow", NeurIPS 2020.
     """
 
+    rounds: int = option(
+        default=100,
+        check=partial(checks.integer, 1, "The paper's value is 100."),
+        doc="number of rounds n, 1 or more; with few, layers may be lost as a whole.",
+    )
+    biases: bool = option(
+        default=True,
+        doc="let biases, by magnitude, take part in the flow. They carry some past layers that have lost all, so the "
+        "paper's guarantee that no layer is lost holds for False alone.",
+    )
+
     needs_loss = False
 
-    def __init__(self, sparsity: float, rounds: int = 100, biases: bool = True, **options: Any) -> None:
-        super().__init__(sparsity, **options)
-        checks.integer(1, "The paper's value is 100.", rounds=rounds)
-        self.rounds = rounds
-        self.biases = biases
+    @property
+    def num_rounds(self) -> int:
+        """The number of rounds n."""
+        return self.rounds
 
-    def choose(self, probe: Probe) -> list[Tensor]:
+    def choose_masks(self, probe: Probe) -> list[Tensor]:
         """Make the network positive once, then prune round by round."""
         self._inputs = ones_like_inputs(probe)
         refuse_embeddings(probe, self._inputs)
         make_positive_(probe.module.double().eval(), self.biases)
         try:
-            return super().choose(probe)
+            return super().choose_masks(probe)
         finally:
             del self._inputs
 

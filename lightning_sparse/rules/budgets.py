@@ -23,7 +23,7 @@ __all__ = [
     "floors",
     "layer_counts",
     "least",
-    "share",
+    "portion",
     "shrunk",
     "uniform",
     "uniform_first_dense",
@@ -63,10 +63,10 @@ def _exact(fraction: float) -> Fraction:
     return Fraction(str(fraction))
 
 
-def share(fraction: float, count: int) -> int:
+def portion(fraction: float, count: int) -> int:
     """Return ``fraction``, taken as the decimal number it is written as, of ``count``, rounded down.
 
-    >>> share(0.29, 100), share(0.3, 5)
+    >>> portion(0.29, 100), portion(0.3, 5)
     (29, 1)
     """
     return math.floor(_exact(fraction) * count)

@@ -18,11 +18,12 @@ from lightning_sparse.trainer.fit import Fit, epochs, steps
 from lightning_sparse.trainer.ownership import Ownership, owned
 from lightning_sparse.trainer.readouts import Readouts
 from lightning_sparse.trainer.updates import UpdateHooks, unscales
+from lightning_sparse.trainer.verbs import Verbs
 
 __all__ = ["SparseCallback"]
 
 
-class SparseCallback(Options, Readouts, Callback, ABC):
+class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     """Base of every sparse-training method: it calls the verbs (:class:`~lightning_sparse.trainer.verbs.Verbs`).
 
     Raises:
@@ -93,7 +94,7 @@ class SparseCallback(Options, Readouts, Callback, ABC):
         self.attach(selected, trainer.optimizers, self._restored)
         self._restored = False
         for optimizer in trainer.optimizers:
-            self._fit.handles += self._updates.register(optimizer)
+            self._fit.handles += self._update_hooks.register(optimizer)
         self._fit.optimizers = [*trainer.optimizers]
         self._ownership = Ownership(trainer.optimizers, choices)
         self._fit.module, self._fit.trainer = pl_module, trainer
@@ -106,14 +107,13 @@ class SparseCallback(Options, Readouts, Callback, ABC):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module and the optimizers; masks stay readable."""
-        if stage == "fit":
-            self._release()
+        self._release()
 
     def _release(self) -> None:
         """Forget the module and the optimizers, if any."""
         if "_fit" in vars(self):
             self._fit.release()
-        self._fit, self._updates, self._ownership = Fit(), UpdateHooks(self), Ownership()
+        self._fit, self._update_hooks, self._ownership = Fit(), UpdateHooks(self), Ownership()
 
     # ------------------------------------------------------------------ epochs
 
@@ -140,7 +140,7 @@ class SparseCallback(Options, Readouts, Callback, ABC):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Forget updates that an exception has broken off; raise if the optimizers are others than at fit start."""
-        self._updates.forget_broken_off()
+        self._update_hooks.forget_broken_off()
         guards.refuse_exchanged_optimizers(self, trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -150,7 +150,7 @@ class SparseCallback(Options, Readouts, Callback, ABC):
         penalty to ``loss``, without touching a tensor that its own backward may need.
         """
         self._fit.backwards += 1
-        self._updates.forget_prepared()
+        self._update_hooks.forget_prepared()
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Forget the micro-batches whose gradients are thrown away now."""
@@ -165,7 +165,9 @@ class SparseCallback(Options, Readouts, Callback, ABC):
         share = self._fit.backwards / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
         self._fit.backwards = 0
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-        self._updates.prepare(optimizer, share, 1.0 if scaler is None or unscales(optimizer) else scaler.get_scale())
+        self._update_hooks.prepare(
+            optimizer, share, 1.0 if scaler is None or unscales(optimizer) else scaler.get_scale()
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -212,9 +214,9 @@ class SparseCallback(Options, Readouts, Callback, ABC):
         state = {**self.__dict__, "_fit": Fit(), "_ownership": Ownership()}
         for attached in ("log", "log_dict"):  # the module's methods, which the Trainer gives its callbacks
             state.pop(attached, None)
-        del state["_updates"]  # the callback's own
+        del state["_update_hooks"]  # the callback's own
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Be free of any fit."""
-        self.__dict__.update(state, _updates=UpdateHooks(self))
+        self.__dict__.update(state, _update_hooks=UpdateHooks(self))

@@ -1,19 +1,25 @@
 """Readouts: what users, loggers and the monitor read of a method."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sparse.trainer.verbs import Verbs
+from lightning_sparse.trainer.fit import Fit
 
 __all__ = ["Readouts"]
 
 
-class Readouts(Verbs):
+class Readouts(ABC):
     """What can be read of a method, before, during and after a fit."""
+
+    #: what is kept of each weight, by parameter name: with the number of its elements, ``size``
+    _weights: Mapping[str, Any]
+
+    #: the fit that the method is in
+    _fit: Fit
 
     @property
     @abstractmethod
@@ -103,7 +109,7 @@ class Readouts(Verbs):
         return {**sparsity, **self.extra_metrics}
 
     def _beside(self) -> list["Readouts"]:
-        """Return the methods of the Trainer that have weights: this one, and those beside it, in the Trainer's order."""
+        """Return the methods of the Trainer that have weights: this one and those beside it, in order."""
         assert self._fit.trainer is not None
         callbacks = self._fit.trainer.callbacks  # type: ignore[attr-defined]
         return [callback for callback in callbacks if isinstance(callback, Readouts) and callback._weights]

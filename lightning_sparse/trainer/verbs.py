@@ -82,10 +82,10 @@ class Verbs(ABC):
     def refuse_choices(self, choices: Sequence[Choice]) -> None:
         """Raise if one of the selected weights is held in a way that this method cannot train."""
 
-    def refuse_trainer(self, trainer: Any) -> None:
+    def refuse_trainer(self, trainer: Any) -> None:  # noqa: B027  (most have nothing to refuse)
         """Raise if there is something that this family cannot train with."""
 
-    def warn_at_epoch_end(self) -> None:
+    def warn_at_epoch_end(self) -> None:  # noqa: B027  (most have nothing to tell)
         """Warn, at the end of an epoch, of what only this family can see."""
 
     def warn_once(self, message: str) -> None:

@@ -1,0 +1,53 @@
+"""Patterns: which connections a mask may hold together, and so what is drawn, dropped and grown as one.
+
+A criterion scores connections, a pattern says what the units are, ``select`` picks the exact number of them.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Generator, Tensor
+
+from lightning_sparse.rules import sampling, select
+from lightning_sparse.rules.criteria import Connections
+
+__all__ = ["UNSTRUCTURED", "Pattern", "Unstructured"]
+
+
+class Pattern(Protocol):
+    """What a pattern decides; connections are flat positions, ascending unless said otherwise."""
+
+    def draw(self, n: int, shape: Sequence[int], size: int, generator: Generator) -> Tensor:
+        """Return the ``n`` connections that a weight of this ``shape`` begins with."""
+
+    def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
+        """Return the ``n`` active connections of least score, one score for each active one, in their order."""
+
+    def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
+        """Return ``n`` inactive connections of largest ``|dP|``, to take the place of those ``dropped``."""
+
+    def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:
+        """Return ``n`` inactive connections, equally likely ones, to take the place of those ``dropped``."""
+
+
+class Unstructured:
+    """Every connection by itself: any mask will do."""
+
+    def draw(self, n: int, shape: Sequence[int], size: int, generator: Generator) -> Tensor:
+        """Return ``n`` different positions, all equally likely."""
+        return sampling.distinct(n, size, generator)
+
+    def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
+        """Return the ``n`` of least score; of equals the earlier position's."""
+        return weight.active_indices[select.lowest_positions(scores, n)]
+
+    def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
+        """Return the ``n`` of largest ``|dP|``; of equals the earlier position's."""
+        return weight.largest_gradients(n)[0]
+
+    def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:
+        """Return ``n`` that are not active."""
+        return sampling.free_positions(n, weight.active_indices.cpu(), weight.size, generator)
+
+
+UNSTRUCTURED: Pattern = Unstructured()

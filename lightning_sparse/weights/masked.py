@@ -1,0 +1,190 @@
+"""MaskedWeight: a dense parameter, which is exactly 0 outside of a mask."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lightning_sparse.rules import select
+from lightning_sparse.rules.matrices import as_matrix, write_matrix
+from lightning_sparse.weights.base import Weight, all_finite, fresh_value, new_version, optimizer_state
+
+__all__ = ["MaskedWeight", "dense"]
+
+
+class MaskedWeight(Weight):
+    """A dense parameter, which is exactly 0 outside of a mask.
+
+    Args:
+        name: the parameter's name in the LightningModule.
+        mask: where it is active; exchanged as a whole, never written in place.
+        parameter: the module's parameter; None outside fit.
+        buffers: see ``Weight``.
+        transposed_groups: see ``layers.selection.Choice``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mask: Tensor,
+        parameter: nn.Parameter | None = None,
+        buffers: dict[str, Tensor] | None = None,
+        transposed_groups: int = 0,
+    ) -> None:
+        super().__init__(name, parameter, buffers or {})
+        self._mask = mask
+        self._transposed_groups = transposed_groups
+        self._indices: Tensor | None = None
+
+    @property
+    def W(self) -> Tensor:
+        """The parameter's values."""
+        assert self.parameter is not None
+        return self.parameter.data
+
+    @property
+    def dP(self) -> Tensor:
+        """The parameter's gradient; before it is masked, it has values at inactive connections, too."""
+        assert self.parameter is not None
+        assert self.parameter.grad is not None
+        return self.parameter.grad
+
+    # ------------------------------------------------------------------ which connections
+
+    @property
+    def mask(self) -> Tensor:  # noqa: D102  (inherited)
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        self._mask, self._indices, self.mask_version = mask, None, new_version()
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102  (inherited)
+        return tuple(self.mask.shape)
+
+    @property
+    def num_active(self) -> int:  # noqa: D102  (inherited)
+        return select.count(self.mask)
+
+    @property
+    def active_indices(self) -> Tensor:
+        """Flat positions of the active connections, ascending; on the weight's device. Found once between moves."""
+        if self._indices is None:
+            self._indices = select.positions(self.mask)
+        return self._indices
+
+    def forget_indices(self) -> None:  # noqa: D102  (inherited)
+        self._indices = None
+
+    # ------------------------------------------------------------------ what they hold
+
+    @property
+    def finite(self) -> bool:  # noqa: D102  (inherited)
+        return all_finite(self.dP)
+
+    @property
+    def magnitudes(self) -> Tensor:  # noqa: D102  (inherited)
+        return self.W.reshape(-1).index_select(0, self.active_indices).abs_()
+
+    @property
+    def gradient_magnitudes(self) -> Tensor:  # noqa: D102  (inherited)
+        return self.dP.reshape(-1).index_select(0, self.active_indices).abs_()
+
+    def gradient_at(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
+        return self.dP.reshape(-1)[positions.to(self.dP.device)]
+
+    def sample_inactive(self, stride: int) -> Tensor:  # noqa: D102  (inherited)
+        return self.dP.reshape(-1)[::stride].abs()[~self.mask.reshape(-1)[::stride]]
+
+    def largest_gradients(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
+        likely = select.likely_bound(self.size, n, lambda stride: [self.sample_inactive(stride)]) if above < 0 else None
+        found = _inactive_above(self, above if likely is None else float(likely))
+        if likely is not None and len(found) < n:  # the sample was misleading
+            found = _inactive_above(self, above)
+        gradients = self.dP.reshape(-1)[found].abs()
+        if len(found) > n:
+            best = select.top_k_positions(gradients, n)
+            found, gradients = found[best], gradients[best]
+        return found.cpu(), gradients.cpu()
+
+    # ------------------------------------------------------------------ how they move
+
+    def start(self, positions: Tensor, generator: Generator) -> None:  # noqa: D102  (inherited)
+        mask = torch.zeros_like(self.mask)  # in the parameter's layout
+        select.put_(mask, positions.to(mask.device), True)
+        self.mask = mask
+
+    def scale_to_fan_in_(self) -> None:  # noqa: D102  (inherited)
+        rows = as_matrix(self.W, self._transposed_groups)
+        fan_in = as_matrix(self.mask, self._transposed_groups).sum(1, keepdim=True).clamp(min=1).double()
+        rows.mul_((rows.shape[1] / fan_in).sqrt())
+        write_matrix(self.W, rows, self._transposed_groups)
+
+    def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:  # noqa: D102  (inherited)
+        self.forget_indices()
+        if not (len(dropped) or len(grown)):
+            return
+        dropped, grown = dropped.to(self.mask.device), grown.to(self.mask.device)
+        self.mask = self.mask.clone()
+        select.put_(self.mask, dropped, False)
+        select.put_(self.mask, grown, True)
+        for key, state in optimizer_state(self):
+            select.put_(state, dropped, 0.0)
+            select.put_(state, grown, fresh_value(self, key))
+        select.put_(self.W, dropped, 0.0)
+        select.put_(self.W, grown, value)
+
+    def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
+        if not torch.gt(self.mask, mask).any():
+            return
+        self.mask = self.mask.clone().logical_and_(mask)  # in the parameter's layout
+        self.keep_zeros()
+        self.keep_zero_state()
+
+    def keep_zeros(self) -> None:  # noqa: D102  (inherited)
+        select.zero_outside_(self.W, self.mask)
+
+    def keep_zero_gradients(self) -> None:  # noqa: D102  (inherited)
+        select.zero_outside_(self.dP, self.mask)
+
+    def keep_zero_state(self) -> None:
+        """Set to 0 the optimizer's state of what is not active."""
+        for _, state in optimizer_state(self):
+            select.zero_outside_(state, self.mask)
+
+    # ------------------------------------------------------------------ state
+
+    def restore(self, saved: "MaskedWeight") -> None:
+        """Have the mask and the buffers of ``saved``, in the parameter's layout and on its device."""
+        like = self.mask
+        self.mask = torch.empty_like(like).copy_(saved.mask)
+        self.buffers = {
+            key: torch.empty_like(like, dtype=buffer.dtype).copy_(buffer) for key, buffer in saved.buffers.items()
+        }
+        self.keep_zeros()
+
+    def state(self) -> dict[str, Any]:  # noqa: D102  (inherited)
+        return {"mask": self.mask, "buffers": dict(self.buffers)}
+
+    def detach(self) -> None:  # noqa: D102  (inherited)
+        self.parameter = self.optimizer = None
+        self.mask = self.mask.cpu()
+        self.buffers = {key: buffer.cpu() for key, buffer in self.buffers.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_indices": None}
+
+
+def dense(weights: Sequence[Weight]) -> list[MaskedWeight]:
+    """Return weights as what they are where a method needs dense tensors, and so takes no other store than masks."""
+    held = [weight for weight in weights if isinstance(weight, MaskedWeight)]
+    assert len(held) == len(weights)
+    return held
+
+
+def _inactive_above(weight: MaskedWeight, floor: float) -> Tensor:
+    """Return the flat positions of the inactive connections whose ``|dP|`` is above ``floor``, ascending."""
+    above = weight.dP.reshape(-1).abs().gt(floor)
+    return select.positions(torch.gt(above, weight.mask.reshape(-1), out=above))
