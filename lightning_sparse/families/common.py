@@ -1,19 +1,44 @@
-"""The words for options that several families have."""
+"""What the arguments that several families take are, and which values they may have."""
 
-__all__ = ["DISTRIBUTION", "FINAL_SPARSITY", "MIN_LAYER_DENSITY", "SCOPE", "SPARSITY"]
+from collections.abc import Mapping
+from functools import partial
+
+from lightning_sparse.compat import checks
+from lightning_sparse.rules.budgets import DISTRIBUTIONS, Distribution
+
+__all__ = [
+    "DISTRIBUTION",
+    "FINAL_SPARSITY",
+    "MIN_LAYER_DENSITY",
+    "PRUNING_SCOPE",
+    "SCOPE",
+    "SPARSITY",
+    "check_distribution",
+    "check_min_layer_density",
+    "check_sparsity",
+]
 
 SPARSITY = "share of zeros over all selected weights, in [0, 1)."
-
 FINAL_SPARSITY = "share of zeros at the end over all selected weights, in [0, 1)."
-
 DISTRIBUTION = (
     'how the active weights are divided among layers: ``"erk"``, ``"er"``, ``"uniform"``, ``"uniform_first_dense"``, '
     "or a density for each glob pattern on parameter names."
 )
-
 MIN_LAYER_DENSITY = "no layer falls below this density."
-
-SCOPE = (
-    'compare the weights of all layers (``"global"``), or of each ``"layer"`` by itself, as many as ``distribution`` '
-    "gives it."
+SCOPE = 'the largest of each ``"layer"``, or of all together (``"global"``).'
+PRUNING_SCOPE = (
+    'compare the weights of all layers (``"global"``), or prune each ``"layer"`` to its own count, given by '
+    "``distribution``."
 )
+
+check_sparsity = partial(checks.fraction, "It is the share of zeros, 0.9 for 10 % of the weights.", below_1=True)
+check_min_layer_density = partial(checks.fraction, "0 lets a layer become empty.")
+
+
+def check_distribution(distribution: Distribution | Mapping[str, float]) -> None:
+    """Raise unless it is one of the distributions, or all densities are in range."""
+    if isinstance(distribution, str):
+        checks.one_of(DISTRIBUTIONS, distribution=distribution)
+        return
+    for pattern, density in distribution.items():
+        checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)

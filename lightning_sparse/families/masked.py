@@ -15,9 +15,15 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
-from lightning_sparse.families.common import DISTRIBUTION, MIN_LAYER_DENSITY, SPARSITY
+from lightning_sparse.families.common import (
+    DISTRIBUTION,
+    MIN_LAYER_DENSITY,
+    SPARSITY,
+    check_distribution,
+    check_min_layer_density,
+    check_sparsity,
+)
 from lightning_sparse.layers.selection import Choice
-from lightning_sparse.rules import budgets
 from lightning_sparse.rules.budgets import Distribution, budget, layer_counts
 from lightning_sparse.rules.patterns import UNSTRUCTURED
 from lightning_sparse.storage.sparse import SparseStore
@@ -36,9 +42,9 @@ _STORES: dict[str, Callable[[Owner], Store]] = {"masked": MaskedStore, "sparse":
 class MaskedCallback(Stored, SparseCallback):
     """Base of the methods with hard zeros."""
 
-    sparsity_target: float = option(alias="sparsity", kw_only=False, doc=SPARSITY)
-    distribution: Distribution | Mapping[str, float] = option(default="erk", doc=DISTRIBUTION)
-    min_layer_density: float = option(default=0.0, doc=MIN_LAYER_DENSITY)
+    sparsity_target: float = option(alias="sparsity", kw_only=False, check=check_sparsity, doc=SPARSITY)
+    distribution: Distribution | Mapping[str, float] = option(default="erk", check=check_distribution, doc=DISTRIBUTION)
+    min_layer_density: float = option(default=0.0, check=check_min_layer_density, doc=MIN_LAYER_DENSITY)
     seed: int | None = option(
         default=None,
         check=partial(checks.integer, 0, "Leave it out to use the run's seed."),
@@ -64,7 +70,6 @@ class MaskedCallback(Stored, SparseCallback):
     def __post_init__(self) -> None:
         """Check what the options are together, and make the state."""
         super().__post_init__()
-        budgets.check(self.sparsity_target, self.distribution, self.min_layer_density)
         if self.storage == "masked" and self.plain_checkpoints is not None:
             raise ValueError(
                 f"plain_checkpoints is for storage='sparse', got {self.plain_checkpoints!r} with storage='masked', "

@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.families.latent import Granularity, LatentCallback, LatentWeight
+from lightning_sparse.compat.options import option
+from lightning_sparse.families import common
+from lightning_sparse.families.latent import LatentCallback, LatentGroup, LatentWeight
 from lightning_sparse.layers.selection import Choice
-from lightning_sparse.rules import budgets, select
+from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors, layer_counts, shrunk
-from lightning_sparse.trainer.callback import refuse_other_sparsity
+from lightning_sparse.trainer.guards import refuse_other_sparsity
 
 __all__ = ["TopKCallback"]
 
@@ -23,42 +26,25 @@ class TopKCallback(LatentCallback):
 
     The sets are found when a fit begins and again after every ``update_every``-th update, among the weights of one
     optimizer. Their sizes are whole numbers, met exactly; among equal scores the earlier position wins.
-
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        scope: the largest of each ``"layer"``, or of all together (``"global"``).
-        update_every: number of optimizer steps from one choice of the sets to the next.
-        distribution: under ``scope="layer"``, how the active weights are divided among layers; see ``MaskedCallback``.
-        min_layer_density: no layer falls below this density.
-        include: see ``SparseCallback``.
-        exclude: see ``SparseCallback``.
-        log_every_n_steps: see ``SparseCallback``.
     """
 
-    threshold_names: Sequence[str] = ()
-    granularity: Granularity = "layer"  #: of the thresholds, if the method has any
+    sparsity_target: float = option(alias="sparsity", kw_only=False, check=common.check_sparsity, doc=common.SPARSITY)
+    scope: Scope = option(default="layer", doc=common.SCOPE)
+    update_every: int = option(
+        default=1,
+        check=partial(checks.integer, 1, "1 chooses anew at every step."),
+        doc="number of optimizer steps from one choice of the sets to the next.",
+    )
+    distribution: Distribution | Mapping[str, float] = option(
+        default="uniform",
+        check=common.check_distribution,
+        doc=f'under ``scope="layer"``, {common.DISTRIBUTION}',
+    )
+    min_layer_density: float = option(default=0.0, check=common.check_min_layer_density, doc=common.MIN_LAYER_DENSITY)
 
-    def __init__(
-        self,
-        sparsity: float,
-        scope: Scope,
-        update_every: int,
-        distribution: Distribution | Mapping[str, float] = "uniform",
-        min_layer_density: float = 0.0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        log_every_n_steps: int | None = None,
-    ) -> None:
-        super().__init__(0.0, type(self).granularity, include, exclude, log_every_n_steps)
-        checks.one_of(get_args(Scope), scope=scope)
-        checks.integer(1, "1 chooses anew at every step.", update_every=update_every)
-        budgets.check(sparsity, distribution, min_layer_density)
-        self.sparsity_target = sparsity
-        self.scope = scope
-        self.update_every = update_every
-        self.distribution = distribution
-        self.min_layer_density = min_layer_density
-        self._updates: dict[str, int] = {}
+    def __post_init__(self) -> None:
+        """Begin without sets."""
+        super().__post_init__()
         self._stepping = False
 
     # ------------------------------------------------------------------ what a method defines
@@ -80,46 +66,37 @@ class TopKCallback(LatentCallback):
         """Tell whether the sets are found anew after so many updates."""
         return updates % self.update_every == 0
 
-    def choose(self, weights: Sequence[LatentWeight]) -> None:
-        """Write the sets of the weights of one optimizer into their buffers."""
-        for weight, count in zip(weights, self.counts(weights), strict=True):
+    def choose(self, weights: Sequence[LatentWeight], updates: int) -> None:
+        """Write the sets of the weights of one optimizer, after so many updates, into their buffers."""
+        for weight, count in zip(weights, self.counts(weights, updates), strict=True):
             self.mark(weight, "A", count)
 
     # ------------------------------------------------------------------ what users read
 
-    @property
-    def levels(self) -> dict[str, Tensor]:
-        """Nothing: weights are chosen by rank."""
-        return {}
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """The set A of each weight: a boolean tensor of the weight's shape, by parameter name."""
-        return {name: weight.buffers["A"] for name, weight in self._weights.items()}
-
     def mask(self, name: str) -> Tensor:
-        """Return the set A of one weight."""
+        """Return the set A of one weight, of its shape."""
         return self._weights[name].buffers["A"]
 
     # ------------------------------------------------------------------ how many, and which
 
-    def counts(self, weights: Sequence[LatentWeight]) -> list[int]:
+    def counts(self, weights: Sequence[LatentWeight], updates: int) -> list[int]:
         """Return the size of A in each weight."""
         sizes = [weight.size for weight in weights]
-        total = self.active(weights, self._clock(weights))
+        total = self.active(weights, updates)
         if self.scope == "layer":
-            shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
-            final = layer_counts(self.distribution, shapes, self.final(weights), self.min_layer_density)
-            return shrunk(sizes, list(final.values()), total)
+            return shrunk(sizes, self.final_counts(weights), total)
         return self.largest(weights, total, floors(self.min_layer_density, sizes, total))
 
-    def check(self, weights: Sequence[LatentWeight]) -> None:
-        """Raise ValueError if the counts at the end of a schedule cannot be met by the weights of one optimizer."""
+    def final_counts(self, weights: Sequence[LatentWeight]) -> list[int]:
+        """Return how many of each weight the asked sparsity leaves at least.
+
+        Raises:
+            ValueError: the distribution, or the least density of a layer, cannot be met.
+        """
         if self.scope == "layer":
             shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
-            layer_counts(self.distribution, shapes, self.final(weights), self.min_layer_density)
-        else:
-            floors(self.min_layer_density, [weight.size for weight in weights], self.final(weights))
+            return list(layer_counts(self.distribution, shapes, self.final(weights), self.min_layer_density).values())
+        return floors(self.min_layer_density, [weight.size for weight in weights], self.final(weights))
 
     def largest(self, weights: Sequence[LatentWeight], total: int, floors: Sequence[int]) -> list[int]:
         """Return how many of the ``total`` largest scores of all lie in each weight, ``floors`` of them in any case."""
@@ -128,15 +105,10 @@ class TopKCallback(LatentCallback):
 
     def mark(self, weight: LatentWeight, key: str, count: int) -> None:
         """Write the set of the ``count`` largest scores, in the weight's order of memory."""
-        weight.buffers[key] = torch.empty_like(weight.latent, dtype=torch.bool).copy_(
-            select.top_k(self.scores(weight), count)
-        )
+        mask = torch.empty_like(weight.latent, dtype=torch.bool)
+        weight.buffers[key] = mask.copy_(select.top_k(self.scores(weight), count))
 
-    def _clock(self, weights: Sequence[LatentWeight]) -> int:
-        """Return the number of updates of the weights of one optimizer: newcomers go by the others' clock."""
-        return max((self._updates.get(weight.name, 0) for weight in weights), default=0)
-
-    # ------------------------------------------------------------------ verbs
+    # ------------------------------------------------------------------ a fit begins
 
     def new_buffers(self, latent: Tensor) -> dict[str, Tensor]:
         """All weights are active until the sets are chosen."""
@@ -147,21 +119,29 @@ class TopKCallback(LatentCallback):
 
     @torch.no_grad()
     def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
-        held = list(self._weights.values())
+        updates, held = self._update_counts(), list(self._weights.values())
         super().attach(choices, optimizers, resumed)
-        fresh = [weight for weight in self._weights.values() if weight not in held]
-        if not resumed:
-            self._updates = {}
-        for optimizer in optimizers:
-            self._begin([weight for weight in self._owned(optimizer) if weight in fresh])
+        for group in self._groups.values():
+            if resumed:
+                group.updates = max((updates.get(weight.name, 0) for weight in group.weights), default=0)
+            self._begin([weight for weight in group.weights if weight not in held], group)
 
     @torch.no_grad()
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
-        clock = self._clock(self._owned(optimizer))
-        super().attach_more(choices, optimizer)
-        new = [self._weights[choice.name] for choice in choices]
-        self._updates |= {weight.name: clock for weight in new}
-        self._begin(new)
+    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+        super().attach_added(choices, optimizer)
+        self._begin([self._weights[choice.name] for choice in choices], self._groups[id(optimizer)])
+
+    def _begin(self, weights: Sequence[LatentWeight], group: LatentGroup) -> None:
+        """Choose the sets of new weights among themselves, by the clock of their group."""
+        if not weights:
+            return
+        for weight in weights:
+            self.begin(weight)
+        self.choose(weights, group.updates)
+        for weight in weights:
+            self._project(weight)
+
+    # ------------------------------------------------------------------ steps
 
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
         self._stepping = share > 0
@@ -176,43 +156,43 @@ class TopKCallback(LatentCallback):
         """Count the update, and find the sets anew if it is time."""
         if optimizer is None or not self._stepping or _skipped(optimizer):
             return
-        owned = self._owned(optimizer)
-        updates = self._clock(owned) + 1
-        self._updates |= {weight.name: updates for weight in owned}
-        if owned and self.is_due(updates):
-            self.choose(owned)
-            for weight in owned:
+        group = self._groups[id(optimizer)]
+        group.updates += 1
+        if group.weights and self.is_due(group.updates):
+            self.choose(group.weights, group.updates)
+            for weight in group.weights:
                 if weight not in weights:  # one without a gradient, which nobody else projects
                     self._project(weight)
 
-    def _begin(self, weights: Sequence[LatentWeight]) -> None:
-        if not weights:
-            return
-        for weight in weights:
-            self.begin(weight)
-        self.choose(weights)
-        for weight in weights:
-            self._project(weight)
-
-    def _owned(self, optimizer: Optimizer) -> list[LatentWeight]:
-        return [weight for pool in self._pools.get(id(optimizer), ()) for weight in pool.weights]
-
     # ------------------------------------------------------------------ state
+
+    def _update_counts(self) -> dict[str, int]:
+        """Return the number of updates of each weight by name."""
+        return {weight.name: group.updates for group in self._groups.values() for weight in group.weights}
 
     def state_dict(self) -> dict[str, Any]:
         """Return latents, sets and clock."""
         return {
             **super().state_dict(),
             "sparsity": self.sparsity_target,
-            "updates": dict(self._updates),
-            "begun": dict(self._begun),
+            "updates": self._update_counts(),
+            "begun": dict(self._before_fit),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
         refuse_other_sparsity(self, state_dict["sparsity"], self.sparsity_target)
-        self._updates = dict(state_dict["updates"])
         super().load_state_dict(state_dict)
+        self._load_update_counts(state_dict["updates"])
+
+    def _load_update_counts(self, updates: Mapping[str, int]) -> None:
+        """Set the clocks; one for each weight until a fit tells which have an optimizer together."""
+        if self._fit.module is None:
+            self._groups.clear()
+            for index, (name, weight) in enumerate(self._weights.items()):
+                self._groups[index].weights = [weight]
+        for group in self._groups.values():
+            group.updates = max((updates.get(weight.name, 0) for weight in group.weights), default=0)
 
 
 def _skipped(optimizer: Optimizer) -> bool:

@@ -5,6 +5,7 @@ penalty is that of the present step's gradient; "the whole model" is all weights
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,29 +13,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.families.latent import Granularity, LatentCallback, LatentWeight, Pool
+from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.families.latent import LatentCallback, LatentWeight
+from lightning_sparse.families.thresholds import Granularity, ThresholdBuffer, Thresholded
 
 __all__ = ["DFBST"]
 
 
-class DFBST(LatentCallback):
+class DFBST(Thresholded, LatentCallback):
     r"""Dynamic Forward and Backward Sparse Training: trainable masks for weights and for their gradients.
 
     Forward, as :class:`DST` with ``|t_f|`` for ``t``. Backward, with ``G`` the gradient of ``W``: the contribution
     score ``CS = G / sum_j |G|`` of each row gives the mask ``M_b = 1[|CS| >= |t_b|]``, and ``W`` is updated with
     ``G~ = G * M_b``. The loss gains ``alpha * sum exp(-t_f) + beta * std(G~ of the whole model)``; the second term
     reaches ``t_b`` alone.
-
-    Args:
-        alpha: weight of the forward regulariser, at least 0. Paper's values: 5e-4 (MNIST), 5e-6 (CIFAR).
-        beta: weight of the variance penalty, at least 0: the larger, the fewer gradients. Paper's values: 0.01, 0.1.
-        penalty_from_epoch: first epoch (from 0) with the variance penalty. The authors' program begins at 1.
-        granularity: one pair of thresholds per output ``"neuron"`` (filter), per ``"layer"`` or per ``"weight"``.
-        reset_above: collapse guard: a layer with more than this share masked has its forward thresholds set to 0;
-            None switches the guard off.
-        include: glob patterns on names of the weights to make sparse; see :class:`~lightning_sparse.SparseCallback`.
-        exclude: glob patterns on names of weights that stay dense.
-        log_every_n_steps: log also every so many optimizer steps; otherwise once an epoch.
 
     Raises:
         ValueError: an argument is out of range.
@@ -48,33 +40,40 @@ class DFBST(LatentCallback):
         Training Schedule", ACML 2023.
     """
 
+    alpha: float = option(
+        kw_only=False,
+        check=partial(checks.at_least, 0, "Try alpha=5e-4 for a small network, 5e-6 for a deep one."),
+        doc="weight of the forward regulariser, at least 0. Paper's values: 5e-4 (MNIST), 5e-6 (CIFAR).",
+    )
+    beta: float = option(
+        kw_only=False,
+        check=partial(checks.at_least, 0, "Try beta=0.01; 0 leaves the backward pass dense."),
+        doc="weight of the variance penalty, at least 0: the larger, the fewer gradients. Paper's values: 0.01, 0.1.",
+    )
+    penalty_from_epoch: int = option(
+        default=0,
+        check=partial(checks.integer, 0, "0 applies the penalty from the start."),
+        doc="first epoch (from 0) with the variance penalty. The authors' program begins at 1.",
+    )
+    granularity: Granularity = option(
+        default="neuron",
+        doc='one pair of thresholds per output ``"neuron"`` (filter), per ``"layer"`` or per ``"weight"``.',
+    )
+    reset_above: float | None = 0.99
+    init_threshold: float = fixed(default=0.0)
+
     threshold_names = ("t", "t_b")
     sum_names = ("plain",)
     mask_names = ("M_b",)
+    regularised = True
 
-    def __init__(
-        self,
-        alpha: float,
-        beta: float,
-        penalty_from_epoch: int = 0,
-        granularity: Granularity = "neuron",
-        reset_above: float | None = 0.99,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        log_every_n_steps: int | None = None,
-    ) -> None:
-        super().__init__(0.0, granularity, include, exclude, log_every_n_steps)
-        checks.at_least(0, "Try alpha=5e-4 for a small network, 5e-6 for a deep one.", alpha=alpha)
-        checks.at_least(0, "Try beta=0.01; 0 leaves the backward pass dense.", beta=beta)
-        checks.integer(0, "0 applies the penalty from the start.", penalty_from_epoch=penalty_from_epoch)
-        if reset_above is not None:
-            checks.fraction("The paper's value is 0.99; None switches the guard off.", reset_above=reset_above)
-        self.alpha = alpha
-        self.beta = beta
-        self.penalty_from_epoch = penalty_from_epoch
-        self.reset_above = reset_above
-        self._penalised = penalty_from_epoch == 0
+    def __post_init__(self) -> None:
+        """Begin with or without the variance penalty."""
+        super().__post_init__()
+        self._penalised = self.penalty_from_epoch == 0
         self._moments = torch.zeros(2, dtype=torch.float64)  # sum G~, sum G~^2
+
+    # ------------------------------------------------------------------ what users read
 
     @property
     def backward_masks(self) -> dict[str, Tensor]:
@@ -97,19 +96,17 @@ class DFBST(LatentCallback):
         return {name: weight.thresholds["t_b"].detach() for name, weight in self._weights.items()}
 
     @property
-    def levels(self) -> dict[str, Tensor]:
+    def effective_thresholds(self) -> dict[str, Tensor]:
         """What ``|W|`` is compared with, by parameter name, and ``|G|``, by ``NAME/backward``."""
         backward = {f"{name}/backward": self.level(t) for name, t in self.backward_thresholds.items()}
-        return {**super().levels, **backward}
+        return {**super().effective_thresholds, **backward}
 
     @property
-    def watched(self) -> dict[str, float]:
+    def extra_metrics(self) -> dict[str, float]:
         """Backward sparsity, to log."""
         return {"sparsity/backward": 1 - self.backward_density}
 
-    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
-        """Switch the variance penalty on when its time has come."""
-        self._penalised = epoch >= self.penalty_from_epoch
+    # ------------------------------------------------------------------ the method
 
     def level(self, t: Tensor) -> Tensor:
         """``tau = |t|`` (Sec. 3.2)."""
@@ -117,40 +114,47 @@ class DFBST(LatentCallback):
 
     def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> int | Tensor | None:
         """Write ``W * 1[|W| > |t_f|]`` (Sec. 3.2)."""
-        passing: int | Tensor = weight.kernels.hard_project(W, weight.tau, out)
+        passing: int | Tensor = weight.kernels.hard_project(W, weight.thresholds.tau, out)
         return passing
 
-    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
+        """Switch the variance penalty on when its time has come."""
+        self._penalised = epoch >= self.penalty_from_epoch
+
+    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102  (inherited)
         self._moments.zero_()
         super().before_step(optimizer, share, scale)
+
+    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
+        """As DST with ``|t_f|``; then mask ``G`` by contribution (Sec. 3.3) and take the sums of the penalty."""
+        t = weight.thresholds
+        weight.kernels.hard_gradient(dP, W, t.tau, t.dtau["t"])
+        self._moments = self._moments.to(dP.device)
+        weight.kernels.backward_mask(
+            dP, self.level(t.per_row("t_b")), weight.bits["M_b"], t.dtau["t_b"], t.dtau["plain"], self._moments
+        )
+
+    def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
+        """From ``|t_f|`` to ``t_f``; and the derivative of ``alpha sum exp(-t_f)``."""
+        t_f, dt_f = buffer.values["t"], buffer.gradients["t"]
+        buffer.kernels.through_abs(dt_f, t_f)
+        buffer.kernels.exponential_penalty(dt_f, t_f, self.alpha * share)
+
+    def finish_gradients(
+        self, weights: Sequence[LatentWeight], buffers: Sequence[ThresholdBuffer], share: float
+    ) -> None:
+        """Give ``t_b`` the gradient of ``beta * std(G~)``, taken over all weights at once (Sec. 3.4)."""
+        trained = [weight for weight in weights if weight.has_gradient]
+        if not trained or not self._penalised:
+            return
+        N = sum(weight.size for weight in trained)
+        for buffer in buffers:
+            t_b, dt_b = buffer.values["t_b"], buffer.gradients["t_b"]
+            buffer.kernels.variance_penalty(dt_b, buffer.gradients["plain"], self._moments, N, self.beta * share)
+            buffer.kernels.through_abs(dt_b, t_b)
+        for weight in trained:
+            weight.thresholds["t_b"].grad = weight.thresholds.gradients["t_b"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what belongs to a step, and to its device."""
         return {**super().__getstate__(), "_moments": torch.zeros(2, dtype=torch.float64)}
-
-    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
-        """As DST with ``|t_f|``; then mask ``G`` by contribution (Sec. 3.3) and take the sums of the penalty."""
-        weight.kernels.hard_gradient(dP, W, weight.tau, weight.dtau["t"])
-        tau_b, weighted, plain = self.level(weight.per_row("t_b")), weight.dtau["t_b"], weight.dtau["plain"]
-        self._moments = self._moments.to(dP.device)
-        weight.kernels.backward_mask(dP, tau_b, weight.bits["M_b"], weighted, plain, self._moments)
-
-    def threshold_gradients(self, pool: Pool, share: float) -> bool:
-        """From ``|t_f|`` to ``t_f``; and the derivative of ``alpha sum exp(-t_f)``."""
-        t_f, dt_f = pool.values["t"], pool.gradients["t"]
-        pool.kernels.through_abs(dt_f, t_f)
-        pool.kernels.exponential_penalty(dt_f, t_f, self.alpha * share)
-        return True
-
-    def finish_gradients(self, pools: Sequence[Pool], share: float) -> None:
-        """Give ``t_b`` the gradient of ``beta * std(G~)``, taken over all weights at once (Sec. 3.4)."""
-        weights = [weight for pool in pools for weight in pool.weights if weight.has_gradient]
-        if not weights or not self._penalised:
-            return
-        N = sum(weight.latent.numel() for weight in weights)
-        for pool in pools:
-            t_b, dt_b = pool.values["t_b"], pool.gradients["t_b"]
-            pool.kernels.variance_penalty(dt_b, pool.gradients["plain"], self._moments, N, self.beta * share)
-            pool.kernels.through_abs(dt_b, t_b)
-        for weight in weights:
-            weight.thresholds["t_b"].grad = weight.gradients["t_b"]

@@ -22,7 +22,7 @@ from lightning_sparse.compat.lightning import (
 from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families import magnitude
 from lightning_sparse.families.before_training import budgets
-from lightning_sparse.families.common import FINAL_SPARSITY, SCOPE
+from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
 from lightning_sparse.families.masked import MaskedCallback
 from lightning_sparse.layers.selection import Choice
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
@@ -66,7 +66,7 @@ class LotteryTicket(MaskedCallback):
         doc="number of epochs after which the state to rewind to is taken. Later trainings repeat only the epochs from "
         "there on, so with L epochs a training, the fit has ``L + rounds (L - rewind_epoch)``.",
     )
-    scope: Scope = option(default="global", doc=SCOPE)
+    scope: Scope = option(default="global", doc=PRUNING_SCOPE)
     distribution: Distribution | Mapping[str, float] = "uniform"
     storage: Storage = fixed(default="masked")
     plain_checkpoints: bool | None = fixed(default=None)

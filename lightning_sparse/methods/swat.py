@@ -5,18 +5,18 @@ sparse weight gradient is the only one that is ever computed; sets are found ane
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import LightningModule, Trainer
+from lightning_sparse.compat.options import option
 from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.layers.activations import SparseInput
 from lightning_sparse.layers.selection import Choice
-from lightning_sparse.rules.budgets import Scope
 
 __all__ = ["SWAT"]
 
@@ -26,16 +26,8 @@ class SWAT(TopKCallback):
 
     The layer computes ``y = P x`` with ``P = W * 1_A``, A the ``1 - sparsity`` largest ``|W|``. Backward, the input's
     gradient is ``P^T dy``, and ``dW = dy top(x)^T`` for all weights, where ``top`` keeps the
-    ``1 - activation_sparsity`` largest ``|x|`` of the layer's whole input, batch and features.
-
-    Args:
-        sparsity: share of zeros over all selected weights, in [0, 1).
-        activation_sparsity: share of a layer's input that its weight gradient leaves out, in [0, 1]; None: as
-            ``sparsity``. It concerns linear and convolution layers; others have sparse weights alone.
-        scope: the largest of each ``"layer"`` (the paper's), or of all together (``"global"``).
-        update_every: number of optimizer steps from one choice of the sets to the next.
-        options: ``distribution`` (``"uniform"``, SWAT-U, or ``"erk"``, SWAT-ERK), ``min_layer_density``, ``include``,
-            ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.families.top_k.TopKCallback`.
+    ``1 - activation_sparsity`` largest ``|x|`` of the layer's whole input, batch and features. The paper's SWAT-U has
+    ``distribution="uniform"``, its SWAT-ERK ``"erk"``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -48,27 +40,28 @@ class SWAT(TopKCallback):
         "Sparse Weight Activation Training", NeurIPS 2020.
     """
 
-    def __init__(
-        self,
-        sparsity: float,
-        activation_sparsity: float | None = None,
-        scope: Scope = "layer",
-        update_every: int = 1,
-        **options: Any,
-    ) -> None:
-        super().__init__(sparsity, scope, update_every, **options)
-        if activation_sparsity is not None:
-            checks.fraction("None takes that of the weights.", activation_sparsity=activation_sparsity)
-        self.activation_sparsity = sparsity if activation_sparsity is None else activation_sparsity
+    activation_sparsity: float | None = option(
+        default=None,
+        check=partial(checks.fraction, "None takes that of the weights."),
+        doc="share of a layer's input that its weight gradient leaves out, in [0, 1]; None: as ``sparsity``. It "
+        "concerns linear and convolution layers; others have sparse weights alone.",
+    )
+
+    def __post_init__(self) -> None:
+        """Begin without hooks."""
+        super().__post_init__()
+        if self.activation_sparsity is None:
+            self.activation_sparsity = self.sparsity_target
         self._hooked: list[str] = []
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:
         """Share of the work that each layer's weight gradient takes: that of the input it is computed from."""
+        assert self.activation_sparsity is not None
         return {n: 1 - self.activation_sparsity if n in self._hooked else 1.0 for n in self._weights}
 
     @property
-    def watched(self) -> dict[str, float]:
+    def extra_metrics(self) -> dict[str, float]:
         """Backward sparsity, to log."""
         return {"sparsity/backward": 1 - self.gradient_density}
 
@@ -78,19 +71,20 @@ class SWAT(TopKCallback):
         self._hooked = []
         self._hook(pl_module, list(self._weights.values()))
 
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
         """Hook the newcomers' layers, too."""
-        super().attach_more(choices, optimizer)
-        assert self._module is not None
-        self._hook(self._module, [self._weights[choice.name] for choice in choices])
-
-    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
-        """``dW = dP``, which came from sparse inputs."""
+        super().attach_added(choices, optimizer)
+        assert self._fit.module is not None
+        self._hook(self._fit.module, [self._weights[choice.name] for choice in choices])
 
     def _hook(self, module: LightningModule, weights: Sequence[LatentWeight]) -> None:
+        """Make the layers of ``weights`` save a sparse input."""
         names = {id(weight.parameter): weight.name for weight in weights}
         for layer in module.modules():
             name = names.get(id(getattr(layer, "weight", None)))
             if name is not None and SparseInput.suits(layer) and self.activation_sparsity:
-                self._handles += SparseInput(self.activation_sparsity).register(layer)
+                self._fit.handles += SparseInput(self.activation_sparsity).register(layer)
                 self._hooked.append(name)
+
+    def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
+        """``dW = dP``, which came from sparse inputs."""

@@ -6,42 +6,30 @@ with fresh optimizer state; annealing scales the loss's gradient, not the penalt
 """
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.options import option
+from lightning_sparse.families.annealing import Annealed
 from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.rules import select
-from lightning_sparse.rules.budgets import Scope, apportion, budget
-from lightning_sparse.rules.schedules import Annealing, annealed
+from lightning_sparse.rules.budgets import apportion, budget
 
 __all__ = ["TopKAST"]
 
 
-class TopKAST(TopKCallback):
+class TopKAST(Annealed, TopKCallback):
     r"""Top-K Always Sparse Training: compute with the largest weights, update somewhat more of them.
 
     With D the density, A the D largest ``|W|`` and B the ``1 - backward_sparsity`` largest, which hold A, the layer
     computes with ``P = W * 1_A``. Backward, ``dW = dP`` on A, ``alpha_i dP`` on the rest of B, and 0 outside, where
     ``W`` does not move; ``alpha_i = alpha * decay(i)`` in epoch i. The loss gains
     ``l2 / 2 (sum_A W^2 + sum_{B - A} W^2 / D)``, so that only what learns fast enough gets into A.
-
-    Args:
-        sparsity: share of zeros over all selected weights, ``1 - D``, in [0, 1).
-        backward_sparsity: share of weights that are not updated, at most ``sparsity``; 0 updates all.
-        alpha: gradient scale in B outside of A at the start, in [0, 1]; 1 is plain Top-KAST.
-        decay: annealing of alpha: "none", "linear", "cosine", "sigmoid", "sigmoid_cosine" or "exponential".
-        power: powerpropagation's exponent, at least 1: trained is v, and ``W = v |v|^(power-1)``. The paper's: 2 to 4.
-        l2: weight of the penalty, at least 0. It takes the place of the optimizer's weight decay.
-        scope: the largest of each ``"layer"`` (the paper's), or of all together (``"global"``).
-        update_every: number of optimizer steps from one choice of the sets to the next.
-        decay_rate: of the exponential decay, per epoch, at least 0.
-        options: ``distribution`` (of A under ``scope="layer"``, ``"uniform"`` unless told), ``min_layer_density``,
-            ``include``, ``exclude``, ``log_every_n_steps``; see :class:`~lightning_sparse.families.top_k.TopKCallback`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -55,38 +43,40 @@ class TopKAST(TopKCallback):
         "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020.
     """
 
-    def __init__(
-        self,
-        sparsity: float,
-        backward_sparsity: float,
-        alpha: float = 1.0,
-        decay: Annealing = "none",
-        power: float = 1.0,
-        l2: float = 1e-4,
-        scope: Scope = "layer",
-        update_every: int = 1,
-        decay_rate: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(sparsity, scope, update_every, **options)
-        checks.fraction("0 updates all weights.", backward_sparsity=backward_sparsity)
-        if backward_sparsity > sparsity:
+    sparsity_target: float = option(
+        kw_only=False, doc="share of zeros over all selected weights, ``1 - D``, in [0, 1)."
+    )
+    backward_sparsity: float = option(
+        kw_only=False,
+        check=partial(checks.fraction, "0 updates all weights."),
+        doc="share of weights that are not updated, at most ``sparsity``; 0 updates all.",
+    )
+    alpha: float = option(
+        default=1.0,
+        check=partial(checks.fraction, "1 is plain Top-KAST; annealing starts at 0.75 to 1."),
+        doc="gradient scale in B outside of A at the start, in [0, 1]; 1 is plain Top-KAST.",
+    )
+    power: float = option(
+        default=1.0,
+        check=partial(checks.at_least, 1, "1 trains the weights themselves."),
+        doc="powerpropagation's exponent, at least 1: trained is v, and ``W = v |v|^(power-1)``. The paper's: 2 to 4.",
+    )
+    l2: float = option(
+        default=1e-4,
+        check=partial(checks.at_least, 0, "The paper's value for ResNet-50 is 1e-4."),
+        doc="weight of the penalty, at least 0. It takes the place of the optimizer's weight decay.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check that B can hold A."""
+        super().__post_init__()
+        if self.backward_sparsity > self.sparsity_target:
             raise ValueError(
-                f"backward_sparsity must be at most sparsity={sparsity!r}, got {backward_sparsity!r}: the weights that "
-                "compute are among those that are updated. Lower it; 0 updates all."
+                f"backward_sparsity must be at most sparsity={self.sparsity_target!r}, got "
+                f"{self.backward_sparsity!r}: the weights that compute are among those that are updated. Lower it; "
+                "0 updates all."
             )
-        checks.fraction("1 is plain Top-KAST; annealing starts at 0.75 to 1.", alpha=alpha)
-        checks.one_of(get_args(Annealing), decay=decay)
-        checks.at_least(0, "The paper's value is 1.", decay_rate=decay_rate)
-        checks.at_least(1, "1 trains the weights themselves.", power=power)
-        checks.at_least(0, "The paper's value for ResNet-50 is 1e-4.", l2=l2)
-        self.backward_sparsity = backward_sparsity
-        self.alpha = self.current_alpha = alpha
-        self.decay = decay
-        self.power = power
-        self.l2 = l2
-        self.decay_rate = decay_rate
-        self._l2_now = l2
+        self._l2_now = self.l2
 
     # ------------------------------------------------------------------ what users read
 
@@ -112,16 +102,7 @@ class TopKAST(TopKCallback):
         """Share of all selected weights whose gradient is used."""
         return self.gradient_density
 
-    @property
-    def watched(self) -> dict[str, float]:
-        """The annealed alpha and backward sparsity, to log."""
-        return {"sparsity/alpha": self.current_alpha, "sparsity/backward": 1 - self.backward_density}
-
     # ------------------------------------------------------------------ the method
-
-    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
-        """Anneal alpha."""
-        self.current_alpha = annealed(self.alpha, self.decay, self.decay_rate, epoch, epochs)
 
     def new_buffers(self, latent: Tensor) -> dict[str, Tensor]:
         """All weights are in both sets until they are chosen."""
@@ -132,10 +113,10 @@ class TopKAST(TopKCallback):
         if self.power != 1:
             weight.latent = weight.latent.sign() * weight.latent.abs().pow(1 / self.power)
 
-    def choose(self, weights: Sequence[LatentWeight]) -> None:
+    def choose(self, weights: Sequence[LatentWeight], updates: int) -> None:
         """Find A, and B around it: ``|v|`` ranks as ``|W|`` does."""
-        sizes = [weight.latent.numel() for weight in weights]
-        counts = self.counts(weights)
+        sizes = [weight.size for weight in weights]
+        counts = self.counts(weights, updates)
         total = budget(self.backward_sparsity, sum(sizes))
         if self.scope == "global":
             wider = self.largest(weights, total, counts)
@@ -153,7 +134,7 @@ class TopKAST(TopKCallback):
         if self.power != 1:
             out.mul_(out.abs().pow_(self.power - 1))
 
-    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102  (inherited)
         self._l2_now = self.l2 * share * scale
         super().before_step(optimizer, share, scale)
 
@@ -170,10 +151,10 @@ class TopKAST(TopKCallback):
 
     # ------------------------------------------------------------------ outside of B nothing moves
 
-    def enter_step(self, optimizer: Optimizer) -> None:
+    def before_update(self, optimizer: Optimizer) -> None:
         """Keep the values of before the update, in the memory that P does not need meanwhile."""
-        super().enter_step(optimizer)
-        for weight in self._owned(optimizer):
+        super().before_update(optimizer)
+        for weight in self._groups[id(optimizer)].weights:
             if weight.effective is not None and self.backward_sparsity:
                 weight.effective.copy_(weight.latent)
 
@@ -189,7 +170,7 @@ class TopKAST(TopKCallback):
         super().updated(optimizer, weights)
         if optimizer is None:
             return
-        for weight in self._owned(optimizer):
+        for weight in self._groups[id(optimizer)].weights:
             B = weight.buffers["B"]
             if B is before[weight.name]:
                 continue

@@ -1,6 +1,6 @@
-"""What LatentCallback keeps of each weight, and of all weights of an optimizer together."""
+"""LatentWeight: what is kept of a weight whose dense latent values stand behind a sparse parameter."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_sparse import kernels
 from lightning_sparse.kernels.bits import pack, unpack
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
+from lightning_sparse.weights.thresholds import WeightThresholds
 
-__all__ = ["LatentWeight", "Pool", "pools"]
+__all__ = ["LatentGroup", "LatentWeight"]
 
 
 @dataclass(eq=False)
@@ -22,33 +23,22 @@ class LatentWeight:
     Attributes:
         name: the parameter's name in the LightningModule.
         latent: ``W``, of the parameter's shape.
-        thresholds: trainable thresholds by name; ``"t"`` is the forward one. Of shape ``(out,)``, ``(1,)`` or the
-            parameter's, after the granularity. Empty if the method has none.
         buffers: further tensors of the parameter's shape that belong to the method's state.
         bits: boolean ones among them, packed; see ``mask``.
-        transposed_groups: see ``layers.Choice``.
-        places: where each threshold stands in the param group of its weight, by which a checkpoint knows its state.
+        transposed_groups: see ``layers.selection.Choice``.
+        trained: its thresholds; None if the method has none.
         parameter: the module's parameter; None outside fit.
         effective: the storage of ``P`` while the parameter holds ``W``; else None.
-        resets: how often the collapse guard set the thresholds to 0.
-        tau: what ``|W|`` is compared with by the latest ``P``, ``(out, 1)`` or ``(out, n)``.
-        dtau: where a step's gradients of ``tau`` (and what else the method sums like them) are written, by name.
-        gradients: the same added up to the shape of the thresholds.
     """
 
     name: str
     latent: Tensor
-    thresholds: dict[str, nn.Parameter]
     buffers: dict[str, Tensor] = field(default_factory=dict)
     bits: dict[str, Tensor] = field(default_factory=dict)
     transposed_groups: int = 0
-    places: dict[str, int] = field(default_factory=dict)
+    trained: WeightThresholds | None = None
     parameter: nn.Parameter | None = None
     effective: Tensor | None = None
-    resets: int | Tensor = 0
-    tau: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
-    dtau: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
     _views: dict[str, Tensor] = field(default_factory=dict)
     _kernels: ModuleType | None = None
 
@@ -58,16 +48,24 @@ class LatentWeight:
         return self.latent.numel()
 
     @property
+    def thresholds(self) -> WeightThresholds:
+        """Its thresholds; only methods that train thresholds ask for them."""
+        assert self.trained is not None, "the method has no thresholds"
+        return self.trained
+
+    @property
     def kernels(self) -> ModuleType:
-        """The kernels that suit this weight best."""
+        """The kernels that suit this weight and its thresholds best."""
         if self._kernels is None:
-            self._kernels = kernels.for_tensors(self.matrix(self.latent), self.per_row())
+            self._kernels = kernels.for_tensors(self.matrix(self.latent), self.thresholds.per_row())
         return self._kernels
 
     @property
     def has_gradient(self) -> bool:
         """Whether this step has a gradient for the weight."""
         return self.parameter is not None and self.parameter.grad is not None
+
+    # ------------------------------------------------------------------ as matrices
 
     def matrix(self, x: Tensor, keep_as: str | None = None) -> Tensor:
         """Return ``x``, of the parameter's shape, as ``(out, n)``; see ``matrices.as_matrix``.
@@ -82,28 +80,50 @@ class LatentWeight:
             self._views[keep_as] = matrix
         return matrix
 
-    def per_row(self, key: str = "t") -> Tensor:
-        """Return thresholds as ``(out, 1)`` or ``(out, n)``; kept for the next call, as in ``matrix``."""
-        t = self.thresholds[key]
-        kept = self._views.get(key)
-        if kept is not None and kept.data_ptr() == t.data_ptr():
-            return kept
-        rows = self.matrix(t.detach()) if t.ndim > 1 else t.detach().unsqueeze(1)
-        rows = rows.expand(self.matrix(self.latent).shape[0], -1)
-        if rows.data_ptr() == t.data_ptr():
-            self._views[key] = rows
-        return rows
+    def write(self, P: Tensor, effective: Callable[[Tensor, Tensor], Any]) -> Any:
+        """Write ``P``; return what ``effective`` returns, which gets ``W`` and where to write, both ``(out, n)``."""
+        same_layout = P.stride() == self.latent.stride()
+        work = P if same_layout else torch.empty_like(self.latent)
+        out = self.matrix(work, "P" if same_layout else None)
+        result = effective(self.matrix(self.latent, "W"), out)
+        write_matrix(work, out, self.transposed_groups)
+        if not same_layout:
+            P.copy_(work)
+        return result
 
-    def fold(self) -> None:
-        """Add ``dtau`` up to ``gradients``, where it is no view of them."""
-        for key, dtau in self.dtau.items():
-            dt = self.gradients[key]
-            if dtau.data_ptr() == dt.data_ptr():
-                continue
-            if dt.ndim == 1:
-                self.kernels.add_rows(dtau, dt)
-            else:
-                write_matrix(dt, dtau, self.transposed_groups)
+    def turn_gradient(self, gradients: Callable[[Tensor, Tensor], None]) -> None:
+        """Make the parameter's gradient that of ``W``, in place: ``gradients`` gets ``dP`` and ``W``, both ``(out, n)``."""
+        assert self.parameter is not None
+        assert self.parameter.grad is not None
+        gradient = self.parameter.grad
+        same_layout = gradient.stride() == self.latent.stride()
+        work = gradient if same_layout else torch.empty_like(self.latent).copy_(gradient)
+        dP = self.matrix(work)
+        gradients(dP, self.matrix(self.latent, "W"))
+        write_matrix(work, dP, self.transposed_groups)
+        if not same_layout:
+            gradient.copy_(work)
+
+    # ------------------------------------------------------------------ around an update of the optimizer
+
+    def enter(self) -> None:
+        """Give the parameter ``W`` for an update, if there will be one."""
+        assert self.parameter is not None
+        steps = self.has_gradient or (self.trained is not None and self.trained.have_gradient)
+        if steps and self.effective is None:
+            self.effective = self.parameter.data
+            self.parameter.data = self.latent
+
+    def leave(self) -> bool:
+        """Take ``W`` back from the parameter, which then wants its ``P``; tell whether an update was under way."""
+        if self.effective is None or self.parameter is None:
+            return False
+        if self.parameter.data_ptr() != self.latent.data_ptr():  # the optimizer gave it new storage
+            self.latent = self.parameter.data
+        self.parameter.data, self.effective = self.effective, None
+        return True
+
+    # ------------------------------------------------------------------ state
 
     def mask(self, key: str) -> Tensor:
         """Return the boolean tensor, of the parameter's shape, that ``bits`` keep."""
@@ -116,19 +136,52 @@ class LatentWeight:
         """Keep a boolean tensor of the parameter's shape in ``bits``, in the order of the latent weights' memory."""
         self.bits[key] = pack(self.matrix(torch.empty_like(self.latent, dtype=torch.bool).copy_(mask)))
 
-    def move_like(self, parameter: nn.Parameter) -> None:
-        """Bring the state to the device and the order of memory of ``parameter``; thresholds stay the same objects."""
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: tensors and plain values only."""
+        buffers = {key: buffer.detach() for key, buffer in self.buffers.items()}
+        thresholds = {"thresholds": {}, "places": {}} if self.trained is None else self.trained.state()
+        return {
+            "latent": self.latent.detach(),
+            "buffers": {**buffers, **{key: self.mask(key) for key in self.bits}},
+            "transposed_groups": self.transposed_groups,
+            **thresholds,
+        }
+
+    @classmethod
+    def loaded(cls, name: str, state: Mapping[str, Any], masks: Collection[str]) -> "LatentWeight":
+        """Return a weight as it was saved; ``masks``: which of its buffers are kept as bits."""
+        weight = cls(name, state["latent"], transposed_groups=state["transposed_groups"])
+        if state["thresholds"]:
+            weight.trained = WeightThresholds.loaded(weight.latent, state)
+        for key, buffer in state["buffers"].items():
+            if key in masks:
+                weight.keep_mask(key, buffer)
+            else:
+                weight.buffers[key] = buffer
+        return weight
+
+    def copy_(self, other: "LatentWeight") -> None:
+        """Take the state of another of the same shape."""
+        self.latent.copy_(other.latent)
+        if self.trained is not None:
+            self.trained.copy_(other.thresholds)
+        for key, buffer in self.buffers.items():
+            buffer.copy_(other.buffers[key])
+        for key in self.bits:
+            self.keep_mask(key, other.mask(key))
+
+    def move_to(self, parameter: nn.Parameter, transposed_groups: int) -> None:
+        """Stand behind ``parameter``, with the state on its device and in its order of memory."""
         masks = {key: self.mask(key) for key in self.bits}
         self.latent = torch.empty_like(parameter).copy_(self.latent)
         for key, buffer in self.buffers.items():
             self.buffers[key] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
         for key, mask in masks.items():
             self.keep_mask(key, mask)
-        for t in self.thresholds.values():  # the same objects, which the optimizer may know from an earlier fit
-            like = parameter if t.ndim > 1 else t
-            t.data = torch.empty_like(like, dtype=t.dtype, device=parameter.device).copy_(t.data)
-            t.grad = None
-        self._kernels = None
+        if self.trained is not None:
+            self.trained.move_like(parameter, transposed_groups)
+        self.transposed_groups = transposed_groups
+        self.parameter, self.effective, self._kernels = parameter, None, None
 
     def release(self) -> None:
         """Let go of the module and the other weights; keep the state on the CPU."""
@@ -136,110 +189,25 @@ class LatentWeight:
         self.latent = self.latent.cpu()
         for tensors in (self.buffers, self.bits):
             tensors.update({key: tensor.cpu() for key, tensor in tensors.items()})
-        for t in self.thresholds.values():
-            t.data = torch.empty_like(t, device="cpu").copy_(t.data)
-        self.dtau, self.gradients, self._views, self._kernels = {}, {}, {}, None
+        if self.trained is not None:
+            self.trained.release()
+        self._views, self._kernels = {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the module and the other weights."""
-        state = {
-            "latent": self.latent.detach(),
-            "thresholds": {key: nn.Parameter(t.detach().clone()) for key, t in self.thresholds.items()},
-            "buffers": {key: buffer.detach() for key, buffer in self.buffers.items()},
-            "tau": torch.zeros(1, 1),
-        }
-        loose: dict[str, Any] = {
-            "parameter": None,
-            "effective": None,
-            "dtau": {},
-            "gradients": {},
-            "_views": {},
-            "_kernels": None,
-        }
-        return {**self.__dict__, **state, **loose}
+        buffers = {key: buffer.detach() for key, buffer in self.buffers.items()}
+        loose: dict[str, Any] = {"parameter": None, "effective": None, "_views": {}, "_kernels": None}
+        return {**self.__dict__, "latent": self.latent.detach(), "buffers": buffers, **loose}
 
 
-class Pool:
-    """Weights of one optimizer, whose thresholds lie end to end: one operation serves those of all weights.
-
-    The optimizer still knows each weight's thresholds by themselves, as views.
-
-    Args:
-        weights: all on one device, with thresholds of the same names and one dtype.
-        sums: names of further sums that the method forms like the gradients of thresholds.
+@dataclass(eq=False)
+class LatentGroup:
+    """The weights of one optimizer.
 
     Attributes:
-        weights: the same.
-        values: all weights' thresholds, by name.
-        gradients: their gradients, and the further sums.
-        kernels: the kernels that suit these vectors best.
+        weights: in the order in which its param groups have them.
+        updates: number of its updates, by which a method can tell when it is time.
     """
 
-    kernels: ModuleType
-
-    def __init__(self, weights: Sequence[LatentWeight], sums: Sequence[str]) -> None:
-        self.weights = weights
-        self.values: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
-        self._places: list[tuple[nn.Parameter, Tensor]] = []
-        names = list(weights[0].thresholds)
-        for key in names:
-            self.values[key] = self._lay_out([weight.thresholds[key] for weight in weights])
-            self.kernels = kernels.for_tensors(*(self.values[key].unsqueeze(1),) * 2)
-        for key in (*names, *sums):
-            self._make_room(key, [weight.thresholds[names[0]] for weight in weights])
-
-    def _lay_out(self, thresholds: Sequence[nn.Parameter]) -> Tensor:
-        values = thresholds[0].new_empty(sum(t.numel() for t in thresholds))
-        for t, view in zip(thresholds, _views(values, thresholds), strict=True):
-            view.copy_(t)
-            t.data = view
-            self._places.append((t, view))
-        return values
-
-    def _make_room(self, key: str, thresholds: Sequence[Tensor]) -> None:
-        self.gradients[key] = thresholds[0].new_zeros(sum(t.numel() for t in thresholds))
-        for weight, dt in zip(self.weights, _views(self.gradients[key], thresholds), strict=True):
-            weight.gradients[key] = dt
-            rows = weight.matrix(dt) if dt.ndim > 1 else dt.unsqueeze(1)
-            out = len(weight.matrix(weight.latent))
-            weight.dtau[key] = rows if len(rows) == out else rows.new_empty(out, 1)
-
-    def gather(self) -> None:
-        """Take back thresholds to which an optimizer gave new storage."""
-        for t, view in self._places:
-            if t.data_ptr() != view.data_ptr():
-                view.copy_(t)
-                t.data = view
-
-    def gradients_in_use(self) -> list[Tensor]:
-        """Return the gradients of all thresholds that are about to take a step."""
-        used = {}
-        for weight in self.weights:
-            for key, t in weight.thresholds.items():
-                if t.grad is None:
-                    continue
-                view = weight.gradients[key]
-                if t.grad is not view:  # someone gave it another
-                    view.copy_(t.grad)
-                    t.grad = view
-                used[key] = self.gradients[key]
-        return list(used.values())
-
-
-def pools(weights: Iterable[LatentWeight], sums: Sequence[str]) -> list[Pool]:
-    """Divide weights into pools: one, unless devices or dtypes differ."""
-    alike: dict[Any, list[LatentWeight]] = {}
-    for weight in weights:
-        kind = (weight.latent.device, *(t.dtype for t in weight.thresholds.values()))
-        alike.setdefault(kind, []).append(weight)
-    return [Pool(members, sums) for members in alike.values()]
-
-
-def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Divide ``flat`` into tensors of the same shapes and orders of memory as those given."""
-    views, start = [], 0
-    for t in like:
-        views.append(flat.as_strided(t.shape, t.stride(), start))
-        start += t.numel()
-    return views
+    weights: list[LatentWeight] = field(default_factory=list)
+    updates: int = 0

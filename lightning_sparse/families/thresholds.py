@@ -1,0 +1,280 @@
+"""Thresholds: the part of a method that trains thresholds beside its weights.
+
+Thresholds sit in the param group of their weight and are updated with it. Those of all weights of an optimizer lie end
+to end, so that one operation completes their gradients.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import BaseFinetuning, MisconfigurationException, Trainer
+from lightning_sparse.compat.options import Options, option
+from lightning_sparse.trainer.readouts import Readouts
+from lightning_sparse.weights.latent import LatentWeight
+from lightning_sparse.weights.thresholds import Granularity, ThresholdBuffer, WeightThresholds, buffers
+
+__all__ = ["Granularity", "ThresholdBuffer", "Thresholded", "Thresholds"]
+
+
+class Thresholded(Options, Readouts, ABC):
+    """A method with trained thresholds: what it says of them, and what is read of them.
+
+    It stands before the family in a method's bases, as in ``class DST(Thresholded, LatentCallback)``. The gradient of
+    ``tau`` goes into ``weight.thresholds.dtau["t"]`` in the method's ``gradients``.
+    """
+
+    init_threshold: float = option(
+        default=0.0,
+        check=partial(checks.finite, "Try -5, or -200 to begin dense."),
+        doc="the thresholds' value at the start.",
+    )
+    granularity: Granularity = option(
+        default="layer", doc='one threshold per output ``"neuron"`` (filter), per ``"layer"`` or per ``"weight"``.'
+    )
+    reset_above: float | None = option(
+        default=0.99,
+        check=partial(checks.fraction, "The paper's value is 0.99; None switches the guard off."),
+        doc="collapse guard: a layer with more than this share masked has its forward thresholds set to 0; None "
+        "switches the guard off.",
+    )
+
+    #: names of the thresholds of each weight, the forward one, "t", first
+    threshold_names: ClassVar[Sequence[str]] = ("t",)
+
+    #: names of further sums that ``gradients`` writes into ``weight.thresholds.dtau``
+    sum_names: ClassVar[Sequence[str]] = ()
+
+    #: the loss gains a penalty on the thresholds, whose derivative ``threshold_gradients`` adds
+    regularised: ClassVar[bool] = False
+
+    #: nothing but the optimizer's weight decay moves the thresholds up
+    needs_weight_decay: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Have thresholds."""
+        super().__post_init__()
+        self._thresholds: Thresholds | None = Thresholds(self)
+
+    def level(self, t: Tensor) -> Tensor:
+        """Return ``tau``, which ``|W|`` is compared with."""
+        return t
+
+    @abstractmethod
+    def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
+        """Turn ``buffer.gradients["t"]``, those of ``tau``, into those of ``t``; add ``share`` times the penalty's."""
+
+    def finish_gradients(
+        self, weights: Sequence[LatentWeight], buffers: Sequence[ThresholdBuffer], share: float
+    ) -> None:
+        """Add what needs the gradients of all weights of the optimizer."""
+
+    @property
+    def thresholds(self) -> dict[str, Tensor]:
+        """The forward thresholds by parameter name: ``(out,)``, ``(1,)`` or the weight's shape, after granularity."""
+        return {name: weight.thresholds["t"].detach() for name, weight in self._weights.items()}
+
+    @property
+    def effective_thresholds(self) -> dict[str, Tensor]:
+        """What ``|W|`` is compared with, ``tau``, by parameter name; of the shape of ``thresholds``."""
+        return {name: self.level(t) for name, t in self.thresholds.items()}
+
+    @property
+    def state_tensors(self) -> list[Mapping[str, Any]]:  # noqa: D102  (inherited)
+        return [*super().state_tensors, *(vars(weight.thresholds) for weight in self._weights.values())]
+
+    def refuse_trainer(self, trainer: Trainer) -> None:
+        """Raise if a callback looks every parameter of the optimizer up in the module."""
+        super().refuse_trainer(trainer)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
+            raise MisconfigurationException(
+                f"{self!r} keeps thresholds in the optimizer, where BaseFinetuning cannot handle them. "
+                "Freeze weights with requires_grad_(False) and add them later with optimizer.add_param_group."
+            )
+
+    def warn_at_epoch_end(self) -> None:  # noqa: D102  (inherited)
+        super().warn_at_epoch_end()
+        if self._thresholds:
+            self._thresholds.warn(self._weights)
+
+
+class Thresholds:
+    """The thresholds of all weights of a method.
+
+    Args:
+        method: whose they are.
+    """
+
+    def __init__(self, method: Thresholded) -> None:
+        self.method = method
+        self._buffers: dict[int, list[ThresholdBuffer]] = {}
+        self._nonfinite: Tensor | None = None
+
+    # ------------------------------------------------------------------ a fit begins and ends
+
+    def refuse_other_granularity(self, there: str) -> None:
+        """Raise unless a checkpoint has thresholds of these shapes."""
+        if there != self.method.granularity:
+            raise MisconfigurationException(
+                f"The checkpoint was written with granularity={there!r}, "
+                f"this {self.method!r} has {self.method.granularity!r}: give it the same."
+            )
+
+    def begin(self, weight: LatentWeight) -> None:
+        """Give a new weight its thresholds."""
+        start = dict.fromkeys(self.method.threshold_names, 0.0) | {"t": self.method.init_threshold}
+        weight.trained = WeightThresholds.new(weight.latent, weight.transposed_groups, self.method.granularity, start)
+
+    def join(self, optimizer: Optimizer, group: dict[str, Any], weights: Sequence[LatentWeight]) -> None:
+        """Put the thresholds of ``weights`` into their param group."""
+        if self.method.needs_weight_decay and not group.get("weight_decay"):
+            self.method.warn_once(
+                f"{self.method!r} has no regulariser of its own, and this optimizer has no weight decay: "
+                f"nothing drives {weights[0].name} to be sparse. Set weight_decay in the optimizer, e.g. 3e-5."
+            )
+        self._refuse_vectors(optimizer, weights)
+        theirs = [(weight, key) for weight in weights for key in weight.thresholds.values]
+        for weight, key in sorted(theirs, key=lambda of: of[0].thresholds.places.get(of[1], math.inf)):
+            _place(weight, key, group)
+
+    def _refuse_vectors(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Raise if thresholds cannot join the optimizer of their weights, which takes matrices alone."""
+        names = [weight.name for weight in weights if any(t.ndim != 2 for t in weight.thresholds.values.values())]
+        if names and "Muon" in {kind.__name__ for kind in type(optimizer).__mro__}:
+            raise MisconfigurationException(
+                f"{self.method!r} trains thresholds, which are vectors, in the optimizer of their weights, but "
+                f"{type(optimizer).__name__} takes matrices alone: give {', '.join(names)} another, such as SGD or "
+                "AdamW, or take a method without thresholds, such as TopKAST or RigL."
+            )
+
+    def lay_out(self, optimizer: Optimizer, weights: Iterable[LatentWeight]) -> list[LatentWeight]:
+        """Lay the thresholds of the weights of an optimizer end to end; return the weights in this order."""
+        of = {weight.thresholds: weight for weight in weights}
+        self._buffers[id(optimizer)] = laid = buffers(of, self.method.sum_names)
+        return [of[thresholds] for buffer in laid for thresholds in buffer.thresholds]
+
+    def forget_places(self, weights: Iterable[LatentWeight]) -> None:
+        """Let thresholds stand wherever they do in the param groups of this fit."""
+        for weight in weights:
+            weight.thresholds.places = {}
+
+    def release(self) -> None:
+        """Let go of the optimizers."""
+        self._buffers = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without what is laid out for optimizers."""
+        return {**self.__dict__, "_buffers": {}}
+
+    # ------------------------------------------------------------------ a step
+
+    def complete_gradients(
+        self, optimizer: Optimizer, weights: Sequence[LatentWeight], share: float, scale: float
+    ) -> None:
+        """Complete the gradients of the thresholds and hand them out, where there are any."""
+        laid = self._buffers.get(id(optimizer), [])
+        for weight in weights:
+            _add_up(weight)
+        for buffer in laid:
+            self.method.threshold_gradients(buffer, share * scale)
+        for weight in weights:
+            _hand_out(weight, self.method.regularised and share > 0)
+        self.method.finish_gradients(weights, laid, share)
+
+    def make_finite(self, optimizer: Optimizer) -> None:
+        """Write 0 where gradients are not finite; only right before the update, as clipping by norm spreads them."""
+        skippable = getattr(optimizer, "found_inf", None) is not None  # fused under AMP: may turn out to be no step
+        for buffer in self._buffers.get(id(optimizer), ()):
+            for dt in buffer.gradients_in_use():
+                if buffer.kernels.known_finite(dt):
+                    continue
+                if not skippable:
+                    self._note(~torch.isfinite(dt).all())
+                torch.nan_to_num_(dt, 0.0, 0.0, 0.0)
+
+    def _note(self, broken: Tensor) -> None:
+        """Note whether gradients were not finite, without waiting for an accelerator."""
+        self._nonfinite = broken if self._nonfinite is None else self._nonfinite.to(broken.device) | broken
+
+    def gather(self, optimizer: Optimizer) -> None:
+        """Take back thresholds to which the optimizer gave new storage."""
+        for buffer in self._buffers.get(id(optimizer), ()):
+            buffer.gather()
+
+    def set_levels(self, weight: LatentWeight) -> None:
+        """Set ``tau``, for ``P`` to be made of."""
+        weight.thresholds.tau = self.method.level(weight.thresholds.per_row())
+
+    def reset_collapsed(self, weight: LatentWeight, passing: int | Tensor | None) -> bool:
+        """Set the thresholds of a layer to 0 if too few of its weights pass; tell whether ``P`` must be made anew."""
+        bound, t = self.method.reset_above, weight.thresholds
+        if bound is None or passing is None:
+            return False
+        masked = (weight.size - passing) / weight.size  # rounded once: exactly 99 % is not more than 0.99
+        if isinstance(masked, Tensor):  # on an accelerator: no waiting for the count
+            collapsed = masked > bound
+            t.resets = t.resets + collapsed
+            t["t"].mul_(~collapsed)
+            return True
+        if masked <= bound:
+            return False
+        t.resets += 1
+        t["t"].zero_()
+        return True
+
+    def warn(self, weights: Mapping[str, LatentWeight]) -> None:
+        """Warn of layers that collapsed, and of gradients that were not finite."""
+        for name, weight in weights.items():
+            resets = int(weight.thresholds.resets)
+            if resets:
+                self.method.warn_once(
+                    f"{name} collapsed: over {self.method.reset_above:.0%} of it was masked (so far {resets} x) "
+                    "and its thresholds were set to 0. A smaller alpha or learning rate avoids it."
+                )
+        if self._nonfinite is not None and bool(self._nonfinite):
+            self.method.warn_once(
+                "Gradients were not finite: thresholds took no step from them, but the weights did, as in any run. "
+                "Look at the loss, the learning rate or gradient_clip_val."
+            )
+
+
+def _place(weight: LatentWeight, key: str, group: dict[str, Any]) -> None:
+    """Put a threshold into the param group of its weight, where it stood when the checkpoint was written."""
+    t, places = weight.thresholds[key], weight.thresholds.places
+    place = next((i for i, p in enumerate(group["params"]) if p is t), len(group["params"]))
+    if places.setdefault(key, place) != place:
+        raise MisconfigurationException(
+            f"The checkpoint has the threshold of {weight.name} at index {places[key]} of its param group; "
+            f"here it would be at index {place} and get another tensor's optimizer state. Give the Trainer the "
+            "callbacks, and the optimizer the parameters, in the same order as when the checkpoint was written."
+        )
+    if place == len(group["params"]):
+        group["params"].append(t)
+        if "param_names" in group:
+            group["param_names"].append(f"{weight.name}.{key}")
+
+
+def _add_up(weight: LatentWeight) -> None:
+    """Add the gradients of ``tau`` up to the shape of the thresholds; 0 without a gradient."""
+    if weight.has_gradient:
+        weight.thresholds.fold(weight.kernels)
+        return
+    for dt in weight.thresholds.gradients.values():
+        dt.zero_()
+
+
+def _hand_out(weight: LatentWeight, regularised: bool) -> None:
+    """Give the forward thresholds their gradient, if the loss or a penalty has one."""
+    assert weight.parameter is not None
+    for t in weight.thresholds.values.values():
+        t.grad = None
+    if (regularised and weight.parameter.requires_grad) or weight.has_gradient:
+        weight.thresholds["t"].grad = weight.thresholds.gradients["t"]

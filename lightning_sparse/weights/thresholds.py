@@ -1,0 +1,215 @@
+"""Trained thresholds: those of one weight, and those of several weights laid end to end."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse import kernels
+from lightning_sparse.rules.matrices import as_matrix, write_matrix
+
+__all__ = ["Granularity", "ThresholdBuffer", "WeightThresholds", "buffers"]
+
+Granularity = Literal["neuron", "layer", "weight"]
+
+
+@dataclass(eq=False)
+class WeightThresholds:
+    """The trained thresholds of one weight.
+
+    Attributes:
+        values: by name; ``"t"`` is the forward one. Of shape ``(out,)``, ``(1,)`` or the weight's, after the
+            granularity.
+        rows: ``out``, the number of the weight's neurons or filters.
+        transposed_groups: the weight's; see ``layers.selection.Choice``.
+        places: where each threshold stands in the param group of its weight, by which a checkpoint knows its state.
+        resets: how often the collapse guard set them to 0.
+        tau: what ``|W|`` is compared with by the latest ``P``, ``(out, 1)`` or ``(out, n)``.
+        dtau: where a step's gradients of ``tau`` (and what else the method sums like them) are written, by name.
+        gradients: the same added up to the shape of the thresholds.
+    """
+
+    values: dict[str, nn.Parameter]
+    rows: int
+    transposed_groups: int = 0
+    places: dict[str, int] = field(default_factory=dict)
+    resets: int | Tensor = 0
+    tau: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
+    dtau: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    _views: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def new(
+        cls, latent: Tensor, transposed_groups: int, granularity: Granularity, start: Mapping[str, float]
+    ) -> "WeightThresholds":
+        """Return thresholds of the values ``start``, in at least float32, since their steps are small."""
+        rows = len(as_matrix(latent, transposed_groups))
+        dtype = torch.promote_types(latent.dtype, torch.float32)
+
+        def filled(value: float) -> Tensor:
+            if granularity == "weight":
+                return torch.full_like(latent, value, dtype=dtype)  # in the same order of memory
+            count = rows if granularity == "neuron" else 1
+            return torch.full((count,), value, dtype=dtype, device=latent.device)
+
+        values = {key: nn.Parameter(filled(value)) for key, value in start.items()}
+        return cls(values, rows, transposed_groups)
+
+    @classmethod
+    def loaded(cls, latent: Tensor, state: Mapping[str, Any]) -> "WeightThresholds":
+        """Return those of a weight of a checkpoint."""
+        values = {key: nn.Parameter(t) for key, t in state["thresholds"].items()}
+        groups = state["transposed_groups"]
+        return cls(values, len(as_matrix(latent, groups)), groups, places=dict(state.get("places", {})))
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        """Return the thresholds of a name."""
+        return self.values[key]
+
+    @property
+    def have_gradient(self) -> bool:
+        """Whether one of them is about to take a step."""
+        return any(t.grad is not None for t in self.values.values())
+
+    def per_row(self, key: str = "t") -> Tensor:
+        """Return thresholds as ``(out, 1)`` or ``(out, n)``: a view that is kept as long as they stay where they are."""
+        t = self.values[key]
+        kept = self._views.get(key)
+        if kept is not None and kept.data_ptr() == t.data_ptr():
+            return kept
+        rows = as_matrix(t.detach(), self.transposed_groups) if t.ndim > 1 else t.detach().unsqueeze(1)
+        rows = rows.expand(self.rows, -1)
+        if rows.data_ptr() == t.data_ptr():
+            self._views[key] = rows
+        return rows
+
+    def fold(self, kernels: ModuleType) -> None:
+        """Add ``dtau`` up to ``gradients``, where it is no view of them."""
+        for key, dtau in self.dtau.items():
+            dt = self.gradients[key]
+            if dtau.data_ptr() == dt.data_ptr():
+                continue
+            if dt.ndim == 1:
+                kernels.add_rows(dtau, dt)
+            else:
+                write_matrix(dt, dtau, self.transposed_groups)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"thresholds": {key: t.detach() for key, t in self.values.items()}, "places": dict(self.places)}
+
+    def copy_(self, others: "WeightThresholds") -> None:
+        """Take the values of others of the same names and shapes."""
+        for key, t in self.values.items():
+            t.copy_(others[key])
+
+    def move_like(self, parameter: nn.Parameter, transposed_groups: int) -> None:
+        """Go to the device and the order of memory of ``parameter``, as the same objects: an optimizer may know them."""
+        self.transposed_groups = transposed_groups
+        for t in self.values.values():
+            like = parameter if t.ndim > 1 else t
+            t.data = torch.empty_like(like, dtype=t.dtype, device=parameter.device).copy_(t.data)
+            t.grad = None
+
+    def release(self) -> None:
+        """Let go of the other weights; keep the state on the CPU."""
+        for t in self.values.values():
+            t.data = torch.empty_like(t, device="cpu").copy_(t.data)
+        self.dtau, self.gradients, self._views = {}, {}, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the other weights."""
+        values = {key: nn.Parameter(t.detach().clone()) for key, t in self.values.items()}
+        loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "_views": {}}
+        return {**self.__dict__, "values": values, "tau": torch.zeros(1, 1), **loose}
+
+
+class ThresholdBuffer:
+    """The thresholds of several weights, laid end to end: one operation serves all of them.
+
+    The optimizer still knows each weight's thresholds by themselves, as views.
+
+    Args:
+        thresholds: those of the weights, all on one device, of the same names and one dtype.
+        sums: names of further sums that the method forms like the gradients of thresholds.
+
+    Attributes:
+        thresholds: the same.
+        values: all weights' thresholds, by name.
+        gradients: their gradients, and the further sums.
+        kernels: the kernels that suit these vectors best.
+    """
+
+    kernels: ModuleType
+
+    def __init__(self, thresholds: Sequence[WeightThresholds], sums: Sequence[str] = ()) -> None:
+        self.thresholds = thresholds
+        self.values: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self._slots: list[tuple[nn.Parameter, Tensor]] = []
+        names = list(thresholds[0].values)
+        for key in names:
+            self.values[key] = self._lay_out([each[key] for each in thresholds])
+            self.kernels = kernels.for_tensors(*(self.values[key].unsqueeze(1),) * 2)
+        for key in (*names, *sums):
+            self._lay_out_gradients(key, [each[names[0]] for each in thresholds])
+
+    def _lay_out(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Move parameters into one vector, of which they become views."""
+        values = parameters[0].new_empty(sum(t.numel() for t in parameters))
+        for t, view in zip(parameters, _views(values, parameters), strict=True):
+            view.copy_(t)
+            t.data = view
+            self._slots.append((t, view))
+        return values
+
+    def _lay_out_gradients(self, key: str, parameters: Sequence[nn.Parameter]) -> None:
+        """Give all weights room for the gradients of their thresholds, or a sum like them, in one vector."""
+        self.gradients[key] = parameters[0].new_zeros(sum(t.numel() for t in parameters))
+        for each, dt in zip(self.thresholds, _views(self.gradients[key], parameters), strict=True):
+            each.gradients[key] = dt
+            rows = as_matrix(dt, each.transposed_groups) if dt.ndim > 1 else dt.unsqueeze(1)
+            each.dtau[key] = rows if len(rows) == each.rows else rows.new_empty(each.rows, 1)
+
+    def gather(self) -> None:
+        """Take back thresholds to which an optimizer gave new storage."""
+        for t, view in self._slots:
+            if t.data_ptr() != view.data_ptr():
+                view.copy_(t)
+                t.data = view
+
+    def gradients_in_use(self) -> list[Tensor]:
+        """Return the gradients of all thresholds that are about to take a step."""
+        used = {}
+        for each in self.thresholds:
+            for key, t in each.values.items():
+                if t.grad is None:
+                    continue
+                view = each.gradients[key]
+                if t.grad is not view:  # someone gave it another
+                    view.copy_(t.grad)
+                    t.grad = view
+                used[key] = self.gradients[key]
+        return list(used.values())
+
+
+def buffers(thresholds: Iterable[WeightThresholds], sums: Sequence[str] = ()) -> list[ThresholdBuffer]:
+    """Lay thresholds end to end: in one buffer, unless devices or dtypes differ."""
+    alike: dict[Any, list[WeightThresholds]] = {}
+    for each in thresholds:
+        kind = tuple((t.device, t.dtype) for t in each.values.values())
+        alike.setdefault(kind, []).append(each)
+    return [ThresholdBuffer(members, sums) for members in alike.values()]
+
+
+def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Divide ``flat`` into tensors of the same shapes and orders of memory as those given."""
+    views, start = [], 0
+    for t in like:
+        views.append(flat.as_strided(t.shape, t.stride(), start))
+        start += t.numel()
+    return views
