@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_sparse import kernels
+from lightning_sparse.kernels import numba_products, products
 from lightning_sparse.kernels.structure import flat_positions, structure
-from lightning_sparse.storage import SparseConv2d, SparseLinear, backends, make_dense_, make_sparse_, numba_backend
+from lightning_sparse.storage import SparseConv2d, SparseLinear, make_dense_, make_sparse_
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-BACKENDS = {"torch": None, "numba": numba_backend}
+BACKENDS = {"torch": None, "numba": numba_products}
 QUICK = settings(max_examples=60, deadline=None)
 
 
@@ -99,9 +100,9 @@ def test_convolution_equals_dense(backend, data, density, bias, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("copied", [False, True])
 def test_products_are_right_beyond_a_vector_a_tile_and_on_several_threads(backend, n, dtype, copied, monkeypatch):
-    monkeypatch.setattr(numba_backend, "_SHARED_FROM", 1)
-    monkeypatch.setattr(numba_backend, "_REPAYS", 1 if copied else 1 << 20)
-    monkeypatch.setattr(numba_backend, "_CACHED", 1 << 10)
+    monkeypatch.setattr(numba_products, "_SHARED_FROM", 1)
+    monkeypatch.setattr(numba_products, "_REPAYS", 1 if copied else 1 << 20)
+    monkeypatch.setattr(numba_products, "_CACHED", 1 << 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     dense = thinned(nn.Linear(40, 30, dtype=dtype), 0.3)
     with torch.no_grad():
@@ -116,7 +117,7 @@ def test_compiled_transpose_is_the_transpose(shape, dtype):
     X = torch.randn(shape, dtype=dtype, requires_grad=True)
     every_other = torch.randn(2 * shape[0], shape[1], dtype=dtype)[::2]
     for matrix in (X, X.t(), every_other):
-        turned = numba_backend.transposed(matrix)
+        turned = numba_products.transposed(matrix)
         assert torch.equal(turned, matrix.t())
         assert turned.is_contiguous()
 
@@ -125,16 +126,16 @@ def test_compiled_transpose_is_the_transpose(shape, dtype):
 def test_compiled_products_do_not_depend_on_vectors_tiles_and_threads(n, monkeypatch):
     layer = SparseLinear(200, 90, nnz=6000, generator=torch.Generator().manual_seed(0))
     csr, values, X = layer.structure.matrix, layer.values.detach(), torch.randn(200, n)
-    product = numba_backend.matmul(csr, values, X)
-    gradient = numba_backend.sampled(csr, product, X)
-    monkeypatch.setattr(numba_backend, "_SHARED_FROM", 1)
+    product = numba_products.matmul(csr, values, X)
+    gradient = numba_products.sampled(csr, product, X)
+    monkeypatch.setattr(numba_products, "_SHARED_FROM", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert torch.equal(numba_backend.sampled(csr, product, X), gradient)
-    monkeypatch.setattr(numba_backend, "_REPAYS", 1)
-    monkeypatch.setattr(numba_backend, "_CACHED", 1 << 14)
-    assert torch.equal(numba_backend.matmul(csr, values, X), product)
-    monkeypatch.setattr(numba_backend, "_VECTOR", 64)
-    assert torch.equal(numba_backend.matmul(csr, values, X), product)
+    assert torch.equal(numba_products.sampled(csr, product, X), gradient)
+    monkeypatch.setattr(numba_products, "_REPAYS", 1)
+    monkeypatch.setattr(numba_products, "_CACHED", 1 << 14)
+    assert torch.equal(numba_products.matmul(csr, values, X), product)
+    monkeypatch.setattr(numba_products, "_VECTOR", 64)
+    assert torch.equal(numba_products.matmul(csr, values, X), product)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -163,8 +164,8 @@ def test_inputs_of_another_size_are_refused(backend, monkeypatch):
 
 
 def test_numba_is_chosen_where_it_is_installed_unless_torch_is_forced(kernel):
-    assert backends.backend(torch.zeros(1)).__name__.endswith(f"{kernel}_backend")
-    assert backends.backend(torch.zeros(1, dtype=torch.bfloat16)).__name__.endswith("torch_backend")
+    assert products.backend(torch.zeros(1)).__name__.endswith(f"{kernel}_products")
+    assert products.backend(torch.zeros(1, dtype=torch.bfloat16)).__name__.endswith("torch_products")
 
 
 def test_structure_by_hand():
