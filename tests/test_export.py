@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lightning_sparse.accounting.ledger import shrunk_size
+from lightning_sparse.accounting.masks import shrunk_size
 from lightning_sparse.export import (
     Benchmark,
     CSRConv2d,

@@ -4,23 +4,18 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_sparse.accounting.ledger import (
-    OTHER,
-    Average,
+from lightning_sparse.accounting.flops import OTHER, Average, Flops, dense_flops, inference, training
+from lightning_sparse.accounting.masks import (
     Explored,
-    Flops,
     cells,
     churn,
-    dense_flops,
     empty_inputs,
     empty_neurons,
-    inference,
     mask_bits,
     shrunk_size,
     spread,
-    stored_bytes,
-    training,
 )
+from lightning_sparse.accounting.memory import stored_bytes
 from lightning_sparse.kernels import products, torch_products
 from lightning_sparse.layers.sparse import SparseConv2d, SparseLinear
 from lightning_sparse.rules.select import positions

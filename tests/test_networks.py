@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import DST, AutoSparse, RigL
-from lightning_sparse.accounting.ledger import OTHER, dense_flops, inference
+from lightning_sparse.accounting.flops import OTHER, dense_flops, inference
 from lightning_sparse.layers.selection import choose
 from lightning_sparse.zoo import models
 from lightning_sparse.zoo.models import (

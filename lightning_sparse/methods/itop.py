@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 
-from lightning_sparse.accounting.ledger import Explored
+from lightning_sparse.accounting.masks import Explored
 from lightning_sparse.compat import checks
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.layers.selection import Choice

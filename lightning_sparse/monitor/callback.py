@@ -1,4 +1,4 @@
-"""SparsityMonitor: writes the ledger of a run, sparse or dense, to its loggers and to ``sparsity.json``."""
+"""SparsityMonitor: writes the record of a run, sparse or dense, to its loggers and to ``sparsity.json``."""
 
 import copy
 import json
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse.accounting import ledger
-from lightning_sparse.accounting.ledger import Average, Explored, Flops
-from lightning_sparse.accounting.memory import peak_memory
+from lightning_sparse.accounting.flops import Average, Flops, dense_flops, inference, training
+from lightning_sparse.accounting.masks import Explored, churn, spread
+from lightning_sparse.accounting.memory import peak_memory, stored_bytes
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_warn
@@ -245,7 +245,7 @@ class SparsityMonitor(Callback):
         if module.automatic_optimization:
             try:
                 with probing(trainer, module, []) as probe:
-                    return ledger.dense_flops(probe.module, lambda: probe.loss(copy.deepcopy(batch), 0))
+                    return dense_flops(probe.module, lambda: probe.loss(copy.deepcopy(batch), 0))
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
         rank_zero_warn(
@@ -290,8 +290,8 @@ class SparsityMonitor(Callback):
         return {
             "layers": layers,
             "other_parameters": parameters - sum(layer.size for layer in self._layers),
-            "dense_forward_flops": of_one(round(ledger.inference(self._flops, {}))),
-            "dense_training_flops": of_one(round(ledger.training(self._flops, {}, {}))),
+            "dense_forward_flops": of_one(round(inference(self._flops, {}))),
+            "dense_training_flops": of_one(round(training(self._flops, {}, {}))),
         }
 
     def _keep_fitting(self) -> None:
@@ -343,7 +343,7 @@ class SparsityMonitor(Callback):
                 self._pictures[layer.name] = picture(layer, mask)
         changed = [layer.name for layer in self._layers if layer.method in moved and layer.name in before]
         if changed:
-            self._updates.add(ledger.churn({n: before[n] for n in changed}, {n: self._bits[n] for n in changed}))
+            self._updates.add(churn({n: before[n] for n in changed}, {n: self._bits[n] for n in changed}))
 
     def _see(self, layer: Layer, mask: Tensor) -> None:
         """Take up one mask, and warn if the layer is collapsing."""
@@ -364,14 +364,14 @@ class SparsityMonitor(Callback):
         """Add the operations of the steps since the last look, which had the densities found then."""
         if not self._flops or steps <= 0:
             return
-        dense = ledger.training(self._flops, {}, {})
+        dense = training(self._flops, {}, {})
         growing = [method for method in moved if method.dense_gradient_to_move]
         if growing:  # the latest of the steps
             full = {layer.name: 1.0 for layer in self._layers if layer.method in growing}
             gradients = {**self._gradient_density, **full}
-            self._training.add(ledger.training(self._flops, self._density, gradients) / dense)
+            self._training.add(training(self._flops, self._density, gradients) / dense)
         rest = steps - bool(growing)
-        self._training.add(ledger.training(self._flops, self._density, self._gradient_density) / dense, rest)
+        self._training.add(training(self._flops, self._density, self._gradient_density) / dense, rest)
 
     # ------------------------------------------------------------------ the epoch
 
@@ -395,7 +395,7 @@ class SparsityMonitor(Callback):
         def counted(key: str, totals: Sequence[int]) -> float:
             return float(sum(layer[key] for layer in layers.values())) / max(sum(totals), 1)
 
-        dense = ledger.inference(self._flops, {})
+        dense = inference(self._flops, {})
         sparse = bool(self._methods)
         known = {name: self._epoch_bits[name] for name in self._bits if name in self._epoch_bits}
         return {
@@ -407,15 +407,15 @@ class SparsityMonitor(Callback):
             "empty_neurons": counted("empty_neurons", [layer.neurons for layer in self._layers]),
             "empty_inputs": counted("empty_inputs", [layer.inputs for layer in self._layers]),
             "shrunk_size": counted("shrunk_size", list(sizes.values())),
-            "inference_flops": ledger.inference(self._flops, self._density) / dense if dense else None,
+            "inference_flops": inference(self._flops, self._density) / dense if dense else None,
             "training_flops": self._training.mean if self._training.count else None,
             "step_time_s": step_time,
             "peak_memory_bytes": peak,
-            "churn": ledger.churn(known, {name: self._bits[name] for name in known}) if sparse else None,
+            "churn": churn(known, {name: self._bits[name] for name in known}) if sparse else None,
             "churn_per_update": self._updates.mean if self._updates.count else None,
             "exploration": self._explored.rate(sizes) if sparse else None,
             "thresholds": self._thresholds(),
-            "bytes": ledger.stored_bytes(module, trainer.optimizers, [method.held for method in self._methods]),
+            "bytes": stored_bytes(module, trainer.optimizers, [method.held for method in self._methods]),
         }
 
     def _measured(self, trainer: Trainer, module: LightningModule) -> tuple[float | None, int | None]:
@@ -435,7 +435,7 @@ class SparsityMonitor(Callback):
     def _thresholds(self) -> dict[str, Any]:
         """Return statistics of what ``|W|`` is compared with in each layer, where a method has thresholds."""
         levels = {name: tau for method in self._methods for name, tau in method.levels.items()}
-        return {name: ledger.spread(tau) for name, tau in levels.items() if bool(tau.isfinite().all())}
+        return {name: spread(tau) for name, tau in levels.items() if bool(tau.isfinite().all())}
 
     def _close(self, trainer: Trainer) -> None:
         """Complete the record of the latest epoch by its metrics, which other callbacks may have logged later."""

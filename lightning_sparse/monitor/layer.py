@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse.accounting import ledger
+from lightning_sparse.accounting import masks
 from lightning_sparse.rules.matrices import as_matrix
 from lightning_sparse.trainer.callback import SparseCallback
 
@@ -62,14 +62,14 @@ def picture(layer: Layer, mask: Tensor) -> dict[str, Any]:
     """Return what a look at a mask as a matrix tells: empty neurons and inputs, and its picture."""
     matrix = as_matrix(mask, layer.transposed_groups)
     # the rows of a transposed convolution's weight are its inputs
-    empty_inputs = ledger.empty_neurons(mask) if layer.transposed_groups else ledger.empty_inputs(mask, layer.groups)
-    cells, (rows, columns) = ledger.cells(matrix), matrix.shape
+    empty_inputs = masks.empty_neurons(mask) if layer.transposed_groups else masks.empty_inputs(mask, layer.groups)
+    cells, (rows, columns) = masks.cells(matrix), matrix.shape
     # many numbers of few values: looking their texts up is ten times as fast as json.dumps
     texts = [", ".join(map(_THOUSANDTHS.__getitem__, row)) for row in (1000 * cells).round().int().tolist()]
     return {
-        "empty_neurons": ledger.empty_neurons(matrix),
+        "empty_neurons": masks.empty_neurons(matrix),
         "empty_inputs": empty_inputs,
-        "shrunk_size": ledger.shrunk_size(mask, layer.transposed_groups or layer.groups),
+        "shrunk_size": masks.shrunk_size(mask, layer.transposed_groups or layer.groups),
         "rows": rows,
         "columns": columns,
         "cells": cells,
