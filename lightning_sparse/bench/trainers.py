@@ -144,7 +144,7 @@ class _TimedMonitor(SparsityMonitor):
             setattr(self, f"on_train_{name}", partial(self._timed, name, getattr(self, f"on_train_{name}")))
 
     def _timed(self, name: str, hook: Callable[..., None], *args: Any) -> None:
-        first = name == "batch_start" and not self._head
+        first = name == "batch_start" and not self._file.head
         start = time.perf_counter()
         hook(*args)
         key = "begin" if first else name

@@ -2,17 +2,19 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse.accounting import masks
+from lightning_sparse.layers.selection import choose
 from lightning_sparse.rules.matrices import as_matrix
 from lightning_sparse.trainer.callback import SparseCallback
 
-__all__ = ["COUNTS", "Layer", "picture"]
+__all__ = ["COUNTS", "Layer", "layers_of", "picture"]
 
 #: what is counted of each layer's mask, and of the whole
 COUNTS = ("empty_neurons", "empty_inputs", "shrunk_size")
@@ -56,6 +58,27 @@ class Layer:
     def mask(self) -> Tensor:
         """Return where the weight is active now."""
         return torch.ones(self.shape, dtype=torch.bool) if self.method is None else self.method.mask(self.name)
+
+
+def layers_of(module: nn.Module, methods: Sequence[SparseCallback]) -> list[Layer]:
+    """List the selected weights: those that the methods have, in a dense run those that they would choose."""
+    choices = {choice.name: choice for choice in choose(module)}
+    owners: dict[str, SparseCallback | None] = {}
+    for method in methods:
+        owners |= dict.fromkeys(method.layer_density, method)
+    if not methods:
+        owners = dict.fromkeys(name for name, choice in choices.items() if choice.reason is None)
+    return [
+        Layer(
+            name,
+            choice.shape,
+            int(getattr(module.get_submodule(name.rpartition(".")[0]), "groups", 1)),
+            choice.transposed_groups,
+            owners[name],
+        )
+        for name, choice in choices.items()
+        if name in owners
+    ]
 
 
 def picture(layer: Layer, mask: Tensor) -> dict[str, Any]:
