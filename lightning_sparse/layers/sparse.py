@@ -34,7 +34,7 @@ class SparseLayer(nn.Module):
         col: the columns, ``(nnz,)``, int32, counted over all groups.
         weight_shape: of the dense weight, int64; not read, but what a checkpoint needs to be made dense.
         plain: ``state_dict`` has the dense ``weight`` in the place of these.
-        backend: the module that multiplies, see ``storage.backends``; None: the one that is quicker as a rule.
+        backend: who multiplies, see ``kernels.dispatch``; None: the one that is quicker as a rule.
     """
 
     values: nn.Parameter

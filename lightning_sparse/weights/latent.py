@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import kernels
 from lightning_sparse.kernels.bits import pack, unpack
+from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
 
 __all__ = ["LatentWeight", "Pool", "pools"]
@@ -50,7 +49,7 @@ class LatentWeight:
     dtau: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     _views: dict[str, Tensor] = field(default_factory=dict)
-    _kernels: ModuleType | None = None
+    _kernels: ThresholdKernels | None = None
 
     @property
     def size(self) -> int:
@@ -58,10 +57,10 @@ class LatentWeight:
         return self.latent.numel()
 
     @property
-    def kernels(self) -> ModuleType:
+    def kernels(self) -> ThresholdKernels:
         """The kernels that suit this weight best."""
         if self._kernels is None:
-            self._kernels = kernels.for_tensors(self.matrix(self.latent), self.per_row())
+            self._kernels = for_tensors(self.matrix(self.latent), self.per_row())
         return self._kernels
 
     @property
@@ -175,7 +174,7 @@ class Pool:
         kernels: the kernels that suit these vectors best.
     """
 
-    kernels: ModuleType
+    kernels: ThresholdKernels
 
     def __init__(self, weights: Sequence[LatentWeight], sums: Sequence[str]) -> None:
         self.weights = weights
@@ -185,7 +184,7 @@ class Pool:
         names = list(weights[0].thresholds)
         for key in names:
             self.values[key] = self._lay_out([weight.thresholds[key] for weight in weights])
-            self.kernels = kernels.for_tensors(*(self.values[key].unsqueeze(1),) * 2)
+            self.kernels = for_tensors(*(self.values[key].unsqueeze(1),) * 2)
         for key in (*names, *sums):
             self._make_room(key, [weight.thresholds[names[0]] for weight in weights])
 
