@@ -11,7 +11,7 @@ from lightning_sparse.accounting.timing import seconds, synchronize
 from lightning_sparse.bench.measure import hardware, middle, peak_above
 from lightning_sparse.bench.networks import METHODS, NETWORKS, attach, bare_step, batch_for, on_meta
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.methods import ggr
 from lightning_sparse.rules.budgets import share
 from lightning_sparse.trainer.callback import Storage
@@ -44,7 +44,7 @@ def _mover(
         raise ValueError(f"--methods: an update of {method} cannot be measured by itself.")
     if storage == "sparse":
         module = on_meta(build)
-        choices = [choice for choice in choose(module) if choice.reason is None]
+        choices = [choice for choice in select_parameters(module) if choice.reason is None]
         layers = [module.get_submodule(choice.name.rpartition(".")[0]) for choice in choices]
         callback.initial_masks([SparseWeight(c.name, c.shape, layer) for c, layer in zip(choices, layers, strict=True)])
     else:

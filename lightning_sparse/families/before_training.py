@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_sparse.families.masked import MaskedCallback
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import budget, floors
 from lightning_sparse.trainer.probe import Probe, probing
@@ -100,7 +100,7 @@ class BeforeTraining(MaskedCallback):
         if not self._scored:
             self._prune(list(self._weights.values()))
 
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_more(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Choose the connections of weights that joined an optimizer later, by their current scores."""
         super().attach_more(choices, optimizer)
         self._prune([self._weights[choice.name] for choice in choices])

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.families import magnitude
 from lightning_sparse.families.masked import MaskedCallback
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Scope, budget, floors
 from lightning_sparse.rules.schedules import cubic
 from lightning_sparse.weights.base import Pool, Weight
@@ -84,7 +84,7 @@ class GradualPruning(MaskedCallback):
         first, last = self.span()
         return pool.step == last or (first < pool.step < last and (pool.step - first) % self.update_every == 0)
 
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_more(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Let the newcomers, which start with ``initial_sparsity``, join at the present point of the schedule."""
         super().attach_more(choices, optimizer)
         pool = self._pools[id(optimizer)]

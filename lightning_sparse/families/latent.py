@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import BaseFinetuning, MisconfigurationException
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.matrices import write_matrix
 from lightning_sparse.trainer.callback import SparseCallback, refuse_other_weights
 from lightning_sparse.weights.latent import LatentWeight, Pool, pools
@@ -214,7 +214,7 @@ class LatentCallback(SparseCallback):
     # ------------------------------------------------------------------ verbs
 
     @torch.no_grad()
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         if resumed and self._weights:  # none in a checkpoint from before the fit, as LearningRateFinder writes it
             here = {choice.name: tuple(choice.parameter.shape) for choice in choices}
             refuse_other_weights(self, here, {n: tuple(weight.latent.shape) for n, weight in self._weights.items()})
@@ -229,7 +229,7 @@ class LatentCallback(SparseCallback):
             self._join(optimizer, list(self._weights.values()))
 
     @torch.no_grad()
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+    def attach_more(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
         new = {choice.name: self._take(choice, None) for choice in choices}
         self._weights.update(new)
         self._join(optimizer, list(new.values()))
@@ -322,7 +322,7 @@ class LatentCallback(SparseCallback):
 
     # ------------------------------------------------------------------ inside
 
-    def _take(self, choice: Choice, state: LatentWeight | None) -> LatentWeight:
+    def _take(self, choice: ParameterChoice, state: LatentWeight | None) -> LatentWeight:
         """Begin with the parameter's values, or go on with ``state``, and write ``P`` into the parameter."""
         parameter = choice.parameter
         if state is None:
@@ -350,7 +350,7 @@ class LatentCallback(SparseCallback):
         count = len(weight.matrix(weight.latent)) if self.granularity == "neuron" else 1
         return torch.full((count,), value, dtype=dtype, device=weight.latent.device)
 
-    def _continues(self, choices: Sequence[Choice]) -> bool:
+    def _continues(self, choices: Sequence[ParameterChoice]) -> bool:
         """Tell whether the parameters hold just what the state of an earlier fit says."""
         return {choice.name for choice in choices} == set(self._weights) and all(
             choice.parameter.shape == self._weights[choice.name].latent.shape

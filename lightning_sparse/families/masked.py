@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import budgets, sampling
 from lightning_sparse.rules.budgets import Distribution, budget, layer_counts, least
 from lightning_sparse.trainer.callback import SparseCallback, refuse_other_sparsity, refuse_other_weights
@@ -155,7 +155,7 @@ class MaskedCallback(SparseCallback):
     # ------------------------------------------------------------------ verbs
 
     @torch.no_grad()
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         shapes = {choice.name: choice.shape for choice in choices}
         held = {name: weight.shape for name, weight in self._weights.items()}
         state = self._weights
@@ -180,7 +180,7 @@ class MaskedCallback(SparseCallback):
         self._set_clocks()
 
     @torch.no_grad()
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+    def attach_more(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
         new = {choice.name: _new(choice) for choice in choices}
         self._weights.update(new)
         self._join(optimizer, new)
@@ -292,7 +292,7 @@ def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
                 yield parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
 
 
-def _new(choice: Choice) -> Weight:
+def _new(choice: ParameterChoice) -> Weight:
     mask = torch.ones_like(choice.parameter, dtype=torch.bool, requires_grad=False)
     return MaskedWeight(choice.name, mask, parameter=choice.parameter, transposed_groups=choice.transposed_groups)
 
@@ -303,6 +303,6 @@ def _place(weight: Weight, state: Weight) -> None:
     weight.restore(state)
 
 
-def _fits(choice: Choice, state: Weight) -> bool:
+def _fits(choice: ParameterChoice, state: Weight) -> bool:
     """Tell whether a parameter is 0 wherever an earlier fit left it inactive."""
     return not bool((choice.parameter.cpu() != 0).logical_and_(~state.mask.cpu()).any())

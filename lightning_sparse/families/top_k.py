@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.families.latent import Granularity, LatentCallback, LatentWeight
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import budgets, select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors, layer_counts, shrunk
 from lightning_sparse.trainer.callback import refuse_other_sparsity
@@ -146,7 +146,7 @@ class TopKCallback(LatentCallback):
         """See a weight whose latent values are still the parameter's."""
 
     @torch.no_grad()
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         held = list(self._weights.values())
         super().attach(choices, optimizers, resumed)
         fresh = [weight for weight in self._weights.values() if weight not in held]
@@ -156,7 +156,7 @@ class TopKCallback(LatentCallback):
             self._begin([weight for weight in self._owned(optimizer) if weight in fresh])
 
     @torch.no_grad()
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+    def attach_more(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
         clock = self._clock(self._owned(optimizer))
         super().attach_more(choices, optimizer)
         new = [self._weights[choice.name] for choice in choices]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_sparse.accounting.masks import Explored
 from lightning_sparse.compat import checks
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import sampling
 from lightning_sparse.rules.schedules import Decay
 from lightning_sparse.storage.sparse import SparseStorage
@@ -92,7 +92,7 @@ class ITOP(SparseStorage, PruneAndGrow):
         """The explored connections, too."""
         return [*super().held, self._explored.bits]
 
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
         """Take the weights over, and forget those of an earlier fit."""
         super().attach(choices, optimizers, resumed)
         self._explored.keep(self._weights)

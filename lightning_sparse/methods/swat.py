@@ -15,7 +15,7 @@ from lightning_sparse.compat.lightning import LightningModule, Trainer
 from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.layers.activations import SparseInput
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Scope
 
 __all__ = ["SWAT"]
@@ -78,7 +78,7 @@ class SWAT(TopKCallback):
         self._hooked = []
         self._hook(pl_module, list(self._weights.values()))
 
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_more(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Hook the newcomers' layers, too."""
         super().attach_more(choices, optimizer)
         assert self._module is not None

@@ -10,7 +10,7 @@ from lightning_sparse.accounting.memory import stored_bytes
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_warn
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.monitor import record, run_file
 from lightning_sparse.monitor.clock import Clock
 from lightning_sparse.monitor.cost import highest
@@ -180,7 +180,7 @@ class SparsityMonitor(Callback):
         self._operations.dense = dense
         self._looks.begin(module)
         examples = record.batch_size(batch)
-        parameters = sum(math.prod(choice.shape) for choice in choose(module))
+        parameters = sum(math.prod(choice.shape) for choice in select_parameters(module))
         self._file.head = {
             "method": record.described(self._looks.methods),
             "module": f"{type(module).__module__}.{type(module).__qualname__}",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.accounting import masks
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.rules.matrices import as_matrix
 from lightning_sparse.trainer.callback import SparseCallback
 
@@ -30,7 +30,7 @@ class Layer:
         name: of the parameter in the LightningModule.
         shape: of the weight, dense.
         groups: of a convolution.
-        transposed_groups: see ``layers.Choice``.
+        transposed_groups: see ``layers.selection.ParameterChoice``.
         method: that makes it sparse; None in a dense run.
     """
 
@@ -62,7 +62,7 @@ class Layer:
 
 def layers_of(module: nn.Module, methods: Sequence[SparseCallback]) -> list[Layer]:
     """List the selected weights: those that the methods have, in a dense run those that they would choose."""
-    choices = {choice.name: choice for choice in choose(module)}
+    choices = {choice.name: choice for choice in select_parameters(module)}
     owners: dict[str, SparseCallback | None] = {}
     for method in methods:
         owners |= dict.fromkeys(method.layer_density, method)

@@ -23,7 +23,7 @@ from lightning_sparse.compat.lightning import (
     rank_zero_warn,
 )
 from lightning_sparse.families.masked import MaskedCallback
-from lightning_sparse.layers.selection import Choice, choose
+from lightning_sparse.layers.selection import ParameterChoice, select_parameters
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_, to_dense
 from lightning_sparse.rules.budgets import budget
 from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
@@ -114,7 +114,9 @@ class SparseStorage(MaskedCallback):
     @torch.no_grad()
     def _make_sparse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the connections, or take those of an earlier fit of the same weights, and exchange the layers."""
-        choices = [choice for choice in choose(pl_module, self.include, self.exclude) if choice.reason is None]
+        choices = [
+            choice for choice in select_parameters(pl_module, self.include, self.exclude) if choice.reason is None
+        ]
         if choices and all(choice.sparse is not None for choice in choices):
             # an earlier fit left them so; attach looks whether they are what was asked for
             self._hold(
@@ -152,7 +154,7 @@ class SparseStorage(MaskedCallback):
         if self.resizes and isinstance(trainer.strategy, DDPStrategy):
             ignored.refuse_nothing_left()
 
-    def _refuse_layers(self, module: nn.Module, choices: Sequence[Choice]) -> None:
+    def _refuse_layers(self, module: nn.Module, choices: Sequence[ParameterChoice]) -> None:
         """Raise if a weight is not that of a plain linear layer or 2-d convolution alone."""
         problems = []
         for choice in choices:
@@ -194,7 +196,7 @@ class SparseStorage(MaskedCallback):
 
     # ------------------------------------------------------------------ verbs
 
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         if self.storage == "masked":
             super().attach(choices, optimizers, resumed)
             return
@@ -256,7 +258,7 @@ class SparseStorage(MaskedCallback):
         if ratios[self._backend] > 1:
             rank_zero_warn(f"storage='sparse' is slower here than storage='masked', which takes more memory: {told}.")
 
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+    def attach_more(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
         if self.storage == "masked":
             super().attach_more(choices, optimizer)
             return

@@ -22,7 +22,7 @@ from lightning_sparse.compat.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_sparse.layers.selection import FROZEN, Choice, choose, table
+from lightning_sparse.layers.selection import FROZEN, ParameterChoice, select_parameters, table
 
 __all__ = ["SparseCallback", "Storage", "averaging", "refuse_other_sparsity", "refuse_other_weights", "unscales"]
 
@@ -94,7 +94,7 @@ class SparseCallback(Callback, ABC):
     # ------------------------------------------------------------------ what a family of methods defines
 
     @abstractmethod
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
         """Take over the weights of ``choices`` (or release those of an earlier fit and take over these).
 
         Args:
@@ -104,7 +104,7 @@ class SparseCallback(Callback, ABC):
         """
 
     @abstractmethod
-    def attach_more(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_more(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Take over weights that joined ``optimizer`` after the fit started."""
 
     @abstractmethod
@@ -257,7 +257,7 @@ class SparseCallback(Callback, ABC):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the weights, take them over, and show which they are."""
         self._check(trainer)
-        choices = choose(pl_module, self.include, self.exclude)
+        choices = select_parameters(pl_module, self.include, self.exclude)
         self._mark_unowned(choices, trainer.optimizers)
         self._refuse_overlap(choices, trainer)
         self._refuse_storage(choices)
@@ -426,7 +426,7 @@ class SparseCallback(Callback, ABC):
         self._prepared.discard(id(optimizer))
         self.after_step(optimizer)
 
-    def _remember(self, optimizer: Optimizer, choices: Sequence[Choice]) -> None:
+    def _remember(self, optimizer: Optimizer, choices: Sequence[ParameterChoice]) -> None:
         """Note what would change if weights joined the training of ``optimizer``."""
         owned = _owned(optimizer)
         frozen = [choice.parameter for choice in choices if choice.reason == FROZEN]
@@ -438,7 +438,7 @@ class SparseCallback(Callback, ABC):
         assert self._module is not None
         known = set(self._weights)
         owned = _owned(optimizer)
-        choices = choose(self._module, self.include, self.exclude)
+        choices = select_parameters(self._module, self.include, self.exclude)
         ours = [choice for choice in choices if choice.reason is None and id(choice.parameter) in owned]
         replaced = [c.name for c in ours if c.name in known and self._weights[c.name].parameter is not c.parameter]
         if replaced:
@@ -490,7 +490,7 @@ class SparseCallback(Callback, ABC):
             f"This {type(self).__name__} holds the state of an earlier fit of other weights: it starts afresh."
         )
 
-    def _mark_unowned(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer]) -> None:
+    def _mark_unowned(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer]) -> None:
         """Mark the weights that no optimizer owns; raise if nothing is left to make sparse."""
         method = type(self).__name__
         selected = [choice for choice in choices if choice.reason is None]
@@ -528,7 +528,7 @@ class SparseCallback(Callback, ABC):
                 "For exact zeros multiply each weight of the averaged module by callback.masks[name] after the fit."
             )
 
-    def _refuse_overlap(self, choices: Sequence[Choice], trainer: Trainer) -> None:
+    def _refuse_overlap(self, choices: Sequence[ParameterChoice], trainer: Trainer) -> None:
         """Raise if another method of this Trainer already has one of the weights."""
         mine = {choice.name for choice in choices if choice.reason is None}
         for other in trainer.callbacks:  # type: ignore[attr-defined]
@@ -540,7 +540,7 @@ class SparseCallback(Callback, ABC):
                         "Divide the weights with include and exclude."
                     )
 
-    def _refuse_storage(self, choices: Sequence[Choice]) -> None:
+    def _refuse_storage(self, choices: Sequence[ParameterChoice]) -> None:
         """Raise unless all the weights are stored as this method trains them."""
         for choice in choices:
             if choice.reason is None and (choice.sparse is not None) != (self.storage == "sparse"):

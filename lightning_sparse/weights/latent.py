@@ -25,7 +25,7 @@ class LatentWeight:
             parameter's, after the granularity. Empty if the method has none.
         buffers: further tensors of the parameter's shape that belong to the method's state.
         bits: boolean ones among them, packed; see ``mask``.
-        transposed_groups: see ``layers.Choice``.
+        transposed_groups: see ``layers.selection.ParameterChoice``.
         places: where each threshold stands in the param group of its weight, by which a checkpoint knows its state.
         parameter: the module's parameter; None outside fit.
         effective: the storage of ``P`` while the parameter holds ``W``; else None.
