@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_sparse.compat.torch_private import TorchDispatchMode, operation, storage_identity
 from lightning_sparse.layers.sparse import SparseLayer
 
 __all__ = ["OTHER", "Average", "Flops", "dense_flops", "inference", "training"]
@@ -159,23 +159,24 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_su
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        called = operation(func)
+        formula = flop_registry.get(called)
         sparse = any(isinstance(arg, Tensor) and arg.layout != torch.strided for arg in args)  # see _sparse_layers
         if formula is not None and not sparse:
             name = next((found for arg in args if (found := self.operands.name(arg)) is not None), OTHER)
             counted = args
-            if func._overloadpacket is torch.ops.aten.convolution_backward:
+            if called is torch.ops.aten.convolution_backward:
                 counted = (*args[:-1], (args[-1][0], False, False))  # of its outputs, the input gradient alone
                 self.convolved.add(name)
             self.counts[name] += formula(*counted, **kwargs, out_val=out)
-        elif func._overloadpacket in _COPIES and not sparse and (copied := self.operands.name(args[0])) is not None:
+        elif called in _COPIES and not sparse and (copied := self.operands.name(args[0])) is not None:
             self.operands.add(copied, out)
         return out
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
     """Return which storage a tensor views, and from which byte on: on the meta device there are no addresses."""
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.element_size()
+    return storage_identity(tensor), int(tensor.storage_offset()) * tensor.element_size()
 
 
 def inference(flops: Mapping[str, Flops], density: Mapping[str, float]) -> float:

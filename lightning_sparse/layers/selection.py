@@ -11,6 +11,8 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_sparse.compat.compiled import plain_name
+from lightning_sparse.compat.torch_private import RunningNorm
 from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
 
 __all__ = ["FROZEN", "LAYERS", "NORMS", "RULES", "ParameterChoice", "select_parameters", "table"]
@@ -51,7 +53,7 @@ LAYERS: dict[type[nn.Module], LayerKind] = {
     nn.ConvTranspose2d: _TRANSPOSED,
     nn.ConvTranspose3d: _TRANSPOSED,
 }
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+NORMS = (RunningNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 #: reason of a parameter that does not train
@@ -197,7 +199,7 @@ def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[Place]]]:
 
 def _matches(pattern: str, names: Sequence[str]) -> bool:
     """Match a glob on any of the names; ``*.head.weight`` also finds a ``head.weight`` at the top."""
-    plain = [name.replace("_orig_mod.", "") for name in names]
+    plain = [plain_name(name) for name in names]
     return any(fnmatchcase(form, pattern) for name in (*names, *plain) for form in (name, f".{name}"))
 
 

@@ -10,6 +10,7 @@ from lightning_sparse.accounting.memory import stored_bytes
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_warn
+from lightning_sparse.compat.lightning_private import steps_logged
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.monitor import record, run_file
 from lightning_sparse.monitor.clock import Clock
@@ -124,7 +125,7 @@ class SparsityMonitor(Callback):
         # straight to the loggers: the bookkeeping of `log` costs about a millisecond a name
         values = {"epoch": trainer.current_epoch, **record.scalars(latest)}
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            logger.log_metrics(values, step=steps_logged(trainer) - 1)
         if self.figures and trainer.is_global_zero:
             self._paint(trainer)
         self._write("running")
