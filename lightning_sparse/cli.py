@@ -13,6 +13,7 @@ from typing import Any
 import lightning_sparse
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.compat.lightning import PACKAGE, LightningModule, MisconfigurationException, Trainer
+from lightning_sparse.compat.lightning_private import KeepsConfiguredModel, configured
 from lightning_sparse.monitor import SparsityMonitor
 from lightning_sparse.monitor.run_file import FILE
 from lightning_sparse.trainer.callback import SparseCallback
@@ -180,17 +181,14 @@ def _cli_class() -> Any:
     CSVLogger = import_module(f"{PACKAGE}.loggers").CSVLogger
     ModelCheckpoint = import_module(f"{PACKAGE}.callbacks").ModelCheckpoint
 
-    class SparseCLI(LightningCLI):  # type: ignore[misc, valid-type]  # the base is found at run time
+    class SparseCLI(KeepsConfiguredModel, LightningCLI):  # type: ignore[misc, valid-type]  # found at run time
         def __init__(self, name: str | None, *args: Any, **kwargs: Any) -> None:
             self.run_name = name
             super().__init__(*args, **kwargs)
 
-        def _parse_ckpt_path(self) -> None:
-            """Leave the model as configured: a checkpoint of ``--ckpt_path`` does not override it."""
-
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             """Add what runs have by default: a CSV log, a last checkpoint and a monitor, in runs/NAME."""
-            given = self._get(self.config_init, "trainer")
+            given = configured(self, "trainer")
             if self.subcommand != "fit" or given.logger is False:
                 self.save_config_callback = None  # it would make a directory of logs, or write where the command runs
             if given.logger is None:

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from lightning_sparse import kernels
+from lightning_sparse.kernels import dispatch
 
 collect_ignore_glob = ["*_script.py"]  # programs that tests start
 
@@ -23,7 +23,7 @@ def _own_seed():
 def kernel(request, monkeypatch):
     """Run a test with each set of kernels."""
     monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", request.param)
-    kernels._numba.cache_clear()
+    dispatch.module.cache_clear()
     yield request.param
     monkeypatch.undo()
-    kernels._numba.cache_clear()
+    dispatch.module.cache_clear()

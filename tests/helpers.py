@@ -39,7 +39,7 @@ from lightning_sparse import (
     SynFlow,
     TopKAST,
 )
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
 
@@ -310,7 +310,7 @@ def attached(callback, weights, grids=None):
     module = nn.ParameterDict({name: nn.Parameter(torch.tensor(W)) for name, W in weights.items()})
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     callback.run_seed = 1
-    callback.attach(choose(module, include=["*"]), [optimizer], resumed=False)
+    callback.attach(select_parameters(module, include=["*"]), [optimizer], resumed=False)
     for name, W in weights.items():
         weight = callback._weights[name]
         weight.W.copy_(torch.tensor(W))

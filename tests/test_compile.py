@@ -13,7 +13,7 @@ from torch import nn
 from lightning_sparse import SET, MemoryEfficientDST, RigL
 from lightning_sparse.compat.compiled import Uncompiled, copied, is_compiled
 from lightning_sparse.layers.unit_activity import SynapticFlow
-from lightning_sparse.storage import training
+import lightning_sparse.storage.sparse as training
 
 SPARSE = {"storage": "sparse", "include": ["*0.weight"], "distribution": "uniform", "stop_at": 0.5}
 # Methods that listen to the layers in the steps that move connections.

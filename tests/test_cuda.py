@@ -28,8 +28,9 @@ from test_sparse_storage import METHODS, images, tokens
 from torch import nn
 
 from lightning_sparse import DFBST, RigL, SparsityMonitor
+from lightning_sparse.layers import functional
 from lightning_sparse.rules import select
-from lightning_sparse.storage import SparseConv2d, SparseLayer, SparseLinear, functional, load_dense
+from lightning_sparse.storage import SparseConv2d, SparseLayer, SparseLinear, load_dense
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

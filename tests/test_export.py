@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lightning_sparse.accounting.ledger import shrunk_size
+from lightning_sparse.accounting.masks import shrunk_size
 from lightning_sparse.export import (
     Benchmark,
     CSRConv2d,
@@ -30,7 +30,8 @@ from lightning_sparse.export import (
     to_semi_structured,
 )
 from lightning_sparse.export import measure as measuring
-from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense, training
+from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
+from lightning_sparse.storage import sparse as training
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

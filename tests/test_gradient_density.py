@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_sparse import DFBST, DST, SET, SNFS, STR, AutoSparse, OptG, TopKAST
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 
 W = torch.tensor([[0.5, -0.2, 0.1], [-0.3, 0.3, 0.05]])
 V = torch.tensor([[0.35, -0.4]])
@@ -20,7 +20,7 @@ def attached(callback, thresholds=()):
     module = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
     module[0].weight.data, module[1].weight.data = W.clone(), V.clone()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5, weight_decay=1e-9)
-    callback.attach(choose(module), [optimizer], resumed=False)
+    callback.attach(select_parameters(module), [optimizer], resumed=False)
     for name, values in thresholds:
         for weight, value in zip(callback._weights.values(), values, strict=True):
             weight.thresholds[name].data.copy_(torch.tensor(value))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sparse import DFBST, GMP, SET, GraNet, OptG, RigL, TopKAST
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.rules.budgets import budget
 
 
@@ -94,7 +94,7 @@ def test_connections_do_not_move_in_a_step_that_overflowed_elsewhere():
     callback, net = SET(0.8, update_every=5), seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 4)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 
-    callback.attach([choice for choice in choose(net) if choice.reason is None], [optimizer], False)
+    callback.attach([choice for choice in select_parameters(net) if choice.reason is None], [optimizer], False)
     (pool,) = callback._pools.values()
     net(torch.ones(2, 12)).sum().backward()
     net[1].bias.grad[0] = float("inf")

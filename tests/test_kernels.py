@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sparse.kernels import bits, numba_kernels, torch_kernels
+from lightning_sparse.kernels import bits, thresholds_numba, thresholds_torch
 
-MODULES = [torch_kernels, numba_kernels]
+MODULES = [thresholds_torch, thresholds_numba]
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
 seeds = st.integers(0, 10**6)
 
@@ -97,11 +97,11 @@ def test_dst_on_a_hand_worked_matrix():
     tau = torch.tensor([[0.2], [0.0]])
     dP = torch.ones(2, 3)
     out = torch.empty_like(W)
-    assert torch_kernels.hard_project(W, tau, out) == 3 + 1
+    assert thresholds_torch.hard_project(W, tau, out) == 3 + 1
     assert out.tolist() == [[0.5, 0.0, 0.0], pytest.approx([-1.5, 0.1, 0.3])]
     # Q = [[0.3, 0, -0.2], [1.5, 0.1, 0.3]], H = [[0.8, 2, 1.2], [0, 1.6, 0.8]]
     dtau = torch.empty_like(tau)
-    torch_kernels.hard_gradient(dP, W, tau, dtau)
+    thresholds_torch.hard_gradient(dP, W, tau, dtau)
     assert dP.flatten().tolist() == pytest.approx([1 + 0.5 * 0.8, 0.2 * 2, 0, 1, 1 + 0.1 * 1.6, 1 + 0.3 * 0.8])
     assert dtau.flatten().tolist() == pytest.approx([-(0.5 * 0.8 - 0.2 * 2), -(0.1 * 1.6 + 0.3 * 0.8)], abs=1e-6)
 
@@ -156,7 +156,7 @@ def test_compiled_backward_masks_are_the_same_on_any_number_of_threads(shape):
             torch.set_num_threads(count)
             gradient, packed = G.clone(), torch.empty(shape[0], shape[1] // 8, dtype=torch.uint8)
             sums = torch.empty_like(tau), torch.empty_like(tau), torch.zeros(2, dtype=torch.float64)
-            numba_kernels.backward_mask(gradient, tau * 1e-3, packed, *sums)
+            thresholds_numba.backward_mask(gradient, tau * 1e-3, packed, *sums)
             results.append((gradient, packed, *sums))
     finally:
         torch.set_num_threads(threads)
@@ -173,14 +173,14 @@ def test_bits_are_unpacked_to_the_mask_that_was_packed(shape, seed):
 
 
 def test_wrong_choice_of_kernels_is_refused(monkeypatch):
-    from lightning_sparse import kernels
+    from lightning_sparse.kernels import dispatch, thresholds
 
     monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", "fortran")
-    kernels._numba.cache_clear()
+    dispatch.module.cache_clear()
     with pytest.raises(ValueError, match="LIGHTNING_SPARSE_KERNELS must be 'auto', 'torch' or 'numba', got 'fortran'"):
-        kernels.for_tensors(torch.zeros(1, 1), torch.zeros(1, 1))
+        thresholds.for_tensors(torch.zeros(1, 1), torch.zeros(1, 1))
     monkeypatch.undo()
-    kernels._numba.cache_clear()
+    dispatch.module.cache_clear()
 
 
 @pytest.mark.parametrize("kernels", MODULES)

@@ -9,7 +9,7 @@ from reference import Reference
 from torch import nn
 
 from lightning_sparse import DST
-from lightning_sparse.layers.selection import choose, table
+from lightning_sparse.layers.selection import select_parameters, table
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
 
 
@@ -243,9 +243,9 @@ def test_tied_weights_count_once():
 def test_tied_to_an_embedding_it_stays_dense_unless_asked_for():
     module = nn.ModuleDict({"head": nn.Linear(4, 9, bias=False), "embedding": nn.Embedding(9, 4)})
     module["head"].weight = module["embedding"].weight
-    (choice,) = choose(module)
+    (choice,) = select_parameters(module)
     assert choice.reason == "Embedding: only on request (include)"
-    (choice,) = choose(module, include=["embedding.weight"])  # by any of its names
+    (choice,) = select_parameters(module, include=["embedding.weight"])  # by any of its names
     assert choice.reason is None
     assert "tied to embedding.weight" in choice.layer
 
@@ -262,14 +262,14 @@ def test_frozen_weights_are_left_alone():
 
 def test_include_and_exclude_choose_by_glob_patterns():
     def chosen(**kwargs):
-        return [c.name for c in choose(Lit(), **kwargs) if c.reason is None]
+        return [c.name for c in select_parameters(Lit(), **kwargs) if c.reason is None]
 
     assert chosen() == ["net.0.weight", "net.2.weight", "net.4.weight"]
     assert chosen(exclude=["*.4.weight"]) == ["net.0.weight", "net.2.weight"]
     assert chosen(include=["net.[02].*"]) == ["net.0.weight", "net.2.weight"]
     assert chosen(include=["net.*"], exclude=["net.0.*"]) == ["net.2.weight", "net.4.weight"]
     head = nn.ModuleDict({"head": nn.Linear(2, 2), "body": nn.Linear(2, 2)})
-    assert [c.name for c in choose(head, exclude=["*.head.weight"]) if c.reason is None] == ["body.weight"]
+    assert [c.name for c in select_parameters(head, exclude=["*.head.weight"]) if c.reason is None] == ["body.weight"]
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
@@ -287,14 +287,14 @@ def test_biases_and_norms_are_never_made_sparse_whatever_their_shape():
         nn.RMSNorm((3, 4)),
         nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True),
     )
-    names = {c.name for c in choose(net, include=["*"]) if c.reason is None}
+    names = {c.name for c in select_parameters(net, include=["*"]) if c.reason is None}
     assert names == {"4.in_proj_weight", "4.out_proj.weight"}
-    assert {c.name for c in choose(net) if c.reason is None} == names
+    assert {c.name for c in select_parameters(net) if c.reason is None} == names
 
 
 def test_compiled_submodules_are_chosen_by_their_plain_names():
     net = nn.ModuleDict({"head": torch.compile(nn.Linear(2, 2)), "body": nn.Linear(2, 2)})
-    assert [c.name for c in choose(net, exclude=["head.weight"]) if c.reason is None] == ["body.weight"]
+    assert [c.name for c in select_parameters(net, exclude=["head.weight"]) if c.reason is None] == ["body.weight"]
 
 
 def test_the_table_says_what_is_sparse_what_is_not_and_why():
@@ -307,7 +307,7 @@ def test_the_table_says_what_is_sparse_what_is_not_and_why():
             "head": nn.Linear(4, 2),
         }
     )
-    lines = table("Title", choose(net, exclude=["head.weight"])).splitlines()
+    lines = table("Title", select_parameters(net, exclude=["head.weight"])).splitlines()
     assert lines[0] == "Title"
     assert [line.split() for line in lines[1:2]] == [["weight", "layer", "shape", "training"]]
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[3:]}

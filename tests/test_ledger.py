@@ -4,26 +4,21 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_sparse.accounting.ledger import (
-    OTHER,
-    Average,
+from lightning_sparse.accounting.flops import OTHER, Average, Flops, dense_flops, inference, training
+from lightning_sparse.accounting.masks import (
     Explored,
-    Flops,
     cells,
     churn,
-    dense_flops,
     empty_inputs,
     empty_neurons,
-    inference,
     mask_bits,
     shrunk_size,
     spread,
-    stored_bytes,
-    training,
 )
+from lightning_sparse.accounting.memory import stored_bytes
+from lightning_sparse.kernels import products, products_torch
 from lightning_sparse.layers.sparse import SparseConv2d, SparseLinear
 from lightning_sparse.rules.select import positions
-from lightning_sparse.storage import backends, torch_backend
 from lightning_sparse.zoo.models import LeNet5Caffe, LeNet300, SequenceLSTM
 
 BATCH = 8
@@ -179,7 +174,7 @@ def test_empty_neurons_and_inputs_are_counted_over_kernels_and_groups():
 @pytest.mark.parametrize("compiled", [True, False])
 def test_sparse_layers_count_as_the_dense_ones_they_stand_for(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(backends, "backend", lambda *_: torch_backend)
+        monkeypatch.setattr(products, "backend", lambda *_: products_torch)
     sparse = nn.Sequential(
         SparseConv2d(4, 8, 3, nnz=40, groups=2), nn.ReLU(), nn.Flatten(), SparseLinear(128, 5, nnz=9), nn.Linear(5, 2)
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_sparse import SET, RandomPruning, RigL
 from lightning_sparse.families.masked import MaskedCallback
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.storage import SparseLinear
 from lightning_sparse.weights.base import MaskedWeight
 from lightning_sparse.weights.sparse import SparseWeight
@@ -99,7 +99,7 @@ def by_hand(callback, make_optimizer, steps, module=None):
     torch.manual_seed(0)
     module = mlp() if module is None else module
     optimizer = make_optimizer(module.parameters())
-    callback.attach([c for c in choose(module) if c.reason is None], [optimizer], False)
+    callback.attach([c for c in select_parameters(module) if c.reason is None], [optimizer], False)
     x = torch.randn(steps, 5, 12)
     for row in x:
         step(callback, optimizer, module, row)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_sparse import DFBST, DST, STR, AutoSparse
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.methods.autosparse import _largest
 from lightning_sparse.rules.select import (
     count_global_top_k,
@@ -27,7 +27,7 @@ def attached(callback, W, **thresholds):
     module.weight.data = W.clone()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5, weight_decay=1e-9)
 
-    callback.attach(choose(module), [optimizer], resumed=False)
+    callback.attach(select_parameters(module), [optimizer], resumed=False)
     weight = callback._weights["weight"]
     for key, value in thresholds.items():
         weight.thresholds[key].data.copy_(torch.tensor(value))

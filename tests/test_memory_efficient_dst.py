@@ -14,7 +14,7 @@ from helpers import Lit, cnn, fit, fits, free_port, loader, mlp, seeded, trainer
 from torch import nn
 
 from lightning_sparse import MemoryEfficientDST
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.layers.unit_activity import Activity, SynapticFlow, readable
 from lightning_sparse.rules import select
 from lightning_sparse.weights.base import MaskedWeight
@@ -24,7 +24,7 @@ def attached(callback, W, dP, grids=None):
     """A callback that has taken over weights ``W``, by name, with gradients; active where they are not 0."""
     module = nn.ParameterDict({name: nn.Parameter(torch.tensor(values)) for name, values in W.items()})
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    callback.attach(choose(module, include=["*"]), [optimizer], resumed=False)
+    callback.attach(select_parameters(module, include=["*"]), [optimizer], resumed=False)
     for name, weight in callback._weights.items():
         weight.W.copy_(torch.tensor(W[name]))
         weight.start(torch.tensor((grids or W)[name]).flatten().nonzero()[:, 0], callback.generator)
@@ -408,7 +408,7 @@ class Stateful(nn.Module):
 
 def test_synflow_leaves_no_trace():
     net = seeded(Stateful)
-    names = [choice.name for choice in choose(net) if choice.reason is None]
+    names = [choice.name for choice in select_parameters(net) if choice.reason is None]
     flow = SynapticFlow(net, names)
     net(torch.randn(6, 12), scale=torch.tensor(2.0))["logits"].sum().backward()
     state, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]

@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 from lightning_sparse import DST, ITOP, SET, RandomPruning, RigL, SparsityMonitor
-from lightning_sparse.accounting.ledger import dense_flops, mask_bits, training
+from lightning_sparse.accounting.flops import dense_flops, training
+from lightning_sparse.accounting.masks import mask_bits
 
 LAYERS = {"net.0.weight": (16, 12), "net.2.weight": (10, 16), "net.4.weight": (4, 10)}
 SIZE = 392

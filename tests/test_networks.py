@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import DST, AutoSparse, RigL
-from lightning_sparse.accounting.ledger import OTHER, dense_flops, inference
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.accounting.flops import OTHER, dense_flops, inference
+from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.zoo import models
 from lightning_sparse.zoo.models import (
     VGG16,
@@ -142,7 +142,7 @@ def test_the_table_in_the_docs_is_what_the_networks_have():
     assert len(rows) == 20
     for call, total, layers, weights, products, size in rows:
         module = meta(lambda call=call: eval(call, vars(models)))
-        sparse = [choice.parameter.numel() for choice in choose(module) if choice.reason is None]
+        sparse = [choice.parameter.numel() for choice in select_parameters(module) if choice.reason is None]
         assert (call, f"{parameters(module):,}") == (call, total)
         assert (call, str(len(sparse)), f"{sum(sparse):,}") == (call, layers, weights)
         if size:
@@ -173,13 +173,13 @@ def test_the_table_in_the_docs_is_what_the_networks_have():
 def test_every_convolution_and_linear_layer_is_made_sparse_and_nothing_else(build, count):
     module = meta(build)
     layers = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    assert {choice.name for choice in choose(module) if choice.reason is None} == layers
+    assert {choice.name for choice in select_parameters(module) if choice.reason is None} == layers
     assert len(layers) == count
-    assert {c.reason for c in choose(module)} == {None, "bias, norm or scalar"}
+    assert {c.reason for c in select_parameters(module)} == {None, "bias, norm or scalar"}
 
 
 def test_of_the_transformer_all_weights_but_the_embedding_are_made_sparse():
-    choices = {choice.name: choice.reason for choice in choose(meta(WMT))}
+    choices = {choice.name: choice.reason for choice in select_parameters(meta(WMT))}
     sparse = [name for name, reason in choices.items() if reason is None]
     assert len(sparse) == 6 * 4 + 6 * 6
     encoder = {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"}

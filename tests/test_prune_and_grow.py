@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import DSR, GGR, ITOP, MEST, SET, SNFS, DeepR, GraNet, RigL
-from lightning_sparse.accounting.ledger import mask_bits
+from lightning_sparse.accounting.masks import mask_bits
 from lightning_sparse.methods.ggr import ranking
 from lightning_sparse.rules import select
 from lightning_sparse.weights.base import MaskedWeight

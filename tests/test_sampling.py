@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_sparse.kernels.structure import csr
+from lightning_sparse.layers import functional
 from lightning_sparse.rules import sampling
-from lightning_sparse.storage import functional
 
 
 def seeded(seed=0):

@@ -38,10 +38,9 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-import lightning_sparse.kernels.products as storage_backends
 import lightning_sparse.storage.sparse as training
 from lightning_sparse import DSR, DST, GGR, ITOP, MEST, SET, MemoryEfficientDST, RandomPruning, RigL
-from lightning_sparse.kernels import numba_kernels
+from lightning_sparse.kernels import dispatch, products_numba
 from lightning_sparse.rules import select
 from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
 from lightning_sparse.storage.measure import measure
@@ -916,8 +915,8 @@ def test_after_a_fit_ddp_has_all_parameters_again(ends, monkeypatch):
     ],
 )
 def test_times_are_measured_without_touching_random_numbers(layer, backends, monkeypatch):
-    monkeypatch.setattr(storage_backends.kernels, "_numba", lambda: None if backends == ["torch"] else numba_kernels)
-    monkeypatch.setattr(storage_backends.kernels, "_wanted", lambda: "numba" if backends == ["numba"] else "auto")
+    monkeypatch.setattr(dispatch, "module", lambda *_: None if backends == ["torch"] else products_numba)
+    monkeypatch.setattr(dispatch, "wanted", lambda: "numba" if backends == ["numba"] else "auto")
     before = torch.get_rng_state()
     seconds = measure(layer)
     assert list(seconds) == [*backends, "dense"]

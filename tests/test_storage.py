@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_sparse import kernels
+from lightning_sparse.kernels import dispatch, products, products_numba
 from lightning_sparse.kernels.structure import flat_positions, structure
-from lightning_sparse.storage import SparseConv2d, SparseLinear, backends, make_dense_, make_sparse_, numba_backend
+from lightning_sparse.storage import SparseConv2d, SparseLinear, make_dense_, make_sparse_
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-BACKENDS = {"torch": None, "numba": numba_backend}
+BACKENDS = {"torch": None, "numba": products_numba}
 QUICK = settings(max_examples=60, deadline=None)
 
 
@@ -38,7 +38,7 @@ def assert_close(ours, theirs, dtype):
 
 def assert_equal_layers(dense, sparse, x, monkeypatch, backend):
     """Forward, and gradients of input, values and bias."""
-    monkeypatch.setattr(kernels, "_numba", lambda: BACKENDS[backend])
+    monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
     dtype = x.dtype
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, expected = sparse(ours), dense(theirs)
@@ -99,9 +99,9 @@ def test_convolution_equals_dense(backend, data, density, bias, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("copied", [False, True])
 def test_products_are_right_beyond_a_vector_a_tile_and_on_several_threads(backend, n, dtype, copied, monkeypatch):
-    monkeypatch.setattr(numba_backend, "_SHARED_FROM", 1)
-    monkeypatch.setattr(numba_backend, "_REPAYS", 1 if copied else 1 << 20)
-    monkeypatch.setattr(numba_backend, "_CACHED", 1 << 10)
+    monkeypatch.setattr(products_numba, "_SHARED_FROM", 1)
+    monkeypatch.setattr(products_numba, "_REPAYS", 1 if copied else 1 << 20)
+    monkeypatch.setattr(products_numba, "_CACHED", 1 << 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     dense = thinned(nn.Linear(40, 30, dtype=dtype), 0.3)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_compiled_transpose_is_the_transpose(shape, dtype):
     X = torch.randn(shape, dtype=dtype, requires_grad=True)
     every_other = torch.randn(2 * shape[0], shape[1], dtype=dtype)[::2]
     for matrix in (X, X.t(), every_other):
-        turned = numba_backend.transposed(matrix)
+        turned = products_numba.transposed(matrix)
         assert torch.equal(turned, matrix.t())
         assert turned.is_contiguous()
 
@@ -125,22 +125,22 @@ def test_compiled_transpose_is_the_transpose(shape, dtype):
 def test_compiled_products_do_not_depend_on_vectors_tiles_and_threads(n, monkeypatch):
     layer = SparseLinear(200, 90, nnz=6000, generator=torch.Generator().manual_seed(0))
     csr, values, X = layer.structure.matrix, layer.values.detach(), torch.randn(200, n)
-    product = numba_backend.matmul(csr, values, X)
-    gradient = numba_backend.sampled(csr, product, X)
-    monkeypatch.setattr(numba_backend, "_SHARED_FROM", 1)
+    product = products_numba.matmul(csr, values, X)
+    gradient = products_numba.sampled(csr, product, X)
+    monkeypatch.setattr(products_numba, "_SHARED_FROM", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert torch.equal(numba_backend.sampled(csr, product, X), gradient)
-    monkeypatch.setattr(numba_backend, "_REPAYS", 1)
-    monkeypatch.setattr(numba_backend, "_CACHED", 1 << 14)
-    assert torch.equal(numba_backend.matmul(csr, values, X), product)
-    monkeypatch.setattr(numba_backend, "_VECTOR", 64)
-    assert torch.equal(numba_backend.matmul(csr, values, X), product)
+    assert torch.equal(products_numba.sampled(csr, product, X), gradient)
+    monkeypatch.setattr(products_numba, "_REPAYS", 1)
+    monkeypatch.setattr(products_numba, "_CACHED", 1 << 14)
+    assert torch.equal(products_numba.matmul(csr, values, X), product)
+    monkeypatch.setattr(products_numba, "_VECTOR", 64)
+    assert torch.equal(products_numba.matmul(csr, values, X), product)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [3, 12])
 def test_a_gradient_that_shows_one_number_many_times_is_read_as_such(backend, size, monkeypatch):
-    monkeypatch.setattr(kernels, "_numba", lambda: BACKENDS[backend])
+    monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
     for dense, x in (
         (thinned(nn.Conv2d(3, 4, 3), 0.5), torch.randn(2, 3, size, size)),
         (thinned(nn.Linear(6, 5), 0.5), torch.randn(size, 6)),
@@ -153,7 +153,7 @@ def test_a_gradient_that_shows_one_number_many_times_is_read_as_such(backend, si
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_of_another_size_are_refused(backend, monkeypatch):
-    monkeypatch.setattr(kernels, "_numba", lambda: BACKENDS[backend])
+    monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
     for layer, x in (
         (SparseLinear(200, 30, nnz=2000), torch.randn(16, 20)),
         (SparseConv2d(64, 8, 3, nnz=2000), torch.randn(2, 3, 9, 9)),
@@ -163,8 +163,8 @@ def test_inputs_of_another_size_are_refused(backend, monkeypatch):
 
 
 def test_numba_is_chosen_where_it_is_installed_unless_torch_is_forced(kernel):
-    assert backends.backend(torch.zeros(1)).__name__.endswith(f"{kernel}_backend")
-    assert backends.backend(torch.zeros(1, dtype=torch.bfloat16)).__name__.endswith("torch_backend")
+    assert products.backend(torch.zeros(1)).__name__.endswith(f"products_{kernel}")
+    assert products.backend(torch.zeros(1, dtype=torch.bfloat16)).__name__.endswith("products_torch")
 
 
 def test_structure_by_hand():

@@ -1,1 +1,1 @@
-"""What sparsity saves: operations, bytes, time; how masks look and change."""
+"""What sparsity saves: operations, bytes, time; how masks look and change. Pure accounting."""

@@ -10,8 +10,8 @@ from importlib import import_module
 
 import torch
 
-from lightning_sparse import kernels
 from lightning_sparse.accounting.memory import peak_memory, resident_memory
+from lightning_sparse.kernels import dispatch
 
 __all__ = [
     "child",
@@ -28,8 +28,8 @@ def hardware(device: str) -> str:
     """Return in words what computes."""
     if device != "cpu":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    name = kernels.for_tensors(torch.zeros(1, 1), torch.zeros(1, 1)).__name__.rsplit(".", 1)[1]
-    return f"{torch.get_num_threads()} CPU thread(s), {name}, torch {torch.__version__}"
+    name = next(iter(dispatch.candidates("thresholds", torch.device("cpu"), torch.float32)))
+    return f"{torch.get_num_threads()} CPU thread(s), {name}_kernels, torch {torch.__version__}"
 
 
 def megabytes(device: str) -> float:

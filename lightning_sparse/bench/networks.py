@@ -25,7 +25,7 @@ from lightning_sparse import (
     MemoryEfficientDST,
     RigL,
 )
-from lightning_sparse.layers.selection import choose
+from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.zoo.models import VGG16, LeNet300, ResNet18
 
@@ -87,8 +87,8 @@ def batch_for(network: str, size: int, device: str = "cpu") -> list[Tensor]:
 
 def attach(callback: SparseCallback, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Make the weights that the callback would choose by itself sparse, without a Trainer but for its plan."""
-    callback._trainer = cast(Any, SimpleNamespace(estimated_stepping_batches=NEVER))
-    callback.attach([choice for choice in choose(module) if choice.reason is None], [optimizer], False)
+    callback._fit.trainer = cast(Any, SimpleNamespace(estimated_stepping_batches=NEVER))
+    callback.attach([choice for choice in select_parameters(module) if choice.reason is None], [optimizer], False)
 
 
 def bare_step(
@@ -121,8 +121,8 @@ def bare_step(
             optimizer.step()
             return
         method.before_step(optimizer, 1.0, 1.0)
-        method.enter_step(optimizer)
+        method.before_update(optimizer)
         optimizer.step()
-        method.after_step(optimizer)
+        method.after_update(optimizer)
 
     return step

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_sparse import SET
-from lightning_sparse.accounting import ledger
+from lightning_sparse.accounting.memory import stored_bytes
 from lightning_sparse.accounting.timing import seconds, synchronize
 from lightning_sparse.bench.measure import child, hardware, megabytes, middle, peak_above, peak_megabytes
 from lightning_sparse.bench.networks import NETWORKS, NEVER, bare_step, batch_for, on_meta
@@ -110,7 +110,7 @@ class _Clock(Callback):
         """Read memory before sparse layers are made dense."""
         self.peak = peak_megabytes(self.device)
         held = [callback.held for callback in trainer.callbacks if isinstance(callback, SparseCallback)]  # type: ignore[attr-defined]
-        self.stored = sum(ledger.stored_bytes(pl_module, trainer.optimizers, held).values()) / 1e6
+        self.stored = sum(stored_bytes(pl_module, trainer.optimizers, held).values()) / 1e6
 
 
 def fitted(arguments: argparse.Namespace) -> None:

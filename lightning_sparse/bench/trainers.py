@@ -101,7 +101,7 @@ class _Idle(SparseCallback):
     def attach(self, choices: object, optimizers: object, resumed: bool) -> None:
         """Nothing, as all verbs here."""
 
-    def attach_more(self, choices: object, optimizer: object) -> None:
+    def attach_added(self, choices: object, optimizer: object) -> None:
         pass
 
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:
@@ -110,13 +110,16 @@ class _Idle(SparseCallback):
     def before_step(self, optimizer: object, share: float, scale: float) -> None:
         pass
 
-    def enter_step(self, optimizer: object) -> None:
+    def before_update(self, optimizer: object) -> None:
         pass
 
-    def after_step(self, optimizer: object) -> None:
+    def after_update(self, optimizer: object) -> None:
         pass
 
-    def leave_step(self) -> None:
+    def abort_update(self) -> None:
+        pass
+
+    def refuse_choices(self, choices: object) -> None:
         pass
 
 
@@ -144,7 +147,7 @@ class _TimedMonitor(SparsityMonitor):
             setattr(self, f"on_train_{name}", partial(self._timed, name, getattr(self, f"on_train_{name}")))
 
     def _timed(self, name: str, hook: Callable[..., None], *args: Any) -> None:
-        first = name == "batch_start" and not self._head
+        first = name == "batch_start" and not self._file.head
         start = time.perf_counter()
         hook(*args)
         key = "begin" if first else name

@@ -11,12 +11,12 @@ from lightning_sparse.accounting.timing import seconds, synchronize
 from lightning_sparse.bench.measure import hardware, middle, peak_above
 from lightning_sparse.bench.networks import METHODS, NETWORKS, attach, bare_step, batch_for, on_meta
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
-from lightning_sparse.layers.selection import choose
-from lightning_sparse.methods import ggr
-from lightning_sparse.rules.budgets import share
-from lightning_sparse.trainer.callback import Storage
+from lightning_sparse.layers.selection import select_parameters
+from lightning_sparse.rules import ranking as rankings
+from lightning_sparse.rules.budgets import portion
+from lightning_sparse.storage.store import Storage
 from lightning_sparse.weights.base import Weight
-from lightning_sparse.weights.sparse import Capture, SparseWeight
+from lightning_sparse.weights.sparse import SparseWeight
 
 __all__ = ["prepare", "ranking", "update"]
 
@@ -26,7 +26,7 @@ def _move(callback: PruneAndGrow, weights: Sequence[Weight]) -> None:
 
 
 def _rank(callback: PruneAndGrow, weights: Sequence[Weight]) -> None:
-    ggr.ranking(weights, share(0.1, sum(weight.active for weight in weights)), [0] * len(weights))
+    rankings.ranking(weights, portion(0.1, sum(weight.num_active for weight in weights)), [0] * len(weights))
 
 
 def _mover(
@@ -40,11 +40,11 @@ def _mover(
     torch.manual_seed(0)
     build, device = NETWORKS[arguments.network][0], arguments.device
     callback = METHODS[method](sparsity=sparsity, **({"storage": storage} if storage != "masked" else {}))
-    if not isinstance(callback, PruneAndGrow) or type(callback).update is PruneAndGrow.update:
+    if not isinstance(callback, PruneAndGrow):
         raise ValueError(f"--methods: an update of {method} cannot be measured by itself.")
     if storage == "sparse":
         module = on_meta(build)
-        choices = [choice for choice in choose(module) if choice.reason is None]
+        choices = [choice for choice in select_parameters(module) if choice.reason is None]
         layers = [module.get_submodule(choice.name.rpartition(".")[0]) for choice in choices]
         callback.initial_masks([SparseWeight(c.name, c.shape, layer) for c, layer in zip(choices, layers, strict=True)])
     else:
@@ -52,23 +52,24 @@ def _mover(
     module.to(device)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
     attach(callback, module, optimizer)
-    (pool,) = callback._pools.values()
+    (group,) = callback._groups
     x, _ = batch_for(arguments.network, arguments.batch, device)
 
     def step() -> float:
         optimizer.zero_grad()
-        capture = Capture(pool.weights, torch.Tensor.detach)
+        listeners = callback.store.watch(group.weights, torch.Tensor.detach)
         module(x).square().mean().backward()
         synchronize(device)
         start = time.perf_counter()
         with torch.no_grad():
-            move(callback, pool.weights)
+            move(callback, group.weights)
         synchronize(device)
         spent = time.perf_counter() - start
-        capture.close()
+        for listener in listeners:
+            listener.close()
         callback.before_step(optimizer, 1.0, 1.0)
         optimizer.step()
-        callback.after_step(optimizer)
+        callback.after_update(optimizer)
         return spent
 
     return step

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["Uncompiled", "can_pause", "copied", "is_compiled"]
+__all__ = ["Uncompiled", "can_pause", "copied", "is_compiled", "original", "plain_name"]
 
+_INNER = "_orig_mod"  # attribute of what torch.compile returns: the module that it was given
 # what a compiled LightningModule has as attributes, bound to itself
 _BOUND = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
@@ -54,6 +55,17 @@ def is_compiled(module: nn.Module) -> bool:
         or vars(part).get("_compiler_ctx") is not None
         for part in module.modules()
     )
+
+
+def original(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` was given, or ``module`` itself."""
+    inner: nn.Module = getattr(module, _INNER, module)
+    return inner
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter would have if no module around it were compiled."""
+    return name.replace(f"{_INNER}.", "")
 
 
 def copied(thing: T, root: nn.Module) -> T:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_sparse.compat.torch_private import has_forward_hooks
+
 __all__ = ["Channels", "Flow", "Mixer", "Rule"]
 
 #: follows one node: called with the channels, the node and the module that it calls, if any
@@ -226,7 +228,7 @@ def _fragile(module: fx.GraphModule) -> dict[nn.Module | None, str]:
     result: dict[nn.Module | None, str] = {}
     for part, count in calls.items():
         held = [*part.parameters(), *part.buffers()]
-        if part._forward_hooks or part._forward_pre_hooks:
+        if has_forward_hooks(part):
             result[part] = "it has forward hooks"
         elif held and count > 1:
             result[part] = "it is called several times"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_sparse.compat.compiled import original
 from lightning_sparse.export._modules import Example, arguments, check_dense, check_equal, evaluating, results
 from lightning_sparse.export.channels import Channels, Mixer
 from lightning_sparse.export.rules import RULES, contribution
@@ -147,7 +148,7 @@ def compact(
     Reference:
         GGR counts such neurons and inputs in its Table 4.
     """
-    module = getattr(module, "_orig_mod", module)
+    module = original(module)
     check_dense(module, "compact")
     expected = results(module, example_input)
     small = trace(module)

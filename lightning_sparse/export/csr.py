@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.torch_private import SIDES, children, has_forward_hooks, in_forward_mode
 from lightning_sparse.export._modules import check_module
 from lightning_sparse.kernels.products import matmul
 from lightning_sparse.kernels.structure import CSR
@@ -24,7 +25,7 @@ _READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # what a convolution is described by, and how it reads its input
 _OF_CONV2D = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
-    *("output_padding", "_reversed_padding_repeated_twice"),
+    *("output_padding", SIDES),
 )
 
 
@@ -178,10 +179,10 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
     for parent in [*result.modules()]:
         if isinstance(parent, _READ_THEIR_CHILDREN):
             continue
-        for name, child in [*parent._modules.items()]:
+        for name, child in [*children(parent).items()]:
             if child is not None and _converts(child, min_sparsity):
                 done[child] = done.get(child) or _CONVERTED[type(child)](child)
-                parent._modules[name] = done[child]
+                children(parent)[name] = done[child]
     if not done:
         warnings.warn(
             f"No layer was converted: to_csr looks for float32 or float64 weights of Linear and Conv2d layers of which "
@@ -202,11 +203,11 @@ _CONVERTED: dict[type[nn.Module], Any] = {
 def _is_recorded() -> bool:
     """Tell whether operations are traced, or differentiated forward: compiled loops support neither."""
     tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
-    return bool(tracing or torch.autograd.forward_ad._current_level >= 0)
+    return bool(tracing or in_forward_mode())
 
 
 def _converts(layer: nn.Module, min_sparsity: float) -> bool:
-    if type(layer) not in _CONVERTED or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) not in _CONVERTED or has_forward_hooks(layer):
         return False
     if isinstance(layer, SparseLayer):
         return layer.values.dtype in _DTYPES

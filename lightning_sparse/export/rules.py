@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
+from lightning_sparse.compat.torch_private import BatchNorm, Convolution, Dropout
 from lightning_sparse.export.channels import Channels, Flow, Mixer, Rule
 
 __all__ = ["RULES", "contribution"]
@@ -19,12 +17,12 @@ __all__ = ["RULES", "contribution"]
 # ---------------------------------------------------------------------- layers with weights
 
 
-def _mix(channels: Channels, node: fx.Node, module: nn.Linear | _ConvNd) -> Flow | None:
+def _mix(channels: Channels, node: fx.Node, module: nn.Linear | Convolution) -> Flow | None:
     """Follow a linear layer or a convolution: new channels, constant where nothing that varies is read."""
     weight = module.weight.detach().cpu()
     axis = len(_shape(node)) - max(weight.ndim - 1, 1)
     source = node.all_input_nodes[0]
-    groups = module.groups if isinstance(module, _ConvNd) else 1
+    groups = module.groups if isinstance(module, Convolution) else 1
     if groups == weight.shape[0] and weight.shape[1] == 1 and groups > 1:
         return _depthwise(channels, node, module, weight, channels.read(source, axis, len(weight)))
     if groups > 1:
@@ -62,12 +60,12 @@ def _depthwise(channels: Channels, node: fx.Node, module: Any, weight: Tensor, x
     return outputs
 
 
-def _foldable(x: Flow, module: nn.Linear | _ConvNd) -> Tensor:
+def _foldable(x: Flow, module: nn.Linear | Convolution) -> Tensor:
     """Return which inputs are constant in such a way that the layer's bias can take them up."""
-    return x.fixed & (x.value == 0) if isinstance(module, _ConvNd) and _pads_zeros(module) else x.fixed
+    return x.fixed & (x.value == 0) if isinstance(module, Convolution) and _pads_zeros(module) else x.fixed
 
 
-def _pads_zeros(module: _ConvNd) -> bool:
+def _pads_zeros(module: Convolution) -> bool:
     if module.padding_mode != "zeros" or module.padding == "valid":
         return False
     if module.padding == "same":
@@ -75,12 +73,12 @@ def _pads_zeros(module: _ConvNd) -> bool:
     return any(module.padding)
 
 
-def _bias(module: nn.Linear | _ConvNd) -> Tensor:
+def _bias(module: nn.Linear | Convolution) -> Tensor:
     bias = module.bias
     return torch.zeros(len(module.weight)).double() if bias is None else bias.detach().double().cpu()
 
 
-def _batch_norm(channels: Channels, node: fx.Node, module: _BatchNorm) -> Flow | None:
+def _batch_norm(channels: Channels, node: fx.Node, module: BatchNorm) -> Flow | None:
     """Follow batch norm in eval mode, which scales and shifts each channel; a scale of 0 makes it constant."""
     x = channels.flows[node.all_input_nodes[0]]
     if x is None:
@@ -337,7 +335,7 @@ _POOLS = _named(
 RULES: dict[Any, Rule] = {
     **_rows(_mix, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     **_rows(_batch_norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)),
-    **_rows(_same, (nn.Identity, *_DropoutNd.__subclasses__(), "contiguous", "clone", "detach")),
+    **_rows(_same, (nn.Identity, *Dropout.__subclasses__(), "contiguous", "clone", "detach")),
     **_rows(
         _dropout,
         (

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_sparse.compat.options import fixed
 from lightning_sparse.families.masked import MaskedCallback
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, budget, floors
 from lightning_sparse.storage.store import Storage
@@ -90,7 +90,7 @@ class BeforeTraining(MaskedCallback):
         if not self._scored:
             self._prune(list(self._weights.values()))
 
-    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Choose the connections of weights that joined an optimizer later, by their current scores."""
         super().attach_added(choices, optimizer)
         self._prune([self._weights[choice.name] for choice in choices])

@@ -12,7 +12,7 @@ from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families import magnitude
 from lightning_sparse.families.common import FINAL_SPARSITY
 from lightning_sparse.families.masked import MaskedCallback, random_masks
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Scope, budget, floors
 from lightning_sparse.rules.clock import Clock
 from lightning_sparse.rules.schedules import cubic
@@ -99,7 +99,7 @@ class GradualPruning(MaskedCallback):
         """Tell whether the clock says so."""
         return self.clock.is_due(group.step)
 
-    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Let the newcomers, which start with ``initial_sparsity``, join at the present point of the schedule."""
         super().attach_added(choices, optimizer)
         group = self._groups.of(optimizer)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.families.thresholds import Thresholds
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.trainer.adopt import adopt
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.weights.latent import LatentGroup, LatentWeight
@@ -131,7 +131,7 @@ class LatentCallback(SparseCallback):
                     "outside of its steps, where they must stay sparse. Use an optimizer without train() and eval()."
                 )
 
-    def refuse_choices(self, choices: Sequence[Choice]) -> None:  # noqa: D102  (inherited)
+    def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:  # noqa: D102  (inherited)
         for choice in choices:
             if choice.sparse is not None:
                 raise MisconfigurationException(
@@ -140,7 +140,7 @@ class LatentCallback(SparseCallback):
                 )
 
     @torch.no_grad()
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         held = {name: tuple(weight.latent.shape) for name, weight in self._weights.items()}
         adoption = adopt(self, choices, held, resumed, lambda: _continues(self, choices))
         if adoption == "fresh":
@@ -157,12 +157,12 @@ class LatentCallback(SparseCallback):
             self._join(optimizer, list(self._weights.values()))
 
     @torch.no_grad()
-    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+    def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
         added = {choice.name: self._new(choice) for choice in choices}
         self._weights.update(added)
         self._join(optimizer, list(added.values()))
 
-    def _new(self, choice: Choice) -> LatentWeight:
+    def _new(self, choice: ParameterChoice) -> LatentWeight:
         """Return a weight that begins with the parameter's values."""
         latent = choice.parameter.detach().clone()
         weight = LatentWeight(choice.name, latent, self.new_buffers(latent), transposed_groups=choice.transposed_groups)
@@ -249,7 +249,7 @@ def _effective(method: LatentCallback, weight: LatentWeight) -> Tensor:
     return P
 
 
-def _continues(method: LatentCallback, choices: Sequence[Choice]) -> bool:
+def _continues(method: LatentCallback, choices: Sequence[ParameterChoice]) -> bool:
     """Tell whether the parameters hold just what the state of an earlier fit says."""
     pairs = ((choice.parameter, _effective(method, method._weights[choice.name])) for choice in choices)
     return all(torch.equal(parameter.cpu(), P.cpu()) for parameter, P in pairs)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
+from lightning_sparse.compat.torch_private import stored_values
 from lightning_sparse.families.common import (
     DISTRIBUTION,
     MIN_LAYER_DENSITY,
@@ -23,7 +24,7 @@ from lightning_sparse.families.common import (
     check_min_layer_density,
     check_sparsity,
 )
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution, budget, layer_counts
 from lightning_sparse.rules.patterns import UNSTRUCTURED
 from lightning_sparse.storage.sparse import SparseStore
@@ -147,7 +148,7 @@ class MaskedCallback(Stored, SparseCallback):
     # ------------------------------------------------------------------ verbs
 
     @torch.no_grad()
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         clocks = self._groups.clocks
         adoption, self._weights = self.store.adopt(choices, self._weights, resumed)
         self._groups.begin(optimizers, self._weights)
@@ -160,7 +161,7 @@ class MaskedCallback(Stored, SparseCallback):
             self._add_buffers(self._weights.values())
 
     @torch.no_grad()
-    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+    def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
         new = self.store.add(choices)
         self._weights.update(new)
         self._groups.join(optimizer, new)
@@ -263,4 +264,4 @@ def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                yield parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+                yield stored_values(parameter.grad)

@@ -13,7 +13,7 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families import common
 from lightning_sparse.families.latent import LatentCallback, LatentGroup, LatentWeight
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors, layer_counts, shrunk
 from lightning_sparse.trainer.guards import refuse_other_sparsity
@@ -118,7 +118,7 @@ class TopKCallback(LatentCallback):
         """See a weight whose latent values are still the parameter's."""
 
     @torch.no_grad()
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         updates, held = self._update_counts(), list(self._weights.values())
         super().attach(choices, optimizers, resumed)
         for group in self._groups.values():
@@ -127,7 +127,7 @@ class TopKCallback(LatentCallback):
             self._begin([weight for weight in group.weights if weight not in held], group)
 
     @torch.no_grad()
-    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:  # noqa: D102
+    def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
         super().attach_added(choices, optimizer)
         self._begin([self._weights[choice.name] for choice in choices], self._groups[id(optimizer)])
 

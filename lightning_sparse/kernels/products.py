@@ -1,37 +1,46 @@
-"""Which code multiplies: ``torch_products`` anywhere, ``numba_products`` on CPU if the extra ``fast`` is installed.
+"""Products with a CSR matrix, by torch on any device, or by compiled code where that is installed.
 
-A fit measures which is quicker and tells the layers; without, it is numba. ``LIGHTNING_SPARSE_KERNELS=torch`` (or
-``numba``) forces one of them, as for the other kernels.
+A fit measures which is quicker and tells the layers; without, it is the first of the candidates.
 """
 
-import importlib
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_sparse import kernels
+from lightning_sparse.kernels import dispatch
 from lightning_sparse.kernels.structure import CSR
 
-__all__ = ["backend", "candidates", "matmul", "sampled", "transposed"]
+__all__ = ["Products", "backend", "candidates", "matmul", "sampled", "transposed"]
+
+
+class Products(Protocol):
+    """What sparse layers compute: the functions of ``products_torch``, where they are described."""
+
+    def matmul(self, csr: CSR, values: Tensor, X: Tensor) -> Tensor:
+        """Return the matrix times ``X``."""
+
+    def sampled(self, csr: CSR, G: Tensor, X: Tensor) -> Tensor:
+        """Return ``G @ X.T`` where the matrix has its nonzeros."""
+
+    def transposed(self, X: Tensor) -> Tensor:
+        """Return the transpose of a matrix, contiguous."""
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Return the names of the backends there are for tensors like this; the first is the quicker one as a rule."""
-    compiled = device.type == "cpu" and dtype in (torch.float32, torch.float64) and kernels._numba() is not None
-    if not compiled:
-        return ["torch"]
-    return ["numba"] if kernels._wanted() == "numba" else ["numba", "torch"]
+    return list(dispatch.candidates("products", device, dtype))
 
 
-def backend(x: Tensor, name: str | None = None) -> ModuleType:
-    """Return the module of products of this name, or the first of the candidates if it is none of them."""
-    names = candidates(x.device, x.dtype)
-    return importlib.import_module(f"lightning_sparse.kernels.{name if name in names else names[0]}_products")
+def backend(x: Tensor, name: str | None = None) -> Products:
+    """Return the products of the backend of this name, or of the first of the candidates if it is none of them."""
+    found = dispatch.candidates("products", x.device, x.dtype)
+    products: Products = found[name if name in found else next(iter(found))]
+    return products
 
 
 def matmul(csr: CSR, values: Tensor, X: Tensor, name: str | None = None) -> Tensor:
-    """Return the CSR matrix times ``X`` with the backend of this name; see ``torch_products.matmul``.
+    """Return the CSR matrix times ``X`` with the backend of this name; see ``products_torch.matmul``.
 
     Raises:
         RuntimeError: the shapes do not fit.
@@ -39,12 +48,11 @@ def matmul(csr: CSR, values: Tensor, X: Tensor, name: str | None = None) -> Tens
     _check(csr.shape[1] == len(X), csr, X)
     if not X.numel() or not len(values):
         return X.new_zeros(csr.shape[0], X.shape[1])
-    product: Tensor = backend(X, name).matmul(csr, values, X)
-    return product
+    return backend(X, name).matmul(csr, values, X)
 
 
 def sampled(csr: CSR, G: Tensor, X: Tensor, name: str | None = None) -> Tensor:
-    """Return ``G @ X.T`` where the CSR matrix has its nonzeros; see ``torch_products.sampled``.
+    """Return ``G @ X.T`` where the CSR matrix has its nonzeros; see ``products_torch.sampled``.
 
     Raises:
         RuntimeError: the shapes do not fit.
@@ -52,14 +60,12 @@ def sampled(csr: CSR, G: Tensor, X: Tensor, name: str | None = None) -> Tensor:
     _check(csr.shape == (len(G), len(X)) and G.shape[1] == X.shape[1], csr, G, X)
     if not X.numel() or not len(csr.col):
         return X.new_zeros(len(csr.col))
-    gradient: Tensor = backend(X, name).sampled(csr, G, X)
-    return gradient
+    return backend(X, name).sampled(csr, G, X)
 
 
 def transposed(X: Tensor, name: str | None = None) -> Tensor:
     """Return the transpose of a matrix, contiguous, with the backend of this name."""
-    turned: Tensor = backend(X, name).transposed(X)
-    return turned
+    return backend(X, name).transposed(X)
 
 
 def _check(fit: bool, csr: CSR, *others: Tensor) -> None:

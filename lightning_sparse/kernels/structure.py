@@ -35,7 +35,7 @@ class Structure(NamedTuple):
         matrix: the nonzeros row by row.
         transposed: those of the transpose.
         permutation: ``values[permutation]`` are the values in the order of ``transposed``, ``(nnz,)``, int32.
-        backend: the module that multiplies, see ``storage.backends``.
+        backend: who multiplies, see ``kernels.dispatch``.
     """
 
     matrix: CSR

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
+from lightning_sparse.compat.torch_private import AttentionOutput
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import budget
 
@@ -52,7 +52,7 @@ class SparseInput:
     @staticmethod
     def suits(layer: nn.Module) -> bool:
         """Tell whether ``layer`` is a linear or convolution layer that reads its input as it is, or padded with 0."""
-        if not isinstance(layer, _LAYERS) or isinstance(layer, NonDynamicallyQuantizableLinear):  # attention's own
+        if not isinstance(layer, _LAYERS) or isinstance(layer, AttentionOutput):
             return False
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             return False

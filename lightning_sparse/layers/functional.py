@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
+from lightning_sparse.compat.torch_private import padded_sides
 from lightning_sparse.kernels.products import matmul, sampled, transposed
 from lightning_sparse.kernels.structure import CSR, Structure
 
@@ -196,10 +197,8 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
     """
     padding = conv.padding
     if isinstance(padding, str) or conv.padding_mode != "zeros":
-        # what nn.Conv2d hands to pad itself: (left, right, top, bottom)
-        sides = conv._reversed_padding_repeated_twice
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x, padding = functional.pad(x, sides, mode=mode), (0, 0)
+        x, padding = functional.pad(x, padded_sides(conv), mode=mode), (0, 0)
     return x, Geometry(conv.kernel_size, conv.stride, padding, conv.dilation)
 
 

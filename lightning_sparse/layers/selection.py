@@ -1,41 +1,68 @@
 """Which parameters of a module are weights to make sparse, and why the others are not."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_sparse.compat.compiled import plain_name
+from lightning_sparse.compat.torch_private import RunningNorm
 from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
 
-__all__ = ["FROZEN", "Choice", "choose", "table"]
+__all__ = ["FROZEN", "LAYERS", "NORMS", "RULES", "ParameterChoice", "select_parameters", "table"]
 
-# Made sparse by default, with the prefixes of the names of their weights. MultiheadAttention's out_proj is a Linear.
-_BY_DEFAULT: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("weight",),
-    nn.Bilinear: ("weight",),
-    nn.Conv1d: ("weight",),
-    nn.Conv2d: ("weight",),
-    nn.Conv3d: ("weight",),
-    nn.RNNBase: ("weight_",),
-    SparseLinear: ("weight",),
-    SparseConv2d: ("weight",),
-    nn.RNNCellBase: ("weight_",),
-    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+
+class LayerKind(NamedTuple):
+    """What is to know of the layers of one type.
+
+    Attributes:
+        weights: what the names of their weights begin with.
+        by_default: they are made sparse without ``include``.
+        output_axis: the dimension of the weight along which the outputs lie, 0 or 1.
+    """
+
+    weights: tuple[str, ...] = ("weight",)
+    by_default: bool = True
+    output_axis: int = 0
+
+
+_ON_REQUEST = LayerKind(by_default=False)
+_TRANSPOSED = LayerKind(by_default=False, output_axis=1)
+
+#: layers with weights; those of other types are made sparse only on request. MultiheadAttention's out_proj is a Linear
+LAYERS: dict[type[nn.Module], LayerKind] = {
+    nn.Linear: LayerKind(),
+    nn.Bilinear: LayerKind(),
+    nn.Conv1d: LayerKind(),
+    nn.Conv2d: LayerKind(),
+    nn.Conv3d: LayerKind(),
+    nn.RNNBase: LayerKind(("weight_",)),
+    SparseLinear: LayerKind(),
+    SparseConv2d: LayerKind(),
+    nn.RNNCellBase: LayerKind(("weight_",)),
+    nn.MultiheadAttention: LayerKind(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
+    nn.Embedding: _ON_REQUEST,
+    nn.EmbeddingBag: _ON_REQUEST,
+    nn.ConvTranspose1d: _TRANSPOSED,
+    nn.ConvTranspose2d: _TRANSPOSED,
+    nn.ConvTranspose3d: _TRANSPOSED,
 }
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+NORMS = (RunningNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 #: reason of a parameter that does not train
 FROZEN = "frozen"
+_NO_WEIGHT = "bias, norm or scalar"
 
 
 @dataclass
-class Choice:
+class ParameterChoice:
     """One parameter of the module, and what is done with it.
 
     Attributes:
@@ -68,29 +95,9 @@ class Choice:
         return f"{self.kind}, tied to {', '.join(self.tied)}" if self.tied else self.kind
 
 
-def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[str, str, nn.Module]]]]:
-    """Yield each parameter once, with all places ``(full name, local name, owner)`` where it stands."""
-    found: dict[nn.Parameter, list[tuple[str, str, nn.Module]]] = {}
-    for prefix, owner in module.named_modules():
-        for local, parameter in owner.named_parameters(recurse=False):
-            if isinstance(owner, SparseLayer) and local == "values":
-                local = "weight"  # of the dense layer it stands for
-            found.setdefault(parameter, []).append((f"{prefix}.{local}" if prefix else local, local, owner))
-    yield from found.items()
-
-
-def _by_default(local: str, owner: nn.Module) -> bool:
-    gain = local.endswith("_g")  # of weight_norm
-    return not gain and any(isinstance(owner, kind) and local.startswith(names) for kind, names in _BY_DEFAULT.items())
-
-
-def _matches(pattern: str, names: Sequence[str]) -> bool:
-    """Match a glob on any of the names; ``*.head.weight`` also finds a ``head.weight`` at the top."""
-    plain = [name.replace("_orig_mod.", "") for name in names]
-    return any(fnmatchcase(form, pattern) for name in (*names, *plain) for form in (name, f".{name}"))
-
-
-def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> list[Choice]:
+def select_parameters(
+    module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> list[ParameterChoice]:
     """Say of every parameter of ``module`` whether it is made sparse.
 
     By default these are the weights of linear, convolution, recurrent and attention layers. With ``include`` they are
@@ -104,66 +111,198 @@ def choose(module: nn.Module, include: Sequence[str] | None = None, exclude: Seq
     choices = []
     unused = {*(include or ()), *exclude}
     for parameter, places in _places(module):
-        name, first, owner = places[0]
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(
-                f"{name} ({type(owner).__name__}) must have a shape when the fit starts, but is not initialized. Run "
-                "an example through the module before, e.g. in __init__ or configure_model."
-            )
-        sparse = owner if isinstance(owner, SparseLayer) and first == "weight" else None
-        shape = tuple(parameter.shape) if sparse is None else sparse.shape
-        names = [place[0] for place in places]
-        reason = None
-        matched = {pattern for pattern in (*(include or ()), *exclude) if _matches(pattern, names)}
-        if len(shape) < 2 or any(local.startswith("bias") or isinstance(o, _NORMS) for _, local, o in places):
-            reason = "bias, norm or scalar"
-        else:
-            unused -= matched
-            if matched & set(exclude):
-                reason = "excluded"
-            elif include is not None and not matched & set(include):
-                reason = "not included"
-            elif include is None and not all(_by_default(local, holder) for _, local, holder in places):
-                others = [type(holder).__name__ for _, local, holder in places if not _by_default(local, holder)]
-                reason = f"{others[0]}: only on request (include)"
-            elif not parameter.requires_grad:
-                reason = FROZEN
-            elif not parameter.is_floating_point() or math.prod(shape) == 0:
-                reason = "not a real-valued tensor with elements"
-        transposed = [holder for _, _, holder in places if isinstance(holder, _TRANSPOSED)]
-        groups = int(transposed[0].groups) if transposed else 0
-        if reason is None and any(isinstance(o, _EMBEDDINGS) and o.sparse for _, _, o in places):
-            raise ValueError(
-                f"{name} ({type(owner).__name__}) must have dense gradients to be made sparse, but its layer has "
-                f"sparse=True. Make the layer with sparse=False, or leave it out with exclude=[{name!r}]."
-            )
-        choices.append(Choice(name, type(owner).__name__, parameter, reason, tuple(names[1:]), groups, sparse))
-    if unused:
-        weights = [choice.name for choice in choices if len(choice.shape) >= 2]
-        raise ValueError(
-            f"include and exclude must match the names of weights, but {sorted(unused)} match none. "
-            f"Biases and norms are never made sparse. The weights are: {weights}."
-        )
+        candidate = Candidate(parameter, places, include, exclude)
+        _refuse_lazy(candidate)
+        choice = candidate.choice()
+        choices.append(choice)
+        if choice.reason is None:
+            _refuse_sparse_gradients(candidate)
+        if choice.reason != _NO_WEIGHT:
+            unused -= candidate.matched
+    _refuse_unused(unused, choices)
     return choices
 
 
-def table(title: str, choices: Sequence[Choice]) -> str:
+# ---------------------------------------------------------------------- candidates
+
+
+class Place(NamedTuple):
+    """Where a parameter stands: its name in the module, its name in the layer that holds it, and that layer."""
+
+    name: str
+    local: str
+    holder: nn.Module
+
+    @property
+    def kinds(self) -> list[LayerKind]:
+        """What ``LAYERS`` says of the layer."""
+        return [kind for type_, kind in LAYERS.items() if isinstance(self.holder, type_)]
+
+    @property
+    def by_default(self) -> bool:
+        """Whether the parameter is made sparse there without ``include``."""
+        gain = self.local.endswith("_g")  # of weight_norm
+        return not gain and any(kind.by_default and self.local.startswith(kind.weights) for kind in self.kinds)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One parameter with all its places, and the patterns that were given."""
+
+    parameter: nn.Parameter
+    places: Sequence[Place]
+    include: Sequence[str] | None
+    exclude: Sequence[str]
+
+    @property
+    def sparse(self) -> SparseLayer | None:
+        """The layer, if it holds only the nonzeros."""
+        holder = self.places[0].holder
+        return holder if isinstance(holder, SparseLayer) and self.places[0].local == "weight" else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.parameter.shape) if self.sparse is None else self.sparse.shape
+
+    @cached_property
+    def matched(self) -> set[str]:
+        """The patterns that match one of its names."""
+        names = [place.name for place in self.places]
+        return {pattern for pattern in (*(self.include or ()), *self.exclude) if _matches(pattern, names)}
+
+    @property
+    def transposed_groups(self) -> int:
+        """See ``ParameterChoice``."""
+        transposed = [place.holder for place in self.places if any(kind.output_axis for kind in place.kinds)]
+        return int(getattr(transposed[0], "groups", 1)) if transposed else 0
+
+    def choice(self) -> ParameterChoice:
+        """Return what is done with it."""
+        (name, _, holder), *others = self.places
+        reason = next((reason for rule in RULES if (reason := rule(self)) is not None), None)
+        tied = tuple(place.name for place in others)
+        kind = type(holder).__name__
+        return ParameterChoice(name, kind, self.parameter, reason, tied, self.transposed_groups, self.sparse)
+
+
+def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[Place]]]:
+    """Yield each parameter once, with all its places."""
+    found: dict[nn.Parameter, list[Place]] = {}
+    for prefix, holder in module.named_modules():
+        for local, parameter in holder.named_parameters(recurse=False):
+            if isinstance(holder, SparseLayer) and local == "values":
+                local = "weight"  # of the dense layer it stands for
+            found.setdefault(parameter, []).append(Place(f"{prefix}.{local}" if prefix else local, local, holder))
+    yield from found.items()
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    """Match a glob on any of the names; ``*.head.weight`` also finds a ``head.weight`` at the top."""
+    plain = [plain_name(name) for name in names]
+    return any(fnmatchcase(form, pattern) for name in (*names, *plain) for form in (name, f".{name}"))
+
+
+# ---------------------------------------------------------------------- rules: why a parameter is left dense
+
+
+def _no_weight(candidate: Candidate) -> str | None:
+    """Biases, norms and scalars are never made sparse."""
+    never = any(place.local.startswith("bias") or isinstance(place.holder, NORMS) for place in candidate.places)
+    return _NO_WEIGHT if never or len(candidate.shape) < 2 else None
+
+
+def _excluded(candidate: Candidate) -> str | None:
+    """``exclude`` takes weights away."""
+    return "excluded" if candidate.matched & set(candidate.exclude) else None
+
+
+def _not_included(candidate: Candidate) -> str | None:
+    """With ``include``, only the weights that it names are made sparse."""
+    missed = candidate.include is not None and not candidate.matched & set(candidate.include)
+    return "not included" if missed else None
+
+
+def _only_on_request(candidate: Candidate) -> str | None:
+    """Without ``include``, only weights of the layers in the table are, a tied one if it is in all its places."""
+    if candidate.include is not None:
+        return None
+    others = [type(place.holder).__name__ for place in candidate.places if not place.by_default]
+    return f"{others[0]}: only on request (include)" if others else None
+
+
+def _frozen(candidate: Candidate) -> str | None:
+    """What does not train stays as it is."""
+    return None if candidate.parameter.requires_grad else FROZEN
+
+
+def _not_real(candidate: Candidate) -> str | None:
+    """There must be real numbers to set to 0."""
+    real = candidate.parameter.is_floating_point() and math.prod(candidate.shape) > 0
+    return None if real else "not a real-valued tensor with elements"
+
+
+#: the first one that gives a reason counts
+RULES = (_no_weight, _excluded, _not_included, _only_on_request, _frozen, _not_real)
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def _refuse_lazy(candidate: Candidate) -> None:
+    if isinstance(candidate.parameter, UninitializedParameter):
+        name, _, holder = candidate.places[0]
+        raise ValueError(
+            f"{name} ({type(holder).__name__}) must have a shape when the fit starts, but is not initialized. Run "
+            "an example through the module before, e.g. in __init__ or configure_model."
+        )
+
+
+def _refuse_sparse_gradients(candidate: Candidate) -> None:
+    if any(isinstance(place.holder, _EMBEDDINGS) and place.holder.sparse for place in candidate.places):
+        name, _, holder = candidate.places[0]
+        raise ValueError(
+            f"{name} ({type(holder).__name__}) must have dense gradients to be made sparse, but its layer has "
+            f"sparse=True. Make the layer with sparse=False, or leave it out with exclude=[{name!r}]."
+        )
+
+
+def _refuse_unused(patterns: set[str], choices: Sequence[ParameterChoice]) -> None:
+    if patterns:
+        weights = [choice.name for choice in choices if len(choice.shape) >= 2]
+        raise ValueError(
+            f"include and exclude must match the names of weights, but {sorted(patterns)} match none. "
+            f"Biases and norms are never made sparse. The weights are: {weights}."
+        )
+
+
+# ---------------------------------------------------------------------- in words
+
+
+def table(title: str, choices: Sequence[ParameterChoice]) -> str:
     """Return a readable table of what is sparse, what is not and why."""
-    rows = [("weight", "layer", "shape", "training")]
-    small: dict[str, list[Choice]] = {}
-    for choice in choices:
-        if choice.reason is not None and len(choice.shape) < 2:
-            small.setdefault(choice.reason, []).append(choice)
-            continue
-        state = "sparse" if choice.reason is None else f"dense ({choice.reason})"
-        shape = " x ".join(map(str, choice.shape))
-        rows.append((choice.name, choice.layer, shape, state))
-    rows += [(f"{len(group)} small ones", "", "", f"dense ({reason})") for reason, group in small.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    rows = [("weight", "layer", "shape", "training"), *_rows(choices)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
-    sparse = sum(math.prod(choice.shape) for choice in choices if choice.reason is None)
-    total = sum(math.prod(choice.shape) for choice in choices)
-    count = sum(choice.reason is None for choice in choices)
-    lines.append(f"{count} weights, {sparse:,} of {total:,} parameters ({sparse / max(total, 1):.1%}) train sparse")
-    return "\n".join([title, *lines])
+    return "\n".join([title, *lines, _summary(choices)])
+
+
+def _rows(choices: Sequence[ParameterChoice]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield a row for each parameter; those of one dimension stand together, by the reason why they are dense."""
+    small: Counter[str] = Counter()
+    for choice in choices:
+        if choice.reason is not None and len(choice.shape) < 2:
+            small[choice.reason] += 1
+            continue
+        state = "sparse" if choice.reason is None else f"dense ({choice.reason})"
+        yield choice.name, choice.layer, " x ".join(map(str, choice.shape)), state
+    for reason, count in small.items():
+        yield f"{count} small ones", "", "", f"dense ({reason})"
+
+
+def _summary(choices: Sequence[ParameterChoice]) -> str:
+    """Return in words how many parameters train sparse."""
+    sizes = [math.prod(choice.shape) for choice in choices if choice.reason is None]
+    sparse, total = sum(sizes), sum(math.prod(choice.shape) for choice in choices)
+    return f"{len(sizes)} weights, {sparse:,} of {total:,} parameters ({sparse / max(total, 1):.1%}) train sparse"

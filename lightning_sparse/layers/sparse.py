@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_sparse.compat import torch_private
 from lightning_sparse.kernels.structure import Structure, flat_positions, structure
 from lightning_sparse.layers.functional import conv2d, linear, padded
 from lightning_sparse.rules import sampling, select
@@ -34,7 +35,7 @@ class SparseLayer(nn.Module):
         col: the columns, ``(nnz,)``, int32, counted over all groups.
         weight_shape: of the dense weight, int64; not read, but what a checkpoint needs to be made dense.
         plain: ``state_dict`` has the dense ``weight`` in the place of these.
-        backend: the module that multiplies, see ``storage.backends``; None: the one that is quicker as a rule.
+        backend: who multiplies, see ``kernels.dispatch``; None: the one that is quicker as a rule.
     """
 
     values: nn.Parameter
@@ -337,7 +338,7 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
     if type(layer) not in _SPARSE:
         raise TypeError(f"Only nn.Linear and nn.Conv2d have a sparse form, not {type(layer).__name__}.")
     weight = layer.weight
-    bias = layer._parameters["bias"]
+    bias = torch_private.parameters(layer)["bias"]
     shape = tuple(weight.shape)
     found = structure(positions.to("cpu" if weight.is_meta else weight.device), shape, getattr(layer, "groups", 1))
     if weight.is_meta:
@@ -348,7 +349,8 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
             bias = nn.Parameter(_uniform(len(bias), bias.dtype, generator) / math.prod(shape[1:]) ** 0.5)
     else:
         values = weight.reshape(-1)[positions.to(weight.device)]
-    layer._parameters = {"values": nn.Parameter(values.to(weight.dtype), weight.requires_grad), "bias": bias}
+    values = nn.Parameter(values.to(weight.dtype), weight.requires_grad)
+    torch_private.set_parameters(layer, {"values": values, "bias": bias})
     layer.__class__ = _SPARSE[type(layer)]  # type: ignore[assignment]
     assert isinstance(layer, SparseLayer)
     layer.register_buffer("crow", found.matrix.crow)
@@ -368,8 +370,7 @@ def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
         delattr(layer, name)
     for name in ("plain", "backend"):
         vars(layer).pop(name, None)
-    parameters: dict[str, nn.Parameter | None] = {"weight": weight, "bias": layer.bias}
-    layer._parameters = parameters
+    torch_private.set_parameters(layer, {"weight": weight, "bias": layer.bias})
     layer.__class__ = _DENSE[type(layer)]  # type: ignore[assignment]
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     return layer

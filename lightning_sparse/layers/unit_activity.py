@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.compat.compiled import Uncompiled, copied
+from lightning_sparse.compat.lightning_private import is_redirected
+from lightning_sparse.compat.torch_private import RunningNorm
+from lightning_sparse.layers.selection import NORMS
 from lightning_sparse.layers.sparse import SparseLayer, SparseLinear
 from lightning_sparse.rules.sampling import unit_sums
 
 __all__ = ["Activity", "Hooks", "SynapticFlow", "readable"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_BATCH_NORM = nn.modules.batchnorm._NormBase
-_NORMS = (_BATCH_NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 
@@ -138,9 +139,7 @@ class SynapticFlow(Hooks):
         return activity.sums()
 
     def _called(self, module: Any, args: Any, kwargs: Any) -> None:
-        # with several processes, Lightning sends training_step through the module's own call
-        redirected = "_ForwardRedirection" in getattr(module.forward, "__qualname__", "")
-        if self._open and self._call is None and torch.is_grad_enabled() and not redirected:
+        if self._open and self._call is None and torch.is_grad_enabled() and not is_redirected(module):
             self._call = module, _map(args, Tensor.detach), _map(kwargs, Tensor.detach)
 
 
@@ -174,9 +173,9 @@ def _positive(network: nn.Module) -> nn.Module:
     for module in network.eval().double().modules():
         for name, parameter in module.named_parameters(recurse=False):
             parameter.copy_(torch.zeros_like(parameter) if "bias" in name else parameter.abs())
-        if isinstance(module, _BATCH_NORM) and module.running_mean is not None:
+        if isinstance(module, RunningNorm) and module.running_mean is not None:
             module.running_mean.zero_()
-        elif isinstance(module, _NORMS):
+        elif isinstance(module, NORMS):
             module.register_forward_hook(lambda module, args, output: args[0])
     return network
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse.accounting.ledger import Explored
+from lightning_sparse.accounting.masks import Explored
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["ITOP"]
@@ -84,7 +84,7 @@ class ITOP(PruneAndGrow):
         """The explored connections, too."""
         return [*super().state_tensors, self._explored.bits]
 
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
         """Take the weights over, and forget those of an earlier fit."""
         super().attach(choices, optimizers, resumed)
         self._explored.keep(self._weights)

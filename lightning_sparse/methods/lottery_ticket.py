@@ -24,7 +24,7 @@ from lightning_sparse.families import magnitude
 from lightning_sparse.families.before_training import budgets
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
 from lightning_sparse.families.masked import MaskedCallback
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
 from lightning_sparse.storage.store import Storage
 from lightning_sparse.trainer.rewind import restore, snapshot
@@ -172,14 +172,14 @@ class LotteryTicket(MaskedCallback):
 
     # ------------------------------------------------------------------ the family's verbs and state
 
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
         """Take the weights over; another fit goes on with the rounds that are left."""
         super().attach(choices, optimizers, resumed)
         if not resumed:
             self._pruned = self._pruned if self.density < 1 else 0
             self._earlier, self._rewind_point = self._pruned, {}
 
-    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Prune newcomers at once as far as the others are."""
         super().attach_added(choices, optimizer)
         self._prune([self._weights[choice.name] for choice in choices])

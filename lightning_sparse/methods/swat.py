@@ -16,7 +16,7 @@ from lightning_sparse.compat.options import option
 from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.layers.activations import SparseInput
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 
 __all__ = ["SWAT"]
 
@@ -71,7 +71,7 @@ class SWAT(TopKCallback):
         self._hooked = []
         self._hook(pl_module, list(self._weights.values()))
 
-    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Hook the newcomers' layers, too."""
         super().attach_added(choices, optimizer)
         assert self._fit.module is not None

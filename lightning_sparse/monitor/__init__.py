@@ -1,4 +1,4 @@
-"""SparsityMonitor: writes the ledger of a run, sparse or dense, to its loggers and to ``sparsity.json``."""
+"""SparsityMonitor: writes the record of a run, sparse or dense, to its loggers and to ``sparsity.json``."""
 
 from lightning_sparse.monitor.callback import SparsityMonitor
 

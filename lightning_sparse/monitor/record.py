@@ -6,10 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_sparse.accounting import flops
+from lightning_sparse.accounting.flops import Flops
+from lightning_sparse.accounting.masks import spread
 from lightning_sparse.compat.lightning import Trainer
+from lightning_sparse.monitor.layer import COUNTS, Layer
+from lightning_sparse.monitor.looks import Looks
 from lightning_sparse.trainer.callback import SparseCallback
 
-__all__ = ["batch_size", "described", "metrics", "scalars"]
+__all__ = ["batch_size", "described", "metrics", "of_layers", "scalars", "sizes", "thresholds"]
 
 
 def described(methods: Sequence[SparseCallback]) -> dict[str, Any] | None:
@@ -20,6 +25,72 @@ def described(methods: Sequence[SparseCallback]) -> dict[str, Any] | None:
     unique = [f"{name}[{index}]" if names.count(name) > 1 else name for index, name in enumerate(names)]
     arguments = {name: method.arguments for name, method in zip(unique, methods, strict=True)}
     return {"name": " + ".join(names), "arguments": arguments} if methods else None
+
+
+def sizes(layers: Sequence[Layer], parameters: int, dense: Mapping[str, Flops], examples: int | None) -> dict[str, Any]:
+    """Return what the file says of the weights.
+
+    Args:
+        layers: the selected ones.
+        parameters: number of all parameters of the module.
+        dense: the operations of a dense step, by name of weight; empty: not counted.
+        examples: number of examples that they are of; None: they are told of the batch.
+    """
+
+    def of_one(operations: float) -> int | None:
+        return round(operations / (examples or 1)) if dense else None
+
+    return {
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "size": layer.size,
+                "neurons": layer.neurons,
+                "inputs": layer.inputs,
+                **{f"dense_{pass_}_flops": of_one(n) for pass_, n in vars(dense.get(layer.name, Flops())).items()},
+            }
+            for layer in layers
+        ],
+        "other_parameters": parameters - sum(layer.size for layer in layers),
+        "dense_forward_flops": of_one(round(flops.inference(dense, {}))),
+        "dense_training_flops": of_one(round(flops.training(dense, {}, {}))),
+    }
+
+
+def of_layers(looks: Looks) -> dict[str, Any]:
+    """Return what the latest look tells of each layer, and of all of them as shares."""
+    layers = {
+        layer.name: {
+            "density": looks.density.get(layer.name, 1.0),
+            "backward_density": looks.gradient_density.get(layer.name, 1.0),
+            **{key: looks.pictures[layer.name][key] for key in COUNTS},
+        }
+        for layer in looks.layers
+    }
+    weights = {layer.name: layer.size for layer in looks.layers}
+
+    def mean(key: str) -> float:
+        total: float = sum(layers[name][key] * size for name, size in weights.items())
+        return total / max(sum(weights.values()), 1)
+
+    def share(key: str, totals: Sequence[int]) -> float:
+        return float(sum(layer[key] for layer in layers.values())) / max(sum(totals), 1)
+
+    return {
+        "density": mean("density"),
+        "backward_density": mean("backward_density"),
+        "layers": layers,
+        "empty_neurons": share("empty_neurons", [layer.neurons for layer in looks.layers]),
+        "empty_inputs": share("empty_inputs", [layer.inputs for layer in looks.layers]),
+        "shrunk_size": share("shrunk_size", list(weights.values())),
+    }
+
+
+def thresholds(methods: Sequence[SparseCallback]) -> dict[str, Any]:
+    """Return statistics of what ``|W|`` is compared with in each layer, where a method has thresholds."""
+    levels = {name: tau for method in methods for name, tau in method.effective_thresholds.items()}
+    return {name: spread(tau) for name, tau in levels.items() if bool(tau.isfinite().all())}
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -1,9 +1,12 @@
 """The file ``sparsity.json``: its name and format, what it says of a run beside its epochs, how it is written."""
 
+import json
 import os
 import platform
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,14 +14,68 @@ from typing import Any
 
 import torch
 
-from lightning_sparse.compat.lightning import PACKAGE, Trainer
+from lightning_sparse.compat.lightning import PACKAGE, Trainer, rank_zero_warn
 
-__all__ = ["FILE", "FORMAT", "hardware", "now", "seed", "versions", "write"]
+__all__ = ["FILE", "FORMAT", "RunFile", "hardware", "now", "seed", "versions", "write"]
 
 #: name of the file in the log directory
 FILE = "sparsity.json"
 #: number of what is in it, for those who read it
 FORMAT = 1
+
+
+class RunFile:
+    """The file of one run, with the time that the run has taken.
+
+    Attributes:
+        path: where it is written; None: not by this process.
+        head: what the file says of the run; empty before the first step.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.head: dict[str, Any] = {}
+        self._fit_began = time.monotonic()
+        self._started = now()
+        self._earlier = 0.0  # seconds that the run took before it was resumed
+
+    def write(self, status: str, epochs: Iterable[str], pictures: Mapping[str, Any]) -> None:
+        """Write the file; a run goes on if that fails.
+
+        Args:
+            status: of the run.
+            epochs: records, as JSON.
+            pictures: of the masks, as ``layer.picture`` returns them.
+        """
+        if self.path is None:
+            return
+        head = {
+            "format": FORMAT,
+            "status": status,
+            "started": self._started,
+            "updated": now(),
+            "wall_time_s": round(self._wall_time(), 3),
+            **self.head,
+        }
+        # records and pictures are JSON already, so that a long history costs little each time
+        masks = ", ".join(f"{json.dumps(name)}: {picture['json']}" for name, picture in pictures.items())
+        text = json.dumps(head, default=str)[:-1] + f', "epochs": [{", ".join(epochs)}], "masks": {{{masks}}}}}\n'
+        try:
+            write(self.path, text)
+        except OSError as error:
+            rank_zero_warn(f"SparsityMonitor cannot write {self.path}: {error}. The run goes on without the file.")
+            self.path = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"started": self._started, "wall_time_s": self._wall_time()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint has kept."""
+        self._started, self._earlier = state_dict["started"], state_dict["wall_time_s"]
+
+    def _wall_time(self) -> float:
+        return self._earlier + time.monotonic() - self._fit_began
 
 
 def now() -> str:

@@ -9,15 +9,12 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Literal
 
-from lightning_sparse.compat import checks
-
 __all__ = [
     "DISTRIBUTIONS",
     "Distribution",
     "Scope",
     "apportion",
     "budget",
-    "check",
     "er",
     "erk",
     "floors",
@@ -32,21 +29,6 @@ __all__ = [
 Shape = tuple[int, ...]
 Distribution = Literal["erk", "er", "uniform", "uniform_first_dense"]
 Scope = Literal["global", "layer"]
-
-
-def check(sparsity: float, distribution: Distribution | Mapping[str, float], min_layer_density: float) -> None:
-    """Raise unless a method's arguments are in range.
-
-    Raises:
-        ValueError: one is not; it is named.
-    """
-    checks.fraction("It is the share of zeros, 0.9 for 10 % of the weights.", below_1=True, sparsity=sparsity)
-    if isinstance(distribution, str):
-        checks.one_of(DISTRIBUTIONS, distribution=distribution)
-    else:
-        for pattern, density in distribution.items():
-            checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)
-    checks.fraction("0 lets a layer become empty.", min_layer_density=min_layer_density)
 
 
 def budget(sparsity: float, size: int) -> int:

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.compat.torch_private import hidden_from_ddp, hide_from_ddp
 from lightning_sparse.layers.sparse import SparseLayer
 
 __all__ = ["Ignored", "average_gradients", "copy_from_first"]
-
-_NAMES = "_ddp_params_and_buffers_to_ignore"
 
 
 class Ignored:
@@ -24,20 +23,20 @@ class Ignored:
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         self._module, self._names = module, names
-        setattr(module, _NAMES, [*getattr(module, _NAMES, ()), *names])
+        hide_from_ddp(module, [*hidden_from_ddp(module), *names])
 
     def remove(self) -> None:
         """Hand them back to DDP, but for those that others have named, too."""
-        left = list(getattr(self._module, _NAMES, ()))
+        left = hidden_from_ddp(self._module)
         for name in self._names:
             if name in left:
                 left.remove(name)
-        setattr(self._module, _NAMES, left)
+        hide_from_ddp(self._module, left)
         self._names = ()
 
     def refuse_nothing_left(self) -> None:
         """Raise if DDP would be left without a parameter to train, which it does not accept."""
-        names = set(getattr(self._module, _NAMES))
+        names = set(hidden_from_ddp(self._module))
         if all(name in names or not parameter.requires_grad for name, parameter in self._module.named_parameters()):
             raise MisconfigurationException(
                 "DDP needs a parameter of its own beside those of the sparse layers that change their size. Give a "

@@ -20,7 +20,8 @@ from lightning_sparse.compat.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_sparse.layers.selection import Choice, choose
+from lightning_sparse.compat.torch_private import register_before_load
+from lightning_sparse.layers.selection import ParameterChoice, select_parameters
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules.budgets import budget
@@ -66,7 +67,7 @@ class SparseStore(Store):
         handles = self.method._fit.handles
         if stage != "fit":
             hook = partial(_load_hook, module)
-            handles.append(module._register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
+            handles.append(register_before_load(module, hook))
             return
         self._refuse_averages(trainer)
         self._backend = None
@@ -90,7 +91,9 @@ class SparseStore(Store):
     def _exchange_layers(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw the connections, or take those of an earlier fit of the same weights, and exchange the layers."""
         method = self.method
-        choices = [choice for choice in choose(module, method.include, method.exclude) if choice.reason is None]
+        choices = [
+            choice for choice in select_parameters(module, method.include, method.exclude) if choice.reason is None
+        ]
         if all(choice.sparse is not None for choice in choices):
             # an earlier fit left them so, or there are none; adopt looks whether they are what was asked for
             weights = [SparseWeight(choice.name, choice.shape, choice.sparse) for choice in choices]
@@ -101,7 +104,9 @@ class SparseStore(Store):
                 self._give_connections(weights, choices, trainer)
         self._hold(weights, trainer, module)
 
-    def _give_connections(self, weights: Sequence[SparseWeight], choices: Sequence[Choice], trainer: Trainer) -> None:
+    def _give_connections(
+        self, weights: Sequence[SparseWeight], choices: Sequence[ParameterChoice], trainer: Trainer
+    ) -> None:
         """Give the layers the connections of an earlier fit of the same weights, or new ones."""
         earlier = dict(self.method._weights)
         shapes = {name: weight.shape for name, weight in earlier.items()}
@@ -126,7 +131,7 @@ class SparseStore(Store):
         if self.method.resizes and isinstance(trainer.strategy, DDPStrategy):
             ignored.refuse_nothing_left()
 
-    def _refuse_layers(self, module: nn.Module, choices: Sequence[Choice]) -> None:
+    def _refuse_layers(self, module: nn.Module, choices: Sequence[ParameterChoice]) -> None:
         """Raise if a weight is not that of a plain linear layer or 2-d convolution alone."""
         problems = []
         for choice in choices:
@@ -152,7 +157,7 @@ class SparseStore(Store):
             copy_from_first([layer for layer in layers if isinstance(layer, SparseLayer)])  # none of a checkpoint's
 
     def adopt(
-        self, choices: Sequence[Choice], held: Mapping[str, Weight], resumed: bool
+        self, choices: Sequence[ParameterChoice], held: Mapping[str, Weight], resumed: bool
     ) -> tuple[Adoption, dict[str, Weight]]:
         """Return the weights of the layers, whose connections have been drawn or loaded."""
         here = {choice.name: choice.shape for choice in choices}
@@ -180,7 +185,7 @@ class SparseStore(Store):
                 "lightning_sparse.storage.to_dense(module) to start afresh."
             )
 
-    def add(self, choices: Sequence[Choice]) -> dict[str, Weight]:
+    def add(self, choices: Sequence[ParameterChoice]) -> dict[str, Weight]:
         """Refuse: the optimizer knows the layers as they are."""
         raise MisconfigurationException(
             f"{self.method!r} exchanges layers before the optimizer is made, so "

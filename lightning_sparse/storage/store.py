@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.compat.lightning import Callback, LightningModule, MisconfigurationException, Trainer
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.trainer.adopt import Adoption, adopt
 from lightning_sparse.trainer.verbs import Verbs
@@ -74,7 +74,7 @@ class Store:
 
     # ------------------------------------------------------------------ weights
 
-    def refuse(self, choices: Sequence[Choice]) -> None:
+    def refuse(self, choices: Sequence[ParameterChoice]) -> None:
         """Raise unless all the weights are held as this store does."""
         for choice in choices:
             if (choice.sparse is not None) != (self.name == "sparse"):
@@ -85,7 +85,7 @@ class Store:
                 )
 
     def adopt(
-        self, choices: Sequence[Choice], held: Mapping[str, Weight], resumed: bool
+        self, choices: Sequence[ParameterChoice], held: Mapping[str, Weight], resumed: bool
     ) -> tuple[Adoption, dict[str, Weight]]:
         """Return how the fit begins, and its weights.
 
@@ -96,7 +96,7 @@ class Store:
         """
         raise NotImplementedError
 
-    def add(self, choices: Sequence[Choice]) -> dict[str, Weight]:
+    def add(self, choices: Sequence[ParameterChoice]) -> dict[str, Weight]:
         """Return weights that join a fit, all active."""
         raise NotImplementedError
 
@@ -155,7 +155,7 @@ class MaskedStore(Store):
     name = "masked"
 
     def adopt(  # noqa: D102  (inherited)
-        self, choices: Sequence[Choice], held: Mapping[str, Weight], resumed: bool
+        self, choices: Sequence[ParameterChoice], held: Mapping[str, Weight], resumed: bool
     ) -> tuple[Adoption, dict[str, Weight]]:
         shapes = {name: weight.shape for name, weight in held.items()}
         adoption = adopt(self.method, choices, shapes, resumed, lambda: all(_fits(c, held[c.name]) for c in choices))
@@ -164,7 +164,7 @@ class MaskedStore(Store):
             self.restore(weight, held[name])
         return adoption, weights
 
-    def add(self, choices: Sequence[Choice]) -> dict[str, Weight]:  # noqa: D102  (inherited)
+    def add(self, choices: Sequence[ParameterChoice]) -> dict[str, Weight]:  # noqa: D102  (inherited)
         return {
             choice.name: MaskedWeight(
                 choice.name,
@@ -184,7 +184,7 @@ class MaskedStore(Store):
         weight.restore(saved)
 
 
-def _fits(choice: Choice, state: Weight) -> bool:
+def _fits(choice: ParameterChoice, state: Weight) -> bool:
     """Tell whether a parameter is 0 wherever an earlier fit left it inactive."""
     return not bool((choice.parameter.cpu() != 0).logical_and_(~state.mask.cpu()).any())
 

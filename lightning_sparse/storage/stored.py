@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sparse.compat.lightning import LightningModule, Trainer
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.storage.store import Owner, Store
 from lightning_sparse.weights.group import WeightGroups
 
@@ -57,7 +57,7 @@ class Stored(Owner):
         super().on_fit_start(trainer, pl_module)
         self.store.begin_training(trainer)
 
-    def refuse_choices(self, choices: Sequence[Choice]) -> None:
+    def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
         """Raise unless all the weights are held as the store does."""
         self.store.refuse(choices)
 

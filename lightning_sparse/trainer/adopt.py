@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.trainer.guards import refuse_other_weights, warn_of_other_weights
 from lightning_sparse.trainer.verbs import Verbs
 
@@ -15,7 +15,7 @@ Adoption = Literal["resumed", "continued", "fresh"]
 
 def adopt(
     method: Verbs,
-    choices: Sequence[Choice],
+    choices: Sequence[ParameterChoice],
     held: Mapping[str, tuple[int, ...]],
     resumed: bool,
     continues: Callable[[], bool],

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse.compat import checks
+from lightning_sparse.compat import checks, lightning_private
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, option
-from lightning_sparse.layers.selection import choose, table
+from lightning_sparse.layers.selection import select_parameters, table
 from lightning_sparse.trainer import guards
 from lightning_sparse.trainer.fit import Fit, epochs, steps
 from lightning_sparse.trainer.ownership import Ownership, owned
@@ -68,7 +68,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     @property
     def state_key(self) -> str:
         """Identify the state in a checkpoint by method and choice of layers."""
-        return self._generate_state_key(include=self.include, exclude=self.exclude)
+        return lightning_private.state_key(self, include=self.include, exclude=self.exclude)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer of the other Lightning package; forget an earlier fit, which an exception may have ended."""
@@ -84,7 +84,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         guards.refuse_trainer(self, trainer)
         guards.refuse_unread_checkpoint(self, trainer, self._restored)
         self.refuse_trainer(trainer)
-        choices = choose(pl_module, self.include, self.exclude)
+        choices = select_parameters(pl_module, self.include, self.exclude)
         guards.refuse_unowned(self, choices, trainer.optimizers)
         guards.refuse_overlap(self, choices, trainer)
         selected = [choice for choice in choices if choice.reason is None]
@@ -183,7 +183,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         assert self._fit.module is not None
         assert self._fit.trainer is not None
         theirs = owned(optimizer)
-        choices = choose(self._fit.module, self.include, self.exclude)
+        choices = select_parameters(self._fit.module, self.include, self.exclude)
         ours = [choice for choice in choices if choice.reason is None and id(choice.parameter) in theirs]
         guards.refuse_replaced(self, ours)
         added = [choice for choice in ours if choice.name not in self._weights]

@@ -13,7 +13,8 @@ from lightning_sparse.compat.lightning import (
     Trainer,
     rank_zero_warn,
 )
-from lightning_sparse.layers.selection import Choice, table
+from lightning_sparse.compat.lightning_private import averages_now_and_then
+from lightning_sparse.layers.selection import ParameterChoice, table
 from lightning_sparse.trainer.verbs import Verbs
 
 __all__ = [
@@ -46,14 +47,14 @@ def refuse_trainer(method: Verbs, trainer: Trainer) -> None:
             "Use a first-order optimizer such as SGD or AdamW."
         )
     kinds = {kind.__name__ for optimizer in trainer.optimizers for kind in type(optimizer).__mro__}
-    if "ZeroRedundancyOptimizer" in kinds or getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+    if "ZeroRedundancyOptimizer" in kinds or averages_now_and_then(trainer):
         raise MisconfigurationException(
             f"{method!r} needs every process to make the same update: ZeroRedundancyOptimizer and model averaging "
             "(model_averaging_period) do not. Use plain DDP with a plain optimizer."
         )
 
 
-def refuse_unowned(method: Verbs, choices: Sequence[Choice], optimizers: Sequence[Optimizer]) -> None:
+def refuse_unowned(method: Verbs, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer]) -> None:
     """Mark the weights that no optimizer owns; raise if nothing is left to make sparse."""
     selected = [choice for choice in choices if choice.reason is None]
     if not selected:
@@ -82,7 +83,7 @@ def refuse_unowned(method: Verbs, choices: Sequence[Choice], optimizers: Sequenc
         )
 
 
-def refuse_overlap(method: Verbs, choices: Sequence[Choice], trainer: Trainer) -> None:
+def refuse_overlap(method: Verbs, choices: Sequence[ParameterChoice], trainer: Trainer) -> None:
     """Raise if another method of this Trainer already has one of the weights."""
     mine = {choice.name for choice in choices if choice.reason is None}
     for other in trainer.callbacks:  # type: ignore[attr-defined]
@@ -94,7 +95,7 @@ def refuse_overlap(method: Verbs, choices: Sequence[Choice], trainer: Trainer) -
                 )
 
 
-def refuse_replaced(method: Verbs, choices: Sequence[Choice]) -> None:
+def refuse_replaced(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
     """Raise if a weight of the method is another parameter of the module now."""
     weights = method._weights
     known = [choice for choice in choices if choice.name in weights]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_sparse.layers.selection import FROZEN, Choice
+from lightning_sparse.layers.selection import FROZEN, ParameterChoice
 
 __all__ = ["Ownership", "owned"]
 
@@ -18,13 +18,13 @@ class Ownership:
         choices: all parameters of the module.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer] = (), choices: Sequence[Choice] = ()) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer] = (), choices: Sequence[ParameterChoice] = ()) -> None:
         self._sizes: dict[int, int] = {}
         self._frozen: dict[int, list[nn.Parameter]] = {}
         for optimizer in optimizers:
             self.note(optimizer, choices)
 
-    def note(self, optimizer: Optimizer, choices: Sequence[Choice]) -> None:
+    def note(self, optimizer: Optimizer, choices: Sequence[ParameterChoice]) -> None:
         """See what ``optimizer`` trains now."""
         theirs = owned(optimizer)
         frozen = [choice.parameter for choice in choices if choice.reason == FROZEN]

@@ -26,6 +26,7 @@ from lightning_sparse.compat.lightning import (
     is_param_in_hook_signature,
     isolate_rng,
 )
+from lightning_sparse.compat.lightning_private import training_loader
 
 __all__ = ["Probe", "probing"]
 
@@ -129,7 +130,7 @@ def probing(trainer: Trainer, module: LightningModule, names: list[str]) -> Iter
     loggers = trainer.loggers
     put_back = [
         _keep(generator)
-        for loader in trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        for loader in training_loader(trainer).flattened
         for held in ("dataset", "collate_fn")
         for generator in _generators(getattr(loader, held, None), set())
     ]
@@ -173,7 +174,7 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 def _draw(trainer: Trainer, count: int) -> list[Any]:
     """Return the first ``count`` batches of copies of the training loaders."""
-    combined = copy.copy(trainer.fit_loop._combined_loader)
+    combined = copy.copy(training_loader(trainer))
     assert combined is not None
     combined.flattened = [_own_loader(loader) for loader in combined.flattened]
     combined.limits = None

@@ -6,6 +6,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.compat.torch_private import takes_scaled_gradients
 from lightning_sparse.trainer.verbs import Verbs
 
 __all__ = ["UpdateHooks", "unscales"]
@@ -84,4 +85,4 @@ class UpdateHooks:
 
 def unscales(optimizer: Optimizer | None) -> bool:
     """Tell whether a gradient scaler, if any, divides the gradients itself; otherwise a fused optimizer does."""
-    return not getattr(optimizer, "_step_supports_amp_scaling", False)
+    return not takes_scaled_gradients(optimizer)

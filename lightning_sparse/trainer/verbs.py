@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_sparse.layers.selection import Choice
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.trainer.fit import Fit
 
 __all__ = ["Verbs"]
@@ -37,7 +37,7 @@ class Verbs(ABC):
     dense_gradient_to_move: bool = False
 
     @abstractmethod
-    def attach(self, choices: Sequence[Choice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
+    def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
         """Take over the weights of ``choices`` (or release those of an earlier fit and take over these).
 
         Args:
@@ -47,7 +47,7 @@ class Verbs(ABC):
         """
 
     @abstractmethod
-    def attach_added(self, choices: Sequence[Choice], optimizer: Optimizer) -> None:
+    def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Take over weights that joined ``optimizer`` after the fit started."""
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Verbs(ABC):
         """Bring back exact zeros in the middle of an update that was broken off."""
 
     @abstractmethod
-    def refuse_choices(self, choices: Sequence[Choice]) -> None:
+    def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
         """Raise if one of the selected weights is held in a way that this method cannot train."""
 
     def refuse_trainer(self, trainer: Any) -> None:  # noqa: B027  (most have nothing to refuse)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sparse.compat.torch_private import backward_pass
 from lightning_sparse.kernels.structure import CSR, csr
 from lightning_sparse.layers import functional
 from lightning_sparse.layers.sparse import SparseLayer, SparseLinear
@@ -134,11 +135,6 @@ class Capture(Hooks):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_gradients": {}, "_pending": {}}
-
-
-def backward_pass() -> int:
-    """Return a number of the backward pass that is running, which no other has."""
-    return torch._C._current_graph_task_id()
 
 
 def _exact(layer: SparseLayer) -> torch.dtype:

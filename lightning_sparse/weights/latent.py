@@ -25,7 +25,7 @@ class LatentWeight:
         latent: ``W``, of the parameter's shape.
         buffers: further tensors of the parameter's shape that belong to the method's state.
         bits: boolean ones among them, packed; see ``mask``.
-        transposed_groups: see ``layers.selection.Choice``.
+        transposed_groups: see ``layers.selection.ParameterChoice``.
         trained: its thresholds; None if the method has none.
         parameter: the module's parameter; None outside fit.
         effective: the storage of ``P`` while the parameter holds ``W``; else None.

@@ -21,7 +21,7 @@ class MaskedWeight(Weight):
         mask: where it is active; exchanged as a whole, never written in place.
         parameter: the module's parameter; None outside fit.
         buffers: see ``Weight``.
-        transposed_groups: see ``layers.selection.Choice``.
+        transposed_groups: see ``layers.selection.ParameterChoice``.
     """
 
     def __init__(

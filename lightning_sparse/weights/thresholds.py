@@ -24,7 +24,7 @@ class WeightThresholds:
         values: by name; ``"t"`` is the forward one. Of shape ``(out,)``, ``(1,)`` or the weight's, after the
             granularity.
         rows: ``out``, the number of the weight's neurons or filters.
-        transposed_groups: the weight's; see ``layers.selection.Choice``.
+        transposed_groups: the weight's; see ``layers.selection.ParameterChoice``.
         places: where each threshold stands in the param group of its weight, by which a checkpoint knows its state.
         resets: how often the collapse guard set them to 0.
         tau: what ``|W|`` is compared with by the latest ``P``, ``(out, 1)`` or ``(out, n)``.

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import LightningModule
+from lightning_sparse.compat.lightning_private import forget_training_loader
 from lightning_sparse.zoo.models.lr_schedules import EpochLR
 
 __all__ = ["LRSchedulerCallable", "NetworkModule", "OptimizerCallable", "sgd"]
@@ -74,10 +75,9 @@ class NetworkModule(LightningModule):
         return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
 
     def _steps_per_epoch(self) -> float:
-        loop = self.trainer.fit_loop
-        loop.setup_data()  # the number of batches is not known before
+        self.trainer.fit_loop.setup_data()  # the number of batches is not known before
         batches = self.trainer.num_training_batches
-        loop._combined_loader = None  # set up anew later, when a checkpoint's place in the epoch can be restored
+        forget_training_loader(self.trainer)  # it is set up when a checkpoint's place in the epoch can be restored
         if batches == float("inf"):
             raise ValueError(
                 'lr_interval must be "epoch" when the length of the training data is not known, got "step": '

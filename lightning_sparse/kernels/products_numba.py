@@ -1,4 +1,4 @@
-"""Products with a CSR matrix as compiled loops (extra ``fast``): the functions of ``torch_products`` on CPU.
+"""Products with a CSR matrix as compiled loops (extra ``fast``): the functions of ``products_torch`` on CPU.
 
 What repeats for every nonzero is written in LLVM's vectors, which become whatever registers the processor has. Each
 element of a product is added up in the order of the columns and depends on its row alone, so rows may be shared among
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,14 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sparse.kernels.numba_kernels import _compile, _pool
+from lightning_sparse.kernels.numba_compiler import REORDERED, compiled, pool
 from lightning_sparse.kernels.structure import CSR
+
+if TYPE_CHECKING:
+    from lightning_sparse.kernels import products_numba as this
+    from lightning_sparse.kernels.products import Products
+
+    checked: Products = this
 
 __all__ = ["matmul", "sampled", "transposed"]
 
@@ -31,11 +37,10 @@ _LINE = 64  # bytes of a row that are transposed at once: a line of the cache is
 _CACHED = 1 << 20  # bytes of X at once, if it pays: rows that come again are still in the cache
 _REPAYS = 32  # nonzeros of a row, on average, for which it pays to copy it, or to read and write it once more
 _SHARED_FROM = 1 << 18  # products
-_REORDERED = ("reassoc", "contract", "nsz")  # of sums and products, as in kernels.numba_kernels
 
 
 def matmul(csr: CSR, values: Tensor, X: Tensor) -> Tensor:
-    """As ``torch_products.matmul``."""
+    """As ``products_torch.matmul``."""
     Y = X.new_zeros(csr.shape[0], X.shape[1])
     for block in _blocks(csr, X):
         y = block.take(Y)
@@ -45,7 +50,7 @@ def matmul(csr: CSR, values: Tensor, X: Tensor) -> Tensor:
 
 
 def sampled(csr: CSR, G: Tensor, X: Tensor) -> Tensor:
-    """As ``torch_products.sampled``."""
+    """As ``products_torch.sampled``."""
     out = X.new_zeros(len(csr.col))
     for block in _blocks(csr, X):
         block.multiply("sampled", csr, block.take(G), block.take(X), out)
@@ -53,7 +58,7 @@ def sampled(csr: CSR, G: Tensor, X: Tensor) -> Tensor:
 
 
 def transposed(X: Tensor) -> Tensor:
-    """As ``torch_products.transposed``."""
+    """As ``products_torch.transposed``."""
     if X.t().is_contiguous():
         return X.t()
     out = X.new_empty(X.shape[1], X.shape[0])
@@ -134,12 +139,12 @@ def _over_rows(kernel: Callable[..., None], n: int, edges: Any, crow: Any, *argu
         kernel(0, rows, edges, *arguments)
         return
     shares = np.searchsorted(crow, np.linspace(0, crow[-1], threads + 1)[1:-1]).tolist()
-    jobs = [_pool(threads).submit(kernel, a, b, edges, *arguments) for a, b in pairwise([0, *shares, rows])]
+    jobs = [pool(threads).submit(kernel, a, b, edges, *arguments) for a, b in pairwise([0, *shares, rows])]
     for job in jobs:
         job.result()
 
 
-@_compile
+@compiled
 def _edges(crow, col, tiles, size):  # type: ignore[no-untyped-def]
     """Return where each row begins in each tile of ``size`` columns, and where it ends: ``(tiles + 1, rows)``."""
     edges = np.empty((tiles + 1, crow.size - 1), np.int32)
@@ -153,7 +158,7 @@ def _edges(crow, col, tiles, size):  # type: ignore[no-untyped-def]
 
 @cache
 def _kernel(product: str, width: int) -> Callable[..., None]:
-    @_compile
+    @compiled
     def kernel(first, last, edges, col, a, X, b, low, high):  # type: ignore[no-untyped-def]
         for start in range(low, high, width):
             for tile in range(len(edges) - 1):
@@ -165,7 +170,7 @@ def _kernel(product: str, width: int) -> Callable[..., None]:
 
 @cache
 def _transpose(width: int) -> Callable[..., None]:
-    @_compile
+    @compiled
     def kernel(X, out):  # type: ignore[no-untyped-def]
         rows, columns = len(X) // width * width, len(out) // width * width
         for j in range(0, columns, width):
@@ -261,16 +266,16 @@ class _Vectors:
         return self._picked(a, b, order[: self._width]), self._picked(a, b, order[self._width :])
 
     def multiply(self, a: Any, b: Any) -> Any:
-        return self.builder.fmul(a, b, flags=_REORDERED)
+        return self.builder.fmul(a, b, flags=REORDERED)
 
     def add(self, a: Any, b: Any) -> Any:
-        return self.builder.fadd(a, b, flags=_REORDERED)
+        return self.builder.fadd(a, b, flags=REORDERED)
 
     def sum(self, vector: Any) -> Any:
         name = f"llvm.vector.reduce.fadd.v{self._width}{self._element.intrinsic_name}"
         kind = ir.FunctionType(self._element, [self._element, self._vector])
         reduce = cgutils.get_or_insert_function(self.builder.module, kind, name)  # type: ignore[no-untyped-call]
-        return self.builder.call(reduce, [self._element(-0.0), vector], fastmath=_REORDERED)
+        return self.builder.call(reduce, [self._element(-0.0), vector], fastmath=REORDERED)
 
     def _picked(self, a: Any, b: Any, order: list[int]) -> Any:
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), self._width), order))

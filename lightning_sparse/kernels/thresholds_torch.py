@@ -7,11 +7,18 @@ and no boolean tensor takes part in it (a product with a boolean tensor is about
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.kernels.bits import pack
+
+if TYPE_CHECKING:
+    from lightning_sparse.kernels import thresholds_torch as this
+    from lightning_sparse.kernels.thresholds import ThresholdKernels
+
+    checked: ThresholdKernels = this
 
 __all__ = [
     "add_rows",

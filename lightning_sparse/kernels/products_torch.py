@@ -1,11 +1,18 @@
 """Products with a CSR matrix by ``torch.sparse``, on any device; all index tensors stay int32."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.kernels.structure import CSR
+
+if TYPE_CHECKING:
+    from lightning_sparse.kernels import products_torch as this
+    from lightning_sparse.kernels.products import Products
+
+    checked: Products = this
 
 __all__ = ["matmul", "sampled", "transposed"]
 

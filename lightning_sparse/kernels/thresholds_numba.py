@@ -1,21 +1,25 @@
-"""Thresholding as one compiled loop each (extra ``fast``): the functions of ``torch_kernels`` on CPU, ``tau (out, 1)``.
+"""Thresholding as one compiled loop each (extra ``fast``), on CPU and with ``tau (out, 1)``; see ``thresholds_torch``.
 
 A row's result depends on that row alone, so rows may be shared among threads without changing a bit.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_sparse.kernels.bits import GATHER
-from lightning_sparse.kernels.torch_kernels import TINY
+from lightning_sparse.kernels.numba_compiler import compiled, pool
+from lightning_sparse.kernels.thresholds_torch import TINY
+
+if TYPE_CHECKING:
+    from lightning_sparse.kernels import thresholds_numba as this
+    from lightning_sparse.kernels.thresholds import ThresholdKernels
+
+    checked: ThresholdKernels = this
 
 __all__ = [
     "add_rows",
@@ -31,14 +35,7 @@ __all__ = [
     "variance_penalty",
 ]
 
-# Sums may be reordered (SIMD) and products fused; NaN and infinity keep their meaning.
-_compile = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 _SHARED_FROM = 1 << 18
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="lightning_sparse")
 
 
 def _over_rows(kernel: Callable[..., Any], tensors: tuple[Tensor, ...], *scalars: Any) -> list[Any]:
@@ -51,11 +48,11 @@ def _over_rows(kernel: Callable[..., Any], tensors: tuple[Tensor, ...], *scalars
     if threads == 1:
         return [kernel(*arrays, *scalars)]
     edges = [out * i // threads for i in range(threads + 1)]
-    jobs = [_pool(threads).submit(kernel, *(array[a:b] for array in arrays), *scalars) for a, b in pairwise(edges)]
+    jobs = [pool(threads).submit(kernel, *(array[a:b] for array in arrays), *scalars) for a, b in pairwise(edges)]
     return [job.result() for job in jobs]
 
 
-@_compile
+@compiled
 def _hard_project(W, tau, out):  # type: ignore[no-untyped-def]
     count = 0
     for i in range(W.shape[0]):
@@ -68,11 +65,11 @@ def _hard_project(W, tau, out):  # type: ignore[no-untyped-def]
 
 
 def hard_project(W: Tensor, tau: Tensor, out: Tensor) -> int:
-    """As ``torch_kernels.hard_project``."""
+    """As ``thresholds_torch.hard_project``."""
     return sum(_over_rows(_hard_project, (W, tau, out)))
 
 
-@_compile
+@compiled
 def _hard_gradient(dP, W, tau, dtau):  # type: ignore[no-untyped-def]
     real = W.dtype.type
     one, zero, two, four, tail = real(1), real(0), real(2), real(4), real(0.4)
@@ -92,11 +89,11 @@ def _hard_gradient(dP, W, tau, dtau):  # type: ignore[no-untyped-def]
 
 
 def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor) -> None:
-    """As ``torch_kernels.hard_gradient``."""
+    """As ``thresholds_torch.hard_gradient``."""
     _over_rows(_hard_gradient, (dP, W, tau, dtau))
 
 
-@_compile
+@compiled
 def _soft_project(W, tau, out):  # type: ignore[no-untyped-def]
     for i in range(W.shape[0]):
         t = tau[i, 0]
@@ -106,11 +103,11 @@ def _soft_project(W, tau, out):  # type: ignore[no-untyped-def]
 
 
 def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
-    """As ``torch_kernels.soft_project``."""
+    """As ``thresholds_torch.soft_project``."""
     _over_rows(_soft_project, (W, tau, out))
 
 
-@_compile
+@compiled
 def _soft_gradient(dP, W, tau, dtau, alpha):  # type: ignore[no-untyped-def]
     one, zero = W.dtype.type(1), W.dtype.type(0)
     rest = W.dtype.type(alpha)
@@ -126,11 +123,11 @@ def _soft_gradient(dP, W, tau, dtau, alpha):  # type: ignore[no-untyped-def]
 
 
 def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor, alpha: float) -> None:
-    """As ``torch_kernels.soft_gradient``."""
+    """As ``thresholds_torch.soft_gradient``."""
     _over_rows(_soft_gradient, (dP, W, tau, dtau), alpha)
 
 
-@_compile
+@compiled
 def _backward_mask(G, tau, bits, weighted, plain, moments):  # type: ignore[no-untyped-def]
     real = G.dtype.type
     one, zero, two, four, tail, tiny = real(1), real(0), real(2), real(4), real(0.4), real(TINY)
@@ -166,7 +163,7 @@ def _backward_mask(G, tau, bits, weighted, plain, moments):  # type: ignore[no-u
         moments[i, 1] = d
 
 
-@_compile
+@compiled
 def _add_moments(rows, total):  # type: ignore[no-untyped-def]
     for i in range(rows.shape[0]):
         total[0] += rows[i, 0]
@@ -174,13 +171,13 @@ def _add_moments(rows, total):  # type: ignore[no-untyped-def]
 
 
 def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain: Tensor, moments: Tensor) -> None:
-    """As ``torch_kernels.backward_mask``."""
+    """As ``thresholds_torch.backward_mask``."""
     of_rows = torch.empty((len(G), 2), dtype=torch.float64)  # added up in the same order by any number of threads
     _over_rows(_backward_mask, (G, tau, bits, weighted, plain, of_rows))
     _add_moments(of_rows.numpy(), moments.numpy())
 
 
-@_compile
+@compiled
 def _add_rows(x, out):  # type: ignore[no-untyped-def]
     total = 0.0
     for i in range(x.shape[0]):
@@ -189,22 +186,22 @@ def _add_rows(x, out):  # type: ignore[no-untyped-def]
 
 
 def add_rows(x: Tensor, out: Tensor) -> None:
-    """As ``torch_kernels.add_rows``."""
+    """As ``thresholds_torch.add_rows``."""
     _add_rows(x.numpy(), out.numpy())
 
 
-@_compile
+@compiled
 def _through_abs(dt, t):  # type: ignore[no-untyped-def]
     for i in range(t.size):
         dt[i] = -dt[i] if t[i] < 0 else dt[i]
 
 
 def through_abs(dt: Tensor, t: Tensor) -> None:
-    """As ``torch_kernels.through_abs``."""
+    """As ``thresholds_torch.through_abs``."""
     _through_abs(dt.numpy(), t.numpy())
 
 
-@_compile
+@compiled
 def _through_sigmoid(dt, t):  # type: ignore[no-untyped-def]
     one = t.dtype.type(1)
     for i in range(t.size):
@@ -213,11 +210,11 @@ def _through_sigmoid(dt, t):  # type: ignore[no-untyped-def]
 
 
 def through_sigmoid(dt: Tensor, t: Tensor) -> None:
-    """As ``torch_kernels.through_sigmoid``."""
+    """As ``thresholds_torch.through_sigmoid``."""
     _through_sigmoid(dt.numpy(), t.numpy())
 
 
-@_compile
+@compiled
 def _exponential_penalty(dt, t, alpha):  # type: ignore[no-untyped-def]
     factor = dt.dtype.type(alpha)
     for i in range(t.size):
@@ -225,11 +222,11 @@ def _exponential_penalty(dt, t, alpha):  # type: ignore[no-untyped-def]
 
 
 def exponential_penalty(dt: Tensor, t: Tensor, alpha: float) -> None:
-    """As ``torch_kernels.exponential_penalty``."""
+    """As ``thresholds_torch.exponential_penalty``."""
     _exponential_penalty(dt.numpy(), t.numpy(), alpha)
 
 
-@_compile
+@compiled
 def _variance_penalty(weighted, plain, moments, N, beta):  # type: ignore[no-untyped-def]
     real = weighted.dtype.type
     m = moments[0] / N
@@ -241,11 +238,11 @@ def _variance_penalty(weighted, plain, moments, N, beta):  # type: ignore[no-unt
 
 
 def variance_penalty(weighted: Tensor, plain: Tensor, moments: Tensor, N: int, beta: float) -> None:
-    """As ``torch_kernels.variance_penalty``."""
+    """As ``thresholds_torch.variance_penalty``."""
     _variance_penalty(weighted.numpy(), plain.numpy(), moments.numpy(), N, beta)
 
 
-@_compile
+@compiled
 def _known_finite(x):  # type: ignore[no-untyped-def]
     total = x.dtype.type(0)
     for i in range(x.size):
@@ -254,5 +251,5 @@ def _known_finite(x):  # type: ignore[no-untyped-def]
 
 
 def known_finite(x: Tensor) -> bool:
-    """As ``torch_kernels.known_finite``."""
+    """As ``thresholds_torch.known_finite``."""
     return bool(_known_finite(x.numpy()))

@@ -1,0 +1,175 @@
+"""PyTorch's private corners: each use of a name that PyTorch may change stands here, with what it relies on.
+
+All of them are there in every PyTorch from 2.4 on, the oldest that is supported, unless it says otherwise.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # 1, 2 and 3 dimensions, synchronized or not
+from torch.nn.modules.batchnorm import _NormBase as RunningNorm  # the same, and instance norms
+from torch.nn.modules.conv import _ConvNd as Convolution  # all of them, transposed ones as well
+from torch.nn.modules.dropout import _DropoutNd as Dropout
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as AttentionOutput  # MultiheadAttention's out_proj
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode  # documented, but not exported from a public place
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "SIDES",
+    "AttentionOutput",
+    "BatchNorm",
+    "Convolution",
+    "Dropout",
+    "RunningNorm",
+    "TorchDispatchMode",
+    "backward_pass",
+    "children",
+    "found_infinite",
+    "has_forward_hooks",
+    "hidden_from_ddp",
+    "hide_from_ddp",
+    "in_forward_mode",
+    "operation",
+    "padded_sides",
+    "parameters",
+    "register_before_load",
+    "set_parameters",
+    "storage_identity",
+    "stored_values",
+    "takes_scaled_gradients",
+    "tree_leaves",
+]
+
+#: attribute of a convolution that ``padded_sides`` reads
+SIDES = "_reversed_padding_repeated_twice"
+_HIDDEN = "_ddp_params_and_buffers_to_ignore"
+
+
+# ---------------------------------------------------------------------- tensors and operations
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """Return a number of the storage that a tensor views, also on the meta device, where there are no addresses.
+
+    Relies on ``UntypedStorage._cdata``, the address of the C++ object.
+    """
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def operation(overload: Any) -> Any:
+    """Return the operation, such as ``torch.ops.aten.mm``, of the overload that a dispatch mode is given.
+
+    Relies on ``OpOverload._overloadpacket``, by which ``torch.utils.flop_counter`` lists its formulas.
+    """
+    return overload._overloadpacket
+
+
+def backward_pass() -> int:
+    """Return a number of the backward pass that is running, which no other has.
+
+    Relies on ``torch._C._current_graph_task_id``, which torch's own hooks for several gradients use.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def in_forward_mode() -> bool:
+    """Tell whether operations are differentiated forward.
+
+    Relies on ``torch.autograd.forward_ad._current_level``: -1 outside.
+    """
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def stored_values(tensor: Tensor) -> Tensor:
+    """Return what a tensor stores: of a sparse one its values, also where several stand for one element.
+
+    Relies on ``Tensor._values``; the public ``values`` first adds them up.
+    """
+    return tensor._values() if tensor.is_sparse else tensor
+
+
+# ---------------------------------------------------------------------- modules
+
+
+def parameters(layer: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the parameters of a layer itself, also those that are None.
+
+    Relies on ``nn.Module._parameters``.
+    """
+    return layer._parameters
+
+
+def set_parameters(layer: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> None:
+    """Exchange all parameters of a layer itself; relies on ``nn.Module._parameters``."""
+    layer._parameters = dict(parameters)
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the children of a module under all their names; writing there exchanges them.
+
+    Relies on ``nn.Module._modules``; ``named_children`` has each module once.
+    """
+    return module._modules
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether hooks listen to a module's calls.
+
+    Relies on ``nn.Module._forward_hooks`` and ``_forward_pre_hooks``.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def padded_sides(conv: Any) -> Sequence[int]:
+    """Return what a convolution hands to ``pad`` itself: left, right, top, bottom.
+
+    Relies on ``_ConvNd._reversed_padding_repeated_twice``, which ``padding="same"`` is resolved in.
+    """
+    sides: Sequence[int] = getattr(conv, SIDES)
+    return sides
+
+
+def register_before_load(module: nn.Module, hook: Callable[..., None]) -> Any:
+    """Call ``hook`` before ``module`` takes up its part of a state; return what takes it away.
+
+    Relies on ``nn.Module._register_load_state_dict_pre_hook``. The public ``register_load_state_dict_pre_hook`` of
+    later versions hands the module to the hook as well.
+    """
+    return module._register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+
+
+# ---------------------------------------------------------------------- DDP and AMP
+
+
+def hidden_from_ddp(module: nn.Module) -> list[str]:
+    """Return the names of the parameters and buffers that DDP will leave alone.
+
+    Relies on ``_ddp_params_and_buffers_to_ignore``, an attribute that DDP reads off the module it wraps.
+    """
+    return list(getattr(module, _HIDDEN, ()))
+
+
+def hide_from_ddp(module: nn.Module, names: Sequence[str]) -> None:
+    """Have DDP leave just these parameters and buffers alone; see ``hidden_from_ddp``."""
+    setattr(module, _HIDDEN, list(names))
+
+
+def takes_scaled_gradients(optimizer: Optimizer | None) -> bool:
+    """Tell whether an optimizer is fused: a gradient scaler leaves it to divide the gradients itself.
+
+    Relies on ``_step_supports_amp_scaling``, which ``GradScaler`` reads off the optimizer.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def found_infinite(optimizer: Optimizer) -> Tensor | None:
+    """Return what tells a fused optimizer in its step that gradients are infinite, and it makes no update.
+
+    Relies on ``found_inf``, which ``GradScaler`` sets on the optimizer during the step; None: there is no scaler.
+    """
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found

@@ -1,0 +1,94 @@
+"""Which code computes: torch's anywhere, other code on the tensors that it suits, where its extra is installed.
+
+``LIGHTNING_SPARSE_KERNELS=torch`` (or ``numba``) forces one of them.
+"""
+
+import importlib
+import os
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["BACKENDS", "Backend", "candidates", "module", "wanted"]
+
+
+class Backend(NamedTuple):
+    """Code beside torch's, in the modules ``thresholds_NAME`` and ``products_NAME``.
+
+    Attributes:
+        name: of it, also in the environment.
+        device: type of the device that it computes on.
+        dtypes: of the tensors that it takes.
+        package: that it needs.
+        extra: which brings that package.
+    """
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    package: str
+    extra: str
+
+    def suits(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Tell whether it computes on such tensors."""
+        return device.type == self.device and dtype in self.dtypes
+
+
+_NUMBA = Backend("numba", "cpu", (torch.float32, torch.float64), package="numba", extra="fast")
+
+#: what there is beside torch's code, the quicker first; a new one is a line here, and a file
+BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "thresholds": (_NUMBA,),
+    "products": (_NUMBA,),
+}
+
+
+def candidates(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the modules that compute on such tensors, by name; the first is the quicker one as a rule.
+
+    Args:
+        kind: ``"thresholds"`` or ``"products"``.
+        device: of the tensors.
+        dtype: of them.
+
+    Raises:
+        ImportError: the environment asks for code whose package is not installed.
+        ValueError: it asks for what there is not.
+    """
+    suiting = [backend for backend in BACKENDS[kind] if backend.suits(device, dtype)]
+    found = {backend.name: code for backend in suiting if (code := module(kind, backend)) is not None}
+    return found if found and wanted() in found else {**found, "torch": _torch(kind)}
+
+
+@cache
+def module(kind: str, backend: Backend) -> Any:
+    """Return the module of a backend, or None where it is not wanted or not installed."""
+    asked = wanted()
+    if asked not in ("auto", backend.name):
+        return None
+    try:
+        return importlib.import_module(f"lightning_sparse.kernels.{kind}_{backend.name}")
+    except ImportError as error:
+        if asked == backend.name:
+            raise ImportError(
+                f"LIGHTNING_SPARSE_KERNELS={backend.name} needs {backend.package}. "
+                f"In a clone of lightning_sparse: pip install '.[{backend.extra}]'"
+            ) from error
+        return None
+
+
+def wanted() -> str:
+    """Return which code the environment asks for: ``"auto"``, or the name of one."""
+    others = [backend.name for backends in BACKENDS.values() for backend in backends]
+    names = list(dict.fromkeys(["auto", "torch", *others]))
+    found = os.environ.get("LIGHTNING_SPARSE_KERNELS", "auto")
+    if found not in names:
+        known = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+        raise ValueError(f"LIGHTNING_SPARSE_KERNELS must be {known}, got {found!r}.")
+    return found
+
+
+@cache
+def _torch(kind: str) -> Any:
+    return importlib.import_module(f"lightning_sparse.kernels.{kind}_torch")
