@@ -1,4 +1,4 @@
-"""Run by test_resume.py in fresh processes: ``resume_script.py stopped DIRECTORY``, then ``... resumed DIRECTORY``.
+"""Run by trainer/test_resume.py in fresh processes: ``resume_script.py stopped DIRECTORY``, then ``... resumed DIRECTORY``.
 
 Every case is trained and stopped early in the first process; in the second it is continued from what the first left
 behind, and trained without interruption, too.

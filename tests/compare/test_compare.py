@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import PATIENCE
 
 import lightning_sparse
 from lightning_sparse import cli
@@ -530,7 +531,7 @@ def test_a_comparison_that_is_interrupted_goes_on_from_its_checkpoint(tmp_path, 
     )
     run = runs.Run("dense", tmp_path / "dense" / "seed0", Path(), {})
     with process:
-        until = time.monotonic() + 200
+        until = time.monotonic() + PATIENCE
         while run.epochs < 3 and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

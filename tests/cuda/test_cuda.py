@@ -24,7 +24,7 @@ from helpers import (
     trainer,
 )
 from lightning.pytorch.loggers import CSVLogger
-from test_sparse_storage import METHODS, images, tokens
+from stored import METHODS, images, tokens
 from torch import nn
 
 from lightning_sparse import DFBST, RigL, SparsityMonitor

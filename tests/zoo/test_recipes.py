@@ -14,7 +14,7 @@ from lightning_sparse.cli import run
 from lightning_sparse.zoo import data, recipes
 from lightning_sparse.zoo.data.text import Sentences, TranslationBatches
 
-DOCS = Path(__file__).parents[1] / "docs" / "recipes.md"
+DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 NETS = ["lenet300-mnist", "lenet5-mnist", "lenet300-digits"]
 WHOLE = [f"{method}-{net}" for method in ("dense", "dst", "dfbst", "autosparse", "str") for net in NETS]
 WHOLE += [f"{method}-lstm-{size}-mnist" for method in ("dense", "dst") for size in "ab"]

@@ -3,9 +3,7 @@
 import copy
 import csv
 import json
-import os
 import pickle
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,9 +11,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import SETTINGS, Lit, cnn, data, fit, free_port, loader, same, saved, seeded, trainer
+from helpers import SETTINGS, Lit, cnn, data, fit, loader, same, saved, seeded, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from processes import run_ranks
 from torch import nn
 
 from lightning_sparse import DST, ITOP, SET, RandomPruning, RigL, SparsityMonitor
@@ -386,18 +385,7 @@ def test_a_second_fit_begins_anew_and_copies_are_plain(tmp_path):
 
 @pytest.mark.xdist_group("ddp")
 def test_processes_agree_and_one_writes(tmp_path):
-    script = Path(__file__).parent / "monitor_script.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
-    processes = [
-        subprocess.Popen([sys.executable, script, tmp_path], env={**environment, "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks("monitor_script.py", 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["epochs"] == second["epochs"]
     assert same(first["bits"], second["bits"])

@@ -1,9 +1,9 @@
-import subprocess
 import sys
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from processes import run_python
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import DST, STR
@@ -193,8 +193,7 @@ def test_a_cli_runs_checkpoint_loads_without_the_cli(tmp_path, monkeypatch):
         "from lightning_sparse.zoo.models import LeNet300\n"
         f"print(LeNet300.load_from_checkpoint({str(path)!r}).fc1.in_features)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split()[-1] == "64"
+    assert run_python("-c", code).split()[-1] == "64"
 
 
 def test_too_few_classes_are_refused():

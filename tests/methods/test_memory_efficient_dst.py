@@ -2,15 +2,12 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, cnn, fit, fits, free_port, loader, mlp, seeded, trainer
+from helpers import Lit, cnn, fit, fits, loader, mlp, seeded, trainer
+from processes import run_ranks
 from torch import nn
 
 from lightning_sparse import MemoryEfficientDST
@@ -522,17 +519,7 @@ def test_several_optimizer_steps_in_a_batch_each_see_their_own():
 @pytest.mark.xdist_group("ddp")
 def test_two_processes_with_different_data_draw_and_move_the_same():
     """The script compares them after every step."""
-    script, port = Path(__file__).parent / "memory_efficient_dst_script.py", str(free_port())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment |= {"NODE_RANK": "0", "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen([sys.executable, script], env={**environment, "LOCAL_RANK": rank}) for rank in ("0", "1")
-    ]
-    try:
-        assert [process.wait(timeout=200) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks("memory_efficient_dst_script.py", 2)
 
 
 # ---------------------------------------------------------------------- arguments

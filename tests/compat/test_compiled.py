@@ -10,10 +10,10 @@ import torch
 from helpers import LATENT, ROUNDS, SETTINGS, THRESHOLDS, Lit, effective, fit, loader, seeded, trainer
 from torch import nn
 
+import lightning_sparse.storage.sparse as training
 from lightning_sparse import SET, MemoryEfficientDST, RigL
 from lightning_sparse.compat.compiled import Uncompiled, copied, is_compiled
 from lightning_sparse.layers.unit_activity import SynapticFlow
-import lightning_sparse.storage.sparse as training
 
 SPARSE = {"storage": "sparse", "include": ["*0.weight"], "distribution": "uniform", "stop_at": 0.5}
 # Methods that listen to the layers in the steps that move connections.

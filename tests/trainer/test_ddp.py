@@ -1,48 +1,21 @@
 """Several processes train as one would on the same global batches, and agree with one another to the last bit."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import ddp_script
 import pytest
 import torch
-from helpers import SETTINGS, free_port
+from helpers import SETTINGS
+from processes import run_ranks
 
-SCRIPT = Path(__file__).parent / "ddp_script.py"
 WORLDS = [2, 3]
-
-
-def launch(world, folder):
-    """Run the script in ``world`` processes that differ in nothing but their rank."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(world),
-    }
-    processes = [
-        subprocess.Popen([sys.executable, SCRIPT, folder], env={**environment, "LOCAL_RANK": str(rank)})
-        for rank in range(world)
-    ]
-    try:
-        codes = [process.wait(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * world
 
 
 @pytest.fixture(scope="module", params=WORLDS)
 def ranks(request, tmp_path_factory):
     """What each rank saw, and the folder of logs."""
     folder = tmp_path_factory.mktemp(f"ddp{request.param}")
-    launch(request.param, folder)
+    run_ranks("ddp_script.py", request.param, folder)
     return [torch.load(folder / f"{request.param}.{rank}.pt") for rank in range(request.param)], folder
 
 

@@ -3,14 +3,13 @@
 import copy
 import itertools
 import pickle
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_python
 from torch import nn
 
 from lightning_sparse import kernels
@@ -400,5 +399,5 @@ print(peak_memory() - before)
 )
 def test_training_never_takes_the_memory_of_the_dense_weight(train, dense):
     script = TRAINS.replace("{train}", train)
-    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    printed = run_python("-c", script)
     assert float(printed) < 0.05 * dense

@@ -1,10 +1,6 @@
 """Bad input is refused with a message that names it and says what to do; trouble on the way is told once."""
 
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +9,7 @@ from helpers import SETTINGS, THRESHOLDS, Lit, effective, fit, seeded
 from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from processes import TESTS, run_python
 from torch import nn
 
 from lightning_sparse import DFBST, DSR, DST, SET, SNIP, STR, AutoSparse, RandomPruning
@@ -357,20 +354,10 @@ def test_a_layer_that_collapsed_and_was_reset_is_told_of_by_name_once(build):
 
 # ---------------------------------------------------------------------- the other Lightning
 
-SCRIPT = Path(__file__).parent / "other_package_script.py"
 
-
-def run_script(mode, **environment):
+def run_script(mode, **variables):
     pytest.importorskip("pytorch_lightning")
-    done = subprocess.run(
-        [sys.executable, SCRIPT, mode],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return run_python(TESTS / "other_package_script.py", mode, **variables)
 
 
 def test_a_trainer_of_the_other_package_is_refused_by_name():

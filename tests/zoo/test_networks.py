@@ -132,7 +132,7 @@ def test_multiplications_on_imagenet_are_the_ones_in_print(build, size, millions
     assert round(inference(flops, {}) / 2e6) == millions
 
 
-DOCS = Path(__file__).parents[1] / "docs" / "models.md"
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="docs are not installed")

@@ -3,12 +3,8 @@
 import contextlib
 import copy
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -23,7 +19,6 @@ from helpers import (
     StopsAfter,
     Unmixed,
     fit,
-    free_port,
     loader,
     mlp,
     same,
@@ -36,6 +31,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from processes import run_python, run_ranks
 from torch import nn
 
 import lightning_sparse.kernels.products as storage_backends
@@ -48,7 +44,6 @@ from lightning_sparse.storage.measure import measure
 from lightning_sparse.weights.base import MaskedWeight
 from lightning_sparse.weights.sparse import SparseWeight
 
-SCRIPT = Path(storage_script.__file__)
 METHODS = {
     "SET": lambda **kw: SET(**{"sparsity": 0.8, "update_every": 7, **kw}),
     "SET by epoch": lambda **kw: SET(**{"sparsity": 0.8, **kw}),
@@ -734,6 +729,7 @@ def test_arguments_are_checked(method):
 LARGE = """
 import lightning.pytorch as pl
 import torch
+from processes import run_python, run_ranks
 from torch import nn
 from lightning_sparse import MemoryEfficientDST
 from lightning_sparse.accounting.memory import peak_memory
@@ -767,7 +763,7 @@ print(peak_memory())
 
 def test_a_layer_of_65536_by_65536_trains_and_moves_connections_in_little_memory():
     """Dense it takes 17 GB, for each of weight, gradient and momentum."""
-    printed = subprocess.run([sys.executable, "-c", LARGE], check=True, capture_output=True, text=True).stdout
+    printed = run_python("-c", LARGE)
     assert float(printed) < 1.5e9
 
 
@@ -775,24 +771,7 @@ def test_a_layer_of_65536_by_65536_trains_and_moves_connections_in_little_memory
 def ranks(request, tmp_path_factory):
     """What each process saw."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(world),
-    }
-    processes = [
-        subprocess.Popen([sys.executable, SCRIPT, folder], env={**environment, "LOCAL_RANK": str(rank)})
-        for rank in range(world)
-    ]
-    try:
-        assert [process.wait(timeout=250) for process in processes] == [0] * world
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks("storage_script.py", world, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 

@@ -1,13 +1,11 @@
 import gzip
 import os
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from processes import TESTS, run_python
 from torch.utils.data import SequentialSampler
 
 from lightning_sparse.zoo.data import DigitsDataModule, MNISTDataModule, ResumableLoader, TensorImages
@@ -233,8 +231,7 @@ def test_evaluation_goes_through_the_images_in_order():
 
 
 def test_two_processes_share_the_batches_of_one(tmp_path):
-    script = Path(__file__).parent / "data_script.py"  # forks, which a process that has used autograd may not
-    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300)
+    run_python(TESTS / "data_script.py", tmp_path)  # forks, which a process that has used autograd may not
     for kind, held_out in (("plain", 360), ("augmented", 60)):
         one = torch.load(tmp_path / kind / "one" / "0.pt")
         ranks = [torch.load(tmp_path / kind / "two" / f"{rank}.pt") for rank in (0, 1)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import SETTINGS, fit
+from processes import PATIENCE, TESTS
 from report_records import record, save
 
 from lightning_sparse import SparsityMonitor, cli, report
@@ -286,9 +287,8 @@ def test_early_epochs_do_not_squeeze_the_rest():
 
 def look(page: Path, *options: str) -> dict:
     """Open a page in Chromium; return what the browser saw."""
-    script = Path(__file__).with_name("browser_script.py")
-    command = [sys.executable, str(script), str(page), str(page.with_suffix(".png")), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, str(TESTS / "browser_script.py"), str(page), str(page.with_suffix(".png")), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     missing = re.search(r"ModuleNotFoundError: No module named 'PySide6.*|ImportError: lib.*", done.stderr)
     if missing:
         pytest.skip(f"Chromium of PySide6-WebEngine does not start: {missing[0]}")
