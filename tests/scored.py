@@ -72,3 +72,22 @@ def double(net=mlp):
 def deep(bias=False):
     widths = [12, 40, 30, 20, 10, 5, 4]
     return nn.Sequential(*(part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b, bias), nn.ReLU())))
+
+
+class Attends(Lit):
+    """Tokens through an embedding and a layer of attention."""
+
+    def __init__(self):
+        super().__init__(nn.Module())
+        self.embedding = nn.Embedding(20, 8)
+        self.attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(8, 4)
+        self.register_buffer("causal", torch.full((12, 12), float("-inf")).triu(1))
+
+    def forward(self, x):
+        return self.head(self.attention(self.embedding(x), self.causal).mean(1))
+
+
+def tokens():
+    x, y = data()
+    return DataLoader(TensorDataset((x * 4).long().clamp(-9, 9) + 9, y), batch_size=8)

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import Lit, cnn, data, fit, loader, mlp, same, saved, seeded, trainer
-from scored import LOSS, METHODS, pruned, size_of
+from scored import Attends, tokens, LOSS, METHODS, pruned, size_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -146,25 +146,6 @@ def test_the_datamodules_hooks_prepare_the_batches():
     assert same(hooked.masks, expected)
     assert same(by_module.masks, expected)
     assert not same(expected, pruned(SNIP(0.8), seeded(Lit)))
-
-
-class Attends(Lit):
-    """Tokens through an embedding and a layer of attention."""
-
-    def __init__(self):
-        super().__init__(nn.Module())
-        self.embedding = nn.Embedding(20, 8)
-        self.attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-        self.head = nn.Linear(8, 4)
-        self.register_buffer("causal", torch.full((12, 12), float("-inf")).triu(1))
-
-    def forward(self, x):
-        return self.head(self.attention(self.embedding(x), self.causal).mean(1))
-
-
-def tokens():
-    x, y = data()
-    return DataLoader(TensorDataset((x * 4).long().clamp(-9, 9) + 9, y), batch_size=8)
 
 
 @pytest.mark.parametrize("method", METHODS)

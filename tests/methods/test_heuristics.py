@@ -22,7 +22,6 @@ class LSTM(nn.Module):
         return self.head(self.rnn(x.view(-1, 3, 4))[0][:, -1])
 
 
-W = {"a": [[0.5, -0.2, 0.0, 0.0], [0.1, 0.0, -0.4, 0.0]], "b": [[0.3, 0.0], [0.0, -0.05]]}
 
 
 def hooks(module):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import Lit, cnn, data, fit, mlp, same, seeded
-from scored import deep, largest, pruned, size_of
+from scored import Attends, tokens, deep, largest, pruned, size_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -73,23 +73,7 @@ def test_rounds_fall_exponentially_to_exactly_the_budget():
     assert steps[-1] == 67
 
 
-class Attends(Lit):
-    """Tokens through an embedding and a layer of attention."""
 
-    def __init__(self):
-        super().__init__(nn.Module())
-        self.embedding = nn.Embedding(20, 8)
-        self.attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-        self.head = nn.Linear(8, 4)
-        self.register_buffer("causal", torch.full((12, 12), float("-inf")).triu(1))
-
-    def forward(self, x):
-        return self.head(self.attention(self.embedding(x), self.causal).mean(1))
-
-
-def tokens():
-    x, y = data()
-    return DataLoader(TensorDataset((x * 4).long().clamp(-9, 9) + 9, y), batch_size=8)
 
 
 # ---------------------------------------------------------------------- modules
