@@ -4,10 +4,12 @@ No program hangs for ever, and none is too slow on a machine that is busy with o
 what each takes alone, and pytest's own ``--timeout`` is above it.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from helpers import free_port
@@ -57,3 +59,33 @@ def run_ranks(script, world, *arguments):
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0] * world
+
+
+def run_fresh(function, *arguments):
+    """Call a function in a process that has imported ``helpers``, which takes seconds, and done nothing else."""
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload(["helpers"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]  # for the server, which starts at the first call
+    try:
+        receiver, sender = fresh.Pipe(duplex=False)
+        process = fresh.Process(target=_call, args=(sender, function, arguments))
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    sender.close()
+    try:
+        assert receiver.poll(PATIENCE), f"not done after {PATIENCE} seconds"
+        assert receiver.recv() == ""
+    finally:
+        process.kill()
+        process.join()
+
+
+def _call(sender, function, arguments):
+    try:
+        function(*arguments)
+    except BaseException:
+        sender.send(traceback.format_exc())
+    else:
+        sender.send("")

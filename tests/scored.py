@@ -4,9 +4,10 @@ import itertools
 
 import lightning.pytorch as pl
 import torch
-from helpers import Lit, fit, mlp, same, seeded
+from helpers import Lit, data, fit, mlp, same, seeded
 from torch import nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import SNIP, GraSP, SynFlow
 

@@ -70,3 +70,14 @@ def test_constructors_keep_their_signature_and_methods_can_be_copied(method):
     for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert twin.arguments == callback.arguments
     assert callback.masks == callback.layer_density == {}
+
+
+def test_every_method_hands_the_arguments_of_its_bases_on():
+    """Of which each base checks its own."""
+    taken = {"include": ["net.*"], "exclude": ["net.2.*"], "log_every_n_steps": 3}
+    for method, build in METHODS.items():
+        callback = build(**taken)
+        assert {name: getattr(callback, name) for name in taken} == taken, method
+        for wrong in ({"include": "net.*"}, {"exclude": [1]}, {"log_every_n_steps": 0}):
+            with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be "):
+                build(**wrong)

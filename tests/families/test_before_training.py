@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import Lit, cnn, data, fit, loader, mlp, same, saved, seeded, trainer
-from scored import Attends, tokens, LOSS, METHODS, pruned, size_of
+from scored import LOSS, METHODS, Attends, pruned, size_of, tokens
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -22,8 +22,6 @@ class LSTM(nn.Module):
         return self.head(self.rnn(x.view(-1, 3, 4))[0][:, -1])
 
 
-
-
 def hooks(module):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import Lit, cnn, data, fit, mlp, same, seeded
-from scored import Attends, tokens, deep, largest, pruned, size_of
+from scored import Attends, deep, largest, pruned, size_of, tokens
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,9 +71,6 @@ def test_rounds_fall_exponentially_to_exactly_the_budget():
     steps = budgets(12345, 67, 100)
     assert steps == sorted(steps, reverse=True)
     assert steps[-1] == 67
-
-
-
 
 
 # ---------------------------------------------------------------------- modules

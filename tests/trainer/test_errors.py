@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SETTINGS, THRESHOLDS, Lit, effective, fit, seeded
+from helpers import REPRESENTATIVES, SETTINGS, THRESHOLDS, Lit, effective, fit, seeded
 from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -91,6 +91,7 @@ def test_an_unknown_granularity_is_refused(method):
         SETTINGS[method](granularity="row")
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_patterns_that_are_no_list_are_refused(method):
     for argument in ("include", "exclude"):
         with pytest.raises(ValueError, match=rf"^{argument} must be a list of glob patterns .*got 'net\.\*'"):
@@ -102,6 +103,7 @@ def test_patterns_that_are_no_list_are_refused(method):
 # ---------------------------------------------------------------------- at the start of fit
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_nothing_to_make_sparse_is_refused_with_the_reasons(method):
     module = seeded(Lit)
     for p in module.parameters():
@@ -113,12 +115,14 @@ def test_nothing_to_make_sparse_is_refused_with_the_reasons(method):
         fit(SETTINGS[method](include=[]))
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_weights_in_no_optimizer_are_refused(method):
     module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD([q for q in p if q.ndim == 1], lr=0.1)))
     with pytest.raises(MisconfigurationException, match=r"no optimizer owns any .*net.0.weight.*configure_optimizers"):
         fit(SETTINGS[method](), module)
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_a_weight_in_no_optimizer_stays_dense_beside_others_that_are(method):
     module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(list(p)[:4], lr=0.1, weight_decay=1e-3)))
     callback = SETTINGS[method]()
@@ -128,6 +132,7 @@ def test_a_weight_in_no_optimizer_stays_dense_beside_others_that_are(method):
     assert torch.equal(module.net[4].weight, before)
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_a_weight_in_two_optimizers_is_refused(method):
     class Twice(Lit):
         def __init__(self):
@@ -149,6 +154,7 @@ def test_finetuning_callbacks_are_refused_by_methods_with_thresholds(method):
         fit([SETTINGS[method](), BackboneFinetuning()], module)
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_optimizers_that_are_exchanged_during_the_fit_are_refused(method):
     class Exchanges(Lit):
         def on_train_epoch_start(self):
@@ -161,6 +167,7 @@ def test_optimizers_that_are_exchanged_during_the_fit_are_refused(method):
     assert effective(module, callback)
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_a_weight_that_is_replaced_during_the_fit_is_refused(method):
     class Replaces(Lit):
         def on_train_epoch_start(self):
@@ -185,6 +192,7 @@ class ZeroRedundancyOptimizer(torch.optim.SGD):
     """Named as torch's, which needs a process group."""
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_sharded_optimizers_are_refused(method):
     module = seeded(lambda: Lit(optimizer=lambda p: ZeroRedundancyOptimizer(p, lr=0.1)))
     with pytest.raises(MisconfigurationException, match=rf"{method} needs every process to make the same update"):
@@ -229,6 +237,7 @@ def test_embeddings_with_sparse_gradients_are_refused_by_name_if_asked_for():
     ],
     ids=["FSDP", "model averaging"],
 )
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_strategies_that_split_weights_or_updates_are_refused(method, strategy, message):
     """Checked on the strategy alone: to run one takes accelerators."""
     run = SimpleNamespace(strategy=strategy, optimizers=[], callbacks=[], ckpt_path=None)
@@ -297,6 +306,7 @@ def test_gradients_that_are_not_finite_leave_thresholds_finite_and_are_told_of_o
     assert torch.isnan(module.net[0].weight).any(), "the user must see what happened to the weights"
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_finite_gradients_are_not_told_of(method):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

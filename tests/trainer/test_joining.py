@@ -3,16 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import (
-    LATENT,
-    MASKED,
-    SETTINGS,
-    THRESHOLDS,
-    Lit,
-    effective,
-    fit,
-    seeded,
-)
+from helpers import LATENT, REPRESENTATIVES, SETTINGS, THRESHOLDS, Lit, effective, fit, seeded
 from lightning.pytorch.callbacks import BackboneFinetuning
 from reference_training import sgd
 from torch import nn
@@ -52,6 +43,7 @@ def test_weights_that_join_by_add_param_group_train_sparse_from_then_on(method):
         assert callback.layer_density["net.4.weight"] < 1
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_weights_that_are_unfrozen_later_train_sparse_from_then_on(method):
     class Thaws(Lit):
         def on_train_epoch_start(self):
@@ -89,7 +81,7 @@ def test_weights_that_are_frozen_during_the_fit_stay_as_they_are(method):
     assert effective(module, callback)
 
 
-@pytest.mark.parametrize("method", [*MASKED, "TopKAST", "SWAT"])
+@pytest.mark.parametrize("method", [*REPRESENTATIVES[1:], "SWAT"])
 def test_a_finetuning_callback_thaws_weights_that_train_sparse_then(method):
     class Tuned(Lit):
         def __init__(self):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import SETTINGS, Lit, fit, has_fresh, loader, seeded, trainer
+from helpers import REPRESENTATIVES, SETTINGS, Lit, fit, has_fresh, loader, seeded, trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -24,6 +24,7 @@ def method(request):
     return request.param
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, "AutoSparse", "DSR", "ITOP", "SWAT"])
 def test_once_an_epoch_by_default_with_the_values_of_that_moment(method, tmp_path):
     callback = SETTINGS[method]()
     fit(callback, logger=CSVLogger(tmp_path), log_every_n_steps=1, max_epochs=3)
@@ -53,6 +54,7 @@ def test_the_models_sparsity_is_that_of_all_methods_together(tmp_path):
     assert len({row["sparsity/net.2.weight"] for row in logged}) > 2
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_tensorboard_gets_them_too(method, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = TensorBoardLogger(tmp_path)
@@ -67,6 +69,7 @@ def test_tensorboard_gets_them_too(method, tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_also_every_so_many_steps_if_asked_for(method, accumulate, tmp_path):
     class Knows(SETTINGS[method]().__class__):
         def on_train_batch_end(self, trainer, *args):
@@ -126,6 +129,7 @@ def test_an_interval_that_the_trainer_would_swallow_is_warned_of(tmp_path):
         fit(SETTINGS["DST"](log_every_n_steps=5), max_epochs=1)
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_nothing_is_logged_without_a_logger(method):
     for every in (None, 1):
         _, run = fit(SETTINGS[method](log_every_n_steps=every), logger=False, max_epochs=1)
@@ -134,6 +138,7 @@ def test_nothing_is_logged_without_a_logger(method):
 
 
 @pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_other_callbacks_can_monitor_sparsity(method, validate, tmp_path):
     best = ModelCheckpoint(
         tmp_path, "{epoch}-{sparsity/model:.3f}", "sparsity/model", mode="max", save_on_train_epoch_end=True

@@ -3,18 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import (
-    SETTINGS,
-    THRESHOLDS,
-    Lit,
-    effective,
-    fit,
-    loader,
-    same,
-    seeded,
-    state,
-    trainer,
-)
+from helpers import REPRESENTATIVES, SETTINGS, THRESHOLDS, Lit, effective, fit, loader, same, seeded, state, trainer
 from reference_training import Grouped, check, double, mean_loss, reference_groups, sgd, train, train_reference
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
@@ -122,6 +111,7 @@ def test_losses_whose_value_is_needed_for_backward(method, shape):
     check(callback, train_reference(method, lambda r: sgd(r.trained()), loss=loss))
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_a_complex_parameter_trains_beside_the_weights(method):
     class Complex(Lit):
         def __init__(self, **options):
@@ -138,6 +128,7 @@ def test_a_complex_parameter_trains_beside_the_weights(method):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim.Optimizer, "_process_value_according_to_param_policy"), reason="old torch")
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_optimizers_of_named_parameters_name_the_thresholds_too(method, tmp_path):
     class Named(Lit):
         def configure_optimizers(self):
@@ -159,6 +150,7 @@ def test_optimizers_of_named_parameters_name_the_thresholds_too(method, tmp_path
     trainer(again, max_epochs=2).fit(seeded(Named), loader(), ckpt_path=tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_lbfgs_is_refused(method):
     module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.LBFGS(p)))
     with pytest.raises(Exception, match=f"{method} cannot train with LBFGS.*Use a first-order optimizer"):

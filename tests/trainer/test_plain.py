@@ -2,11 +2,27 @@
 
 import copy
 import io
+import itertools
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import SETTINGS, Lit, cnn, effective, fit, has_fresh, loader, same, saved, seeded, state, trainer
+from helpers import (
+    HOOKED,
+    REPRESENTATIVES,
+    SETTINGS,
+    Lit,
+    cnn,
+    effective,
+    fit,
+    has_fresh,
+    loader,
+    same,
+    saved,
+    seeded,
+    state,
+    trainer,
+)
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -27,19 +43,24 @@ def zero_share(state, names):
 
 
 @pytest.fixture(params=SETTINGS)
-def callback(request):
-    return SETTINGS[request.param]()
+def method(request):
+    return request.param
 
 
-@pytest.fixture(params=SETTINGS)
-def trained(request):
+@pytest.fixture
+def callback(method):
+    return SETTINGS[method]()
+
+
+@pytest.fixture
+def trained(callback):
     """A small CNN trained sparse."""
-    method = SETTINGS[request.param]()
-    module, run = fit(method, seeded(lambda: Lit(cnn())))
-    assert 0.02 < method.sparsity < 0.98, "the test would prove nothing"
-    return module, method, run
+    module, run = fit(callback, seeded(lambda: Lit(cnn())))
+    assert 0.02 < callback.sparsity < 0.98, "the test would prove nothing"
+    return module, callback, run
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
 def test_state_dict_has_the_same_keys_with_and_without_the_callback(callback):
     during = []
 
@@ -70,6 +91,7 @@ def test_checkpoint_loads_strictly_into_a_plain_module_with_the_sparsity_that_th
     assert torch.equal(loaded.eval()(x), module.eval()(x))
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
 def test_trained_module_can_be_pickled_whole_and_copied(trained):
     module, callback, _ = trained
     buffer = io.BytesIO()
@@ -106,7 +128,7 @@ class Plain(Lit):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("trained", ["DST", "AutoSparse"], indirect=True)  # the module is no different with others
+@pytest.mark.parametrize("method", ["DST", "AutoSparse"])  # the module is no different with others
 def test_trained_module_exports_with_torch_export_and_onnx(trained, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -125,6 +147,7 @@ def test_trained_module_exports_with_torch_export_and_onnx(trained, tmp_path):
     assert torch.allclose(torch.from_numpy(output), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
 def test_validate_test_and_predict_see_the_effective_weights(callback):
     seen = []
 
@@ -178,7 +201,10 @@ class Spy(pl.Callback):
         return look
 
 
-@pytest.mark.parametrize(("first", "accumulate"), [("spy", 3), ("method", 1)])
+@pytest.mark.parametrize(
+    ("method", "first", "accumulate"),
+    [*((method, "spy", 3) for method in SETTINGS), *((method, "method", 1) for method in REPRESENTATIVES)],
+)
 def test_other_callbacks_find_the_effective_weights_in_every_hook(callback, first, accumulate, tmp_path):
     spy = Spy(callback)
     checkpoint = ModelCheckpoint(tmp_path)
@@ -202,6 +228,7 @@ def test_model_checkpoint_saves_the_effective_weights_and_the_state_of_the_same_
         assert effective(checkpoint["state_dict"], again)
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_test_with_the_best_checkpoint_brings_module_and_callback_to_the_same_moment(callback, tmp_path):
     class Ages(Lit):
         def validation_step(self, batch, batch_idx):
@@ -219,6 +246,7 @@ def test_test_with_the_best_checkpoint_brings_module_and_callback_to_the_same_mo
     assert not same(last, {**state(callback), **module.state_dict()})
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_early_stopping_and_learning_rate_monitor_work_beside_it(callback, tmp_path):
     stop = EarlyStopping("val_loss", mode="max", patience=1)  # falls: so it stops after the third epoch at the latest
     logger = CSVLogger(tmp_path)
@@ -246,6 +274,7 @@ class Record(pl.Callback):
         self.values.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_weight_averaging_averages_the_effective_weights(callback):
     record = Record()
     average = WeightAveraging()
@@ -258,6 +287,7 @@ def test_weight_averaging_averages_the_effective_weights(callback):
             assert torch.equal(p == 0, never)
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_ema_averages_the_effective_weights_and_training_goes_on_unharmed_after_each_validation(callback):
     record = Record()
     module = seeded(Lit)
@@ -272,6 +302,7 @@ def test_ema_averages_the_effective_weights_and_training_goes_on_unharmed_after_
     assert same(state(alone), state(callback))
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_stochastic_weight_averaging_averages_the_effective_weights_of_epochs(callback):
     ends = []
 
@@ -292,6 +323,7 @@ def test_stochastic_weight_averaging_averages_the_effective_weights_of_epochs(ca
     assert callback.sparsity > 0.02
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_checkpoint_on_exception_holds_effective_weights(callback, tmp_path):
     class Fails(Lit):
         def training_step(self, batch, batch_idx):
@@ -305,6 +337,7 @@ def test_checkpoint_on_exception_holds_effective_weights(callback, tmp_path):
     check_saved(callback, tmp_path / "failed.ckpt")
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_checkpoint_after_an_exception_inside_the_update_holds_effective_weights(callback, tmp_path):
     class Breaks(torch.optim.SGD):
         calls = 0
@@ -331,7 +364,13 @@ def check_saved(callback, path):
     assert same(checkpoint["callbacks"][callback.state_key], callback.state_dict())
 
 
-@pytest.mark.parametrize("option", [{"barebones": True}, {"fast_dev_run": 3}, {"overfit_batches": 2}])
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        *((method, {"fast_dev_run": 3}) for method in SETTINGS),  # the schedules of a fit of 3 steps
+        *itertools.product(REPRESENTATIVES, [{"barebones": True}, {"overfit_batches": 2}]),
+    ],
+)
 def test_the_trainers_special_modes_leave_effective_weights(callback, option, tmp_path):
     extra = {"logger": None, "enable_checkpointing": None} if "barebones" in option else {}
     if "barebones" in option:

@@ -1,12 +1,14 @@
 """Reduced precision: bf16, fp16 with a gradient scaler (also one that skips steps), double."""
 
 import copy
+import itertools
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import (
     LATENT,
+    REPRESENTATIVES,
     SETTINGS,
     THRESHOLDS,
     Lit,
@@ -41,7 +43,13 @@ def method(request):
     return request.param
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        *itertools.product(SETTINGS, ["bf16-mixed", "bf16-true"]),
+        *((method, "64-true") for method in REPRESENTATIVES),  # in which references are compared, of every method
+    ],
+)
 def test_trains_sparse_in_this_precision(method, precision):
     callback = SETTINGS[method]()
     module, _ = fit(callback, train=loader(dtype=DTYPES[precision]), precision=precision)
@@ -83,6 +91,7 @@ def test_scaling_changes_nothing(method, accumulate):
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_fused_optimizers_agree_with_unfused_ones_also_where_they_unscale_gradients_themselves(method, kind, scaled):
     def optimizer(fused):
         if kind == "SGD":
@@ -115,7 +124,9 @@ class Looks(pl.Callback):
         self.effective.append(effective(pl_module, self.callback))
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("method", "fused"), [*((method, False) for method in SETTINGS), *((method, True) for method in REPRESENTATIVES)]
+)
 @pytest.mark.filterwarnings("error:.*not finite")
 def test_a_step_that_amp_skips_changes_nothing_and_leaves_effective_weights(method, fused):
     class Bad(Overflows):
@@ -150,6 +161,7 @@ def test_half_precision_with_a_scaler_that_overflows_at_first(method):
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_half_precision_resumes_with_its_scale(method, tmp_path):
     results = []
     for whole in (True, False):

@@ -1,84 +1,51 @@
 """A run that was stopped, however and wherever, goes on in a fresh process as if it had never been."""
 
 import copy
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
-import resume_script
+import resumed
 import torch
-from helpers import MASKED, SETTINGS, THRESHOLDS, TOP_K, Lit, cnn, fit, loader, same, saved, seeded, state, trainer
+from helpers import (
+    REPRESENTATIVES,
+    SETTINGS,
+    THRESHOLDS,
+    Lit,
+    cnn,
+    fit,
+    loader,
+    same,
+    saved,
+    seeded,
+    state,
+    trainer,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-SCRIPT = Path(__file__).parent / "resume_script.py"
-
-
-def launch(*arguments):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-    }
-    subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], check=True, env=environment, timeout=600)
+from processes import run_fresh
 
 
-def launch_all(folder):
-    launch("stopped", folder)
-    launch("resumed", folder)
+@pytest.mark.parametrize("method", resumed.METHODS)
+def test_resumed_runs_equal_uninterrupted_ones_to_the_last_bit(method, tmp_path):
+    run_fresh(resumed.run_all, ["stopped"], tmp_path, method)
+    run_fresh(resumed.run_all, ["whole", "resumed"], tmp_path, method)
+    for case in resumed.cases(method):
+        optimizer, stop, accumulate = case
+        check_stop(tmp_path / f"{resumed.name(*case)}.ckpt", stop, accumulate)
+        whole = torch.load(tmp_path / f"{resumed.name(optimizer, stop == 'step', accumulate)}.whole.pt")
+        again = torch.load(tmp_path / f"{resumed.name(*case)}.resumed.pt")
+        assert whole["steps"] == resumed.EPOCHS * resumed.BATCHES // accumulate, case
+        assert 0.02 < whole["sparsity"] < 0.98, "the test would prove nothing"
+        assert whole["optimizer"]["state"]
+        assert [key for key in whole if not same(whole[key], again[key])] == [], case
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory, worker_id):
-    """All cases, trained once however many workers there are."""
-    if worker_id == "master":
-        folder = tmp_path_factory.mktemp("resume")
-        launch_all(folder)
-        return folder
-    return _once(tmp_path_factory.getbasetemp().parent / "resume")
-
-
-def _once(folder):
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        deadline = time.monotonic() + 1200
-        while not (folder / "done").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert (folder / "done").read_text() == "", "the runs failed in another worker"
-        return folder
-    failed = "failed"
-    try:
-        launch_all(folder)
-        failed = ""
-    finally:
-        (folder / "done").write_text(failed)
-    return folder
-
-
-@pytest.mark.parametrize("case", resume_script.CASES, ids=lambda case: resume_script.name(*case))
-def test_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(results, case):
-    method, optimizer, stop, accumulate = case
-    whole = torch.load(results / f"{resume_script.name(method, optimizer, stop == 'step', accumulate)}.whole.pt")
-    resumed = torch.load(results / f"{resume_script.name(*case)}.resumed.pt")
-    assert whole["steps"] == resume_script.EPOCHS * resume_script.BATCHES // accumulate
-    assert 0.02 < whole["sparsity"] < 0.98, "the test would prove nothing"
-    assert whole["optimizer"]["state"]
-    assert [key for key in whole if not same(whole[key], resumed[key])] == []
-
-
-def test_stopped_runs_stopped_where_they_should(results):
-    for case in resume_script.CASES:
-        checkpoint = torch.load(results / f"{resume_script.name(*case)}.ckpt", weights_only=True)
-        *_, stop, accumulate = case
-        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"]
-        steps = {"epoch": 12, "middle": 12 + 3 * accumulate, "data": 17, "step": 17, "sigterm": 18}[stop]
-        assert checkpoint["global_step"] == steps // accumulate
-        assert steps - 1 <= batches <= steps
+def check_stop(path, stop, accumulate):
+    """Look whether a run was stopped where it should be."""
+    checkpoint = torch.load(path, weights_only=True)
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"]
+    steps = {"epoch": 12, "middle": 12 + 3 * accumulate, "data": 17, "step": 17, "sigterm": 18}[stop]
+    assert checkpoint["global_step"] == steps // accumulate
+    assert steps - 1 <= batches <= steps
 
 
 @pytest.fixture(params=SETTINGS)
@@ -137,6 +104,7 @@ def test_same_callback_and_module_can_resume_in_the_same_process(method, tmp_pat
     assert same(expected, (state(callback), module.state_dict()))
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_a_checkpoint_resumes_after_a_fit_of_another_module_failed(method, tmp_path):
     """An exception ends a fit without teardown: nothing of it may be left in the next one."""
 
@@ -162,6 +130,7 @@ def dense_checkpoint(path):
     return path
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_checkpoint_of_another_method_is_refused(method, tmp_path):
     other = "STR" if method != "STR" else "DST"
     _, run = fit(SETTINGS[other](), max_epochs=1)
@@ -172,12 +141,14 @@ def test_checkpoint_of_another_method_is_refused(method, tmp_path):
         trainer(SETTINGS[method](), max_epochs=2).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "other.ckpt")
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_dense_checkpoint_is_refused(method, tmp_path):
     path = dense_checkpoint(tmp_path / "dense.ckpt")
     with pytest.raises(MisconfigurationException, match=f"no state of {method}.*without a method of lightning_sparse"):
         trainer(SETTINGS[method](), max_epochs=2).fit(seeded(Lit), loader(), ckpt_path=path)
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_weights_only_checkpoint_is_refused(method, tmp_path):
     keep = ModelCheckpoint(tmp_path, "light", save_weights_only=True)
     callback = SETTINGS[method]()
@@ -197,7 +168,7 @@ def test_checkpoint_of_another_granularity_is_refused(method, tmp_path):
         trainer(SETTINGS[method](granularity="neuron")).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "last.ckpt")
 
 
-@pytest.mark.parametrize("method", [*TOP_K, *MASKED])
+@pytest.mark.parametrize("method", REPRESENTATIVES[1:])
 def test_checkpoint_of_another_sparsity_is_refused(method, tmp_path):
     _, run = fit(SETTINGS[method](), max_epochs=1)
     run.save_checkpoint(tmp_path / "last.ckpt")
@@ -205,6 +176,7 @@ def test_checkpoint_of_another_sparsity_is_refused(method, tmp_path):
         trainer(SETTINGS[method](sparsity=0.6)).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_checkpoint_of_another_choice_of_layers_is_refused(method, tmp_path):
     _, run = fit(SETTINGS[method](), max_epochs=1)
     run.save_checkpoint(tmp_path / "last.ckpt")
@@ -216,6 +188,7 @@ def test_checkpoint_of_another_choice_of_layers_is_refused(method, tmp_path):
         trainer(SETTINGS[method](), max_epochs=2).fit(frozen, loader(), ckpt_path=tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, "MemoryEfficientDST"])
 def test_the_documented_way_starts_from_the_weights_of_any_checkpoint(method, tmp_path):
     """Load it as a plain module and fit without ckpt_path, as the errors say."""
     path = dense_checkpoint(tmp_path / "dense.ckpt")

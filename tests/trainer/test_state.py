@@ -7,7 +7,22 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import LATENT, MASKED, SETTINGS, THRESHOLDS, Lit, cnn, effective, fit, loader, same, seeded, state, trainer
+from helpers import (
+    LATENT,
+    MASKED,
+    REPRESENTATIVES,
+    SETTINGS,
+    THRESHOLDS,
+    Lit,
+    cnn,
+    effective,
+    fit,
+    loader,
+    same,
+    seeded,
+    state,
+    trainer,
+)
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -55,6 +70,7 @@ def test_second_fit_goes_on_from_the_masks(method):
     assert same(started[0], ended)
 
 
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_state_stays_readable_after_fit(method):
     callback = SETTINGS[method]()
     module, _ = fit(callback)
@@ -75,7 +91,14 @@ def test_state_stays_readable_after_fit(method):
         assert callback.backward_density == kept / sum(m.numel() for m in callback.backward_masks.values())
 
 
-@pytest.mark.parametrize("build", [Lit, lambda: Lit(cnn())], ids=["same names", "other names"])
+def other_names():
+    return Lit(cnn())
+
+
+@pytest.mark.parametrize(
+    ("method", "build"),
+    [*((method, other_names) for method in SETTINGS), *((method, Lit) for method in REPRESENTATIVES)],
+)
 def test_fit_of_another_module_starts_afresh_and_says_so(method, build):
     callback, new = SETTINGS[method](), SETTINGS[method]()
     fit(callback)
@@ -86,7 +109,14 @@ def test_fit_of_another_module_starts_afresh_and_says_so(method, build):
     assert same(one.state_dict(), two.state_dict())
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
+def pickled(callback):
+    return pickle.loads(pickle.dumps(callback))
+
+
+@pytest.mark.parametrize(
+    ("method", "duplicate"),
+    [*((method, pickled) for method in SETTINGS), *((method, copy.deepcopy) for method in REPRESENTATIVES)],
+)
 def test_callback_can_be_copied_before_during_and_after_fit(method, duplicate):
     class Copies(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -114,6 +144,7 @@ def test_callback_can_be_copied_before_during_and_after_fit(method, duplicate):
 
 
 @pytest.mark.parametrize("second", ["DST", "RigL"])
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_two_methods_that_claim_the_same_weights_are_refused_by_name(method, second):
     one, two = SETTINGS[method](exclude=["net.2.*"]), SETTINGS[second](include=["net.2.*", "net.4.*"])
     with pytest.raises(
@@ -123,6 +154,7 @@ def test_two_methods_that_claim_the_same_weights_are_refused_by_name(method, sec
 
 
 @pytest.mark.parametrize("second", ["DST", "RigL"])
+@pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_two_methods_with_weights_of_their_own_work_and_resume(method, second, tmp_path):
     def pair():
         return [SETTINGS[method](include=["net.0.*"]), SETTINGS[second](exclude=["net.0.*"])]
@@ -191,7 +223,10 @@ def test_weights_that_join_later_are_not_taken_from_another_method():
         fit([one, two], seeded(Joins))
 
 
-@pytest.mark.parametrize("how", ["tuner", "callback"])
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [*((method, "callback") for method in SETTINGS), *((method, "tuner") for method in REPRESENTATIVES)],
+)
 def test_the_learning_rate_finder_leaves_no_trace(method, how, tmp_path):
     class Rate(Lit):
         lr = 0.1

@@ -1,18 +1,18 @@
-"""Run by trainer/test_resume.py in fresh processes: ``resume_script.py stopped DIRECTORY``, then ``... resumed DIRECTORY``.
+"""Runs that are stopped and resumed: test_resume.py calls ``run_all`` in one fresh process for each of the two.
 
-Every case is trained and stopped early in the first process; in the second it is continued from what the first left
-behind, and trained without interruption, too.
+In the first, every case is trained and stopped early; in the second, it is continued from what the first left behind,
+and trained without interruption, too.
 """
 
+import itertools
 import os
 import signal
-import sys
 import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from helpers import ROUNDS, SETTINGS, Lit, data, loader, state, trainer
+from helpers import HOOKED, REPRESENTATIVES, ROUNDS, SETTINGS, Lit, data, loader, state, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.lr_scheduler import StepLR
@@ -22,21 +22,29 @@ OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=1e-2),
 }
-STOPS = ["epoch", "middle", "data", "step", "sigterm"]
 MORE = {
     "DFBST-late": lambda: SETTINGS["DFBST"](penalty_from_epoch=1),
     "DST-weight": lambda: SETTINGS["DST"](granularity="weight"),
     "AutoSparse-B": lambda: SETTINGS["AutoSparse"](backward_density=0.4, decay="exponential", alpha_zero_epoch=2),
     **ROUNDS,
 }
-CASES = [(m, "SGD", stop, 1) for m in SETTINGS for stop in STOPS]
-CASES += [(m, "AdamW", stop, 1) for m in SETTINGS for stop in ("epoch", "middle")]
-CASES += [(m, "SGD", "middle", 2) for m in SETTINGS]
-CASES += [(m, "SGD", stop, 1) for m in MORE for stop in ("epoch", "middle")]
+METHODS = {**SETTINGS, **MORE}
 
 
-def name(method, optimizer, stop, accumulate):
-    return f"{method}-{optimizer}-{stop}-{accumulate}"
+def cases(method):
+    """Optimizer, how the run is stopped, and batches a step.
+
+    Interruptions within an epoch are all alike to a method: some stand for all.
+    """
+    yield from itertools.product(["SGD"] if method in MORE else OPTIMIZERS, ["epoch", "middle"], [1])
+    if method in SETTINGS:
+        yield "SGD", "middle", 2
+    if method in (*REPRESENTATIVES, *HOOKED):
+        yield from itertools.product(["SGD"], ["data", "step", "sigterm"], [1])
+
+
+def name(optimizer, stop, accumulate):
+    return f"{optimizer}-{stop}-{accumulate}"
 
 
 class Batches:
@@ -104,14 +112,14 @@ class StopsAfter(pl.Callback):
 
 
 def run(mode, folder, method, optimizer, stop, accumulate):
-    path = folder / name(method, optimizer, stop, accumulate)
+    path = folder / name(optimizer, stop, accumulate)
     by_index = stop == "step"
     if mode == "whole":  # one for all stops
-        path = folder / name(method, optimizer, by_index, accumulate)
+        path = folder / name(optimizer, by_index, accumulate)
         if Path(f"{path}.whole.pt").exists():
             return
     torch.manual_seed({"whole": 1, "stopped": 1, "resumed": 2}[mode])  # what the resumed run starts with is no matter
-    callback = {**SETTINGS, **MORE}[method]()
+    callback = METHODS[method]()
     module = Stops(optimizer, stop if mode == "stopped" else None, by_index)
     callbacks = [callback]
     fails_at = None
@@ -149,9 +157,9 @@ def run(mode, folder, method, optimizer, stop, accumulate):
     torch.save(result, f"{path}.{mode}.pt")
 
 
-if __name__ == "__main__":
+def run_all(modes, folder, method):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for case in CASES:
-        for mode in {"stopped": ["stopped"], "resumed": ["whole", "resumed"]}[sys.argv[1]]:
-            run(mode, Path(sys.argv[2]), *case)
+    for case in cases(method):
+        for mode in modes:
+            run(mode, folder, method, *case)
