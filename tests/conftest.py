@@ -2,10 +2,15 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from lightning_sparse.kernels import dispatch
 
 collect_ignore_glob = ["*_script.py"]  # programs that tests start
+
+# How quickly examples are made and tried says something about the machine alone.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

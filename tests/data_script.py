@@ -1,4 +1,4 @@
-"""Run by test_data.py: ``data_script.py DIRECTORY`` trains in one process, then in two, and notes the batches.
+"""Run by zoo/test_data.py: ``data_script.py DIRECTORY`` trains in one process, then in two, and notes the batches.
 
 Once with images as they are, and once with augmented ones.
 """

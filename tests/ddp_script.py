@@ -1,4 +1,4 @@
-"""Run by test_ddp.py in each of several processes: ``ddp_script.py DIRECTORY``; the environment numbers them."""
+"""Run by trainer/test_ddp.py in each of several processes, which the environment numbers."""
 
 import os
 import sys

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -80,6 +81,25 @@ MASKED: dict[str, Callable] = {
 SETTINGS: dict[str, Callable] = {**LATENT, **MASKED}
 # Methods that divide the epochs of a fit, here three.
 ROUNDS: dict[str, Callable] = {"LotteryTicket": lambda **kw: LotteryTicket(**{"sparsity": 0.8, "rounds": 2, **kw})}
+
+
+class Representatives(NamedTuple):
+    """One method for each way through the base classes: what these alone decide is tested with one method a way.
+
+    What a method decides itself is tested with all of ``SETTINGS``: exact zeros, budgets, resume, accumulation, AMP.
+    """
+
+    thresholds: str = "DFBST"
+    top_k: str = "TopKAST"
+    moves: str = "RigL"
+    moves_after_each_step: str = "DeepR"
+    scores_before_training: str = "SNIP"
+    prunes_gradually: str = "GMP"
+
+
+REPRESENTATIVES = Representatives()
+# Methods that act on the modules or their inputs, not on weights alone.
+HOOKED = ("SWAT", "MemoryEfficientDST")
 
 
 def mlp(dtype=torch.float32):
@@ -316,7 +336,7 @@ def attached(callback, weights, grids=None):
         weight.W.copy_(torch.tensor(W))
         weight.start(torch.tensor((grids or {}).get(name, W)).flatten().nonzero()[:, 0], callback.generator)
         weight.buffers = callback.new_buffers(weight)
-    return module, next(iter(callback._pools.values())), list(callback._weights.values())
+    return module, next(iter(callback._groups)), list(callback._weights.values())
 
 
 def grid(weight):

@@ -1,4 +1,4 @@
-"""Run by test_memory_efficient_dst.py in each of two processes; the environment numbers them."""
+"""Run by methods/test_memory_efficient_dst.py in each of two processes; the environment numbers them."""
 
 import warnings
 

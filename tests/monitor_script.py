@@ -1,4 +1,4 @@
-"""Run by test_monitor.py in each of two processes: ``monitor_script.py DIRECTORY``."""
+"""Run by monitor/test_monitor.py in each of two processes: ``monitor_script.py DIRECTORY``."""
 
 import os
 import sys

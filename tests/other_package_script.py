@@ -1,4 +1,4 @@
-"""Run by test_errors.py in a fresh process: ``other_package_script.py mixed|alone|forced``."""
+"""Run by compat/test_lightning.py in a fresh process: ``other_package_script.py mixed|alone|forced``."""
 
 # ruff: noqa: E402
 import importlib

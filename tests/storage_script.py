@@ -1,4 +1,4 @@
-"""Run by test_sparse_storage.py in each of several processes; the environment numbers them."""
+"""Run by storage/test_sparse_processes.py in each of several processes; the environment numbers them."""
 
 import os
 import sys

@@ -1,0 +1,81 @@
+"""ONNX computes the same or is refused; the 2:4 pattern."""
+
+import pytest
+import torch
+from helpers import prune, two_of_four
+from torch import nn
+
+from lightning_sparse.export import (
+    compact,
+    fits_2_4,
+    to_onnx,
+    to_semi_structured,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
+# ---------------------------------------------------------------------- ONNX
+
+
+def test_onnx_takes_any_batch_size_and_computes_the_same(tmp_path):
+    net = prune(
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    )
+    x = torch.randn(1, 3, 6, 6)
+    small, _ = compact(net, x)
+    to_onnx(small, tmp_path / "net.onnx", x)
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "net.onnx")
+    batch = torch.randn(7, 3, 6, 6)
+    (found,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    assert torch.allclose(torch.from_numpy(found), net(batch), atol=1e-5)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
+
+
+class Unfaithful:
+    """A session that gives something else than the module."""
+
+    def get_inputs(self):
+        return [type("Slot", (), {"name": "x"})]
+
+    def run(self, names, given):
+        return [2 * next(iter(given.values()))]
+
+
+def test_onnx_that_computes_something_else_is_refused_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_sparse.export.onnx.onnx_session", lambda path: Unfaithful())
+    with pytest.raises(RuntimeError, match=r"net.onnx in onnxruntime differs from the module by"):
+        to_onnx(nn.Sequential(nn.ReLU()), tmp_path / "net.onnx", torch.ones(2, 3))
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- 2:4
+
+
+def test_the_pattern_is_at_most_two_nonzeros_in_every_four_neighbours():
+    weight = two_of_four(32, 64)
+    assert fits_2_4(weight)
+    assert fits_2_4(torch.zeros(3, 8))
+    weight[5, 8:12] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert not fits_2_4(weight)
+    assert not fits_2_4(torch.tensor([[0.0, 1, 1, 1, 1, 0, 0, 0]])), "groups of four do not overlap"
+    assert not fits_2_4(torch.zeros(3, 6)), "six is not a multiple of four"
+
+
+def test_semi_structured_refuses_other_patterns_and_sizes():
+    with pytest.raises(ValueError, match="None of the 1 Linear layers has the 2:4 pattern"):
+        to_semi_structured(nn.Sequential(nn.Linear(64, 32)))
+    small = nn.Linear(8, 4)
+    small.weight.data = two_of_four(4, 8)
+    with pytest.raises(ValueError, match="out a multiple of 32, in of 64"):
+        to_semi_structured(small)
+
+
+def test_semi_structured_refuses_to_work_without_cuda(monkeypatch):
+    linear = nn.Linear(64, 32)
+    linear.weight.data = two_of_four(32, 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        to_semi_structured(linear)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match=r"weight is torch.float32 on cpu. Call module.cuda\(\).half\(\)"):
+        to_semi_structured(nn.Sequential(linear))

@@ -1,0 +1,91 @@
+"""Programs that tests start: what they find around them, and how long they may take.
+
+No program hangs for ever, and none is too slow on a machine that is busy with other things: ``PATIENCE`` is many times
+what each takes alone, and pytest's own ``--timeout`` is above it.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from helpers import free_port
+
+TESTS = Path(__file__).parent
+PATIENCE = 500  # seconds
+
+
+def environment(**more):
+    """Variables of a program that imports what stands in ``tests``."""
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def run_python(*arguments, **variables):
+    """Run Python to its end, which must be a good one; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def run_ranks(script, world, *arguments):
+    """Run a script of ``tests`` in ``world`` processes that differ in nothing but their rank."""
+    shared = environment(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+        NODE_RANK="0",
+        WORLD_SIZE=str(world),
+        PYTHONUNBUFFERED="1",
+    )
+    command = [sys.executable, str(TESTS / script), *map(str, arguments)]
+    processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}) for rank in range(world)]
+    ends = time.monotonic() + PATIENCE
+    try:
+        while any(process.poll() is None for process in processes):
+            assert not any(process.poll() for process in processes), "the others would wait for one that failed"
+            assert time.monotonic() < ends, f"not done after {PATIENCE} seconds"
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * world
+
+
+def run_fresh(function, *arguments):
+    """Call a function in a process that has imported ``helpers``, which takes seconds, and done nothing else."""
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload(["helpers"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]  # for the server, which starts at the first call
+    try:
+        receiver, sender = fresh.Pipe(duplex=False)
+        process = fresh.Process(target=_call, args=(sender, function, arguments))
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    sender.close()
+    try:
+        assert receiver.poll(PATIENCE), f"not done after {PATIENCE} seconds"
+        assert receiver.recv() == ""
+    finally:
+        process.kill()
+        process.join()
+
+
+def _call(sender, function, arguments):
+    try:
+        function(*arguments)
+    except BaseException:
+        sender.send(traceback.format_exc())
+    else:
+        sender.send("")
