@@ -131,14 +131,14 @@ class Options:
         TypeError: Run got an unexpected keyword argument 'stepz'. Did you mean 'steps'? It takes: speed, steps.
     """
 
-    _options: ClassVar[dict[str, Option]] = {}
+    _own: ClassVar[dict[str, Option]] = {}  # by field: what the class itself declares
+    _options: ClassVar[dict[str, Option]] = {}  # all that it has
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make the signature, the constructor and the docstring of the class."""
         super().__init_subclass__(**kwargs)
-        own = _declared(cls)
-        others = {name: known for name, known in cls._inherited().items() if name not in own}
-        cls._options = dict(sorted({**own, **others}.items(), key=lambda item: not item[1].positional))
+        cls._own = _declared(cls)
+        cls._options = dict(sorted(cls._inherited().items(), key=lambda item: not item[1].positional))
         if "__init__" not in vars(cls):
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]  # "Cannot assign to a method"
             cls.__doc__ = _documented(cls.__doc__ or "", cls.options())
@@ -166,10 +166,11 @@ class Options:
 
     @classmethod
     def _inherited(cls) -> dict[str, Option]:
-        """Return the options of the bases, by field."""
-        return {
-            name: known for base in reversed(cls.__bases__) for name, known in getattr(base, "_options", {}).items()
-        }
+        """Return what the class and its bases declare, by field, the nearest first."""
+        found: dict[str, Option] = {}
+        for base in cls.__mro__:
+            found |= {field: known for field, known in vars(base).get("_own", {}).items() if field not in found}
+        return found
 
     @classmethod
     def _is_default(cls, name: str, value: Any) -> bool:

@@ -12,7 +12,7 @@ from lightning_sparse import SET, RandomPruning, RigL
 from lightning_sparse.families.masked import MaskedCallback
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.storage import SparseLinear
-from lightning_sparse.weights.base import MaskedWeight
+from lightning_sparse.weights.masked import MaskedWeight
 from lightning_sparse.weights.sparse import SparseWeight
 
 OPTIMIZERS = {

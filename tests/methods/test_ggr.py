@@ -11,7 +11,7 @@ from torch import nn
 from lightning_sparse import GGR
 from lightning_sparse.methods.ggr import ranking
 from lightning_sparse.rules import select
-from lightning_sparse.weights.base import MaskedWeight
+from lightning_sparse.weights.masked import MaskedWeight
 
 # ---------------------------------------------------------------------- worked out by hand
 

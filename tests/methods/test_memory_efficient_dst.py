@@ -13,7 +13,7 @@ from torch import nn
 from lightning_sparse import MemoryEfficientDST
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.rules import select
-from lightning_sparse.weights.base import MaskedWeight
+from lightning_sparse.weights.masked import MaskedWeight
 
 
 def attached(callback, W, dP, grids=None):

@@ -13,7 +13,7 @@ from lightning_sparse.rules.budgets import (
     er,
     erk,
     layer_counts,
-    share,
+    portion,
     uniform,
     uniform_first_dense,
 )
@@ -134,5 +134,5 @@ def test_a_floor_above_the_budget_is_refused():
 
 @given(st.integers(0, 10**8), st.integers(0, 1000))
 def test_shares_and_budgets_are_exact_where_the_product_is_whole(count, thousandths):
-    assert share(thousandths / 1000, 1000 * count) == thousandths * count
+    assert portion(thousandths / 1000, 1000 * count) == thousandths * count
     assert budget(thousandths / 1000, 1000 * count) == (1000 - thousandths) * count

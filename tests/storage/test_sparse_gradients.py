@@ -16,7 +16,7 @@ from torch import nn
 import lightning_sparse.storage.sparse as training
 from lightning_sparse.rules import select
 from lightning_sparse.storage import SparseLinear
-from lightning_sparse.weights.base import MaskedWeight
+from lightning_sparse.weights.masked import MaskedWeight
 from lightning_sparse.weights.sparse import SparseWeight
 
 # ---------------------------------------------------------------------- fits

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sparse import RigL
 from lightning_sparse.storage import SparseConv2d, SparseLinear
-from lightning_sparse.weights.sparse import Capture, SparseWeight
+from lightning_sparse.weights.captured import Capture
+from lightning_sparse.weights.sparse import SparseWeight
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -31,7 +32,7 @@ class Pair:
 
     def compare(self, step):
         """Take a step with both, and compare the gradients of all connections."""
-        with closing(Capture([self.weight], torch.Tensor.detach)):
+        with closing(Capture({"weight": self.layer}, {"weight": self.weight.gradient}, torch.Tensor.detach)):
             for network in self.networks:
                 step(network)
             expected = torch.zeros(()) if self.dense.weight.grad is None else self.dense.weight.grad
