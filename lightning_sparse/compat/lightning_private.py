@@ -73,7 +73,7 @@ def averages_now_and_then(trainer: Trainer) -> bool:
 def state_key(callback: Callback, **arguments: Any) -> str:
     """Return the key of a callback's state in checkpoints, for callbacks that may stand there twice.
 
-    Relies on ``Callback._generate_state_key``, which Lightning's documentation of ``state_key`` calls.
+    Relies on ``Callback._generate_state_key``, which ModelCheckpoint and EarlyStopping call.
     """
     return callback._generate_state_key(**arguments)
 
