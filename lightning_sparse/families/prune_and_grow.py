@@ -143,7 +143,9 @@ class PruneAndGrow(MaskedCallback):
 
     def is_due(self, group: WeightGroup) -> bool:
         """Tell whether this step is one of every ``update_every``."""
-        return self.update_every is not None and self.clock.is_due(group.step)
+        if self.update_every is None or group.step == 0 or group.step % self.update_every:
+            return False  # at most steps, without asking how long the training is
+        return self.clock.is_due(group.step)
 
     def fraction(self, group: WeightGroup) -> float:
         """Return the share of connections to drop now."""
