@@ -2,6 +2,7 @@ import gzip
 import os
 import struct
 
+import lightning.pytorch as pl
 import numpy
 import pytest
 import torch

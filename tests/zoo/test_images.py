@@ -1,6 +1,7 @@
 import hashlib
 import pickle
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torchvision
