@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	$(BIN)/lightning-sparse demo $(ARGS)
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --doctest-modules lightning_sparse tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup --doctest-modules lightning_sparse tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 import traceback
+from multiprocessing import connection
 from pathlib import Path
 
+import torch
 from helpers import free_port
 
 TESTS = Path(__file__).parent
@@ -63,26 +65,44 @@ def run_ranks(script, world, *arguments):
 
 def run_fresh(function, *arguments):
     """Call a function in a process that has imported ``helpers``, which takes seconds, and done nothing else."""
+    _run_fresh([{}], function, arguments)
+
+
+def run_fresh_ranks(function, world, *arguments):
+    """The same in ``world`` processes that differ in nothing but their rank."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
+    _run_fresh([{**shared, "LOCAL_RANK": str(rank)} for rank in range(world)], function, arguments)
+
+
+def _run_fresh(variables, function, arguments):
     fresh = multiprocessing.get_context("forkserver")
     fresh.set_forkserver_preload(["helpers"])
+    processes, results = [], []
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]  # for the server, which starts at the first call
     try:
-        receiver, sender = fresh.Pipe(duplex=False)
-        process = fresh.Process(target=_call, args=(sender, function, arguments))
-        process.start()
+        for own in variables:
+            result, sender = fresh.Pipe(duplex=False)
+            processes.append(fresh.Process(target=_call, args=(sender, own, function, arguments)))
+            processes[-1].start()
+            sender.close()
+            results.append(result)
+        while results:  # whichever fails first: the others would wait for it
+            ready = connection.wait(results, PATIENCE)
+            assert ready, f"not done after {PATIENCE} seconds"
+            for result in ready:
+                assert result.recv() == ""
+                results.remove(result)
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-    sender.close()
-    try:
-        assert receiver.poll(PATIENCE), f"not done after {PATIENCE} seconds"
-        assert receiver.recv() == ""
-    finally:
-        process.kill()
-        process.join()
+        for process in processes:
+            process.kill()
+            process.join()
 
 
-def _call(sender, function, arguments):
+def _call(sender, variables, function, arguments):
+    os.environ.update(variables)
+    torch.set_num_threads(1)
     try:
         function(*arguments)
     except BaseException:

@@ -158,7 +158,6 @@ def run(mode, folder, method, optimizer, stop, accumulate):
 
 
 def run_all(modes, folder, method):
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for case in cases(method):
         for mode in modes:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
-import storage_script
+import stored_ranks
 import torch
 from helpers import (
     Lit,
@@ -14,7 +14,7 @@ from helpers import (
 )
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from processes import run_ranks
+from processes import run_fresh_ranks
 from stored import METHODS
 from torch import nn
 
@@ -26,7 +26,7 @@ from lightning_sparse import MemoryEfficientDST
 def ranks(request, tmp_path_factory):
     """What each process saw."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    run_ranks("storage_script.py", world, folder)
+    run_fresh_ranks(stored_ranks.run_all, world, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
@@ -39,7 +39,7 @@ def test_processes_train_as_one_on_the_same_global_batches_and_agree_to_the_last
     for case in [case for case in ranks[0] if isinstance(case, tuple)]:
         first, *others = (rank[case] for rank in ranks)
         assert all(equal(first, other) for other in others), case
-        alone = storage_script.train(*case, 0, 1)
+        alone = stored_ranks.train(*case, 0, 1)
         assert all(torch.equal(mask, alone["masks"][name]) for name, mask in first["masks"].items()), case
         for name, x in first["parameters"].items():
             assert torch.allclose(x, alone["parameters"][name], rtol=0, atol=1e-12), case

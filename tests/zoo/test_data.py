@@ -2,15 +2,17 @@ import gzip
 import os
 import struct
 
+import lightning.pytorch as pl
 import numpy
 import pytest
 import torch
+from batches import Seen
+from helpers import trainer
 from processes import TESTS, run_python
 from torch.utils.data import SequentialSampler
 
 from lightning_sparse.zoo.data import DigitsDataModule, MNISTDataModule, ResumableLoader, TensorImages
 from lightning_sparse.zoo.models import LeNet300
-from tests.helpers import pl, trainer
 
 
 @pytest.fixture
@@ -29,20 +31,6 @@ def mnist(tmp_path):
 def order(loader, epoch):
     loader.sampler.set_epoch(epoch)
     return torch.cat([x.flatten(1).sum(1) for x, _ in loader])
-
-
-class Seen(pl.Callback):
-    """Keeps a fingerprint of every training batch, by epoch; stops after some."""
-
-    def __init__(self, stop_after=None):
-        self.batches = []
-        self.stop_after = stop_after
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.batches.append((trainer.current_epoch, batch_idx, float(batch[0].sum()), len(batch[1])))
-        if len(self.batches) == self.stop_after:
-            trainer.save_checkpoint(trainer.default_root_dir + "/middle.ckpt")
-            trainer.should_stop = True
 
 
 # ---------------------------------------------------------------------- digits

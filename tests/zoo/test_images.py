@@ -1,11 +1,13 @@
 import hashlib
 import pickle
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torchvision
+from batches import Seen
+from helpers import trainer
 from PIL import Image
-from tests.test_data import Seen
 from torchvision.transforms import functional
 
 from lightning_sparse import RigL
@@ -19,7 +21,6 @@ from lightning_sparse.zoo.data import (
 )
 from lightning_sparse.zoo.data.images import crop, flip, mean_and_std, rotate
 from lightning_sparse.zoo.models import LeNet300, WarmupCosineLR
-from tests.helpers import pl, trainer
 
 
 def pixels(*shape, seed=0):

@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
+from helpers import trainer
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sparse.zoo.models import InverseSquareRootLR, LeNet300, WarmupCosineLR, WarmupMultiStepLR
-from tests.helpers import trainer
 
 
 def sgd(lr=0.5):

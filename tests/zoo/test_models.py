@@ -3,6 +3,7 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import trainer
 from processes import run_python
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -10,7 +11,6 @@ from lightning_sparse import DST, STR
 from lightning_sparse.cli import run
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.zoo.models import VGG16, LeNet5Caffe, LeNet300, ResNet18, SequenceLSTM
-from tests.helpers import trainer
 
 
 def images(count=16, size=28):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import effective, trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,7 +25,6 @@ from lightning_sparse.zoo.models import (
     VGG16ImageNet,
     WideResNet,
 )
-from tests.helpers import effective, trainer
 
 WMT = functools.partial(Transformer, vocabulary=37000)
 TINY = functools.partial(Transformer, vocabulary=11, width=8, layers=2, heads=2, hidden=12, dropout=0.0)

@@ -1,8 +1,6 @@
-"""Run by storage/test_sparse_processes.py in each of several processes; the environment numbers them."""
+"""Sparse layers in several processes: test_sparse_processes.py calls ``run_all`` in each."""
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 from helpers import Lit, SavesFirst, Scaler, Unmixed, data, mlp, trainer
@@ -93,9 +91,8 @@ def averages(rank, world):
     return [parameter.grad for parameter in (used, unused, partly, single)]
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    rank, world, folder = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])
+def run_all(folder):
+    rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     results = {}
     for method, accumulate in CASES if world == 2 else CASES[:1]:
         results[method, accumulate] = train(method, accumulate, rank, world, saves=folder / f"{method}.ckpt")

@@ -1,9 +1,7 @@
-"""Run by trainer/test_ddp.py in each of several processes, which the environment numbers."""
+"""Training in several processes: test_ddp.py calls ``run_all`` in each, which the environment numbers."""
 
 import os
-import sys
 import warnings
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -15,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 GLOBAL_BATCH = 12
 METHODS = {**SETTINGS, **ROUNDS}
-CASES = [(method, accumulate, view) for method in METHODS for accumulate, view in ((1, False), (3, True))]
+#: number of processes: accumulated batches, and whether gradients are views of buckets
+CASES = {2: [(1, False), (3, True)], 3: [(1, False)]}
 
 
 class EpochEnds(pl.Callback):
@@ -45,24 +44,19 @@ def train(method, accumulate, rank=0, **options):
     return ends.ends
 
 
-def main(folder):
+def run_all(folder, method):
     rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
     results = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for method, accumulate, view in CASES if world == 2 else CASES[::2]:
+        for accumulate, view in CASES[world]:
             strategy = DDPStrategy(
                 process_group_backend="gloo", find_unused_parameters=False, gradient_as_bucket_view=view
             )
-            logger = CSVLogger(folder, name=f"{world}", version=f"{method}-{accumulate}")
-            results[method, accumulate] = train(
+            logger = CSVLogger(folder, name="logs", version=f"{accumulate}")
+            results[accumulate] = train(
                 method, accumulate, rank, strategy=strategy, devices=world, logger=logger, log_every_n_steps=5
             )
     results["warnings"] = [str(warning.message) for warning in caught]
-    torch.save(results, folder / f"{world}.{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()  # without it gloo's threads now and then abort the exit
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
