@@ -38,11 +38,11 @@ def test_the_budget_is_met_exactly(method, kind):
 
 @pytest.mark.parametrize("distribution", ["erk", "uniform"])
 def test_random_pruning_is_static_and_follows_its_distribution(distribution):
-    callback = RandomPruning(0.75, distribution)
+    callback = RandomPruning(0.75, distribution=distribution)
     masks = pruned(callback, seeded(Lit), max_steps=-1)
     assert [int(mask.sum()) for mask in masks.values()] == {"erk": [40, 38, 20], "uniform": [48, 40, 10]}[distribution]
-    assert same(masks, pruned(RandomPruning(0.75, distribution), seeded(Lit)))
-    assert not same(masks, pruned(RandomPruning(0.75, distribution, seed=5), seeded(Lit)))
+    assert same(masks, pruned(RandomPruning(0.75, distribution=distribution), seeded(Lit)))
+    assert not same(masks, pruned(RandomPruning(0.75, distribution=distribution, seed=5), seeded(Lit)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,7 +193,7 @@ def test_a_compiled_submodule_is_scored_as_an_eager_one(method):
         (lambda: GraSP(0.9, temperature=-1), "temperature must be a finite number above 0, got -1"),
         (lambda: SynFlow(0.9, rounds=0), "rounds must be an integer of at least 1, got 0"),
         (lambda: SynFlow(1.0), r"sparsity must be below 1, got 1\.0"),
-        (lambda: RandomPruning(0.9, "er2"), "distribution must be one of"),
+        (lambda: RandomPruning(0.9, distribution="er2"), "distribution must be one of"),
     ],
 )
 def test_arguments_are_checked(build, message):
@@ -214,7 +214,7 @@ class Broken(Lit):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_that_are_not_finite_are_refused(method):
-    with pytest.raises(Exception, match=rf"{method} got scores of net\.0\.weight that are NaN or infinite"):
+    with pytest.raises(Exception, match=rf"{method}.* got scores of net\.0\.weight that are NaN or infinite"):
         fit(METHODS[method](0.9), seeded(Broken))
 
 
@@ -273,5 +273,5 @@ def test_manual_optimization_is_refused_with_a_way_out(method):
             super().__init__()
             self.automatic_optimization = False
 
-    with pytest.raises(Exception, match=f"{method} needs the loss .* Manual optimizes manually.*SynFlow or RandomPr"):
+    with pytest.raises(Exception, match=f"{method}.* needs the loss .* Manual optimizes manually.*SynFlow or RandomPr"):
         fit(LOSS[method](0.9), seeded(Manual))

@@ -13,7 +13,7 @@ MOVERS = {
     "RigL": lambda s, **kw: RigL(s, update_every=3, stop_at=1.0, **kw),
     "ITOP": lambda s, **kw: ITOP(s, update_every=3, **kw),
     "MEST": lambda s, **kw: MEST(s, update_every=3, stop_at=1.0, **kw),
-    "GGR": lambda s, **kw: GGR(s, 0.3, update_every=3, stop_at=1.0, **kw),
+    "GGR": lambda s, **kw: GGR(s, drop_fraction=0.3, update_every=3, stop_at=1.0, **kw),
     "SNFS": lambda s, **kw: SNFS(s, update_every=3, **kw),
     "DSR": lambda s, **kw: DSR(s, init_threshold=0.1, update_every=3, stop_at=1.0, **kw),
     "DeepR": lambda s, **kw: DeepR(s, l1=0.01, **kw),
@@ -77,7 +77,7 @@ def test_ties_are_settled_alike_in_every_run():
 
     runs = []
     for _ in range(2):
-        callback = GGR(0.8, 0.5, update_every=2, stop_at=1.0, seed=1)
+        callback = GGR(0.8, drop_fraction=0.5, update_every=2, stop_at=1.0, seed=1)
         fit(callback, seeded(Level), loader(48), max_epochs=1)
         runs.append(callback.masks)
     assert all(torch.equal(mask, runs[1][name]) for name, mask in runs[0].items())

@@ -20,7 +20,7 @@ METHODS["GraNet"] = lambda s: MASKED["GraNet"](sparsity=s, initial_sparsity=0.0)
 METHODS["LotteryTicket"] = lambda s: ROUNDS["LotteryTicket"](sparsity=s)
 for heuristic in ("random", "grabo", "synflow"):
     METHODS[f"MemoryEfficientDST-{heuristic}"] = lambda s, heuristic=heuristic: MemoryEfficientDST(
-        s, heuristic, update_every=7
+        s, heuristic=heuristic, update_every=7
     )
 
 

@@ -195,7 +195,7 @@ def test_norms_bend_no_flow():
 
 @pytest.mark.parametrize("heuristic", ["grabo", "synflow"])
 def test_weights_whose_units_cannot_be_told_are_sampled_uniformly_and_named(heuristic):
-    callback = MemoryEfficientDST(0.8, heuristic, update_every=4)
+    callback = MemoryEfficientDST(0.8, heuristic=heuristic, update_every=4)
     found = spy(callback)
     with pytest.warns(UserWarning, match=r"draws the endpoints of some weights uniformly.*'net.rnn.weight_ih_l0'"):
         fit(callback, seeded(lambda: Lit(LSTM())))
@@ -216,7 +216,7 @@ class Functional(Lit):
 
 @pytest.mark.parametrize("heuristic", ["grabo", "synflow"])
 def test_layers_that_are_not_called_are_sampled_uniformly_and_named(heuristic):
-    callback = MemoryEfficientDST(0.8, heuristic, update_every=4)
+    callback = MemoryEfficientDST(0.8, heuristic=heuristic, update_every=4)
     found = spy(callback)
     with pytest.warns(UserWarning, match=r"draws the endpoints.*'net.0.weight', 'net.2.weight', 'net.4.weight'"):
         fit(callback, seeded(Functional))

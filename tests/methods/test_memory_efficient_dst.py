@@ -102,7 +102,7 @@ DP = {"a": [[9.0, 9.0, -3.0, 1.0], [9.0, 2.0, 9.0, -4.0]], "b": [[9.0, 0.5], [-6
 @pytest.mark.parametrize("heuristic", ["random", "grabo", "synflow"])
 def test_an_update_drops_and_grows_over_all_layers(heuristic):
     """With all inactive connections sampled it is RigL's growth, over all layers."""
-    callback = MemoryEfficientDST(0.5, heuristic, subset_multiplier=100)
+    callback = MemoryEfficientDST(0.5, heuristic=heuristic, subset_multiplier=100)
     weights = attached(callback, W, DP)
     weights[0].optimizer.state[weights[0].parameter]["momentum_buffer"] = torch.ones(2, 4)
     callback.update(weights, 0.5, 1.0)  # 3 of 6: -0.05, 0.1, -0.2 go, -6, -4, -3 come
@@ -118,7 +118,7 @@ def test_with_everything_sampled_growth_is_that_of_rigl_over_all_layers(density)
     shapes = {"a": (9, 30), "b": (10, 11), "c": (5, 4, 3)}
     values = {name: (torch.randn(shape) * (torch.rand(shape) < density)).tolist() for name, shape in shapes.items()}
     gradients = {name: torch.randn(shape).tolist() for name, shape in shapes.items()}
-    callback = MemoryEfficientDST(0.5, "random", 1000)
+    callback = MemoryEfficientDST(0.5, heuristic="random", subset_multiplier=1000)
     weights = attached(callback, values, gradients)
     before = [weight.mask for weight in weights]
     callback.update(weights, 0.3, 1.0)
@@ -132,11 +132,11 @@ def test_with_everything_sampled_growth_is_that_of_rigl_over_all_layers(density)
 
 
 def test_no_layer_falls_below_the_least_density():
-    callback = MemoryEfficientDST(0.5, "random", 100, min_layer_density=0.5)
+    callback = MemoryEfficientDST(0.5, heuristic="random", subset_multiplier=100, min_layer_density=0.5)
     weights = attached(callback, W, DP)
     callback.update(weights, 0.5, 1.0)  # a has 4 of 8, b has 2 of 4: nothing may go
     assert grids(weights) == {name: (torch.tensor(values) != 0).int().tolist() for name, values in W.items()}
-    callback = MemoryEfficientDST(0.5, "random", 100, min_layer_density=0.25)
+    callback = MemoryEfficientDST(0.5, heuristic="random", subset_multiplier=100, min_layer_density=0.25)
     weights = attached(callback, W, DP)
     callback.update(weights, 0.7, 1.0)  # a may lose 2 and b 1: -0.05, 0.1, -0.2, and not 0.3
     assert grids(weights) == {"a": [[1, 0, 1, 0], [0, 0, 1, 1]], "b": [[1, 0], [1, 0]]}
@@ -144,7 +144,7 @@ def test_no_layer_falls_below_the_least_density():
 
 def test_no_more_is_dropped_than_there_is_room_for():
     dense = {"a": [[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]], "b": [[0.1, 0.2]]}
-    callback = MemoryEfficientDST(0.1, "random", 3)
+    callback = MemoryEfficientDST(0.1, heuristic="random", subset_multiplier=3)
     weights = attached(callback, dense, dense)
     callback.update(weights, 0.9, 1.0)
     assert grids(weights) == {"a": [[1, 1, 1], [1, 1, 1]], "b": [[0, 1]]}, "one place was free"
@@ -152,7 +152,7 @@ def test_no_more_is_dropped_than_there_is_room_for():
 
 def test_with_multiplier_1_growth_is_random_as_in_set():
     """Whatever the gradients, and in proportion to the layers' sizes: 2 in a, 1 in b."""
-    callback, counts = MemoryEfficientDST(0.5, "random", 1), torch.zeros(12)
+    callback, counts = MemoryEfficientDST(0.5, heuristic="random", subset_multiplier=1), torch.zeros(12)
     for seed in range(600):
         weights = attached(callback, W, DP)
         callback.generator.manual_seed(seed)
@@ -172,7 +172,7 @@ def test_subsets_are_proportional_to_layer_sizes_and_hold_nothing_active_or_drop
     shapes = {"a": (10, 30), "b": (10, 10), "c": (5, 20)}
     torch.manual_seed(0)
     values = {name: (torch.rand(shape) * (torch.rand(shape) < 0.2)).tolist() for name, shape in shapes.items()}
-    callback = MemoryEfficientDST(0.8, "random", multiplier)
+    callback = MemoryEfficientDST(0.8, heuristic="random", subset_multiplier=multiplier)
     weights = attached(callback, values, values)
     active = {weight.name: weight.mask.flatten() for weight in weights}
     draw = callback.subsets
@@ -222,7 +222,9 @@ def hooks(module):
 @pytest.mark.filterwarnings("ignore:.*draws the endpoints of some weights uniformly")
 @pytest.mark.filterwarnings("ignore:.*has no weight left")
 def test_the_budget_is_exact_after_every_update(heuristic, build, sparsity):
-    callback = MemoryEfficientDST(sparsity, heuristic, 3, drop_fraction=0.5, update_every=4, stop_at=1.0)
+    callback = MemoryEfficientDST(
+        sparsity, heuristic=heuristic, subset_multiplier=3, drop_fraction=0.5, update_every=4, stop_at=1.0
+    )
     watch = Watch(callback)
     module, _ = fit([callback, watch], seeded(lambda: Lit(build())), max_epochs=1)
     size = sum(mask.numel() for mask in callback.masks.values())
@@ -257,7 +259,7 @@ def test_no_hook_is_left_by_an_exception(heuristic, moment, monkeypatch):
 
     if moment == "update":
         monkeypatch.setattr(select, "global_top_k", lambda *args: 1 / 0)
-    callback, module = MemoryEfficientDST(0.8, heuristic, update_every=5), seeded(Fails)
+    callback, module = MemoryEfficientDST(0.8, heuristic=heuristic, update_every=5), seeded(Fails)
     with pytest.raises(ArithmeticError):
         fit(callback, module)
     assert not hooks(module)

@@ -93,7 +93,7 @@ def reference(net, sparsity, activation_sparsity, accumulate, epochs):
 def test_trains_as_the_autograd_reference(net, accumulate):
     epochs = 2 * accumulate
     W, masks, rest = reference(seeded(lambda: net(torch.float64)), 0.7, 0.6, accumulate, epochs)
-    callback = SWAT(0.7, 0.6)
+    callback = SWAT(0.7, activation_sparsity=0.6)
     module = Lit(seeded(lambda: net(torch.float64)))
     trainer(callback, max_epochs=epochs, accumulate_grad_batches=accumulate).fit(module, loader(dtype=torch.float64))
     start = dict(seeded(lambda: net(torch.float64)).named_parameters())
@@ -108,7 +108,7 @@ def test_trains_as_the_autograd_reference(net, accumulate):
 @pytest.mark.parametrize("hooked", [False, True])
 def test_all_weights_and_activations_are_dense_training_to_the_last_bit(hooked):
     """With hooks, too: 1e-9 of an input of some hundred values is none of them."""
-    callback = SWAT(0.0, 1e-9 if hooked else 0.0)
+    callback = SWAT(0.0, activation_sparsity=1e-9 if hooked else 0.0)
     module, _ = fit(callback, seeded(lambda: Lit(cnn())))
     dense, _ = fit([], seeded(lambda: Lit(cnn())))
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), dense.parameters(), strict=True))
@@ -201,7 +201,7 @@ def test_no_trace_is_left_after_fit_and_copies_work_during_it():
 
 
 def test_counts_are_exact_and_the_work_of_gradients_is_told():
-    callback = SWAT(0.77, 0.5, distribution="erk")
+    callback = SWAT(0.77, activation_sparsity=0.5, distribution="erk")
     fit(callback)
     assert sum(int(m.sum()) for m in callback.masks.values()) == 392 - round(0.77 * 392)
     assert callback.gradient_density == 0.5
@@ -221,7 +221,7 @@ def test_layers_that_do_not_read_one_input_plainly_have_sparse_weights_alone():
         def forward(self, x):
             return self.head(self.rnn(self.conv(x.view(-1, 2, 6)).mT)[0][:, -1])
 
-    callback = SWAT(0.5, 0.75)
+    callback = SWAT(0.5, activation_sparsity=0.75)
     fit(callback, seeded(lambda: Lit(Net())), max_epochs=1)
     dense = {name for name, share in callback.layer_gradient_density.items() if share == 1}
     assert dense == {"net.conv.weight", "net.rnn.weight_ih_l0", "net.rnn.weight_hh_l0"}
@@ -244,4 +244,4 @@ def test_inputs_that_are_copied_before_they_are_read_are_not_told_as_sparse():
 @pytest.mark.parametrize("value", [-0.1, 1.1, "x"])
 def test_bad_arguments_are_refused(value):
     with pytest.raises(ValueError, match=r"^activation_sparsity must be a number from 0 to 1, got"):
-        SWAT(0.8, value)
+        SWAT(0.8, activation_sparsity=value)

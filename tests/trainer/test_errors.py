@@ -108,7 +108,7 @@ def test_nothing_to_make_sparse_is_refused_with_the_reasons(method):
     module = seeded(Lit)
     for p in module.parameters():
         p.requires_grad_(p.ndim == 1)
-    with pytest.raises(MisconfigurationException, match=rf"(?s){method} found nothing.*frozen.*include=") as error:
+    with pytest.raises(MisconfigurationException, match=rf"(?s){method}.* found nothing.*frozen.*include=") as error:
         fit(SETTINGS[method](), module)
     assert "net.0.weight" in str(error.value)
     with pytest.raises(MisconfigurationException, match="found nothing to make sparse"):
@@ -162,7 +162,7 @@ def test_optimizers_that_are_exchanged_during_the_fit_are_refused(method):
                 self.trainer.strategy.setup_optimizers(self.trainer)
 
     module, callback = seeded(Exchanges), SETTINGS[method]()
-    with pytest.raises(MisconfigurationException, match=rf"have been exchanged .*{method} acts in .*another fit"):
+    with pytest.raises(MisconfigurationException, match=rf"have been exchanged .*{method}.* acts in .*another fit"):
         fit(callback, module)
     assert effective(module, callback)
 
@@ -175,7 +175,7 @@ def test_a_weight_that_is_replaced_during_the_fit_is_refused(method):
                 self.net[2] = nn.Linear(16, 10)
                 self.optimizers().optimizer.add_param_group({"params": list(self.net[2].parameters())})
 
-    with pytest.raises(MisconfigurationException, match=rf"net\.2\.weight became another parameter .*{method} would"):
+    with pytest.raises(MisconfigurationException, match=rf"net\.2\.weight became another parameter .*{method}.* would"):
         fit(SETTINGS[method](), seeded(Replaces))
 
 
@@ -195,14 +195,14 @@ class ZeroRedundancyOptimizer(torch.optim.SGD):
 @pytest.mark.parametrize("method", REPRESENTATIVES)
 def test_sharded_optimizers_are_refused(method):
     module = seeded(lambda: Lit(optimizer=lambda p: ZeroRedundancyOptimizer(p, lr=0.1)))
-    with pytest.raises(MisconfigurationException, match=rf"{method} needs every process to make the same update"):
+    with pytest.raises(MisconfigurationException, match=rf"{method}.* needs every process to make the same update"):
         fit(SETTINGS[method](), module)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="old torch")
 def test_thresholds_are_refused_by_an_optimizer_that_takes_matrices_alone():
     module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.Muon([q for q in p if q.ndim == 2])))
-    with pytest.raises(MisconfigurationException, match=r"DST trains thresholds, .* Muon takes .*net\.0\.weight,"):
+    with pytest.raises(MisconfigurationException, match=r"DST.* trains thresholds, .* Muon takes .*net\.0\.weight,"):
         fit(SETTINGS["DST"](), module)
     fit(SETTINGS["TopKAST"](), module, max_steps=2)
 

@@ -120,7 +120,7 @@ def test_manual_optimization_with_several_steps_a_batch_misses_none(tmp_path):
 
 def test_an_interval_that_the_trainer_would_swallow_is_warned_of(tmp_path):
     with pytest.warns(
-        UserWarning, match=r"log_every_n_steps=5 of DST is not a multiple of the Trainer's 50.*Set Trainer"
+        UserWarning, match=r"log_every_n_steps=5 of DST.* is not a multiple of the Trainer's 50.*Set Trainer"
     ):
         fit(SETTINGS["DST"](log_every_n_steps=5), logger=CSVLogger(tmp_path), max_epochs=1)
     with warnings.catch_warnings():
