@@ -59,7 +59,7 @@ class LatentCallback(SparseCallback):
 
     @abstractmethod
     def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
-        """Replace ``dP``, the gradient of ``P``, by ``dW``; write that of ``tau`` where ``weight.thresholds`` has it."""
+        """Replace ``dP``, the gradient of ``P``, by ``dW``; that of ``tau`` goes to ``weight.thresholds.dtau["t"]``."""
 
     def new_buffers(self, latent: Tensor) -> dict[str, Tensor]:
         """Return further tensors of a weight's state, of its shape."""

@@ -189,7 +189,7 @@ class TopKCallback(LatentCallback):
         """Set the clocks; one for each weight until a fit tells which have an optimizer together."""
         if self._fit.module is None:
             self._groups.clear()
-            for index, (name, weight) in enumerate(self._weights.items()):
+            for index, weight in enumerate(self._weights.values()):
                 self._groups[index].weights = [weight]
         for group in self._groups.values():
             group.updates = max((updates.get(weight.name, 0) for weight in group.weights), default=0)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from lightning_sparse.rules.matrices import as_matrix, write_matrix
 from lightning_sparse.weights.thresholds import WeightThresholds
 
 __all__ = ["LatentGroup", "LatentWeight"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -80,8 +82,16 @@ class LatentWeight:
             self._views[keep_as] = matrix
         return matrix
 
-    def write(self, P: Tensor, effective: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Write ``P``; return what ``effective`` returns, which gets ``W`` and where to write, both ``(out, n)``."""
+    def write(self, P: Tensor, effective: Callable[[Tensor, Tensor], Result]) -> Result:
+        """Write ``P``.
+
+        Args:
+            P: of the parameter's shape.
+            effective: writes ``P (out, n)``, its second argument, made of ``W (out, n)``, its first one.
+
+        Returns:
+            What ``effective`` returns.
+        """
         same_layout = P.stride() == self.latent.stride()
         work = P if same_layout else torch.empty_like(self.latent)
         out = self.matrix(work, "P" if same_layout else None)
@@ -92,7 +102,11 @@ class LatentWeight:
         return result
 
     def turn_gradient(self, gradients: Callable[[Tensor, Tensor], None]) -> None:
-        """Make the parameter's gradient that of ``W``, in place: ``gradients`` gets ``dP`` and ``W``, both ``(out, n)``."""
+        """Make the parameter's gradient that of ``W``, in place.
+
+        Args:
+            gradients: turns ``dP (out, n)`` into ``dW``; it gets ``W (out, n)`` as well.
+        """
         assert self.parameter is not None
         assert self.parameter.grad is not None
         gradient = self.parameter.grad

@@ -76,7 +76,7 @@ class WeightThresholds:
         return any(t.grad is not None for t in self.values.values())
 
     def per_row(self, key: str = "t") -> Tensor:
-        """Return thresholds as ``(out, 1)`` or ``(out, n)``: a view that is kept as long as they stay where they are."""
+        """Return thresholds as ``(out, 1)`` or ``(out, n)``: a view, kept as long as they stay where they are."""
         t = self.values[key]
         kept = self._views.get(key)
         if kept is not None and kept.data_ptr() == t.data_ptr():
@@ -108,7 +108,7 @@ class WeightThresholds:
             t.copy_(others[key])
 
     def move_like(self, parameter: nn.Parameter, transposed_groups: int) -> None:
-        """Go to the device and the order of memory of ``parameter``, as the same objects: an optimizer may know them."""
+        """Go to the device and the order of memory of ``parameter``; an optimizer may know them: they stay the same."""
         self.transposed_groups = transposed_groups
         for t in self.values.values():
             like = parameter if t.ndim > 1 else t
