@@ -17,14 +17,16 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import BaseFinetuning, MisconfigurationException, Trainer
 from lightning_sparse.compat.options import Options, option
+from lightning_sparse.compat.torch_private import found_infinite
 from lightning_sparse.trainer.readouts import Readouts
+from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.thresholds import Granularity, ThresholdBuffer, WeightThresholds, buffers
 
 __all__ = ["Granularity", "ThresholdBuffer", "Thresholded", "Thresholds"]
 
 
-class Thresholded(Options, Readouts, ABC):
+class Thresholded(Options, Readouts, Verbs, ABC):
     """A method with trained thresholds: what it says of them, and what is read of them.
 
     It stands before the family in a method's bases, as in ``class DST(Thresholded, LatentCallback)``. The gradient of
@@ -191,7 +193,7 @@ class Thresholds:
 
     def make_finite(self, optimizer: Optimizer) -> None:
         """Write 0 where gradients are not finite; only right before the update, as clipping by norm spreads them."""
-        skippable = getattr(optimizer, "found_inf", None) is not None  # fused under AMP: may turn out to be no step
+        skippable = found_infinite(optimizer) is not None  # fused under AMP: may turn out to be no step
         for buffer in self._buffers.get(id(optimizer), ()):
             for dt in buffer.gradients_in_use():
                 if buffer.kernels.known_finite(dt):

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
+from lightning_sparse.compat.torch_private import found_infinite
 from lightning_sparse.families import common
 from lightning_sparse.families.latent import LatentCallback, LatentGroup, LatentWeight
 from lightning_sparse.layers.selection import ParameterChoice
@@ -197,5 +198,5 @@ class TopKCallback(LatentCallback):
 
 def _skipped(optimizer: Optimizer) -> bool:
     """Tell whether a fused optimizer under AMP has found its gradients infinite and made no update."""
-    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
+    found = found_infinite(optimizer)
+    return found is not None and bool(found)

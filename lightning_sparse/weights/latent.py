@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import kernels
 from lightning_sparse.kernels.bits import pack, unpack
+from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
 from lightning_sparse.weights.thresholds import WeightThresholds
 
@@ -42,7 +41,7 @@ class LatentWeight:
     parameter: nn.Parameter | None = None
     effective: Tensor | None = None
     _views: dict[str, Tensor] = field(default_factory=dict)
-    _kernels: ModuleType | None = None
+    _kernels: ThresholdKernels | None = None
 
     @property
     def size(self) -> int:
@@ -56,10 +55,10 @@ class LatentWeight:
         return self.trained
 
     @property
-    def kernels(self) -> ModuleType:
+    def kernels(self) -> ThresholdKernels:
         """The kernels that suit this weight and its thresholds best."""
         if self._kernels is None:
-            self._kernels = kernels.for_tensors(self.matrix(self.latent), self.thresholds.per_row())
+            self._kernels = for_tensors(self.matrix(self.latent), self.thresholds.per_row())
         return self._kernels
 
     @property

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import kernels
+from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
 
 __all__ = ["Granularity", "ThresholdBuffer", "WeightThresholds", "buffers"]
@@ -87,7 +86,7 @@ class WeightThresholds:
             self._views[key] = rows
         return rows
 
-    def fold(self, kernels: ModuleType) -> None:
+    def fold(self, kernels: ThresholdKernels) -> None:
         """Add ``dtau`` up to ``gradients``, where it is no view of them."""
         for key, dtau in self.dtau.items():
             dt = self.gradients[key]
@@ -144,7 +143,7 @@ class ThresholdBuffer:
         kernels: the kernels that suit these vectors best.
     """
 
-    kernels: ModuleType
+    kernels: ThresholdKernels
 
     def __init__(self, thresholds: Sequence[WeightThresholds], sums: Sequence[str] = ()) -> None:
         self.thresholds = thresholds
@@ -154,7 +153,7 @@ class ThresholdBuffer:
         names = list(thresholds[0].values)
         for key in names:
             self.values[key] = self._lay_out([each[key] for each in thresholds])
-            self.kernels = kernels.for_tensors(*(self.values[key].unsqueeze(1),) * 2)
+            self.kernels = for_tensors(*(self.values[key].unsqueeze(1),) * 2)
         for key in (*names, *sums):
             self._lay_out_gradients(key, [each[names[0]] for each in thresholds])
 

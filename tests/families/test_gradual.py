@@ -226,7 +226,7 @@ def test_a_training_too_short_for_a_schedule_is_told():
 
 
 def test_a_training_without_end_is_refused():
-    with pytest.raises(MisconfigurationException, match="GraNet.* must know how long the training is"):
+    with pytest.raises(MisconfigurationException, match=r"GraNet.* must know how long the training is"):
         watched(GraNet(0.9), max_epochs=-1)
 
 

@@ -135,5 +135,5 @@ def test_operations_without_a_second_derivative_are_refused():
         def forward(self, x):
             return Square.apply(super().forward(x))
 
-    with pytest.raises(Exception, match="GraSP.* needs second derivatives, which an operation of the module does not"):
+    with pytest.raises(Exception, match=r"GraSP.* needs second derivatives, which an operation of the module does not"):
         fit(GraSP(0.9), seeded(Once))

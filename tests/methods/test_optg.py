@@ -145,7 +145,7 @@ def test_another_fit_keeps_the_sparsity_that_was_reached():
 
 
 def test_a_training_without_end_is_refused():
-    with pytest.raises(MisconfigurationException, match="OptG.* must know how long the training is"):
+    with pytest.raises(MisconfigurationException, match=r"OptG.* must know how long the training is"):
         fit(OptG(0.8), max_epochs=-1, max_time={"seconds": 20})
 
 

@@ -62,10 +62,10 @@ def test_an_interrupted_choice_of_sets_leaves_a_sparse_network(monkeypatch):
     callback, module = TopKAST(0.8, 0.5), seeded(Lit)
     choose = callback.choose
 
-    def interrupted(weights):
+    def interrupted(*arguments):
         if callback._fit.trainer is not None and callback._fit.trainer.global_step == 5:
             raise RuntimeError("out of memory")
-        select_parameters(weights)
+        choose(*arguments)
 
     monkeypatch.setattr(callback, "choose", interrupted)
     with pytest.raises(RuntimeError, match="out of memory"):
