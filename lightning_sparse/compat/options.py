@@ -85,7 +85,7 @@ def option(
     kw_only: bool = True,
     init: bool = True,
 ) -> Any:
-    """Declare an option in the body of a class, as in ``rate: float = option(default=0.9, doc="share kept.")``.
+    """Declare an option of a class, in its body: ``rate: float`` is made equal to what this returns.
 
     Args:
         default: left out: the argument is required.
