@@ -27,9 +27,9 @@ from lightning_sparse.families.common import (
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution, budget, layer_counts
 from lightning_sparse.rules.patterns import UNSTRUCTURED
+from lightning_sparse.storage.masked import MaskedStore
 from lightning_sparse.storage.sparse import SparseStore
-from lightning_sparse.storage.store import MaskedStore, Owner, Storage, Store
-from lightning_sparse.storage.stored import Stored
+from lightning_sparse.storage.store import Storage, Store, Stored
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.guards import refuse_other_sparsity
 from lightning_sparse.weights.base import Weight, all_finite, finite
@@ -37,7 +37,7 @@ from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
 __all__ = ["MaskedCallback"]
 
-_STORES: dict[str, Callable[[Owner], Store]] = {"masked": MaskedStore, "sparse": SparseStore}
+_STORES: dict[str, Callable[[Stored], Store]] = {"masked": MaskedStore, "sparse": SparseStore}
 
 
 class MaskedCallback(Stored, SparseCallback):
@@ -69,13 +69,8 @@ class MaskedCallback(Stored, SparseCallback):
     skips_update = False
 
     def __post_init__(self) -> None:
-        """Check what the options are together, and make the state."""
+        """Make the state."""
         super().__post_init__()
-        if self.storage == "masked" and self.plain_checkpoints is not None:
-            raise ValueError(
-                f"plain_checkpoints is for storage='sparse', got {self.plain_checkpoints!r} with storage='masked', "
-                "whose checkpoints are always plain. Leave it out."
-            )
         self.store: Store = _STORES[self.storage](self)
         self.generator = torch.Generator()
         self._weights: dict[str, Weight] = {}

@@ -29,7 +29,7 @@ from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
 from lightning_sparse.storage.store import Storage
 from lightning_sparse.trainer.rewind import restore, snapshot
 from lightning_sparse.weights.base import Weight
-from lightning_sparse.weights.masked import dense
+from lightning_sparse.weights.masked import dense, keep_zero_state
 
 __all__ = ["LotteryTicket"]
 
@@ -168,7 +168,7 @@ class LotteryTicket(MaskedCallback):
         restore(self._rewind_point, trainer, pl_module)
         for weight in dense([*self._weights.values()]):
             weight.keep_zeros()
-            weight.keep_zero_state()
+            keep_zero_state(weight)
 
     # ------------------------------------------------------------------ the family's verbs and state
 

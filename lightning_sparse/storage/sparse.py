@@ -28,7 +28,7 @@ from lightning_sparse.rules.budgets import budget
 from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
 from lightning_sparse.storage.measure import DENSE, measure
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
-from lightning_sparse.storage.store import Owner, Store
+from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
 from lightning_sparse.trainer.guards import averaging, refuse_other_weights
 from lightning_sparse.weights.base import Weight
@@ -48,7 +48,7 @@ class SparseStore(Store):
 
     name = "sparse"
 
-    def __init__(self, method: Owner) -> None:
+    def __init__(self, method: Stored) -> None:
         super().__init__(method)
         self._plain = False  # checkpoints have dense weights
         self._backend: str | None = None

@@ -4,42 +4,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_sparse.compat.lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.unit_activity import Hooks
-from lightning_sparse.trainer.adopt import Adoption, adopt
+from lightning_sparse.trainer.adopt import Adoption
 from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.base import Weight
-from lightning_sparse.weights.masked import MaskedWeight
+from lightning_sparse.weights.group import WeightGroups
 
-__all__ = ["MaskedStore", "Owner", "Storage", "Store"]
+__all__ = ["Storage", "Store", "Stored"]
 
 Storage = Literal["masked", "sparse"]
-
-
-class Owner(Verbs, Callback, ABC):
-    """What a store asks of the method whose weights it keeps."""
-
-    _weights: dict[str, Weight]
-    include: Sequence[str] | None
-    exclude: Sequence[str]
-    sparsity_target: float
-    plain_checkpoints: bool | None
-
-    #: layers pass connections on to each other, so their values change their length
-    resizes: bool = False
-
-    @property
-    def surplus(self) -> int:
-        """Number of connections that the layers have above the budget for now."""
-        return 0
-
-    @abstractmethod
-    def draw(self, weights: Sequence[Weight], run_seed: int) -> None:
-        """Give weights their first connections, from the beginning of the method's random numbers."""
 
 
 class Store:
@@ -51,7 +28,7 @@ class Store:
 
     name: Storage
 
-    def __init__(self, method: Owner) -> None:
+    def __init__(self, method: "Stored") -> None:
         self.method = method
 
     # ------------------------------------------------------------------ a fit begins and ends
@@ -149,44 +126,95 @@ class Store:
         """Change the module's part of a checkpoint."""
 
 
-class MaskedStore(Store):
-    """Dense parameters, and a boolean mask beside each."""
+class Stored(Verbs, Callback, ABC):
+    """A method whose weights a store keeps: it passes Lightning's hooks on to the store.
 
-    name = "masked"
+    Attributes:
+        store: where the weights are kept.
+    """
 
-    def adopt(  # noqa: D102  (inherited)
-        self, choices: Sequence[ParameterChoice], held: Mapping[str, Weight], resumed: bool
-    ) -> tuple[Adoption, dict[str, Weight]]:
-        shapes = {name: weight.shape for name, weight in held.items()}
-        adoption = adopt(self.method, choices, shapes, resumed, lambda: all(_fits(c, held[c.name]) for c in choices))
-        weights = self.add(choices)
-        for name, weight in weights.items() if adoption != "fresh" else ():
-            self.restore(weight, held[name])
-        return adoption, weights
+    store: "Store"
+    _weights: dict[str, Weight]
+    _groups: WeightGroups
+    include: Sequence[str] | None
+    exclude: Sequence[str]
+    sparsity_target: float
+    plain_checkpoints: bool | None
 
-    def add(self, choices: Sequence[ParameterChoice]) -> dict[str, Weight]:  # noqa: D102  (inherited)
-        return {
-            choice.name: MaskedWeight(
-                choice.name,
-                torch.ones_like(choice.parameter, dtype=torch.bool, requires_grad=False),
-                choice.parameter,
-                transposed_groups=choice.transposed_groups,
-            )
-            for choice in choices
-        }
+    #: layers pass connections on to each other, so their values change their length
+    resizes: bool = False
 
-    def _load(self, name: str, state: Mapping[str, Any], held: Mapping[str, Weight]) -> Weight:
-        return MaskedWeight(name, state["mask"].bool(), buffers=dict(state["buffers"]))
+    @property
+    def surplus(self) -> int:
+        """Number of connections that the layers have above the budget for now."""
+        return 0
 
-    def restore(self, weight: Weight, saved: Weight) -> None:  # noqa: D102  (inherited)
-        assert isinstance(weight, MaskedWeight)
-        assert isinstance(saved, MaskedWeight)
-        weight.restore(saved)
+    @abstractmethod
+    def draw(self, weights: Sequence[Weight], run_seed: int) -> None:
+        """Give weights their first connections, from the beginning of the method's random numbers."""
 
+    # ------------------------------------------------------------------ what users read
 
-def _fits(choice: ParameterChoice, state: Weight) -> bool:
-    """Tell whether a parameter is 0 wherever an earlier fit left it inactive."""
-    return not bool((choice.parameter.cpu() != 0).logical_and_(~state.mask.cpu()).any())
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Where each weight is active: a boolean tensor of the weight's shape, by parameter name."""
+        return {name: weight.mask for name, weight in self._weights.items()}
+
+    def mask(self, name: str) -> Tensor:
+        """Return one of ``masks``, without making the others."""
+        return self._weights[name].mask
+
+    @property
+    def layer_count(self) -> dict[str, int]:
+        """Number of active connections of each layer, by parameter name."""
+        return {name: weight.num_active for name, weight in self._weights.items()}
+
+    @property
+    def mask_versions(self) -> dict[str, int]:
+        """A number for each weight, another one whenever its mask has changed."""
+        return {name: weight.mask_version for name, weight in self._weights.items()}
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Get ready before the module is configured and a checkpoint is loaded."""
+        super().setup(trainer, pl_module, stage)
+        self.store.setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the weights over."""
+        self.store.begin_fit(trainer)
+        super().on_fit_start(trainer, pl_module)
+        self.store.begin_training(trainer)
+
+    def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
+        """Raise unless all the weights are held as the store does."""
+        self.store.refuse(choices)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete the gradients of a micro-batch."""
+        super().on_after_backward(trainer, pl_module)
+        self.store.after_backward(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the store have its say in what a checkpoint holds of the module."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        self.store.on_save_checkpoint(pl_module, checkpoint)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave effective weights behind, and the module as it was."""
+        super().on_exception(trainer, pl_module, exception)
+        self.store.abort()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""
+        finish = self.store.end(stage)
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._groups.end()
+            for weight in self._weights.values():
+                weight.detach()
+        finish()
 
 
 def _nothing() -> None:

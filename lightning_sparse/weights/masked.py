@@ -10,7 +10,7 @@ from lightning_sparse.rules import select
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
 from lightning_sparse.weights.base import Weight, all_finite, fresh_value, new_version, optimizer_state
 
-__all__ = ["MaskedWeight", "dense"]
+__all__ = ["MaskedWeight", "dense", "keep_zero_state"]
 
 
 class MaskedWeight(Weight):
@@ -141,18 +141,13 @@ class MaskedWeight(Weight):
             return
         self.mask = self.mask.clone().logical_and_(mask)  # in the parameter's layout
         self.keep_zeros()
-        self.keep_zero_state()
+        keep_zero_state(self)
 
     def keep_zeros(self) -> None:  # noqa: D102  (inherited)
         select.zero_outside_(self.W, self.mask)
 
     def keep_zero_gradients(self) -> None:  # noqa: D102  (inherited)
         select.zero_outside_(self.dP, self.mask)
-
-    def keep_zero_state(self) -> None:
-        """Set to 0 the optimizer's state of what is not active."""
-        for _, state in optimizer_state(self):
-            select.zero_outside_(state, self.mask)
 
     # ------------------------------------------------------------------ state
 
@@ -175,6 +170,12 @@ class MaskedWeight(Weight):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_indices": None}
+
+
+def keep_zero_state(weight: MaskedWeight) -> None:
+    """Set to 0 the optimizer's state of what is not active."""
+    for _, state in optimizer_state(weight):
+        select.zero_outside_(state, weight.mask)
 
 
 def dense(weights: Sequence[Weight]) -> list[MaskedWeight]:

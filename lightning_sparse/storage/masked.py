@@ -1,0 +1,62 @@
+"""MaskedStore: dense parameters, and a boolean mask beside each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_sparse.layers.selection import ParameterChoice
+from lightning_sparse.storage.store import Store, Stored
+from lightning_sparse.trainer.adopt import Adoption, adopt
+from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.masked import MaskedWeight
+
+__all__ = ["MaskedStore"]
+
+
+class MaskedStore(Store):
+    """Dense parameters, and a boolean mask beside each."""
+
+    name = "masked"
+
+    def __init__(self, method: Stored) -> None:
+        super().__init__(method)
+        if method.plain_checkpoints is not None:
+            raise ValueError(
+                f"plain_checkpoints is for storage='sparse', got {method.plain_checkpoints!r} with storage='masked', "
+                "whose checkpoints are always plain. Leave it out."
+            )
+
+    def adopt(  # noqa: D102  (inherited)
+        self, choices: Sequence[ParameterChoice], held: Mapping[str, Weight], resumed: bool
+    ) -> tuple[Adoption, dict[str, Weight]]:
+        shapes = {name: weight.shape for name, weight in held.items()}
+        adoption = adopt(self.method, choices, shapes, resumed, lambda: all(_fits(c, held[c.name]) for c in choices))
+        weights = self.add(choices)
+        for name, weight in weights.items() if adoption != "fresh" else ():
+            self.restore(weight, held[name])
+        return adoption, weights
+
+    def add(self, choices: Sequence[ParameterChoice]) -> dict[str, Weight]:  # noqa: D102  (inherited)
+        return {
+            choice.name: MaskedWeight(
+                choice.name,
+                torch.ones_like(choice.parameter, dtype=torch.bool, requires_grad=False),
+                choice.parameter,
+                transposed_groups=choice.transposed_groups,
+            )
+            for choice in choices
+        }
+
+    def _load(self, name: str, state: Mapping[str, Any], held: Mapping[str, Weight]) -> Weight:
+        return MaskedWeight(name, state["mask"].bool(), buffers=dict(state["buffers"]))
+
+    def restore(self, weight: Weight, saved: Weight) -> None:  # noqa: D102  (inherited)
+        assert isinstance(weight, MaskedWeight)
+        assert isinstance(saved, MaskedWeight)
+        weight.restore(saved)
+
+
+def _fits(choice: ParameterChoice, state: Weight) -> bool:
+    """Tell whether a parameter is 0 wherever an earlier fit left it inactive."""
+    return not bool((choice.parameter.cpu() != 0).logical_and_(~state.mask.cpu()).any())
