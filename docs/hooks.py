@@ -1,15 +1,22 @@
 """What the site needs beyond docs/: pages from the repository's top level, formulas as MathML, docstrings."""
 
+import inspect
 import re
+import sys
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
-from griffe import Extension, Object
+from griffe import Class, Extension, Function, Object, Parameter, ParameterKind, Parameters
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
+
+import lightning_sparse  # noqa: F401  (loads all classes that have options)
+from lightning_sparse.compat.options import Options
 
 #: files of the top level and the pages that they become
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "LICENSE": "LICENSE"}
@@ -76,13 +83,36 @@ def _mathml(formula: str, display: str) -> str:
 
 
 class Docstrings(Extension):  # type: ignore[misc]
-    """Turn what docstrings have of other markup into Markdown: ``:class:`~package.Name``` and doctests."""
+    """Take arguments that are made at import; turn other markup into Markdown: ``:class:`~package.Name``` and doctests."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Rewrite the docstring of one module, class or function."""
+        kind = getattr(sys.modules.get(obj.module.path), obj.name, None) if isinstance(obj, Class) else None
+        if isinstance(kind, type) and issubclass(kind, Options) and kind.options() and obj.docstring:
+            obj.docstring.value = kind.__doc__ or ""
+            obj.set_member("__init__", Function("__init__", parameters=Parameters(*_parameters(kind))))
         if obj.docstring:
             text = re.sub(r":[a-z]+:`~?([\w.]*?)(\w+)`", _reference, obj.docstring.value)
             obj.docstring.value = re.sub(r"^( *)>>> .*(\n\1\S.*|\n\1 .*)*", _fenced, text, flags=re.M)
+
+
+def _parameters(kind: type[Options]) -> Iterator[Parameter]:
+    yield Parameter("self", kind=ParameterKind.positional_only)
+    for option in kind.options():
+        given = option.parameter
+        how = ParameterKind.positional_or_keyword if option.positional else ParameterKind.keyword_only
+        default = None if given.default is inspect.Parameter.empty else repr(given.default)
+        yield Parameter(option.name, annotation=_annotation(option.annotation), kind=how, default=default)
+
+
+def _annotation(kind: Any) -> str:
+    """Write a type as source code does, with the values of a ``Literal``."""
+    alternatives = get_args(kind) if inspect.formatannotation(get_origin(kind)) in _UNIONS else (kind,)
+    texts = [inspect.formatannotation(each).replace("collections.abc.", "") for each in alternatives]
+    return " | ".join("None" if each is NoneType else text for each, text in zip(alternatives, texts, strict=True))
+
+
+_UNIONS = ("Union", "types.UnionType")
 
 
 def _reference(role: re.Match[str]) -> str:
