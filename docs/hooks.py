@@ -83,7 +83,7 @@ def _mathml(formula: str, display: str) -> str:
 
 
 class Docstrings(Extension):  # type: ignore[misc]
-    """Take arguments that are made at import; turn other markup into Markdown: ``:class:`~package.Name``` and doctests."""
+    """Show arguments that are made at import; turn ``:class:`~package.Name``` and doctests into Markdown."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Rewrite the docstring of one module, class or function."""
