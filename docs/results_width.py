@@ -82,7 +82,7 @@ def run(kind: str, width: float, sparse: bool, seed: int, epochs: int, data_dir:
     data.setup("fit")
     batches = data.train_dataloader(), data.val_dataloader()
     sparsity = 1 - weights(kind, 1.0) / weights(kind, width)
-    first = [MemoryEfficientDST(0.5, storage="sparse", update_every=1)] if sparse else []
+    first = [MemoryEfficientDST(sparsity=0.5, storage="sparse", update_every=1)] if sparse else []
     trainer(first, max_steps=4, limit_val_batches=1).fit(network(kind, 1.0), *batches)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident_memory()
