@@ -44,9 +44,9 @@ class ResumableSampler(DistributedSampler[Any]):
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader that knows its place: Lightning writes it into checkpoints and gives it back.
 
-    Its sampler must be a :class:`~lightning_sparse.zoo.data.ResumableSampler`. What was handed out before the checkpoint
-    is not loaded again. With another sampler, which Lightning puts there for ``overfit_batches``, every pass begins at
-    the beginning.
+    Its sampler must be a :class:`~lightning_sparse.zoo.data.ResumableSampler`. What was handed out before the
+    checkpoint is not loaded again. With another sampler, which Lightning puts there for ``overfit_batches``, every pass
+    begins at the beginning.
     """
 
     _taken = 0
