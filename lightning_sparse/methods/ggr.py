@@ -26,9 +26,6 @@ class GGR(PruneAndGrow):
 
     With ``storage="sparse"`` an update computes the gradient of some rows at a time.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import GGR
         >>> callback = GGR(sparsity=0.97, distribution="uniform")

@@ -34,9 +34,6 @@ class MemoryEfficientDST(PruneAndGrow):
     ``subset_multiplier |P|`` in all; of these it grows the ``|P|`` of largest ``|dP|``. At the start of a fit the
     weights of each neuron are multiplied by the square root of its dense fan-in over its actual one.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import MemoryEfficientDST
         >>> callback = MemoryEfficientDST(sparsity=0.98, heuristic="grabo", subset_multiplier=10)

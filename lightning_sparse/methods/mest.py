@@ -31,9 +31,6 @@ class MEST(PruneAndGrow):
     ``drop_fraction`` more connections than its budget, and the next update drops as many, old or new, by importance.
     The sparsity asked for is then that of the end.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import MEST
         >>> callback = MEST(sparsity=0.9, soft_bound=True)
