@@ -38,7 +38,6 @@ class BeforeTraining(DenseOnly, MaskedCallback):
     moves = False
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._scored = False
 

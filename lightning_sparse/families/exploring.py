@@ -21,7 +21,6 @@ class Exploring(MaskedCallback):
     """
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self.explored = Explored()
 

@@ -69,7 +69,6 @@ class MaskedCallback(Stored, SparseCallback):
     skips_update = False
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self.store: Store = _STORES[self.storage](self)
         self.generator = torch.Generator()

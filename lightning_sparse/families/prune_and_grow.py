@@ -63,7 +63,6 @@ class PruneAndGrow(MaskedCallback):
     new_value = 0.0
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._epochs: int | None = None
         self._watch = Watch(self)

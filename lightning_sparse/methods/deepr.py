@@ -57,7 +57,6 @@ class DeepR(DenseOnly, MaskedCallback):
     scope: Scope = option(default="layer", doc='grow in the same ``"layer"``, or anywhere (``"global"``).')
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._stepping: set[str] = set()
 

@@ -68,7 +68,6 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     distribution: Distribution | Mapping[str, float] = "uniform"
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._epochs: int | None = None
         self._pruned = 0  # rounds

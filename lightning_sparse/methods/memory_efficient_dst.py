@@ -67,7 +67,6 @@ class MemoryEfficientDST(PruneAndGrow):
     resizes = True
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}  # what goes and what comes, by layer, within an update
 

@@ -46,7 +46,6 @@ class MEST(PruneAndGrow):
     update_every: int | None = None
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self.resizes = self.soft_bound
         self._above: Counter[str] = Counter()  # connections above the budget, by the layers' names

@@ -43,7 +43,6 @@ class SWAT(TopKCallback):
     )
 
     def __post_init__(self) -> None:
-        """Begin without hooks."""
         super().__post_init__()
         self._left_out = self.sparsity_target if self.activation_sparsity is None else self.activation_sparsity
         self._hooked: list[str] = []
