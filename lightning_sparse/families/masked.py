@@ -256,7 +256,7 @@ def random_masks(method: MaskedCallback, weights: Sequence[Weight], sparsity: fl
     total = budget(sparsity, sum(weight.size for weight in weights))
     counts = layer_counts(method.distribution, shapes, total, method.min_layer_density)
     for weight in weights:
-        positions = method.pattern.draw(counts[weight.name], weight.shape, weight.size, method.generator)
+        positions = method.pattern.draw(counts[weight.name], weight.shape, method.generator)
         weight.start(positions, method.generator)
 
 

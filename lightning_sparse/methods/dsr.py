@@ -1,8 +1,7 @@
 """DSR: dynamic sparse reparameterization (Mostafa & Wang, ICML 2019).
 
-Algorithm 1. Decisions: the target number to drop, absolute in the paper, is a share of the connections; connections
-that were just dropped are not drawn again; a layer that gets more than it has room for passes the rest on to the others
-in proportion; each optimizer has a threshold of its own.
+Algorithm 1. Decisions: the target, a number in the paper, is a share of the connections; what was just dropped is not
+drawn again; a full layer passes its rest on to the others in proportion; each optimizer has a threshold of its own.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.families.shares import droppable, shared_out
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import portion
-from lightning_sparse.rules.schedules import Decay, adapted_threshold
+from lightning_sparse.rules.schedules import Decay
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroup
 
@@ -26,9 +25,8 @@ __all__ = ["DSR"]
 class DSR(PruneAndGrow):
     """Dynamic Sparse Reparameterization: one adaptive threshold for all layers; who keeps more gets more.
 
-    All connections with ``|W| < H`` are dropped, and as many are grown at random, shared out among layers in proportion
-    to their survivors. H is doubled if fewer than ``1 - tolerance`` of the target were dropped, and halved if more than
-    ``1 + tolerance``.
+    All connections with ``|W| < H`` are dropped, and as many are grown at random, shared out by the layers' survivors.
+    H is doubled if fewer than ``1 - tolerance`` of the target were dropped, and halved if more than ``1 + tolerance``.
 
     Example:
         >>> from lightning_sparse import DSR
@@ -57,7 +55,8 @@ class DSR(PruneAndGrow):
         H = group.values.setdefault("threshold", self.init_threshold)
         below = [select.count(weight.magnitudes < H) for weight in weights]
         target = portion(self.fraction(group), sum(weight.num_active for weight in weights))
-        group.values["threshold"] = adapted_threshold(H, sum(below), target, self.tolerance)
+        low, high = (1 - self.tolerance) * target, (1 + self.tolerance) * target
+        group.values["threshold"] = 2 * H if sum(below) < low else H / 2 if sum(below) > high else H
         self.rewire(weights, droppable(weights, below, self.min_layer_density), scale)
 
     def grow_counts(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:

@@ -14,7 +14,6 @@ __all__ = [
     "DECAYS",
     "Annealing",
     "Decay",
-    "adapted_threshold",
     "annealed",
     "cosine",
     "cubic",
@@ -95,16 +94,3 @@ def annealed(alpha: float, decay: Annealing, rate: float, epoch: int, epochs: in
             "or use decay='exponential' or 'none'."
         )
     return alpha * DECAYS[decay](epoch / (epochs or 1))
-
-
-def adapted_threshold(threshold: float, dropped: int, target: int, tolerance: float) -> float:
-    """Return the threshold of the next update: doubled or halved where too few or too many were dropped (DSR).
-
-    >>> [adapted_threshold(1.0, dropped, 10, 0.1) for dropped in (8, 9, 12)]
-    [2.0, 1.0, 0.5]
-    """
-    if dropped < (1 - tolerance) * target:
-        return 2 * threshold
-    if dropped > (1 + tolerance) * target:
-        return threshold / 2
-    return threshold
