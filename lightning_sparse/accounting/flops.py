@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from lightning_sparse.compat.torch_private import TorchDispatchMode, operation, storage_identity
-from lightning_sparse.layers.sparse import SparseLayer
+from lightning_sparse.layers.sparse import sparse_layers
 
 __all__ = ["OTHER", "Average", "Flops", "dense_flops", "inference", "training"]
 
@@ -97,10 +97,7 @@ def _sparse_layers(module: nn.Module) -> Iterator[dict[str, Flops]]:
     """Count, by name of weight, what the calls of sparse layers would cost in dense ones."""
     counts: dict[str, Flops] = {}
 
-    def called(
-        name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> None:
-        assert isinstance(layer, SparseLayer)
+    def called(name: str, layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         x = args[0] if args else kwargs["x"]
         count, before = 2 * output.numel() * math.prod(layer.shape[1:]), counts.get(name, Flops())
         counts[name] = Flops(
@@ -111,8 +108,7 @@ def _sparse_layers(module: nn.Module) -> Iterator[dict[str, Flops]]:
 
     handles = [
         layer.register_forward_hook(partial(called, f"{prefix}.weight" if prefix else "weight"), with_kwargs=True)
-        for prefix, layer in module.named_modules()
-        if isinstance(layer, SparseLayer)
+        for prefix, layer in sparse_layers(module).items()
     ]
     try:
         yield counts

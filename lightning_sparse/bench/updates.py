@@ -4,8 +4,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_sparse.accounting.timing import seconds, synchronize
 from lightning_sparse.bench.measure import hardware, middle, peak_above
@@ -29,6 +31,29 @@ def _rank(callback: PruneAndGrow, weights: Sequence[Weight]) -> None:
     rankings.ranking(weights, portion(0.1, sum(weight.num_active for weight in weights)), [0] * len(weights))
 
 
+def _masked(callback: PruneAndGrow, build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network as it is."""
+    return build()
+
+
+def _sparse(callback: PruneAndGrow, build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network with sparse layers, whose connections the method has drawn."""
+    module = on_meta(build)
+    choices = [choice for choice in select_parameters(module) if choice.reason is None]
+    layers = [module.get_submodule(choice.name.rpartition(".")[0]) for choice in choices]
+    callback.initial_masks([SparseWeight(c.name, c.shape, layer) for c, layer in zip(choices, layers, strict=True)])
+    return module
+
+
+#: what a method is given; those that need dense tensors have no such argument
+_OPTIONS: dict[str, dict[str, Any]] = {"masked": {}, "sparse": {"storage": "sparse"}}
+
+_MODULES: dict[str, Callable[[PruneAndGrow, Callable[[], nn.Module]], nn.Module]] = {
+    "masked": _masked,
+    "sparse": _sparse,
+}
+
+
 def _mover(
     arguments: argparse.Namespace,
     method: str,
@@ -39,16 +64,10 @@ def _mover(
     """Return a function that takes a step in which connections move, and returns the seconds that ``move`` takes."""
     torch.manual_seed(0)
     build, device = NETWORKS[arguments.network][0], arguments.device
-    callback = METHODS[method](sparsity=sparsity, **({"storage": storage} if storage != "masked" else {}))
+    callback = METHODS[method](sparsity=sparsity, **_OPTIONS[storage])
     if not isinstance(callback, PruneAndGrow):
         raise ValueError(f"--methods: an update of {method} cannot be measured by itself.")
-    if storage == "sparse":
-        module = on_meta(build)
-        choices = [choice for choice in select_parameters(module) if choice.reason is None]
-        layers = [module.get_submodule(choice.name.rpartition(".")[0]) for choice in choices]
-        callback.initial_masks([SparseWeight(c.name, c.shape, layer) for c, layer in zip(choices, layers, strict=True)])
-    else:
-        module = build()
+    module = _MODULES[storage](callback, build)
     module.to(device)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
     attach(callback, module, optimizer)

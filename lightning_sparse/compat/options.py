@@ -126,6 +126,9 @@ class Options:
         Args:
             speed: metres a second.
             steps: how many.
+        <BLANKLINE>
+        Raises:
+            ValueError: an argument is out of range.
         >>> Run(3.0, stepz=7)
         Traceback (most recent call last):
         TypeError: Run got an unexpected keyword argument 'stepz'. Did you mean 'steps'? It takes: speed, steps.
@@ -262,14 +265,15 @@ def _documented(doc: str, options: Sequence[Option]) -> str:
     """Return a docstring with the options' text as its ``Args``, before its other sections."""
     lines = inspect.cleandoc(doc).splitlines()
     sections = ("Raises:", "Example:", "Reference:", "Attributes:", "Note:")
-    at = next((i for i, line in enumerate(lines) if line in sections), len(lines))
+    first = at = next((i for i, line in enumerate(lines) if line in sections), len(lines))
     told = [known for known in options if known.doc]
     if not told:
         return "\n".join(lines)
     args = ["Args:"]
     for known in told:
         args += textwrap.wrap(f"{known.name}: {known.doc}", _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8)
-    before, after = lines[:at], lines[at:]
-    while before and not before[-1]:
-        before.pop()
-    return "\n".join([*before, "", *args, *([""] if after else []), *after])
+    raises = ["Raises:", "    ValueError: an argument is out of range."]
+    if lines[at : at + 1] == ["Raises:"]:
+        raises, at = [*raises, *lines[at + 1 :]], len(lines)
+    parts = [lines[:first], args, raises, lines[at:]]
+    return "\n\n".join("\n".join(part).strip("\n") for part in parts if part)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.compat.torch_private import tree_leaves
-from lightning_sparse.layers.sparse import SparseLayer
+from lightning_sparse.layers.sparse import sparse_layers
 
 __all__ = [
     "Example",
@@ -76,7 +76,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def dense_bytes(module: nn.Module) -> int:
     """Return what the weights of the module's sparse layers would take if they were dense."""
-    layers = [layer for layer in module.modules() if isinstance(layer, SparseLayer)]
+    layers = sparse_layers(module).values()
     return sum(math.prod(layer.shape) * layer.values.element_size() for layer in layers)
 
 
@@ -100,7 +100,7 @@ def check_dense(module: nn.Module, what: str) -> None:
         ValueError: it has some; ``what`` names the function that cannot take them.
     """
     check_module(module)
-    layers = [name or "the module" for name, layer in module.named_modules() if isinstance(layer, SparseLayer)]
+    layers = [name or "the module" for name in sparse_layers(module)]
     if layers:
         raise ValueError(
             f"{what} needs dense weights, but these layers are sparse: {', '.join(layers)}. Give it "

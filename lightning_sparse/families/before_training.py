@@ -10,18 +10,17 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_sparse.compat.options import fixed
-from lightning_sparse.families.masked import MaskedCallback
+from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, budget, floors
-from lightning_sparse.storage.store import Storage
 from lightning_sparse.trainer.probe import Probe, probing
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["BeforeTraining", "budgets"]
 
 
-class BeforeTraining(MaskedCallback):
+class BeforeTraining(DenseOnly, MaskedCallback):
     """Keep the connections with the largest scores of all layers together; they stay to the end of training.
 
     The scores are computed when training begins (``on_train_start``), of a fresh run only: one that is resumed, and a
@@ -32,8 +31,6 @@ class BeforeTraining(MaskedCallback):
 
     distribution: Distribution | Mapping[str, float] = fixed(default="erk")  # layers compete
     seed: int | None = fixed(default=None)  # nothing is drawn
-    storage: Storage = fixed(default="masked")
-    plain_checkpoints: bool | None = fixed(default=None)
 
     #: the scores need the loss of ``training_step``
     needs_loss = True
@@ -41,7 +38,6 @@ class BeforeTraining(MaskedCallback):
     moves = False
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._scored = False
 

@@ -8,15 +8,14 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.compat.options import option
 from lightning_sparse.families import magnitude
 from lightning_sparse.families.common import FINAL_SPARSITY
-from lightning_sparse.families.masked import MaskedCallback, random_masks
+from lightning_sparse.families.masked import DenseOnly, MaskedCallback, random_masks
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Scope, budget, floors
 from lightning_sparse.rules.clock import Clock
 from lightning_sparse.rules.schedules import cubic
-from lightning_sparse.storage.store import Storage
 from lightning_sparse.trainer.guards import refuse_unknown_length
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroup
@@ -24,7 +23,7 @@ from lightning_sparse.weights.group import WeightGroup
 __all__ = ["GradualPruning"]
 
 
-class GradualPruning(MaskedCallback):
+class GradualPruning(DenseOnly, MaskedCallback):
     """A number of connections that falls from step to step of a schedule, by magnitude, and ends at the target exactly.
 
     The sparsity of step t is ``s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3`` (Zhu & Gupta 2017, Eq. 1). The
@@ -53,8 +52,6 @@ class GradualPruning(MaskedCallback):
         check=partial(checks.integer, 1, "The papers' values are 100 to 4000."),
         doc="number of optimizer steps from update to update.",
     )
-    storage: Storage = fixed(default="masked")
-    plain_checkpoints: bool | None = fixed(default=None)
 
     def __post_init__(self) -> None:
         """Check what the options are together."""

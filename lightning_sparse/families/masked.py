@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.options import option
+from lightning_sparse.compat.options import Options, fixed, option
 from lightning_sparse.compat.torch_private import stored_values
 from lightning_sparse.families.common import (
     DISTRIBUTION,
@@ -35,7 +35,7 @@ from lightning_sparse.trainer.guards import refuse_other_sparsity
 from lightning_sparse.weights.base import Weight, all_finite, finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
-__all__ = ["MaskedCallback"]
+__all__ = ["DenseOnly", "MaskedCallback", "random_masks"]
 
 _STORES: dict[str, Callable[[Stored], Store]] = {"masked": MaskedStore, "sparse": SparseStore}
 
@@ -69,7 +69,6 @@ class MaskedCallback(Stored, SparseCallback):
     skips_update = False
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self.store: Store = _STORES[self.storage](self)
         self.generator = torch.Generator()
@@ -244,13 +243,20 @@ class MaskedCallback(Stored, SparseCallback):
         super().__setstate__({**state, "generator": generator})
 
 
+class DenseOnly(Options):
+    """A method that needs dense tensors, so it has no choice of store; it stands before the family in the bases."""
+
+    storage: Storage = fixed(default="masked")
+    plain_checkpoints: bool | None = fixed(default=None)
+
+
 def random_masks(method: MaskedCallback, weights: Sequence[Weight], sparsity: float) -> None:
     """Give weights random connections, as many as ``sparsity`` leaves to all and ``distribution`` to each."""
     shapes = {weight.name: weight.shape for weight in weights}
     total = budget(sparsity, sum(weight.size for weight in weights))
     counts = layer_counts(method.distribution, shapes, total, method.min_layer_density)
     for weight in weights:
-        positions = method.pattern.draw(counts[weight.name], weight.shape, weight.size, method.generator)
+        positions = method.pattern.draw(counts[weight.name], weight.shape, method.generator)
         weight.start(positions, method.generator)
 
 

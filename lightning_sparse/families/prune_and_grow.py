@@ -63,7 +63,6 @@ class PruneAndGrow(MaskedCallback):
     new_value = 0.0
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._epochs: int | None = None
         self._watch = Watch(self)
@@ -83,11 +82,11 @@ class PruneAndGrow(MaskedCallback):
         """Return the flat positions, ascending, of ``n`` inactive connections that take the place of ``dropped``."""
 
     def drop_counts(self, weights: Sequence[Weight], fraction: float) -> list[int]:
-        """Return how many connections each layer drops: the same share, but no more than it has room for others.
+        """Return how many connections each layer drops: the same share, but no more than others can take the place of.
 
         So none that is dropped has to come back in the same update.
         """
-        return [min(portion(fraction, weight.num_active), weight.num_inactive) for weight in weights]
+        return [min(portion(fraction, weight.num_active), self.pattern.num_movable(weight)) for weight in weights]
 
     def grow_counts(self, weights: Sequence[Weight], drops: Sequence[int]) -> Sequence[int]:
         """Return how many connections each layer grows, as many in all as ``drops``."""

@@ -117,7 +117,7 @@ class Thresholds:
 
     def __init__(self, method: Thresholded) -> None:
         self.method = method
-        self._buffers: dict[int, list[ThresholdBuffer]] = {}
+        self._laid_out: dict[int, list[ThresholdBuffer]] = {}
         self._nonfinite: Tensor | None = None
 
     # ------------------------------------------------------------------ a fit begins and ends
@@ -160,7 +160,7 @@ class Thresholds:
     def lay_out(self, optimizer: Optimizer, weights: Iterable[LatentWeight]) -> list[LatentWeight]:
         """Lay the thresholds of the weights of an optimizer end to end; return the weights in this order."""
         of = {weight.thresholds: weight for weight in weights}
-        self._buffers[id(optimizer)] = laid = buffers(of, self.method.sum_names)
+        self._laid_out[id(optimizer)] = laid = buffers(of, self.method.sum_names)
         return [of[thresholds] for buffer in laid for thresholds in buffer.thresholds]
 
     def forget_places(self, weights: Iterable[LatentWeight]) -> None:
@@ -170,11 +170,11 @@ class Thresholds:
 
     def release(self) -> None:
         """Let go of the optimizers."""
-        self._buffers = {}
+        self._laid_out = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what is laid out for optimizers."""
-        return {**self.__dict__, "_buffers": {}}
+        return {**self.__dict__, "_laid_out": {}}
 
     # ------------------------------------------------------------------ a step
 
@@ -182,7 +182,7 @@ class Thresholds:
         self, optimizer: Optimizer, weights: Sequence[LatentWeight], share: float, scale: float
     ) -> None:
         """Complete the gradients of the thresholds and hand them out, where there are any."""
-        laid = self._buffers.get(id(optimizer), [])
+        laid = self._laid_out.get(id(optimizer), [])
         for weight in weights:
             _add_up(weight)
         for buffer in laid:
@@ -194,7 +194,7 @@ class Thresholds:
     def make_finite(self, optimizer: Optimizer) -> None:
         """Write 0 where gradients are not finite; only right before the update, as clipping by norm spreads them."""
         skippable = found_infinite(optimizer) is not None  # fused under AMP: may turn out to be no step
-        for buffer in self._buffers.get(id(optimizer), ()):
+        for buffer in self._laid_out.get(id(optimizer), ()):
             for dt in buffer.gradients_in_use():
                 if buffer.kernels.known_finite(dt):
                     continue
@@ -208,7 +208,7 @@ class Thresholds:
 
     def gather(self, optimizer: Optimizer) -> None:
         """Take back thresholds to which the optimizer gave new storage."""
-        for buffer in self._buffers.get(id(optimizer), ()):
+        for buffer in self._laid_out.get(id(optimizer), ()):
             buffer.gather()
 
     def set_levels(self, weight: LatentWeight) -> None:

@@ -1,6 +1,7 @@
 """SparseInput: lets a layer keep, for the gradient of its weight, only the largest values of what it reads."""
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning_sparse.compat.torch_private import AttentionOutput
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import budget
 
-__all__ = ["SparseInput", "largest"]
+__all__ = ["SparseInput", "largest", "readers"]
 
 # their output is linear in their one input, which autograd saves for the weight's gradient alone
 _LAYERS = (
@@ -88,6 +89,15 @@ class SparseInput:
         hooks = self._open.pop() if self._open else None
         if hooks is not None:
             hooks.__exit__(None, None, None)
+
+
+def readers(module: nn.Module, weights: Mapping[str, nn.Parameter | None]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers in ``module`` that read one of ``weights`` and that ``SparseInput`` suits, with its name."""
+    names = {id(weight): name for name, weight in weights.items()}
+    for layer in module.modules():
+        name = names.get(id(getattr(layer, "weight", None)))
+        if name is not None and SparseInput.suits(layer):
+            yield name, layer
 
 
 def _as_read(x: Tensor) -> Tensor:

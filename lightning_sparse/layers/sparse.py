@@ -17,7 +17,16 @@ from lightning_sparse.kernels.structure import Structure, flat_positions, struct
 from lightning_sparse.layers.functional import conv2d, linear, padded
 from lightning_sparse.rules import sampling, select
 
-__all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "dense_weight", "make_dense_", "make_sparse_", "to_dense"]
+__all__ = [
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
+    "dense_weight",
+    "make_dense_",
+    "make_sparse_",
+    "sparse_layers",
+    "to_dense",
+]
 
 _DERIVED = ("transposed_crow", "transposed_col", "permutation")
 _SAVED = ("values", "crow", "col", "weight_shape")
@@ -376,11 +385,15 @@ def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
     return layer
 
 
+def sparse_layers(module: nn.Module) -> dict[str, SparseLayer]:
+    """Return the sparse layers in ``module`` by their names."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, SparseLayer)}
+
+
 def to_dense(module: nn.Module) -> nn.Module:
     """Turn all sparse layers in ``module`` into dense ones, in place, and return it."""
-    for layer in list(module.modules()):
-        if isinstance(layer, SparseLayer):
-            make_dense_(layer)
+    for layer in sparse_layers(module).values():
+        make_dense_(layer)
     return module
 
 

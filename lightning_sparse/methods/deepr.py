@@ -15,12 +15,11 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.options import fixed, option
-from lightning_sparse.families.masked import MaskedCallback
+from lightning_sparse.compat.options import option
+from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.families.shares import needed
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Scope
-from lightning_sparse.storage.store import Storage
 from lightning_sparse.weights.base import Weight, finite, param_group
 from lightning_sparse.weights.masked import MaskedWeight, dense
 
@@ -29,15 +28,12 @@ __all__ = ["DeepR"]
 NEW = 1e-12
 
 
-class DeepR(MaskedCallback):
+class DeepR(DenseOnly, MaskedCallback):
     r"""Deep Rewiring: every position has a fixed sign, and a connection that would change it moves elsewhere.
 
     With ``theta = sign W`` of active connections, after each update of the optimizer ``theta -= lr l1``,
     ``theta += sqrt(2 lr T) nu`` with standard normal ``nu``; where ``theta < 0`` the connection is dropped, and as many
     are grown at random.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Example:
         >>> from lightning_sparse import DeepR
@@ -59,11 +55,8 @@ class DeepR(MaskedCallback):
         "1e-5 times the learning rate, at their learning rate 0.5.",
     )
     scope: Scope = option(default="layer", doc='grow in the same ``"layer"``, or anywhere (``"global"``).')
-    storage: Storage = fixed(default="masked")
-    plain_checkpoints: bool | None = fixed(default=None)
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._stepping: set[str] = set()
 

@@ -28,9 +28,6 @@ class DFBST(Thresholded, LatentCallback):
     ``G~ = G * M_b``. The loss gains ``alpha * sum exp(-t_f) + beta * std(G~ of the whole model)``; the second term
     reaches ``t_b`` alone.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import DFBST
         >>> callback = DFBST(alpha=5e-6, beta=0.1)

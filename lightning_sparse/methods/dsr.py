@@ -1,8 +1,7 @@
 """DSR: dynamic sparse reparameterization (Mostafa & Wang, ICML 2019).
 
-Algorithm 1. Decisions: the target number to drop, absolute in the paper, is a share of the connections; connections
-that were just dropped are not drawn again; a layer that gets more than it has room for passes the rest on to the others
-in proportion; each optimizer has a threshold of its own.
+Algorithm 1. Decisions: the target, a number in the paper, is a share of the connections; what was just dropped is not
+drawn again; a full layer passes its rest on to the others in proportion; each optimizer has a threshold of its own.
 """
 
 from collections.abc import Sequence
@@ -26,12 +25,8 @@ __all__ = ["DSR"]
 class DSR(PruneAndGrow):
     """Dynamic Sparse Reparameterization: one adaptive threshold for all layers; who keeps more gets more.
 
-    All connections with ``|W| < H`` are dropped, and as many are grown at random, shared out among layers in proportion
-    to their survivors. H is doubled if fewer than ``1 - tolerance`` of the target were dropped, and halved if more than
-    ``1 + tolerance``.
-
-    Raises:
-        ValueError: an argument is out of range.
+    All connections with ``|W| < H`` are dropped, and as many are grown at random, shared out by the layers' survivors.
+    H is doubled if fewer than ``1 - tolerance`` of the target were dropped, and halved if more than ``1 + tolerance``.
 
     Example:
         >>> from lightning_sparse import DSR
@@ -42,9 +37,7 @@ class DSR(PruneAndGrow):
         ICML 2019.
     """
 
-    drop_fraction: float = option(
-        default=0.1, doc="the target: share of all connections to drop in an update, in (0, 1]."
-    )
+    drop_fraction: float = option(default=0.1, doc="target share of all connections to drop in an update, in (0, 1].")
     init_threshold: float = option(
         default=1e-3, check=partial(checks.above, 0, "The paper's value is 1e-3."), doc="H at the start, above 0."
     )
@@ -55,7 +48,6 @@ class DSR(PruneAndGrow):
     )
     decay: Decay = "none"
     stop_at: float = 0.9
-
     resizes = True
 
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
@@ -63,7 +55,8 @@ class DSR(PruneAndGrow):
         H = group.values.setdefault("threshold", self.init_threshold)
         below = [select.count(weight.magnitudes < H) for weight in weights]
         target = portion(self.fraction(group), sum(weight.num_active for weight in weights))
-        group.values["threshold"] = adapted(H, sum(below), target, self.tolerance)
+        low, high = (1 - self.tolerance) * target, (1 + self.tolerance) * target
+        group.values["threshold"] = 2 * H if sum(below) < low else H / 2 if sum(below) > high else H
         self.rewire(weights, droppable(weights, below, self.min_layer_density), scale)
 
     def grow_counts(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
@@ -78,23 +71,9 @@ class DSR(PruneAndGrow):
     @property
     def threshold(self) -> float:
         """The present H (of the first optimizer that has weights)."""
-        found = [clock["values"]["threshold"] for clock in self._groups.clocks if "threshold" in clock["values"]]
-        return float(found[0]) if found else self.init_threshold
+        return self._groups.value("threshold", self.init_threshold)
 
     @property
     def extra_metrics(self) -> dict[str, float]:
         """H is logged, too."""
         return {"sparsity/threshold": self.threshold}
-
-
-def adapted(threshold: float, dropped: int, target: int, tolerance: float) -> float:
-    """Return the threshold of the next update.
-
-    >>> adapted(1.0, 8, 10, 0.1), adapted(1.0, 9, 10, 0.1), adapted(1.0, 12, 10, 0.1)
-    (2.0, 1.0, 0.5)
-    """
-    if dropped < (1 - tolerance) * target:
-        return 2 * threshold
-    if dropped > (1 + tolerance) * target:
-        return threshold / 2
-    return threshold

@@ -23,9 +23,6 @@ class DST(Thresholded, LatentCallback):
     ``alpha * sum_layers sum_i exp(-t_i)``. The derivative of the step is taken to be the long-tailed
     ``H(x) = 2 - 4|x|`` up to ``|x| = 0.4``, ``0.4`` up to 1, and 0 beyond, so that masked weights keep learning.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import DST
         >>> callback = DST(alpha=5e-4, exclude=["*.head.weight"])

@@ -26,9 +26,6 @@ class GGR(PruneAndGrow):
 
     With ``storage="sparse"`` an update computes the gradient of some rows at a time.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import GGR
         >>> callback = GGR(sparsity=0.97, distribution="uniform")
@@ -54,7 +51,6 @@ class GGR(PruneAndGrow):
     new_value = 1e-10  # Sec. 3.3: active, though tiny
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._won: dict[str, tuple[Tensor, Tensor]] = {}  # positions and gradients, by layer, within an update
 

@@ -21,9 +21,6 @@ class GMP(GradualPruning):
 
     The sparsity of step t is ``s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3``.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import GMP
         >>> callback = GMP(sparsity=0.9, begin_at=0.1, end_at=0.7)

@@ -27,9 +27,6 @@ class GraNet(GradualPruning):
 
     Regeneration goes on after the schedule's end.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import GraNet
         >>> callback = GraNet(sparsity=0.9, initial_sparsity=0.5)

@@ -19,14 +19,13 @@ from lightning_sparse.compat.lightning import (
     Trainer,
     rank_zero_info,
 )
-from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.compat.options import option
 from lightning_sparse.families import magnitude
 from lightning_sparse.families.before_training import budgets
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
-from lightning_sparse.families.masked import MaskedCallback
+from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
-from lightning_sparse.storage.store import Storage
 from lightning_sparse.trainer.rewind import restore, snapshot
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import dense, keep_zero_state
@@ -34,7 +33,7 @@ from lightning_sparse.weights.masked import dense, keep_zero_state
 __all__ = ["LotteryTicket"]
 
 
-class LotteryTicket(MaskedCallback):
+class LotteryTicket(DenseOnly, MaskedCallback):
     """Lottery tickets: train, prune the smallest weights, rewind the others, and so on; then train what is left.
 
     The epochs of the fit are divided into ``rounds + 1`` trainings of equal length. After each but the last, weights
@@ -43,7 +42,6 @@ class LotteryTicket(MaskedCallback):
     ``rewind_epoch`` epochs), so each training runs like the first, with fewer weights.
 
     Raises:
-        ValueError: an argument is out of range.
         MisconfigurationException: at fit start, if the epochs cannot be divided into the trainings.
 
     Example:
@@ -68,11 +66,8 @@ class LotteryTicket(MaskedCallback):
     )
     scope: Scope = option(default="global", doc=PRUNING_SCOPE)
     distribution: Distribution | Mapping[str, float] = "uniform"
-    storage: Storage = fixed(default="masked")
-    plain_checkpoints: bool | None = fixed(default=None)
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._epochs: int | None = None
         self._pruned = 0  # rounds

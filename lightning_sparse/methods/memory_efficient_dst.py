@@ -34,9 +34,6 @@ class MemoryEfficientDST(PruneAndGrow):
     ``subset_multiplier |P|`` in all; of these it grows the ``|P|`` of largest ``|dP|``. At the start of a fit the
     weights of each neuron are multiplied by the square root of its dense fan-in over its actual one.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import MemoryEfficientDST
         >>> callback = MemoryEfficientDST(sparsity=0.98, heuristic="grabo", subset_multiplier=10)
@@ -70,7 +67,6 @@ class MemoryEfficientDST(PruneAndGrow):
     resizes = True
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}  # what goes and what comes, by layer, within an update
 

@@ -31,9 +31,6 @@ class MEST(PruneAndGrow):
     ``drop_fraction`` more connections than its budget, and the next update drops as many, old or new, by importance.
     The sparsity asked for is then that of the end.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import MEST
         >>> callback = MEST(sparsity=0.9, soft_bound=True)
@@ -49,7 +46,6 @@ class MEST(PruneAndGrow):
     update_every: int | None = None
 
     def __post_init__(self) -> None:
-        """Make the state."""
         super().__post_init__()
         self.resizes = self.soft_bound
         self._above: Counter[str] = Counter()  # connections above the budget, by the layers' names

@@ -34,7 +34,6 @@ class OptG(Thresholded, TopKCallback):
     at 1; r, the same curve before it is stretched so, scales the scores' learning rate.
 
     Raises:
-        ValueError: an argument is out of range.
         MisconfigurationException: at fit start, if nothing bounds the training.
 
     Example:

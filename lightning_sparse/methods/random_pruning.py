@@ -13,9 +13,6 @@ class RandomPruning(MaskedCallback):
 
     The baseline that every other method has to beat. It needs neither data nor a loss.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import RandomPruning
         >>> callback = RandomPruning(sparsity=0.9, distribution="erk")

@@ -20,9 +20,6 @@ class RigL(PruneAndGrow):
     The step that moves connections applies no optimizer update. With ``storage="sparse"`` it computes the gradient of
     some rows at a time.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import RigL
         >>> callback = RigL(sparsity=0.9, distribution="erk")

@@ -17,9 +17,6 @@ __all__ = ["SET"]
 class SET(PruneAndGrow):
     """Sparse Evolutionary Training: drop the smallest weights of each layer, grow as many at random.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import SET
         >>> callback = SET(sparsity=0.9, exclude=["*.head.weight"])

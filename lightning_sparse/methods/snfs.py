@@ -12,26 +12,23 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.compat.options import option
+from lightning_sparse.families.masked import DenseOnly
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.families.shares import droppable, shared_out
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import portion
 from lightning_sparse.rules.criteria import mean_momentum
-from lightning_sparse.storage.store import Storage
 from lightning_sparse.weights.base import Weight, finite
 from lightning_sparse.weights.masked import dense
 
 __all__ = ["SNFS"]
 
 
-class SNFS(PruneAndGrow):
+class SNFS(DenseOnly, PruneAndGrow):
     """Sparse Momentum: layers whose connections have the larger momentum on average get more of them.
 
     It keeps a dense average of gradients beside each weight and needs dense weight gradients at every step.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Example:
         >>> from lightning_sparse import SNFS
@@ -49,8 +46,6 @@ class SNFS(PruneAndGrow):
     )
     update_every: int | None = None
     stop_at: float = 1.0
-    storage: Storage = fixed(default="masked")
-    plain_checkpoints: bool | None = fixed(default=None)
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:

@@ -21,9 +21,6 @@ class SNIP(BeforeTraining):
 
     ``dP`` is the gradient of the mean loss of some batches, at the initial weights.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import SNIP
         >>> callback = SNIP(sparsity=0.95)

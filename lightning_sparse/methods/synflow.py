@@ -32,9 +32,6 @@ class SynFlow(BeforeTraining):
     and evaluation mode. The input has the shape of the module's ``example_input_array``, or else of the first tensor of
     a training batch, with one sample along the first dimension.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from lightning_sparse import SynFlow
         >>> callback = SynFlow(sparsity=0.99)

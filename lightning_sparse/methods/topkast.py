@@ -32,7 +32,6 @@ class TopKAST(Annealed, TopKCallback):
     ``l2 / 2 (sum_A W^2 + sum_{B - A} W^2 / D)``, so that only what learns fast enough gets into A.
 
     Raises:
-        ValueError: an argument is out of range.
         MisconfigurationException: at fit start, if the decay needs the number of epochs and nothing bounds it.
 
     Example:

@@ -11,8 +11,16 @@ class Connections(Protocol):
     """What criteria and patterns ask of a weight; see :class:`~lightning_sparse.weights.base.Weight`."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+
+    @property
     def size(self) -> int:
         """Number of connections there might be."""
+
+    @property
+    def num_inactive(self) -> int:
+        """Number of connections that may be grown."""
 
     @property
     def active_indices(self) -> Tensor:

@@ -3,6 +3,7 @@
 A criterion scores connections, a pattern says what the units are, ``select`` picks the exact number of them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,8 +18,11 @@ __all__ = ["UNSTRUCTURED", "Pattern", "Unstructured"]
 class Pattern(Protocol):
     """What a pattern decides; connections are flat positions, ascending unless said otherwise."""
 
-    def draw(self, n: int, shape: Sequence[int], size: int, generator: Generator) -> Tensor:
+    def draw(self, n: int, shape: Sequence[int], generator: Generator) -> Tensor:
         """Return the ``n`` connections that a weight of this ``shape`` begins with."""
+
+    def num_movable(self, weight: Connections) -> int:
+        """Return how many connections can be dropped with others to take their places."""
 
     def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
         """Return the ``n`` active connections of least score, one score for each active one, in their order."""
@@ -33,9 +37,13 @@ class Pattern(Protocol):
 class Unstructured:
     """Every connection by itself: any mask will do."""
 
-    def draw(self, n: int, shape: Sequence[int], size: int, generator: Generator) -> Tensor:
+    def draw(self, n: int, shape: Sequence[int], generator: Generator) -> Tensor:
         """Return ``n`` different positions, all equally likely."""
-        return sampling.distinct(n, size, generator)
+        return sampling.distinct(n, math.prod(shape), generator)
+
+    def num_movable(self, weight: Connections) -> int:
+        """Return the number of free places, so that none that is dropped has to come back."""
+        return weight.num_inactive
 
     def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
         """Return the ``n`` of least score; of equals the earlier position's."""

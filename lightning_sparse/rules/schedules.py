@@ -10,7 +10,18 @@ from typing import Literal
 
 from lightning_sparse.compat.lightning import MisconfigurationException
 
-__all__ = ["DECAYS", "Annealing", "Decay", "annealed", "cosine", "cubic", "linear", "none", "sigmoid", "sigmoid_cosine"]
+__all__ = [
+    "DECAYS",
+    "Annealing",
+    "Decay",
+    "annealed",
+    "cosine",
+    "cubic",
+    "linear",
+    "none",
+    "sigmoid",
+    "sigmoid_cosine",
+]
 
 
 def none(p: float) -> float:

@@ -1,5 +1,6 @@
 """Boolean masks: pure functions of tensors. Counts are exact, and among equal scores the earlier position wins."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -12,6 +13,7 @@ __all__ = [
     "count_global_top_k",
     "global_top_k",
     "largest",
+    "largest_or_above",
     "likely_bound",
     "lowest_positions",
     "positions",
@@ -140,6 +142,13 @@ def likely_bound(size: int, k: int, sample: Callable[[int], Iterable[Tensor]]) -
     stride = size >> 14
     first, *others = sample(stride)
     return _likely(torch.cat((first, *(other.to(first) for other in others))), k / stride, largest=True)
+
+
+def largest_or_above(scores: Tensor, level: Tensor, density: float) -> Tensor:
+    """Mark the share ``density`` of largest scores, and at least all above ``level``; ``scores`` are overwritten."""
+    above = scores > level
+    k = round(density * scores.numel())
+    return above if int(above.sum()) >= k else top_k(scores.masked_fill_(above, math.inf), k)
 
 
 def largest(blocks: Iterable[tuple[int, Tensor]], k: int, floor: float = -1.0) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.compat import checks
 from lightning_sparse.kernels.structure import structure
-from lightning_sparse.layers.sparse import SparseLayer, dense_weight
+from lightning_sparse.layers.sparse import SparseLayer, dense_weight, sparse_layers
 from lightning_sparse.rules import select
 
 __all__ = ["load_dense", "load_for", "make_state_sparse", "sparse_entries", "take_sparse"]
@@ -90,7 +90,7 @@ def take_sparse(
 
 def load_for(module: nn.Module, state: dict[str, Any]) -> None:
     """Make each entry of a ``state_dict`` what the layers of ``module`` load, be they dense or sparse, in place."""
-    sparse = {name: layer for name, layer in module.named_modules() if isinstance(layer, SparseLayer)}
+    sparse = sparse_layers(module)
     _make_state_dense(state, leave=sparse)
     for name, layer in sparse.items():
         if f"{name}.weight" in state:

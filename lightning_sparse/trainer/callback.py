@@ -24,11 +24,7 @@ __all__ = ["SparseCallback"]
 
 
 class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
-    """Base of every sparse-training method: it calls the verbs (:class:`~lightning_sparse.trainer.verbs.Verbs`).
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
+    """Base of every sparse-training method: it calls the verbs (:class:`~lightning_sparse.trainer.verbs.Verbs`)."""
 
     include: Sequence[str] | None = option(
         default=None,

@@ -93,6 +93,10 @@ class WeightGroups:
         for group, clock in zip(self, self._clocks, strict=False):
             group.clock = clock
 
+    def value(self, name: str, default: float) -> float:
+        """Return a number of the methods' state: that of the first group that has it."""
+        return next((clock["values"][name] for clock in self.clocks if name in clock["values"]), default)
+
     def end(self) -> None:
         """Keep the clocks alone."""
         self._of, self._clocks = {}, self.clocks

@@ -206,7 +206,7 @@ def test_counts_are_exact_and_the_work_of_gradients_is_told():
     assert sum(int(m.sum()) for m in callback.masks.values()) == 392 - round(0.77 * 392)
     assert callback.gradient_density == 0.5
     assert callback.extra_metrics == {"sparsity/backward": 0.5}
-    assert SWAT(0.9).activation_sparsity == 0.9
+    assert SWAT(0.9)._left_out == 0.9
 
 
 def test_layers_that_do_not_read_one_input_plainly_have_sparse_weights_alone():

@@ -1,0 +1,30 @@
+"""SoftThresholded: the function and the derivatives that STR and AutoSparse share."""
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.compat.options import fixed
+from lightning_sparse.families.thresholds import ThresholdBuffer, Thresholded
+from lightning_sparse.weights.latent import LatentWeight
+
+__all__ = ["SoftThresholded"]
+
+
+class SoftThresholded(Thresholded):
+    """``P = sign(W) max(|W| - T, 0)`` with ``T = sigmoid(s)``; nothing but weight decay on ``s`` drives sparsity."""
+
+    reset_above: float | None = fixed(default=None)
+
+    needs_weight_decay = True
+
+    def level(self, t: Tensor) -> Tensor:
+        """``T = sigmoid(s)``."""
+        return torch.sigmoid(t)
+
+    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
+        """Write ``sign(W) max(|W| - T, 0)``."""
+        weight.kernels.soft_project(W, weight.thresholds.tau, out)
+
+    def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
+        """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay."""
+        buffer.kernels.through_sigmoid(buffer.gradients["t"], buffer.values["t"])
