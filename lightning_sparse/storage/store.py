@@ -19,7 +19,7 @@ __all__ = ["Storage", "Store", "Stored"]
 Storage = Literal["masked", "sparse"]
 
 
-class Store:
+class Store(ABC):
     """What every store does, and when; this one does nothing but say so.
 
     Args:
@@ -61,6 +61,7 @@ class Store:
                     "sparse layers dense with lightning_sparse.storage.to_dense(module)."
                 )
 
+    @abstractmethod
     def adopt(
         self, choices: Sequence[ParameterChoice], held: Mapping[str, Weight], resumed: bool
     ) -> tuple[Adoption, dict[str, Weight]]:
@@ -71,11 +72,10 @@ class Store:
             held: what the method has of a checkpoint or an earlier fit.
             resumed: it is a checkpoint's.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, choices: Sequence[ParameterChoice]) -> dict[str, Weight]:
         """Return weights that join a fit, all active."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ steps
 
@@ -105,12 +105,13 @@ class Store:
             )
         return self._load(name, state, held)
 
+    @abstractmethod
     def _load(self, name: str, state: Mapping[str, Any], held: Mapping[str, Weight]) -> Weight:
-        raise NotImplementedError
+        """Return a weight with a state that this store has written."""
 
+    @abstractmethod
     def restore(self, weight: Weight, saved: Weight) -> None:
         """Give a weight in use the state of a loaded one."""
-        raise NotImplementedError
 
     def refuse_late_state(self) -> None:
         """Raise if a state cannot be taken up any more, now that the fit has started."""

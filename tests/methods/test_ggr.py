@@ -108,7 +108,7 @@ def test_ggrs_random_share_is_uniform():
 def test_ggr_updates_epoch_by_epoch_in_the_first_half_with_a_falling_fraction():
     class Fractions(GGR):
         def update(self, weights, fraction, scale):
-            seen.append((self._epoch, self._groups[id(weights[0].optimizer)].step, fraction))
+            seen.append((self._epoch, self._groups.of(weights[0].optimizer).step, fraction))
             super().update(weights, fraction, scale)
 
     seen = []
