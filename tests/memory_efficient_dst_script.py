@@ -62,7 +62,7 @@ def main():
     torch.set_num_threads(1)
     warnings.filterwarnings("error", ".*draws the endpoints")
     for heuristic in ("grabo", "synflow"):
-        callback = Records(0.5, heuristic, update_every=4, stop_at=0.9)
+        callback = Records(0.5, heuristic=heuristic, update_every=4, stop_at=0.9)
         strategy = DDPStrategy(process_group_backend="gloo")
         run = trainer([callback, Agrees(callback)], max_epochs=1, strategy=strategy, devices=2)
         run.fit(seeded(Holds), loader(160))

@@ -31,6 +31,7 @@ def test_gmp_compares_the_weights_of_all_layers(monkeypatch):
     callback = GMP(0.5)
     _, pool, weights = attached(callback, W)
     pool.step = 6
+    callback.plan(pool)
     callback.move(weights, pool, 1.0)
     assert grid(weights[0]) == [[1, 0, 0, 1], [0, 1, 1, 1]]
     assert grid(weights[1]) == [[1, 0], [0, 0]]
@@ -41,9 +42,11 @@ def test_gmp_by_layer_prunes_each_to_its_own_count(monkeypatch):
     callback = GMP(0.5, scope="layer")
     _, pool, weights = attached(callback, W)
     pool.step = 3  # half of the schedule: an eighth of 6 is left, shared 4 : 2
+    callback.plan(pool)
     callback.move(weights, pool, 1.0)
     assert [weight.num_active for weight in weights] == [5, 2]
     pool.step = 6
+    callback.plan(pool)
     callback.move(weights, pool, 1.0)
     assert grid(weights[0]) == [[1, 0, 0, 1], [0, 1, 0, 1]]
     assert grid(weights[1]) == [[1, 1], [0, 0]]

@@ -126,7 +126,7 @@ def test_connections_that_are_not_kept_lose_their_optimizer_state_and_others_kee
     for old, new in zip(before, after, strict=True):
         assert (old[mask & ~kept] != 0).any(), "the test would prove nothing"
         assert torch.equal(new, old * staying)
-    weight.keep_largest(9)
+    weight.keep(select.top_k(weight.W.abs(), 9, among=weight.mask))
     order = torch.sort((values * staying).abs().reshape(-1), stable=True, descending=True).indices
     assert weight.active_indices.tolist() == order[:9].sort().values.tolist()
 
@@ -204,7 +204,7 @@ def test_state_of_new_connections_is_where_their_optimizer_begins(optimizer, key
     for weight in (sparse, masked):
         weight.optimizer = optimizer([weight.parameter])
         for _ in range(3):
-            weight.parameter.grad = torch.rand_like(weight.W) + 1
+            weight.parameter.grad = torch.rand_like(weight.parameter) + 1
             weight.optimizer.step()
         weight.rewire(dropped, grown)
     state, values = (dict(optimizer_state(weight))[key] for weight in (masked, sparse))

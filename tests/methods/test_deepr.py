@@ -19,7 +19,7 @@ def test_deepr_moves_the_connections_whose_sign_has_changed():
     callback.before_step(optimizer, 1.0, 1.0)
     optimizer.step()
     callback.after_update(optimizer)
-    assert weights[0].active == 2
+    assert weights[0].num_active == 2
     assert weights[0].mask[0, :2].tolist() == [False, True]
     new = int(weights[0].mask[0, 3]) + 2
     assert module["a"][0, new] == torch.tensor([1e-12, -1e-12])[new - 2], "small, and with the sign of its place"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_sparse import GGR
-from lightning_sparse.methods.ggr import ranking
-from lightning_sparse.rules import select
+from lightning_sparse.rules import budgets, select
+from lightning_sparse.rules.ranking import ranking
 from lightning_sparse.weights.masked import MaskedWeight
 
 # ---------------------------------------------------------------------- worked out by hand
@@ -29,7 +29,7 @@ def test_ggr_counts_winners_of_all_layers_and_fills_each_by_gradient_and_at_rand
         # half of 4 and 4 goes; the 4 largest of the free: 7 6 5 4: 1 in a, 3 in b
         callback.update([a, b], 0.5, 1.0)
         assert grid(a) == [[1, 0, 0, 0], [0, 0, 1, 1]], "the only one of a goes by gradient"
-        assert b.active == 5
+        assert b.num_active == 5
         assert grid(b)[0] == [1, 1, 0]
         assert grid(b)[1] == [0, 1, 1], "2 of 3 by gradient, the third anywhere"
         assert a.W[1, 3] == b.W[1, 1] == torch.tensor(1e-10)
@@ -43,7 +43,7 @@ def test_ggrs_ablations_grow_all_by_gradient_or_at_random(share, by_gradient):
     module, _, weights = attached(callback, {"a": first.tolist()})
     graded(module, {"a": torch.arange(400.0).view(40, 10).tolist()})
     callback.update(weights, 0.5, 1.0)
-    assert weights[0].active == 8
+    assert weights[0].num_active == 8
     assert weights[0].mask.view(-1)[-4:].sum() == by_gradient
 
 
@@ -78,12 +78,12 @@ def test_ggr_loses_nothing_and_keeps_min_layer_density_whatever_the_gradients(la
     module, _, held = attached(callback, weights)
     graded(module, weights)
     for weight in held:  # begin with what the density asks for, and every second place
-        count = max(callback.least(weight), weight.num_active // 2)
+        count = max(budgets.least(floor, weight.size), weight.num_active // 2)
         weight.start(select.top_k_positions(torch.rand(weight.shape), count), callback.generator)
     before = [weight.mask for weight in held]
     callback.update(held, fraction, 1.0)
     assert sum(weight.num_active for weight in held) == sum(map(select.count, before))
-    assert all(weight.num_active >= callback.least(weight) for weight in held)
+    assert all(weight.num_active >= budgets.least(floor, weight.size) for weight in held)
 
 
 def test_ggrs_random_share_is_uniform():

@@ -14,13 +14,15 @@ def test_granet_prunes_globally_then_regenerates_by_gradient(monkeypatch):
     )
     graded(module, {"a": [[0.0, 9.0, -3.0, 1.0], [9.0, 2.0, 9.0, -4.0]], "b": [[0.0, 0.0], [0.0, 1.0]]})
     pool.values["start"], pool.step = 8, 4  # the schedule ends: half of 12
+    callback.plan(pool)
     callback.move(weights, pool, 1.0)
     # 0.1 and 0.2 are pruned (of -0.2 and 0.2 the earlier stays); at half of the training the fraction is 0.25: in a 1
     # of 4 goes, -0.2, and -4 comes, 9 being pruned just now; in b none of 2
-    assert callback.asked(pool) == 6
+    assert callback.target_count(pool) == 6
     assert grid(weights[0]) == [[1, 0, 0, 0], [0, 1, 1, 1]]
     assert grid(weights[1]) == [[1, 1], [0, 0]]
     pool.values["start"], pool.step = 6, 2  # nothing to prune, the fraction is 0.43
+    callback.plan(pool)
     callback.move(weights, pool, 1.0)
     assert grid(weights[0]) == [[1, 1, 0, 0], [0, 1, 1, 0]], "the new 0 goes, the first 9 comes"
     assert grid(weights[1]) == [[1, 1], [0, 0]]
@@ -32,5 +34,6 @@ def test_granet_does_not_grow_what_it_has_just_pruned(monkeypatch):
     module, pool, weights = attached(callback, {"a": [[4.0, 3.0, 2.0, 1.0]]})
     graded(module, {"a": [[0.0, 0.0, 0.0, 9.0]]})
     pool.step = 4
+    callback.plan(pool)
     callback.move(weights, pool, 1.0)
     assert grid(weights[0]) == [[1, 1, 0, 0]]

@@ -15,7 +15,7 @@ def test_itop_remembers_what_has_been_active():
     callback = ITOP(0.5)
     module, _, weights = attached(callback, W)
     graded(module, DP)
-    callback._explored.start(weights[0].name, weights[0].positions, 8)
+    callback.explored.start(weights[0].name, weights[0].active_indices, 8)
     assert callback.exploration_rate == 0.5
     callback.update(weights, 0.5, 1.0)
     assert grid(weights[0]) == [[1, 0, 1, 0], [0, 0, 1, 1]]
@@ -31,7 +31,7 @@ def test_itop_remembers_what_has_been_active():
 def test_itop_keeps_no_positions_before_an_update():
     class Looks(pl.Callback):
         def on_train_start(self, run, module):
-            assert all(weight._places is None for weight in callback._weights.values())
+            assert all(weight._indices is None for weight in callback._weights.values())
             looked.append(callback.exploration_rate)
 
     callback, looked = ITOP(0.75), []

@@ -263,7 +263,7 @@ def test_no_hook_is_left_by_an_exception(heuristic, moment, monkeypatch):
     with pytest.raises(ArithmeticError):
         fit(callback, module)
     assert not hooks(module)
-    assert not callback._hooks
+    assert not callback._watch._hooks
 
 
 def test_the_last_step_leaves_no_hooks_even_if_the_next_one_would_move():

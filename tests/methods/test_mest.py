@@ -15,7 +15,7 @@ def test_mest_drops_by_magnitude_and_gradient_without_its_scale():
     graded(module, {"a": [[0.0, 0.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0]]})
     # |W| + 0.5 |dP| / 4 : 0.5 0.2 / 1.1 0.4
     callback.update(weights, 0.25, 4.0)
-    assert weights[0].active == 4
+    assert weights[0].num_active == 4
     assert grid(weights[0])[0][:2] == [1, 0]
     assert [grid(weights[0])[1][i] for i in (0, 2)] == [1, 1]
 

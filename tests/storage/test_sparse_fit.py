@@ -26,7 +26,7 @@ from torch import nn
 
 import lightning_sparse.storage.sparse as training
 from lightning_sparse import SET, RandomPruning
-from lightning_sparse.storage import SparseLinear
+from lightning_sparse.storage import SparseLinear, to_dense
 from lightning_sparse.weights.sparse import SparseWeight
 
 
@@ -97,7 +97,7 @@ def test_momentum_and_moments_move_with_their_connections():
     state = optimizer.state[layer.values]
     state["exp_avg"], state["exp_avg_sq"] = torch.arange(1.0, 6), torch.arange(11.0, 16)
     layer.values.grad = torch.arange(21.0, 26)
-    weight.calls = [(torch.ones(1, 4), torch.tensor([[7.0, 8.0, 9.0]]))]
+    weight.gradient.calls = [(torch.ones(1, 4), torch.tensor([[7.0, 8.0, 9.0]]))]
     weight.rewire(weight.active_indices[[1, 4]], torch.tensor([1, 4, 10]))
     assert layer.positions.tolist() == [0, 1, 4, 5, 6, 10]
     assert layer.values.tolist() == [1, 0, 0, 3, 4, 0]
@@ -211,7 +211,7 @@ def test_a_large_module_keeps_its_sparse_layers_until_it_is_made_dense(monkeypat
         fit(RandomPruning(0.5, storage="sparse"), module)
     after = module(torch.ones(1, 12))
     assert not torch.equal(before, after)
-    assert callback.to_dense(module) is module
+    assert to_dense(module) is module
     assert {type(layer) for layer in module.net[::2]} == {nn.Linear}
     assert torch.allclose(module(torch.ones(1, 12)), after, atol=1e-6)
 

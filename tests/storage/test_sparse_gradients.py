@@ -16,6 +16,7 @@ from torch import nn
 import lightning_sparse.storage.sparse as training
 from lightning_sparse.rules import select
 from lightning_sparse.storage import SparseLinear
+from lightning_sparse.weights.base import optimizer_state
 from lightning_sparse.weights.masked import MaskedWeight
 from lightning_sparse.weights.sparse import SparseWeight
 
@@ -45,7 +46,7 @@ def test_what_lightning_does_with_gradients_is_as_with_masks(method, options):
 @pytest.mark.parametrize("method", ["RigL", "GGR"])
 def test_growth_does_not_depend_on_how_many_rows_are_looked_at_at_once(method, network, monkeypatch):
     expected, _ = run(METHODS[method](storage="sparse", seed=3), NETWORKS[network])
-    monkeypatch.setattr("lightning_sparse.weights.sparse._CHUNK", 1)
+    monkeypatch.setattr("lightning_sparse.weights.captured._CHUNK", 1)
     module, _ = run(METHODS[method](storage="sparse", seed=3), NETWORKS[network])
     assert all(torch.equal(x, module.state_dict()[name]) for name, x in expected.state_dict().items())
 
@@ -55,7 +56,7 @@ def test_no_tensor_is_near_the_size_of_the_dense_weight(method, monkeypatch):
     """Nor of its gradient, in the whole of a fit with updates; ITOP has a bit for each weight."""
     monkeypatch.setattr(training, "measure", lambda layer: {"numba": 0.5, "dense": 1.0})  # Largest sees no CSR tensor
     monkeypatch.setattr(training, "DENSE_LIMIT", 0)
-    monkeypatch.setattr("lightning_sparse.weights.sparse._CHUNK", 1 << 14)
+    monkeypatch.setattr("lightning_sparse.weights.captured._CHUNK", 1 << 14)
 
     class Wide(OnMeta):
         def configure_model(self):
@@ -78,7 +79,7 @@ def test_equal_gradients_grow_by_position():
     layer = SparseLinear(30, 20, 60, generator=generator)
     h, delta = (torch.randint(-1, 2, (4, n), generator=generator).float() for n in (30, 20))
     weight = SparseWeight("weight", (20, 30), layer)
-    weight.calls = [(h[:1], delta[:1]), (h[1:], delta[1:])]
+    weight.gradient.calls = [(h[:1], delta[:1]), (h[1:], delta[1:])]
     dense = MaskedWeight("weight", weight.mask, parameter=nn.Parameter(layer.dense_weight()))
     dense.parameter.grad = delta.t() @ h
     for n in (0, 1, 5, 50, 200, 540):
@@ -100,15 +101,16 @@ def test_a_sparse_weight_keeps_what_a_masked_one_does():
     masked = MaskedWeight("weight", sparse.mask, nn.Parameter(layer.dense_weight()))
     for weight in (sparse, masked):
         weight.optimizer = torch.optim.Adam([weight.parameter])
-        weight.parameter.grad = torch.ones_like(weight.W)
+        weight.parameter.grad = torch.ones_like(weight.parameter)
         weight.optimizer.step()
     kept = torch.rand(20, 30, generator=generator) < 0.7
-    for move in (lambda weight: weight.keep(kept), lambda weight: weight.keep_largest(50)):
+    largest = select.top_k(layer.dense_weight().abs() * kept, 50)
+    for move in (lambda weight: weight.keep(kept), lambda weight: weight.keep(largest)):
         move(sparse)
         move(masked)
         assert torch.equal(sparse.mask, masked.mask)
         assert torch.equal(layer.dense_weight(), masked.W)
-        assert sparse.W.shape == next(iter(sparse.optimizer_state()))[1].shape
+        assert sparse.values.shape == next(iter(optimizer_state(sparse)))[1].shape
     assert layer.nnz == 50
 
 
@@ -118,8 +120,11 @@ def test_gradients_of_connections_that_do_not_exist_have_to_be_finite_too(x, fin
     weight = SparseWeight("weight", (2, 3), layer)
     layer.values.grad = torch.zeros(1)
     assert weight.finite
-    weight.calls = [(torch.ones(2, 3), torch.tensor([[1.0, 1.0], [1.0, x]])), (torch.ones(0, 3), torch.ones(0, 2))]
-    weight.calls.append((torch.ones(2, 3), torch.tensor([[1.0, 1.0], [1.0, x]])))
+    weight.gradient.calls = [
+        (torch.ones(2, 3), torch.tensor([[1.0, 1.0], [1.0, x]])),
+        (torch.ones(0, 3), torch.ones(0, 2)),
+    ]
+    weight.gradient.calls.append((torch.ones(2, 3), torch.tensor([[1.0, 1.0], [1.0, x]])))
     assert weight.finite == finite
 
 

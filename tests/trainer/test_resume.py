@@ -164,7 +164,7 @@ def test_weights_only_checkpoint_is_refused(method, tmp_path):
 def test_checkpoint_of_another_granularity_is_refused(method, tmp_path):
     _, run = fit(SETTINGS[method](granularity="layer"), max_epochs=1)
     run.save_checkpoint(tmp_path / "last.ckpt")
-    with pytest.raises(MisconfigurationException, match=r"granularity='layer', this \w+ has 'neuron'"):
+    with pytest.raises(MisconfigurationException, match=r"granularity='layer', this \w+\(.*\) has 'neuron'"):
         trainer(SETTINGS[method](granularity="neuron")).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "last.ckpt")
 
 
@@ -172,7 +172,7 @@ def test_checkpoint_of_another_granularity_is_refused(method, tmp_path):
 def test_checkpoint_of_another_sparsity_is_refused(method, tmp_path):
     _, run = fit(SETTINGS[method](), max_epochs=1)
     run.save_checkpoint(tmp_path / "last.ckpt")
-    with pytest.raises(MisconfigurationException, match=r"sparsity=0.8, this \w+ has 0.6"):
+    with pytest.raises(MisconfigurationException, match=r"sparsity=0.8, this \w+\(.*\) has 0.6"):
         trainer(SETTINGS[method](sparsity=0.6)).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "last.ckpt")
 
 
@@ -180,7 +180,7 @@ def test_checkpoint_of_another_sparsity_is_refused(method, tmp_path):
 def test_checkpoint_of_another_choice_of_layers_is_refused(method, tmp_path):
     _, run = fit(SETTINGS[method](), max_epochs=1)
     run.save_checkpoint(tmp_path / "last.ckpt")
-    with pytest.raises(MisconfigurationException, match=r"no state of .*'exclude': \['net.0.*written with .*exclude"):
+    with pytest.raises(MisconfigurationException, match=r"no state of .*exclude=\['net.0.*written with "):
         trainer(SETTINGS[method](exclude=["net.0.weight"])).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "last.ckpt")
     frozen = seeded(Lit)
     frozen.net[2].requires_grad_(False)
