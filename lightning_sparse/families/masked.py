@@ -123,16 +123,13 @@ class MaskedCallback(Stored, SparseCallback):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; into the weights in use if fit has begun."""
-        begun = self._fit.module is not None
-        if begun:
-            self.store.refuse_late_state()
         refuse_other_sparsity(self, state_dict["sparsity"], self.sparsity_target)
         self._epoch = state_dict["epoch"]
         self._groups.clocks = list(state_dict["clocks"].values())
         self.generator.set_state(state_dict["generator"].cpu())
         loaded = {n: self.store.load_weight(n, state, self._weights) for n, state in state_dict["weights"].items()}
         self.store.load_state_dict(state_dict)
-        if begun:
+        if self._fit.module is not None:
             for name, weight in self._weights.items():
                 self.store.restore(weight, loaded[name])
         else:

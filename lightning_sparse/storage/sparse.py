@@ -263,7 +263,7 @@ class SparseStore(Store):
         layer = exchanged.layer if isinstance(exchanged, SparseWeight) else None
         return SparseWeight(name, state["shape"].tolist(), layer)
 
-    def refuse_late_state(self) -> None:
+    def restore(self, weight: Weight, saved: Weight) -> None:
         """Raise: the connections are in the module's part of a checkpoint."""
         raise MisconfigurationException(
             f"{self.method!r} cannot take up a state after a fit has started. Use a "

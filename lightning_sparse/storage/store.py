@@ -111,10 +111,7 @@ class Store(ABC):
 
     @abstractmethod
     def restore(self, weight: Weight, saved: Weight) -> None:
-        """Give a weight in use the state of a loaded one."""
-
-    def refuse_late_state(self) -> None:
-        """Raise if a state cannot be taken up any more, now that the fit has started."""
+        """Give a weight in use the state of a loaded one; raise if that cannot be, now that the fit has started."""
 
     def state_dict(self, weights: Mapping[str, Weight]) -> dict[str, Any]:
         """Return what a checkpoint keeps: the weights' state, and the store's own."""

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_sparse import SET, RandomPruning, RigL
 from lightning_sparse.families.masked import MaskedCallback
 from lightning_sparse.layers.selection import select_parameters
+from lightning_sparse.rules import select
 from lightning_sparse.storage import SparseLinear
 from lightning_sparse.weights.base import optimizer_state
 from lightning_sparse.weights.masked import MaskedWeight
