@@ -16,7 +16,7 @@ def stored_bytes(module: nn.Module, optimizers: Sequence[Optimizer], method: obj
     Args:
         module: the one that is trained, dense or with sparse layers.
         optimizers: of its parameters.
-        method: what else holds tensors: lists and dictionaries, nested, such as ``SparseCallback.held``.
+        method: what else holds tensors: lists and dictionaries, nested, such as ``SparseCallback.state_tensors``.
 
     Returns:
         ``weights``: of all parameters; ``buffers``: the module's, with the indices of sparse layers; ``gradients``:

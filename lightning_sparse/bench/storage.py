@@ -109,7 +109,7 @@ class _Clock(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read memory before sparse layers are made dense."""
         self.peak = peak_megabytes(self.device)
-        held = [callback.held for callback in trainer.callbacks if isinstance(callback, SparseCallback)]  # type: ignore[attr-defined]
+        held = [callback.state_tensors for callback in trainer.callbacks if isinstance(callback, SparseCallback)]  # type: ignore[attr-defined]
         self.stored = sum(stored_bytes(pl_module, trainer.optimizers, held).values()) / 1e6
 
 

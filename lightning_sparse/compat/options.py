@@ -119,7 +119,7 @@ class Options:
         ...     '''Run on.'''
         ...     steps: int = 100
         >>> Run(3.0), Run(speed=3.0, steps=7), inspect.signature(Run)
-        (Run(speed=3.0), Run(speed=3.0, steps=7), <Signature (speed: float, *, steps: int = 100)>)
+        (Run(speed=3.0), Run(speed=3.0, steps=7), <Signature (speed: float, *, steps: int = 100) -> None>)
         >>> print(Run.__doc__)
         Run on.
         <BLANKLINE>
@@ -163,8 +163,9 @@ class Options:
     def arguments(self) -> dict[str, Any]:
         """The settings by name of the argument, as they are now."""
         fields = {known.name: known.field for known in self.options()}
-        names = inspect.signature(type(self)).parameters  # of a constructor that someone wrote, maybe
-        found = {name: fields.get(name, name) for name in (*names, *fields)}
+        others = inspect.signature(type(self)).parameters.values()  # of a constructor that someone wrote, maybe
+        named = [p.name for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        found = {**fields, **{name: name for name in named if name not in fields}}
         return {name: getattr(self, field) for name, field in found.items() if hasattr(self, field)}
 
     @classmethod

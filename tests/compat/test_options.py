@@ -152,9 +152,9 @@ def test_a_subclass_changes_a_default_removes_an_option_and_keeps_the_text():
 
         steps: int = fixed(default=0)
 
-    assert str(inspect.signature(Quick)) == "(rate: float, *, steps: int = 1)"
+    assert str(inspect.signature(Quick)) == "(rate: float, *, steps: int = 1) -> None"
     assert "steps: how many." in inspect.getdoc(Quick)
-    assert str(inspect.signature(Still)) == "(rate: float)"
+    assert str(inspect.signature(Still)) == "(rate: float) -> None"
     assert Still(0.5).steps == 0
 
 

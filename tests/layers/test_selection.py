@@ -327,7 +327,7 @@ def test_the_table_is_shown_once_at_the_start_of_fit(caplog):
     with caplog.at_level(logging.INFO):
         fit(SETTINGS["DST"](exclude=["net.4.weight"]), max_epochs=1)
     (message,) = [r.getMessage() for r in caplog.records if "lightning_sparse" in r.getMessage()]
-    assert message.startswith("DST of lightning_sparse")
+    assert message.startswith("DST(alpha=0.005, exclude=['net.4.weight']) of lightning_sparse")
     assert "net.4.weight" in message
     assert "dense (excluded)" in message
 

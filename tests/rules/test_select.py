@@ -9,9 +9,9 @@ from torch import nn
 
 from lightning_sparse import DFBST, DST, STR, AutoSparse
 from lightning_sparse.layers.selection import select_parameters
-from lightning_sparse.methods.autosparse import _largest
 from lightning_sparse.rules.select import (
     count_global_top_k,
+    largest_or_above,
     lowest_positions,
     positions,
     put_,
@@ -131,8 +131,8 @@ def test_top_k_marks_exactly_the_k_largest(values, draw):
 
 def test_backward_set_holds_at_least_the_active_weights():
     magnitude = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
-    assert _largest(magnitude, torch.tensor([[2.5]]), 0.75).tolist() == [[True, True, True, False]]
-    assert _largest(magnitude, torch.tensor([[0.5]]), 0.25).tolist() == [[True] * 4]
+    assert largest_or_above(magnitude, torch.tensor([[2.5]]), 0.75).tolist() == [[True, True, True, False]]
+    assert largest_or_above(magnitude, torch.tensor([[0.5]]), 0.25).tolist() == [[True] * 4]
 
 
 def test_masks_densities_and_sparsity_agree():
