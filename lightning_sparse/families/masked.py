@@ -5,7 +5,7 @@ the weight after it, whatever the optimizer has done. Connections move among the
 at a step whose gradients are whole and averaged over processes, so all processes move the same ones.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,7 @@ from lightning_sparse.families.common import (
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution, budget, layer_counts
 from lightning_sparse.rules.patterns import UNSTRUCTURED
-from lightning_sparse.storage.masked import MaskedStore
-from lightning_sparse.storage.sparse import SparseStore
+from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.guards import refuse_other_sparsity
@@ -36,8 +35,6 @@ from lightning_sparse.weights.base import Weight, all_finite, finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
 __all__ = ["DenseOnly", "MaskedCallback", "random_masks"]
-
-_STORES: dict[str, Callable[[Stored], Store]] = {"masked": MaskedStore, "sparse": SparseStore}
 
 
 class MaskedCallback(Stored, SparseCallback):
@@ -70,7 +67,7 @@ class MaskedCallback(Stored, SparseCallback):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.store: Store = _STORES[self.storage](self)
+        self.store: Store = STORES[self.storage](self)
         self.generator = torch.Generator()
         self._weights: dict[str, Weight] = {}
         self._groups = WeightGroups()

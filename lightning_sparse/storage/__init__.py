@@ -1,5 +1,7 @@
 """Truly sparse layers: parameters, gradients, optimizer state and time in proportion to the nonzeros."""
 
+from collections.abc import Callable
+
 from lightning_sparse.layers.sparse import (
     SparseConv2d,
     SparseLayer,
@@ -9,5 +11,20 @@ from lightning_sparse.layers.sparse import (
     to_dense,
 )
 from lightning_sparse.storage.checkpoint import load_dense
+from lightning_sparse.storage.masked import MaskedStore
+from lightning_sparse.storage.sparse import SparseStore
+from lightning_sparse.storage.store import Storage, Store, Stored
 
-__all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "load_dense", "make_dense_", "make_sparse_", "to_dense"]
+__all__ = [
+    "STORES",
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
+    "load_dense",
+    "make_dense_",
+    "make_sparse_",
+    "to_dense",
+]
+
+#: the stores by the names of the argument ``storage``
+STORES: dict[Storage, Callable[[Stored], Store]] = {"masked": MaskedStore, "sparse": SparseStore}

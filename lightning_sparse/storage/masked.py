@@ -27,6 +27,9 @@ class MaskedStore(Store):
                 "whose checkpoints are always plain. Leave it out."
             )
 
+    def holds(self, choice: ParameterChoice) -> bool:  # noqa: D102  (inherited)
+        return choice.sparse is None
+
     def adopt(  # noqa: D102  (inherited)
         self, choices: Sequence[ParameterChoice], held: Mapping[str, Weight], resumed: bool
     ) -> tuple[Adoption, dict[str, Weight]]:
@@ -47,6 +50,9 @@ class MaskedStore(Store):
             )
             for choice in choices
         }
+
+    def wrote(self, state: Mapping[str, Any]) -> bool:  # noqa: D102  (inherited)
+        return "mask" in state
 
     def _load(self, name: str, state: Mapping[str, Any], held: Mapping[str, Weight]) -> Weight:
         return MaskedWeight(name, state["mask"].bool(), buffers=dict(state["buffers"]))

@@ -149,6 +149,9 @@ class SparseStore(Store):
 
     # ------------------------------------------------------------------ a fit begins and ends
 
+    def holds(self, choice: ParameterChoice) -> bool:  # noqa: D102  (inherited)
+        return choice.sparse is not None
+
     def begin_fit(self, trainer: Trainer) -> None:
         """Have all processes begin with the same layers."""
         self.method._fit.remove(_After)  # no checkpoint was to be loaded
@@ -257,6 +260,9 @@ class SparseStore(Store):
         trim_after(*weights)
 
     # ------------------------------------------------------------------ state
+
+    def wrote(self, state: Mapping[str, Any]) -> bool:  # noqa: D102  (inherited)
+        return "shape" in state
 
     def _load(self, name: str, state: Mapping[str, Any], held: Mapping[str, Weight]) -> Weight:
         exchanged = held.get(name)  # for this fit, of which a tuner has tried some steps

@@ -51,10 +51,14 @@ class Store(ABC):
 
     # ------------------------------------------------------------------ weights
 
+    @abstractmethod
+    def holds(self, choice: ParameterChoice) -> bool:
+        """Tell whether a parameter is held as this store holds weights."""
+
     def refuse(self, choices: Sequence[ParameterChoice]) -> None:
         """Raise unless all the weights are held as this store does."""
         for choice in choices:
-            if (choice.sparse is not None) != (self.name == "sparse"):
+            if not self.holds(choice):
                 raise MisconfigurationException(
                     f"{choice.name} is {'' if choice.sparse is not None else 'not '}held by a sparse layer, but "
                     f"{self.method!r} trains with storage={self.name!r}. Leave it out with exclude, or make "
@@ -96,9 +100,13 @@ class Store(ABC):
 
     # ------------------------------------------------------------------ state
 
+    @abstractmethod
+    def wrote(self, state: Mapping[str, Any]) -> bool:
+        """Tell whether a weight's state in a checkpoint is one that this store writes."""
+
     def load_weight(self, name: str, state: Mapping[str, Any], held: Mapping[str, Weight]) -> Weight:
         """Return a weight with the state of a checkpoint."""
-        if ("shape" in state) != (self.name == "sparse"):
+        if not self.wrote(state):
             raise MisconfigurationException(
                 f"The checkpoint was written with another storage than {self.name!r}, which this "
                 f"{self.method!r} has: give it the same."
