@@ -69,19 +69,11 @@ class SparseStore(Store):
             hook = partial(_load_hook, module)
             handles.append(register_before_load(module, hook))
             return
-        self._refuse_averages(trainer)
+        _refuse_averages(self.method, trainer)
         self._backend = None
         exchange = partial(self._exchange_layers, trainer, module)
         handles.append(_After(module, "configure_model", exchange))
         handles.append(_After(module, "on_load_checkpoint", self._take_checkpoint))
-
-    def _refuse_averages(self, trainer: Trainer) -> None:
-        """Raise if another callback averages weights over time: values whose places differ would be mixed."""
-        for other in averaging(trainer):
-            raise MisconfigurationException(
-                f"{self.method!r} holds values whose places change, which {other} would "
-                "average as if they did not. Use storage='masked', or leave it out."
-            )
 
     def abort(self) -> None:
         """Leave the module's own methods behind, also of a fit that has not come to its start."""
@@ -98,7 +90,7 @@ class SparseStore(Store):
             # an earlier fit left them so, or there are none; adopt looks whether they are what was asked for
             weights = [SparseWeight(choice.name, choice.shape, choice.sparse) for choice in choices]
         else:
-            self._refuse_layers(module, choices)
+            _refuse_layers(method, module, choices)
             weights = [SparseWeight(c.name, c.shape, module.get_submodule(_prefix(c.name))) for c in choices]
             with torch.device("cpu"):  # where draws are made, whatever the device that configure_model builds on
                 self._give_connections(weights, choices, trainer)
@@ -130,22 +122,6 @@ class SparseStore(Store):
         self.method._fit.handles.append(ignored)
         if self.method.resizes and isinstance(trainer.strategy, DDPStrategy):
             ignored.refuse_nothing_left()
-
-    def _refuse_layers(self, module: nn.Module, choices: Sequence[ParameterChoice]) -> None:
-        """Raise if a weight is not that of a plain linear layer or 2-d convolution alone."""
-        problems = []
-        for choice in choices:
-            prefix, _, local = choice.name.rpartition(".")
-            owner = module.get_submodule(prefix)
-            if type(owner) not in (nn.Linear, nn.Conv2d) or local != "weight":
-                problems.append(f"{choice.name} ({choice.layer})")
-            elif choice.tied:
-                problems.append(f"{choice.name} ({choice.layer}: a sparse layer cannot share its weight)")
-        if problems:
-            raise MisconfigurationException(
-                f"{self.method!r} can exchange plain nn.Linear and nn.Conv2d layers only, not "
-                f"{', '.join(problems)}. Leave them dense with exclude=[...], or use storage='masked'."
-            )
 
     # ------------------------------------------------------------------ a fit begins and ends
 
@@ -326,6 +302,32 @@ class _After:
         """Give the module its own method back."""
         if vars(self._module).get(self._method) is self._hook:
             delattr(self._module, self._method)
+
+
+def _refuse_averages(method: Stored, trainer: Trainer) -> None:
+    """Raise if another callback averages weights over time: values whose places differ would be mixed."""
+    for other in averaging(trainer):
+        raise MisconfigurationException(
+            f"{method!r} holds values whose places change, which {other} would "
+            "average as if they did not. Use storage='masked', or leave it out."
+        )
+
+
+def _refuse_layers(method: Stored, module: nn.Module, choices: Sequence[ParameterChoice]) -> None:
+    """Raise if a weight is not that of a plain linear layer or 2-d convolution alone."""
+    problems = []
+    for choice in choices:
+        prefix, _, local = choice.name.rpartition(".")
+        owner = module.get_submodule(prefix)
+        if type(owner) not in (nn.Linear, nn.Conv2d) or local != "weight":
+            problems.append(f"{choice.name} ({choice.layer})")
+        elif choice.tied:
+            problems.append(f"{choice.name} ({choice.layer}: a sparse layer cannot share its weight)")
+    if problems:
+        raise MisconfigurationException(
+            f"{method!r} can exchange plain nn.Linear and nn.Conv2d layers only, not "
+            f"{', '.join(problems)}. Leave them dense with exclude=[...], or use storage='masked'."
+        )
 
 
 def _load_hook(module: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
