@@ -54,6 +54,7 @@ def magnitude_and_gradient(weight: Connections, gradient_weight: float) -> Tenso
 def mean_momentum(momentum: Tensor, mask: Tensor) -> float:
     """Return the mean ``|momentum|`` over active weights, a layer's claim to connections (SNFS); 0 if there are none.
 
+    >>> import torch
     >>> mean_momentum(torch.tensor([1.0, -3.0, 8.0]), torch.tensor([True, True, False]))
     2.0
     """
