@@ -185,6 +185,7 @@ class Stored(Verbs, Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Get ready before the module is configured and a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
+        self._groups.end()  # of a fit that an exception has ended
         self.store.setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
