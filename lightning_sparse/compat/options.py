@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import wraps
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from typing_extensions import dataclass_transform
 
@@ -54,12 +54,13 @@ class Option:
 
     def refuse(self, value: Any) -> None:
         """Raise unless ``value`` is one of the names that the type lists, and passes the check."""
-        kinds = get_args(self.annotation) if get_origin(self.annotation) is not Literal else (self.annotation,)
+        union = get_origin(self.annotation) in (Union, UnionType)
+        kinds = get_args(self.annotation) if union else (self.annotation,)
         if value is None and type(None) in kinds:
             return
-        for kind in kinds:
-            if get_origin(kind) is Literal and len(kinds) - (type(None) in kinds) == 1:
-                checks.one_of(get_args(kind), **{self.name: value})
+        first, *others = (kind for kind in kinds if kind is not type(None))
+        if get_origin(first) is Literal and not others:
+            checks.one_of(get_args(first), **{self.name: value})
         if self.check is not None:
             self.check(**{self.name: value})
 
@@ -191,7 +192,12 @@ def _declared(cls: type[Options]) -> dict[str, Option]:
             continue
         said = vars(cls).get(field, _Declared())
         if not isinstance(said, _Declared):  # a default alone
-            said = _Declared(said, kw_only=not (field in bases and bases[field].positional))
+            said = _Declared(said)
+        if field in bases and said.init and said.alias is None and bases[field].name != field:
+            raise TypeError(
+                f"{cls.__name__}.{field} must be declared with the name of its argument again, as in "
+                f"{field}: ... = option(alias={bases[field].name!r}, ...): type checkers look no further."
+            )
         base = bases.get(field, Option(said.alias or field, field, hints[field]))
         own[field] = replace(
             base,
@@ -215,7 +221,6 @@ def _constructor(cls: type[Options]) -> Callable[..., None]:
     receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     signature = inspect.Signature([receiver, *(known.parameter for known in options)], return_annotation=None)
 
-    @wraps(object.__init__, assigned=("__name__", "__doc__"), updated=())
     def constructor(self: Options, *args: Any, **kwargs: Any) -> None:
         given = _bound(type(self).__name__, options, args, kwargs)
         for known in options:
@@ -224,9 +229,8 @@ def _constructor(cls: type[Options]) -> Callable[..., None]:
         self.__post_init__()
 
     constructor.__signature__ = signature  # type: ignore[attr-defined]  # a function has any attribute
-    constructor.__qualname__ = f"{cls.__qualname__}.__init__"
+    constructor.__name__, constructor.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
     constructor.__module__ = cls.__module__
-    constructor.__doc__ = None
     return constructor
 
 

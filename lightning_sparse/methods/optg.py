@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import LightningModule, Trainer
 from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.families.common import FINAL_SPARSITY
 from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.thresholds import Granularity, ThresholdBuffer, Thresholded
 from lightning_sparse.families.top_k import TopKCallback
@@ -44,9 +45,7 @@ class OptG(Thresholded, TopKCallback):
         "OptG: Optimizing Gradient-driven Criteria in Network Sparsity", arXiv 2201.12826.
     """
 
-    sparsity_target: float = option(
-        kw_only=False, doc="share of zeros at the end over all selected weights, in [0, 1)."
-    )
+    sparsity_target: float = option(alias="sparsity", kw_only=False, doc=FINAL_SPARSITY)
     steepness: float = option(
         default=10.0,
         check=partial(checks.above, 0, "10 is near 0 and 1 at the ends."),

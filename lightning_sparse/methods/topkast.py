@@ -43,7 +43,7 @@ class TopKAST(Annealed, TopKCallback):
     """
 
     sparsity_target: float = option(
-        kw_only=False, doc="share of zeros over all selected weights, ``1 - D``, in [0, 1)."
+        alias="sparsity", kw_only=False, doc="share of zeros over all selected weights, ``1 - D``, in [0, 1)."
     )
     backward_sparsity: float = option(
         kw_only=False,

@@ -28,6 +28,7 @@ __all__ = [
     "refuse_trainer",
     "refuse_unknown_length",
     "refuse_unowned",
+    "refuse_unread_checkpoint",
     "warn_of_averages",
     "warn_of_log_interval",
     "warn_of_other_weights",

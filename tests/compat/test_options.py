@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from typing import Literal
 
 import pytest
 from helpers import ROUNDS, SETTINGS
@@ -156,6 +157,25 @@ def test_a_subclass_changes_a_default_removes_an_option_and_keeps_the_text():
     assert "steps: how many." in inspect.getdoc(Quick)
     assert str(inspect.signature(Still)) == "(rate: float) -> None"
     assert Still(0.5).steps == 0
+
+
+def test_only_one_of_the_names_that_the_type_lists_is_taken():
+    class Kinds(Options):
+        """Kinds."""
+
+        one: Literal["a", "b"] | None = option(default=None, doc="a name.")
+        several: list[Literal["a", "b"]] = option(default=["a"], doc="names.")
+
+    assert (Kinds(one="b").one, Kinds().one, Kinds(several=["b"]).several) == ("b", None, ["b"])
+    with pytest.raises(ValueError, match=r"^one must be one of \['a', 'b'\], got 'c'"):
+        Kinds(one="c")
+
+
+def test_an_argument_of_another_name_than_its_field_is_declared_with_it_again():
+    with pytest.raises(TypeError, match=r"Mine\.sparsity_target must be declared .*alias='sparsity'"):
+
+        class Mine(RigL):
+            sparsity_target: float = option(doc="other words.")
 
 
 def test_a_method_that_lacks_a_verb_fails_when_it_is_constructed_with_its_name():
