@@ -1,11 +1,13 @@
 """Memory: bytes of training's tensors as they are stored, and of this process as the operating system counts it."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_sparse.compat.nested import tensors
 
 __all__ = ["peak_memory", "resident_memory", "stored_bytes"]
 
@@ -50,16 +52,12 @@ def _storage(tensor: Tensor) -> int:
 
 def _new_bytes(thing: object, seen: set[int]) -> int:
     """Return the bytes of the tensors within ``thing`` whose memory is not in ``seen``, and add it there."""
-    if isinstance(thing, Tensor):
-        if _storage(thing) in seen:
-            return 0
-        seen.add(_storage(thing))
-        return thing.untyped_storage().nbytes()
-    if isinstance(thing, Mapping):
-        return sum(_new_bytes(part, seen) for part in thing.values())
-    if isinstance(thing, (list, tuple)):
-        return sum(_new_bytes(part, seen) for part in thing)
-    return 0
+    total = 0
+    for tensor in tensors(thing):
+        if _storage(tensor) not in seen:
+            seen.add(_storage(tensor))
+            total += tensor.untyped_storage().nbytes()
+    return total
 
 
 def _linux(entry: str) -> float | None:

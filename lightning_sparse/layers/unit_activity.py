@@ -1,6 +1,6 @@
 """How strongly each unit of a layer takes part: sums at its inputs and outputs, read off a running network by hooks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.compat.compiled import Uncompiled, copied
 from lightning_sparse.compat.lightning_private import is_redirected
+from lightning_sparse.compat.nested import tensors
 from lightning_sparse.compat.torch_private import RunningNorm
 from lightning_sparse.layers.selection import NORMS
 from lightning_sparse.layers.sparse import SparseLayer, SparseLinear
@@ -133,7 +134,7 @@ class SynapticFlow(Hooks):
             torch.backends.cudnn.flags(enabled=False),  # whose recurrent layers have no backward in evaluation mode
         ):
             outputs = network(*_map(args, _ones), **_map(kwargs, _ones))
-            flow = [output.sum() for output in _tensors(outputs) if output.requires_grad]
+            flow = [output.sum() for output in tensors(outputs) if output.requires_grad]
             torch.autograd.backward(flow)
         self.calls = activity.calls
         return activity.sums()
@@ -194,11 +195,3 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         items = [_map(item, function) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)

@@ -5,7 +5,7 @@ biases and batch-norm statistics among them, take their magnitudes, as in the au
 infinite entries (attention masks); for integer inputs the ones enter at the embeddings.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.compat.nested import tensors
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.before_training import BeforeTraining
 from lightning_sparse.trainer.probe import Probe
@@ -77,7 +78,7 @@ class SynFlow(BeforeTraining):
 
 def refuse_embeddings(probe: Probe, inputs: tuple[list[Any], dict[str, Any]]) -> None:
     """Raise if a weight to be scored lies before the place where the ones enter."""
-    if all(x.is_floating_point() for x in _tensors(inputs)):
+    if all(x.is_floating_point() for x in tensors(inputs)):
         return
     tables = {id(part.weight) for part in probe.module.modules() if isinstance(part, _EMBEDDINGS)}
     chosen = [name for name, W in zip(probe.names, probe.weights, strict=True) if id(W) in tables]
@@ -99,7 +100,7 @@ def make_positive_(module: nn.Module, biases: bool) -> None:
 
 def total_output(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the sum of all that ``forward`` returns; for integer inputs the ones enter after the embeddings."""
-    tokens = [x for x in _tensors((list(args), dict(kwargs))) if not x.is_floating_point()]
+    tokens = [x for x in tensors((list(args), dict(kwargs))) if not x.is_floating_point()]
     with ExitStack() as stack:
         for part in module.modules():
             if tokens and isinstance(part, _EMBEDDINGS):
@@ -107,12 +108,12 @@ def total_output(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
         try:
             outputs = module(*args, **kwargs)
         except (NotImplementedError, RuntimeError, TypeError) as error:
-            shapes = [tuple(x.shape) for x in _tensors((list(args), dict(kwargs)))]
+            shapes = [tuple(x.shape) for x in tensors((list(args), dict(kwargs)))]
             raise MisconfigurationException(
                 f"SynFlow could not call {type(module).__name__}.forward with inputs of shapes {shapes} in double "
                 f"precision: {error}. Define forward, and set example_input_array to what it takes."
             ) from error
-    R = sum((x.sum() for x in _tensors(outputs) if x.is_floating_point()), torch.zeros(()))
+    R = sum((x.sum() for x in tensors(outputs) if x.is_floating_point()), torch.zeros(()))
     if not R.requires_grad:
         raise MisconfigurationException(
             f"SynFlow found no output of forward that depends on the weights: it returned {type(outputs).__name__}. "
@@ -125,7 +126,7 @@ def ones_like_inputs(probe: Probe) -> tuple[list[Any], dict[str, Any]]:
     """Return the positional and keyword arguments of ``forward``, filled with ones; integers become zeros."""
     given: Any = probe.module.example_input_array
     if given is None:
-        given = next(_tensors(next(probe.batches(1))), None)
+        given = next(tensors(next(probe.batches(1))), None)
         if given is None:
             raise MisconfigurationException(
                 "SynFlow found no tensor in the training batch. Set the module's example_input_array to an input."
@@ -147,12 +148,3 @@ def _filled(x: Any, device: torch.device) -> Any:
 
 def _ones(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return torch.ones_like(output)
-
-
-def _tensors(thing: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and mappings."""
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, (list, tuple, Mapping)):
-        for part in thing.values() if isinstance(thing, Mapping) else thing:
-            yield from _tensors(part)

@@ -4,12 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from lightning_sparse.accounting import flops
 from lightning_sparse.accounting.flops import Flops
 from lightning_sparse.accounting.masks import spread
 from lightning_sparse.compat.lightning import Trainer
+from lightning_sparse.compat.nested import tensors
 from lightning_sparse.monitor.layer import COUNTS, Layer
 from lightning_sparse.monitor.looks import Looks
 from lightning_sparse.trainer.callback import SparseCallback
@@ -126,7 +125,4 @@ def metrics(trainer: Trainer) -> dict[str, float | None]:
 
 def batch_size(batch: Any) -> int | None:
     """Return the length of the first tensor in a batch; None if there is none."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for part in parts if (size := batch_size(part)) is not None), None)
+    return next((len(tensor) for tensor in tensors(batch) if tensor.ndim), None)
