@@ -42,6 +42,11 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         self._scored = False
 
     @property
+    def planned_density(self) -> dict[str, float]:
+        """None: the scores tell."""
+        return {}
+
+    @property
     def num_rounds(self) -> int:
         """How often scores are computed, of a network that gets sparser from one to the next."""
         return 1
@@ -98,6 +103,8 @@ class BeforeTraining(DenseOnly, MaskedCallback):
             chosen = self.choose_masks(probe)
         for weight, mask in zip(weights, chosen, strict=True):
             weight.keep(mask)
+            if self.scale_init:
+                weight.scale_to_fan_in_()
         self._scored = True
         rank_zero_info(f"{self!r} of lightning_sparse: density {self.density:.4g}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Literal
 
 from lightning_sparse.compat import checks
 from lightning_sparse.rules.budgets import DISTRIBUTIONS, Distribution
@@ -11,9 +12,12 @@ __all__ = [
     "FINAL_SPARSITY",
     "MIN_LAYER_DENSITY",
     "PRUNING_SCOPE",
+    "SCALE_INIT",
     "SCOPE",
     "SPARSITY",
+    "Interval",
     "check_distribution",
+    "check_interval",
     "check_min_layer_density",
     "check_sparsity",
 ]
@@ -25,6 +29,10 @@ DISTRIBUTION = (
     "or a density for each glob pattern on parameter names."
 )
 MIN_LAYER_DENSITY = "no layer falls below this density."
+SCALE_INIT = (
+    "scale the weights of a network made anew to the connections that are left. Without it activations shrink from "
+    "layer to layer, and short trainings stay far behind."
+)
 SCOPE = 'the largest of each ``"layer"``, or of all together (``"global"``).'
 PRUNING_SCOPE = (
     'compare the weights of all layers (``"global"``), or prune each ``"layer"`` to its own count, given by '
@@ -33,6 +41,16 @@ PRUNING_SCOPE = (
 
 check_sparsity = partial(checks.fraction, "It is the share of zeros, 0.9 for 10 % of the weights.", below_1=True)
 check_min_layer_density = partial(checks.fraction, "0 lets a layer become empty.")
+
+#: number of optimizer steps from update to update, or "auto"
+Interval = int | Literal["auto"]
+
+
+def check_interval(update_every: Interval | None) -> None:
+    """Raise unless it is a number of steps or "auto"."""
+    if update_every != "auto":
+        remedy = "'auto' takes the paper's interval, or a shorter one where the training is shorter."
+        checks.integer(1, remedy, update_every=update_every)  # type: ignore[arg-type]  # may be anything
 
 
 def check_distribution(distribution: Distribution | Mapping[str, float]) -> None:

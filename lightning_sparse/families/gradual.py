@@ -3,18 +3,19 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import rank_zero_info
 from lightning_sparse.compat.options import option
 from lightning_sparse.families import magnitude
-from lightning_sparse.families.common import FINAL_SPARSITY
+from lightning_sparse.families.common import FINAL_SPARSITY, Interval, check_interval
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback, random_masks
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Scope, budget, floors
-from lightning_sparse.rules.clock import Clock
+from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval
 from lightning_sparse.rules.schedules import cubic
 from lightning_sparse.trainer.guards import refuse_unknown_length
 from lightning_sparse.weights.base import Weight
@@ -47,11 +48,15 @@ class GradualPruning(DenseOnly, MaskedCallback):
         check=partial(checks.fraction, "0.75 leaves a quarter of the training to recover."),
         doc="share of the training after which the target is reached (t_1), above ``begin_at`` and at most 1.",
     )
-    update_every: int = option(
-        default=100,
-        check=partial(checks.integer, 1, "The papers' values are 100 to 4000."),
-        doc="number of optimizer steps from update to update.",
+    update_every: Interval = option(
+        default="auto",
+        check=check_interval,
+        doc='number of optimizer steps from update to update; ``"auto"``: the paper\'s interval, or a shorter one with '
+        f"which the schedule has {UPDATES} updates.",
     )
+
+    #: the paper's interval, in optimizer steps
+    paper_update_every: ClassVar[int] = 100
 
     def __post_init__(self) -> None:
         """Check what the options are together."""
@@ -74,11 +79,15 @@ class GradualPruning(DenseOnly, MaskedCallback):
         refuse_unknown_length(self, self.total_steps, f"of which it prunes in the first {self.end_at:.0%}")
         for group in self._groups:
             floors(self.min_layer_density, [weight.size for weight in group.weights], self.final(group))
-        first, last = self.span()
-        if last - first <= self.update_every:
+        ticks = [tick for tick in self.clock.ticks(int(self.total_steps) - 1) if tick <= self.span()[1]]
+        rank_zero_info(
+            f"{self!r} prunes {len(ticks)} times, every {self.every} steps from step {ticks[0]} to {ticks[-1]}, "
+            f"to density {1 - self.sparsity_target:.4g} in all."
+        )
+        if len(ticks) < FEW:
             self.warn_once(
-                f"{self!r} will prune all at once: the {last - first} steps from begin_at to end_at hold "
-                f"no second update. Lower update_every, or train longer."
+                f"{self!r} will prune {'all at once' if len(ticks) == 1 else f'only {len(ticks)} times'}: begin_at and "
+                f"end_at are {ticks[-1] - self.span()[0]} steps apart. Lower update_every, or train longer."
             )
 
     def span(self) -> tuple[int, int]:
@@ -88,9 +97,15 @@ class GradualPruning(DenseOnly, MaskedCallback):
 
     @property
     def clock(self) -> Clock:
-        """When connections are pruned: every ``update_every`` steps of the schedule, and at its last."""
+        """When connections are pruned: every so many steps of the schedule, and at its last."""
         first, last = self.span()
-        return Clock(self.update_every, begin=first, end=last, closing=last)
+        return Clock(self.every, begin=first, end=last, closing=last)
+
+    @property
+    def every(self) -> int:
+        """Number of optimizer steps from update to update."""
+        first, last = self.span()
+        return interval(self.paper_update_every, last - first) if self.update_every == "auto" else self.update_every
 
     def is_due(self, group: WeightGroup) -> bool:
         """Tell whether the clock says so."""
@@ -105,6 +120,11 @@ class GradualPruning(DenseOnly, MaskedCallback):
         group.values |= {key: group.values[key] + new for key in ("start", "asked") if key in group.values}
 
     # ------------------------------------------------------------------ how many
+
+    @property
+    def planned_density(self) -> dict[str, float]:
+        """None: the layers compete."""
+        return {}
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Draw the masks of each optimizer's weights by themselves, as their schedule will go on."""

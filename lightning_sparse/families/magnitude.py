@@ -9,7 +9,7 @@ from lightning_sparse.rules.budgets import Distribution, Scope, layer_counts, le
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import dense
 
-__all__ = ["prune"]
+__all__ = ["final_counts", "prune"]
 
 
 def prune(
@@ -41,8 +41,18 @@ def prune(
             score=torch.abs,
         )
     else:
-        shapes = {weight.name: weight.shape for weight in weights}
-        ends = layer_counts(distribution, shapes, final, min_layer_density)
+        ends = final_counts(weights, final, distribution, min_layer_density)
         counts = shrunk([weight.num_active for weight in held], list(ends.values()), total)
     for weight, count in zip(held, counts, strict=True):
         weight.keep(select.top_k(weight.W.abs(), count, among=weight.mask))
+
+
+def final_counts(
+    weights: Sequence[Weight],
+    final: int,
+    distribution: Distribution | Mapping[str, float],
+    min_layer_density: float,
+) -> dict[str, int]:
+    """Return how many connections each layer has in the end under ``scope="layer"``; arguments as of ``prune``."""
+    shapes = {weight.name: weight.shape for weight in weights}
+    return layer_counts(distribution, shapes, final, min_layer_density)

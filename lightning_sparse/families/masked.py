@@ -19,6 +19,7 @@ from lightning_sparse.compat.torch_private import stored_values
 from lightning_sparse.families.common import (
     DISTRIBUTION,
     MIN_LAYER_DENSITY,
+    SCALE_INIT,
     SPARSITY,
     check_distribution,
     check_min_layer_density,
@@ -43,6 +44,11 @@ class MaskedCallback(Stored, SparseCallback):
     sparsity_target: float = option(alias="sparsity", kw_only=False, check=check_sparsity, doc=SPARSITY)
     distribution: Distribution | Mapping[str, float] = option(default="erk", check=check_distribution, doc=DISTRIBUTION)
     min_layer_density: float = option(default=0.0, check=check_min_layer_density, doc=MIN_LAYER_DENSITY)
+    scale_init: bool = option(
+        default=True,
+        doc=f"{SCALE_INIT} Each neuron's weights are multiplied by the square root of its fan-in over its number of "
+        "connections.",
+    )
     seed: int | None = option(
         default=None,
         check=partial(checks.integer, 0, "Leave it out to use the run's seed."),
@@ -134,6 +140,11 @@ class MaskedCallback(Stored, SparseCallback):
         super().load_state_dict(state_dict)
 
     # ------------------------------------------------------------------ verbs
+
+    @property
+    def planned_density(self) -> dict[str, float]:
+        """The density that each layer begins with."""
+        return self.layer_density
 
     @torch.no_grad()
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
@@ -252,6 +263,8 @@ def random_masks(method: MaskedCallback, weights: Sequence[Weight], sparsity: fl
     for weight in weights:
         positions = method.pattern.draw(counts[weight.name], weight.shape, method.generator)
         weight.start(positions, method.generator)
+        if method.scale_init:
+            weight.scale_to_fan_in_()
 
 
 def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:

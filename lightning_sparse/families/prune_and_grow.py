@@ -8,20 +8,23 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import rank_zero_info
 from lightning_sparse.compat.options import option
+from lightning_sparse.families.common import Interval, check_interval
 from lightning_sparse.families.masked import MaskedCallback
 from lightning_sparse.families.watch import Watch
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules import criteria
 from lightning_sparse.rules.budgets import portion
-from lightning_sparse.rules.clock import Clock
+from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval
 from lightning_sparse.rules.schedules import DECAYS, Decay
+from lightning_sparse.trainer.fit import epochs
 from lightning_sparse.trainer.guards import refuse_unknown_length
 from lightning_sparse.trainer.updates import unscales
 from lightning_sparse.weights.base import Weight
@@ -48,10 +51,11 @@ class PruneAndGrow(MaskedCallback):
         doc='how that share falls until the end of the updates: ``"cosine"``, ``"linear"``, ``"sigmoid"``, '
         '``"sigmoid_cosine"`` or ``"none"``.',
     )
-    update_every: int | None = option(
-        default=100,
-        check=partial(checks.integer, 1, "None updates once an epoch."),
-        doc="number of optimizer steps from update to update; None: at the first step of each epoch but the first.",
+    update_every: Interval | None = option(
+        default="auto",
+        check=check_interval,
+        doc="number of optimizer steps from update to update; None: at the first step of each epoch but the first; "
+        f'``"auto"``: the paper\'s interval, or a shorter one with which the training has {UPDATES} updates.',
     )
     stop_at: float = option(
         default=0.75,
@@ -59,12 +63,16 @@ class PruneAndGrow(MaskedCallback):
         doc="share of the training after which connections stay, in (0, 1].",
     )
 
+    #: the paper's interval in optimizer steps; None: once an epoch
+    paper_update_every: ClassVar[int | None] = 100
+
     #: the value that grown connections begin with
     new_value = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._epochs: int | None = None
+        self._every = None if self.update_every == "auto" else self.update_every
         self._watch = Watch(self)
 
     # ------------------------------------------------------------------ what a method defines
@@ -113,21 +121,46 @@ class PruneAndGrow(MaskedCallback):
 
     @property
     def clock(self) -> Clock:
-        """When connections move: in optimizer steps, or in epochs if ``update_every`` is None."""
-        if self.update_every is None:
+        """When connections move: in optimizer steps, or in epochs where they move once an epoch."""
+        if self._every is None:
             assert self._epochs is not None
             return Clock(every=1, end=self.stop_at * self._epochs)
-        return Clock(self.update_every, end=self.stop_at * self.total_steps)
+        return Clock(self._every, end=self.stop_at * self.total_steps)
+
+    def interval(self, epochs: int | None) -> int | None:
+        """Return the number of steps from update to update; None: once in each of the ``epochs``."""
+        if self.update_every != "auto":
+            return self.update_every
+        paper, steps = self.paper_update_every, self.stop_at * self.total_steps
+        if paper is not None:
+            return interval(paper, steps)
+        often = epochs is None or math.isinf(steps) or self.stop_at * epochs > UPDATES
+        return None if often else interval(math.ceil(self.total_steps / epochs), steps)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make sure that there will be updates."""
+        """Settle how often connections move, make sure that they do, and tell."""
+        self._every = self.interval(epochs(trainer))
         super().on_train_start(trainer, pl_module)
-        known = self.update_every is not None or self._epochs is not None
+        known = self._every is not None or self._epochs is not None
         purpose = f"of which it moves connections in the first {self.stop_at:.0%}"
         refuse_unknown_length(self, self.total_steps, purpose, known)
-        if math.ceil(self.clock.end / self.clock.every) <= 1:
+        last = self.total_steps - 1 if self._every else (self._epochs or 1) - 1
+        self._tell(list(self.clock.ticks(int(last))))
+
+    def _tell(self, ticks: Sequence[int]) -> None:
+        """Show the plan; warn of one that moves little."""
+        every, unit = (self._every, "step") if self._every else (1, "epoch")
+        often = f"every {every} {unit}s" if every > 1 else f"every {unit}"
+        if ticks:
+            shares = [self.fraction_at(tick) for tick in ticks]
+            rank_zero_info(
+                f"{self!r} moves connections {len(ticks)} times, {often} from {unit} {ticks[0]} to {ticks[-1]}: "
+                f"{shares[0]:.1%} of them at first, {shares[-1]:.1%} at last, {sum(shares):.2f} times all in sum."
+            )
+        if len(ticks) < FEW:
+            moves = f"connections only {len(ticks)} times" if ticks else "no connection"
             self.warn_once(
-                f"{self!r} will move no connection: the training is too short for its settings. "
+                f"{self!r} will move {moves}: the training is too short for its settings. "
                 "Lower update_every, raise stop_at, or train longer."
             )
 
@@ -136,23 +169,24 @@ class PruneAndGrow(MaskedCallback):
         self._epochs = epochs
         entered = epoch != self._epoch
         super().begin_epoch(epoch, epochs)
-        if entered and self.update_every is None and epochs is not None and self.clock.is_due(epoch):
+        if entered and self._every is None and epochs is not None and self.clock.is_due(epoch):
             for group in self._groups:
                 group.due = True
 
     def is_due(self, group: WeightGroup) -> bool:
-        """Tell whether this step is one of every ``update_every``."""
-        if self.update_every is None or group.step == 0 or group.step % self.update_every:
+        """Tell whether this step is one of those at which connections move."""
+        if self._every is None or group.step == 0 or group.step % self._every:
             return False  # at most steps, without asking how long the training is
         return self.clock.is_due(group.step)
 
+    def fraction_at(self, tick: float) -> float:
+        """Return the share of connections to drop at a tick of the clock."""
+        first = 1 if self._every is None else 0  # from the first update, in epoch 1, to the end
+        return self.drop_fraction * DECAYS[self.decay]((tick - first) / max(self.clock.end - first, 1e-9))
+
     def fraction(self, group: WeightGroup) -> float:
         """Return the share of connections to drop now."""
-        if self.update_every is None:  # from the first update, in epoch 1, to the end
-            now, end = float(self._epoch - 1), self.clock.end - 1
-        else:
-            now, end = float(group.step), self.clock.end
-        return self.drop_fraction * DECAYS[self.decay](now / max(end, 1e-9))
+        return self.fraction_at(self._epoch if self._every is None else group.step)
 
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Update with the current fraction."""

@@ -42,6 +42,10 @@ class TopKCallback(LatentCallback):
         doc=f'under ``scope="layer"``, {common.DISTRIBUTION}',
     )
     min_layer_density: float = option(default=0.0, check=common.check_min_layer_density, doc=common.MIN_LAYER_DENSITY)
+    scale_init: bool = option(
+        default=True,
+        doc=f"{common.SCALE_INIT} Each layer's are multiplied by the square root of its size over the size of A.",
+    )
 
     def __post_init__(self) -> None:
         """Begin without sets."""
@@ -111,12 +115,21 @@ class TopKCallback(LatentCallback):
 
     # ------------------------------------------------------------------ a fit begins
 
+    @property
+    def planned_density(self) -> dict[str, float]:
+        """The density that each layer begins with."""
+        return self.layer_density
+
     def new_buffers(self, latent: Tensor) -> dict[str, Tensor]:
         """All weights are active until the sets are chosen."""
         return {"A": torch.ones_like(latent, dtype=torch.bool)}
 
     def begin(self, weight: LatentWeight) -> None:
         """See a weight whose latent values are still the parameter's."""
+
+    def scale(self, weight: LatentWeight, factor: float) -> None:
+        """Multiply ``P`` by a factor, through the latent values."""
+        weight.latent.mul_(factor)
 
     @torch.no_grad()
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
@@ -140,6 +153,8 @@ class TopKCallback(LatentCallback):
             self.begin(weight)
         self.choose(weights, group.updates)
         for weight in weights:
+            if self.scale_init:
+                self.scale(weight, math.sqrt(weight.size / max(1, select.count(weight.buffers["A"]))))
             self._project(weight)
 
     # ------------------------------------------------------------------ steps

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -279,16 +279,24 @@ def _refuse_unused(patterns: set[str], choices: Sequence[ParameterChoice]) -> No
 # ---------------------------------------------------------------------- in words
 
 
-def table(title: str, choices: Sequence[ParameterChoice]) -> str:
-    """Return a readable table of what is sparse, what is not and why."""
-    rows = [("weight", "layer", "shape", "training"), *_rows(choices)]
+def table(title: str, choices: Sequence[ParameterChoice], densities: Mapping[str, float] | None = None) -> str:
+    """Return a readable table of what is sparse, what is not and why.
+
+    Args:
+        title: its first line.
+        choices: all parameters.
+        densities: those that are planned, by parameter name; None or empty: they are found in training.
+    """
+    rows = [("weight", "layer", "shape", "density", "training"), *_rows(choices, densities or {})]
+    if not densities:
+        rows = [row[:3] + row[4:] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join([title, *lines, _summary(choices)])
 
 
-def _rows(choices: Sequence[ParameterChoice]) -> Iterator[tuple[str, str, str, str]]:
+def _rows(choices: Sequence[ParameterChoice], densities: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
     """Yield a row for each parameter; those of one dimension stand together, by the reason why they are dense."""
     small: Counter[str] = Counter()
     for choice in choices:
@@ -296,9 +304,10 @@ def _rows(choices: Sequence[ParameterChoice]) -> Iterator[tuple[str, str, str, s
             small[choice.reason] += 1
             continue
         state = "sparse" if choice.reason is None else f"dense ({choice.reason})"
-        yield choice.name, choice.layer, " x ".join(map(str, choice.shape)), state
+        density = f"{densities[choice.name]:.4g}" if choice.name in densities else ""
+        yield choice.name, choice.layer, " x ".join(map(str, choice.shape)), density, state
     for reason, count in small.items():
-        yield f"{count} small ones", "", "", f"dense ({reason})"
+        yield f"{count} small ones", "", "", "", f"dense ({reason})"
 
 
 def _summary(choices: Sequence[ParameterChoice]) -> str:

@@ -43,9 +43,9 @@ class GGR(PruneAndGrow):
         doc="share of a layer's new connections that are drawn at random; the others are those of largest gradient. 0 "
         "and 1 are the paper's ablations GGR-RigL and GGR-SET.",
     )
-    update_every: int | None = None
     stop_at: float = 0.5
 
+    paper_update_every = None
     resizes = True
     dense_gradient_to_move = True
     new_value = 1e-10  # Sec. 3.3: active, though tiny

@@ -47,15 +47,15 @@ class GraNet(GradualPruning):
         "by a cosine until the end of the training.",
     )
     end_at: float = 0.5
-    update_every: int = 1000
 
+    paper_update_every = 1000
     dense_gradient_to_move = True
 
     @property
     def clock(self) -> Clock:
         """Regenerate also after the schedule's end."""
         first, last = self.span()
-        return Clock(self.update_every, begin=first, end=math.inf, closing=last)
+        return Clock(self.every, begin=first, end=math.inf, closing=last)
 
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Prune to the schedule; then drop the smallest ``|W|`` of each layer and grow the largest ``|dP|``."""

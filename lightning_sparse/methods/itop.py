@@ -37,12 +37,9 @@ class ITOP(Exploring, PruneAndGrow):
         doc='``"gradient"`` (RigL-ITOP; the step that moves connections applies no update) or ``"random"`` (SET-ITOP).',
     )
     drop_fraction: float = 0.5
-    update_every: int | None = option(
-        default=1500,
-        doc="number of optimizer steps from update to update, long enough for new weights to grow; None: at the first "
-        "step of each epoch but the first.",
-    )
     stop_at: float = 1.0
+
+    paper_update_every = 1500
 
     def __post_init__(self) -> None:
         """The step that grows by gradient applies no update."""

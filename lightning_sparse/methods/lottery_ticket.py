@@ -84,6 +84,11 @@ class LotteryTicket(DenseOnly, MaskedCallback):
         """The state to rewind to, too."""
         return [*super().state_tensors, self._rewind_point]
 
+    @property
+    def planned_density(self) -> dict[str, float]:
+        """None: the layers begin dense."""
+        return {}
+
     # ------------------------------------------------------------------ when
 
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:

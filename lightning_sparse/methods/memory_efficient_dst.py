@@ -56,25 +56,15 @@ class MemoryEfficientDST(PruneAndGrow):
     drop_fraction: float = option(
         default=0.2, doc="share of the connections that the first update would drop, in (0, 1]."
     )
-    update_every: int | None = 1000
     stop_at: float = 0.6
     distribution: Distribution | Mapping[str, float] = "uniform"
-    scale_init: bool = option(
-        default=True,
-        doc="scale the weights a fit starts with to the fan-in that is left; False if they are trained ones.",
-    )
 
+    paper_update_every = 1000
     resizes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}  # what goes and what comes, by layer, within an update
-
-    def initial_masks(self, weights: Sequence[Weight]) -> None:
-        """Draw random masks, and scale the weights to the fan-in they leave."""
-        super().initial_masks(weights)
-        for weight in weights if self.scale_init else ():
-            weight.scale_to_fan_in_()
 
     def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """Drop the smallest ``|W|`` of all layers and grow the largest ``|dP|`` of all their subsets."""

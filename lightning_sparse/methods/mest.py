@@ -43,7 +43,8 @@ class MEST(PruneAndGrow):
         default=0.5, check=partial(checks.at_least, 0, "0 looks at magnitudes alone."), doc="lambda, at least 0."
     )
     soft_bound: bool = option(default=False, doc="grow first and drop at the next update (the paper's EM&S).")
-    update_every: int | None = None
+
+    paper_update_every = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

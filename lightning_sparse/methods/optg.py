@@ -57,6 +57,7 @@ class OptG(Thresholded, TopKCallback):
         doc="share of the training after which the target is reached, in (0, 1].",
     )
     scope: Scope = "global"
+    scale_init: bool = fixed(default=False)  # it begins dense
     granularity: Granularity = fixed(default="weight")  # a score for each
     init_threshold: float = fixed(default=0.0)
     reset_above: float | None = fixed(default=None)
@@ -76,6 +77,11 @@ class OptG(Thresholded, TopKCallback):
     @property
     def effective_thresholds(self) -> dict[str, Tensor]:
         """Nothing: weights are chosen by the rank of their scores."""
+        return {}
+
+    @property
+    def planned_density(self) -> dict[str, float]:
+        """None: the layers begin dense."""
         return {}
 
     # ------------------------------------------------------------------ when

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
-from lightning_sparse.rules.schedules import Decay
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["SET"]
@@ -29,9 +28,9 @@ class SET(PruneAndGrow):
     drop_fraction: float = option(
         default=0.3, doc="the paper's zeta, share of a layer's connections that an update drops, in (0, 1]."
     )
-    decay: Decay = "none"
-    update_every: int | None = None
     stop_at: float = 1.0
+
+    paper_update_every = None
 
     def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:
         """Grow at random where nothing was."""

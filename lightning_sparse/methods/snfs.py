@@ -44,8 +44,9 @@ class SNFS(DenseOnly, PruneAndGrow):
         check=partial(checks.fraction, "The paper's value is 0.9.", below_1=True),
         doc="the average keeps so much of its past at each step, in [0, 1).",
     )
-    update_every: int | None = None
     stop_at: float = 1.0
+
+    paper_update_every = None
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:

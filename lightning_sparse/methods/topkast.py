@@ -112,6 +112,10 @@ class TopKAST(Annealed, TopKCallback):
         if self.power != 1:
             weight.latent = weight.latent.sign() * weight.latent.abs().pow(1 / self.power)
 
+    def scale(self, weight: LatentWeight, factor: float) -> None:
+        """Multiply ``P = v |v|^(power-1)`` by a factor."""
+        super().scale(weight, factor ** (1 / self.power))
+
     def choose(self, weights: Sequence[LatentWeight], updates: int) -> None:
         """Find A, and B around it: ``|v|`` ranks as ``|W|`` does."""
         sizes = [weight.size for weight in weights]

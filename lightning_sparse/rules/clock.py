@@ -1,8 +1,29 @@
-"""Clock: when connections move."""
+"""Clock: when connections move, and how often where nobody says so."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Clock"]
+__all__ = ["FEW", "UPDATES", "Clock", "interval"]
+
+#: fewer updates than this are too few for a method to show what it can do
+FEW = 5
+
+#: an interval that adapts gives a training this number of updates, unless the paper's interval gives it more
+UPDATES = 10
+
+
+def interval(paper: int, ticks: float) -> int:
+    """Return the paper's interval, or a shorter one with which ``ticks`` hold at least ``UPDATES`` updates.
+
+    Args:
+        paper: number of ticks from update to update in the paper.
+        ticks: number of ticks of this training in which there may be updates.
+
+    >>> interval(100, 75_000), interval(100, 258)
+    (100, 23)
+    """
+    return paper if math.isinf(ticks) else min(paper, max(1, math.floor(ticks / (UPDATES + 1))))
 
 
 @dataclass(frozen=True)
@@ -28,3 +49,10 @@ class Clock:
         """Tell whether connections move at this tick."""
         regular = self.begin < tick < self.end and (tick - self.begin) % self.every == 0
         return regular or tick == self.closing
+
+    def ticks(self, last: int) -> Iterator[int]:
+        """Yield the ticks, up to ``last``, at which connections move."""
+        regular = range(self.begin + self.every, math.ceil(min(self.end, last + 1)), self.every)
+        yield from regular
+        if self.closing is not None and self.closing not in regular:
+            yield self.closing

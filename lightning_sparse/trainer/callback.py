@@ -95,7 +95,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         self._ownership = Ownership(trainer.optimizers, choices)
         self._fit.module, self._fit.trainer = pl_module, trainer
         guards.warn_of_log_interval(self, self.log_every_n_steps, trainer)
-        rank_zero_info(table(f"{self!r} of lightning_sparse", choices))
+        rank_zero_info(table(f"{self!r} of lightning_sparse", choices, self.planned_density))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave effective weights behind, whatever the moment, so that a last checkpoint is whole."""
@@ -186,7 +186,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         if added:
             guards.refuse_overlap(self, added, self._fit.trainer)
             self.attach_added(added, optimizer)
-            rank_zero_info(table(f"{self!r} of lightning_sparse: new in training", added))
+            rank_zero_info(table(f"{self!r} of lightning_sparse: new in training", added, self.planned_density))
         self._ownership.note(optimizer, choices)
 
     # ------------------------------------------------------------------ state

@@ -36,6 +36,11 @@ class Verbs(ABC):
     #: the step that moves connections computes the gradients of all weights
     dense_gradient_to_move: bool = False
 
+    @property
+    def planned_density(self) -> dict[str, float]:
+        """The density that each layer is to have, by parameter name, once ``attach`` has run; empty: training tells."""
+        return {}
+
     @abstractmethod
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
         """Take over the weights of ``choices`` (or release those of an earlier fit and take over these).
