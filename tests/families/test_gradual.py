@@ -224,8 +224,8 @@ def test_a_training_that_ends_before_the_schedule_is_told():
 
 
 def test_a_training_too_short_for_a_schedule_is_told():
-    with pytest.warns(UserWarning, match=r"GMP.* will prune all at once: the 8 steps .* hold no second update"):
-        watched(GMP(0.9), batches=10)
+    with pytest.warns(UserWarning, match=r"GMP.* will prune all at once: begin_at and end_at are 8 steps apart"):
+        watched(GMP(0.9, update_every=100), batches=10)
 
 
 def test_a_training_without_end_is_refused():

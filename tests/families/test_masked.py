@@ -268,7 +268,7 @@ def test_clipping_by_norm_counts_the_gradients_of_active_weights_alone():
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
             seen.append({name: p.grad.clone() for name, p in self.named_parameters()})
 
-    callback = SET(0.8)
+    callback = SET(0.8, update_every=None)
     fit(callback, seeded(Clips), max_epochs=1)
     for gradients in seen:
         for name, mask in callback.masks.items():
@@ -381,7 +381,7 @@ def test_a_training_too_short_to_move_anything_is_warned_of():
     with pytest.warns(UserWarning, match="RigL.* will move no connection: .*Lower update_every"):
         fit(RigL(0.8, update_every=30), max_epochs=1)
     with pytest.warns(UserWarning, match="SET.* will move no connection"):
-        fit(SET(0.8), max_epochs=1)
+        fit(SET(0.8, update_every=None), max_epochs=1)
 
 
 def test_checkpoint_holds_masks_as_booleans(tmp_path):

@@ -129,4 +129,4 @@ def test_nothing_is_told_of_a_training_long_enough():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*(will move|has no weight left|above its budget)")
         for build in MOVERS.values():
-            watched(build(0.5))
+            watched(build(0.5), batches=20)

@@ -112,6 +112,6 @@ def test_ggr_updates_epoch_by_epoch_in_the_first_half_with_a_falling_fraction():
             super().update(weights, fraction, scale)
 
     seen = []
-    fit(Fractions(0.8, drop_fraction=0.1), train=loader(40), max_epochs=8)
+    fit(Fractions(0.8, drop_fraction=0.1, update_every=None), train=loader(40), max_epochs=8)
     assert [(epoch, step) for epoch, step, _ in seen] == [(1, 5), (2, 10), (3, 15)]
     assert [fraction for _, _, fraction in seen] == pytest.approx([0.1, 0.075, 0.025]), "0 at epoch 4 of 8"

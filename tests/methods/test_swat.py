@@ -93,7 +93,7 @@ def reference(net, sparsity, activation_sparsity, accumulate, epochs):
 def test_trains_as_the_autograd_reference(net, accumulate):
     epochs = 2 * accumulate
     W, masks, rest = reference(seeded(lambda: net(torch.float64)), 0.7, 0.6, accumulate, epochs)
-    callback = SWAT(0.7, activation_sparsity=0.6)
+    callback = SWAT(0.7, activation_sparsity=0.6, scale_init=False)
     module = Lit(seeded(lambda: net(torch.float64)))
     trainer(callback, max_epochs=epochs, accumulate_grad_batches=accumulate).fit(module, loader(dtype=torch.float64))
     start = dict(seeded(lambda: net(torch.float64)).named_parameters())

@@ -135,7 +135,7 @@ def test_trains_as_the_autograd_reference(case, net, accumulate):
     reference = Reference(seeded(lambda: net(torch.float64)), **options, every=every)
     train_reference(reference, accumulate, alpha, epochs)
 
-    callback = TopKAST(**given, decay="linear")
+    callback = TopKAST(**given, decay="linear", scale_init=False)
     module = Lit(seeded(lambda: net(torch.float64)), scheduler=lambda opt: StepLR(opt, 1, gamma=0.9))
     run = trainer(callback, max_epochs=epochs, accumulate_grad_batches=accumulate)
     run.fit(module, loader(dtype=torch.float64))
