@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families import magnitude
-from lightning_sparse.families.common import FINAL_SPARSITY
+from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback, random_masks
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Scope, budget, floors
 from lightning_sparse.rules.clock import Clock
 from lightning_sparse.rules.schedules import cubic
-from lightning_sparse.trainer.guards import refuse_unknown_length
+from lightning_sparse.trainer.guards import REMEDY, listed, refuse_unknown_length
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroup
 
@@ -52,6 +52,8 @@ class GradualPruning(DenseOnly, MaskedCallback):
         check=partial(checks.integer, 1, "The papers' values are 100 to 4000."),
         doc="number of optimizer steps from update to update.",
     )
+
+    scope: Scope = option(default="global", doc=PRUNING_SCOPE)
 
     def __post_init__(self) -> None:
         """Check what the options are together."""
@@ -130,17 +132,21 @@ class GradualPruning(DenseOnly, MaskedCallback):
         """Return the number of connections that the plan leaves now."""
         return int(group.values["asked"])
 
-    def prune(self, group: WeightGroup, scope: Scope = "global") -> None:
+    def prune(self, group: WeightGroup) -> None:
         """Keep as many of the largest ``|W|`` as the schedule says; see ``magnitude.prune``."""
         total, final = self.target_count(group), self.final(group)
-        magnitude.prune(group.weights, total, final, scope, self.distribution, self.min_layer_density)
+        magnitude.prune(group.weights, total, final, self.scope, self.distribution, self.min_layer_density)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before its schedule."""
         for group in self._groups:
-            if group.num_active > self.final(group):
+            if group.num_active <= self.final(group):
+                continue
+            counts = f"{self!r} has {group.num_active} active weights, not {self.final(group)}:"
+            if group.halted_by:
+                self.warn_once(f"{counts} gradients of {listed(group.halted_by)} were not finite. {REMEDY}")
+            else:
                 self.warn_once(
-                    f"{self!r} has {group.num_active} active weights, not {self.final(group)}: the training ended "
-                    f"after {group.step} steps of {self.total_steps:.0f} planned, before the schedule did. Set "
-                    "max_epochs or max_steps to what is really trained."
+                    f"{counts} the training ended after {group.step} steps of {self.total_steps:.0f} planned, before "
+                    "the schedule did. Set max_epochs or max_steps to what is really trained."
                 )

@@ -46,7 +46,7 @@ class PruneAndGrow(MaskedCallback):
     decay: Decay = option(
         default="cosine",
         doc='how that share falls until the end of the updates: ``"cosine"``, ``"linear"``, ``"sigmoid"``, '
-        '``"sigmoid_cosine"`` or ``"none"``.',
+        '``"sigmoid_cosine"``, ``"halving"`` (half of it from three quarters of the way on) or ``"none"``.',
     )
     update_every: int | None = option(
         default=100,
