@@ -65,7 +65,8 @@ class BeforeTraining(DenseOnly, MaskedCallback):
                         f"{self!r} got scores of {name} that are NaN or infinite. Check that the loss and "
                         "its gradients are finite at the start: input values, initial weights, precision."
                     )
-            warn_of_equal_scores(self, dict(zip(probe.names, scores, strict=True)))
+            alike = [name for name, score in zip(probe.names, scores, strict=True) if select.all_equal(score)]
+            warn_of_equal_scores(self, alike)
             chosen = select.global_top_k(scores, k, chosen, at_least)
             for W, mask in zip(probe.weights, chosen, strict=True):
                 select.zero_outside_(W.data, mask)

@@ -214,8 +214,10 @@ class MaskedCallback(Stored, SparseCallback):
         """Return the names of the parameters of ``optimizer``, ``weights`` first, whose gradients are not finite."""
         names = [weight.name for weight in weights if not weight.finite]
         broken = {id(p) for group in optimizer.param_groups for p in group["params"] if not _finite_gradient(p)}
-        others = self._fit.module.named_parameters() if broken and not names and self._fit.module else ()
-        return names or [name for name, parameter in others if id(parameter) in broken]
+        if names or not broken:
+            return names
+        others = self._fit.module.named_parameters() if self._fit.module else ()
+        return [name for name, parameter in others if id(parameter) in broken] or ["another parameter"]
 
     def warn_at_epoch_end(self) -> None:
         """Warn of connections that could not move for gradients that are not finite."""
@@ -231,9 +233,9 @@ class MaskedCallback(Stored, SparseCallback):
         """Move connections, make sure that their number is the planned one, and tell whether any moved."""
         self.store.before_move(weights)
         versions, before = [weight.mask_version for weight in weights], group.num_active
-        warn_of_equal_scores(self, {weight.name: weight.magnitudes for weight in weights})
-        if self.dense_gradient_to_move:
-            warn_of_equal_scores(self, {weight.name: weight.gradient_magnitudes for weight in weights})
+        by_gradient = self.dense_gradient_to_move
+        alike = [weight.name for weight in weights if weight.alike or (by_gradient and weight.gradients_alike)]
+        warn_of_equal_scores(self, alike)
         self.plan(group)
         self.move(weights, group, scale)
         planned, after = self.target_count(group), group.num_active

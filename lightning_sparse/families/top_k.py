@@ -137,9 +137,8 @@ class TopKCallback(LatentCallback):
         for weight in weights:
             self.begin(weight)
         self.choose(weights, group.updates)
-        warn_of_equal_scores(
-            self, {weight.name: self.scores(weight) for weight in weights if not self.mask(weight.name).all()}
-        )
+        chosen = [weight for weight in weights if not self.mask(weight.name).all()]
+        warn_of_equal_scores(self, [weight.name for weight in chosen if select.all_equal(self.scores(weight))])
         for weight in weights:
             self._project(weight)
 

@@ -156,7 +156,7 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     def _prune(self, weights: Sequence[Weight]) -> None:
         """Keep the largest ``|W|``, as many as the rounds so far leave."""
         total, final = (self.count(weights, rounds) for rounds in (self._pruned, self.rounds))
-        warn_of_equal_scores(self, {weight.name: weight.magnitudes for weight in weights})
+        warn_of_equal_scores(self, [weight.name for weight in weights if weight.alike])
         magnitude.prune(weights, total, final, self.scope, self.distribution, self.min_layer_density)
 
     @torch.no_grad()

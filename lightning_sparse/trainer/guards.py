@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_sparse.compat.lightning import (
@@ -16,7 +15,6 @@ from lightning_sparse.compat.lightning import (
 )
 from lightning_sparse.compat.lightning_private import averages_now_and_then
 from lightning_sparse.layers.selection import ParameterChoice, table
-from lightning_sparse.rules import select
 from lightning_sparse.trainer.verbs import Verbs
 
 __all__ = [
@@ -244,14 +242,8 @@ def warn_of_divergence(method: Verbs, names: Sequence[str], epoch: int) -> None:
         )
 
 
-def warn_of_equal_scores(method: Verbs, scores: Mapping[str, Tensor]) -> None:
-    """Warn of weights that cannot be ranked, since the scores of all their connections are the same.
-
-    Args:
-        method: that ranks them.
-        scores: by the weights' names.
-    """
-    names = [name for name, values in scores.items() if select.all_equal(values)]
+def warn_of_equal_scores(method: Verbs, names: Sequence[str]) -> None:
+    """Warn of weights of these names, whose connections cannot be ranked: their scores are all the same."""
     if names:
         method.warn_once(
             f"{method!r} cannot rank all connections: within {listed(names)} all scores are equal, as where a layer "

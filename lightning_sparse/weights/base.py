@@ -123,6 +123,16 @@ class Weight(ABC):
         """
 
     @property
+    def alike(self) -> bool:
+        """There are several active connections, and ``|W|`` is the same for all."""
+        return select.all_equal(self.magnitudes)
+
+    @property
+    def gradients_alike(self) -> bool:
+        """There are several active connections, and ``|dP|`` is the same for all."""
+        return select.all_equal(self.gradient_magnitudes)
+
+    @property
     def diverged(self) -> bool:
         """Some values are NaN or infinite."""
         return self.parameter is not None and not all_finite(self.parameter.data)

@@ -92,6 +92,14 @@ class MaskedWeight(Weight):
     def gradient_magnitudes(self) -> Tensor:  # noqa: D102  (inherited)
         return self.dP.reshape(-1).index_select(0, self.active_indices).abs_()
 
+    @property
+    def alike(self) -> bool:  # noqa: D102  (inherited)
+        return _may_be_alike(self.W, self.mask) and super().alike
+
+    @property
+    def gradients_alike(self) -> bool:  # noqa: D102  (inherited)
+        return _may_be_alike(self.dP, self.mask) and super().gradients_alike
+
     def gradient_at(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
         return self.dP.reshape(-1)[positions.to(self.dP.device)]
 
@@ -185,6 +193,12 @@ def dense(weights: Sequence[Weight]) -> list[MaskedWeight]:
     held = [weight for weight in weights if isinstance(weight, MaskedWeight)]
     assert len(held) == len(weights)
     return held
+
+
+def _may_be_alike(x: Tensor, mask: Tensor) -> bool:
+    """Tell whether the magnitudes of the active connections in the first rows do not differ yet."""
+    few = x[:8].abs()[mask[:8]]
+    return len(few) < 2 or select.all_equal(few)
 
 
 def _inactive_from(weight: MaskedWeight, floor: float) -> Tensor:

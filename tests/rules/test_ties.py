@@ -3,7 +3,8 @@
 import pytest
 import torch
 from by_hand import graded
-from helpers import Lit, attached, fit, loader, seeded
+from helpers import ROUNDS, SETTINGS, Lit, attached, fit, loader, seeded
+from stored import METHODS as STORED
 from torch import nn
 
 from lightning_sparse import (
@@ -65,8 +66,9 @@ def evenness(mask):
 class Zeroed(Lit):
     """A network whose last layer begins at zero, so that the gradients of the others are 0, too."""
 
-    def __init__(self):
-        super().__init__(nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 4)))
+    def __init__(self, lr=0.1):
+        net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 4))
+        super().__init__(net, lambda parameters: torch.optim.SGD(parameters, lr))
         nn.init.zeros_(self.net[2].weight)
 
 
@@ -82,7 +84,8 @@ BEFORE = {
 def test_outputs_of_a_layer_that_begins_at_zero_get_equally_many_connections(name):
     """Where all scores of all layers are 0, as SNIP's and SynFlow's are, layers share in proportion to their sizes."""
     callback = BEFORE[name]()
-    fit(callback, seeded(Zeroed), loader(40), max_steps=1)
+    with pytest.warns(UserWarning, match=r"cannot rank all connections: within .*net\.2\.weight all scores are equal"):
+        fit(callback, seeded(Zeroed), loader(40), max_steps=1)
     mask = callback.masks["net.2.weight"]
     assert mask.sum(1).tolist() == [4, 4, 4, 4]
     assert max(evenness(mask)) <= 1
@@ -111,6 +114,26 @@ def test_connections_of_equal_magnitude_and_gradient_go_and_come_evenly(name):
     assert torch.equal(weight.mask[:4], rank[:4] <= staying.max())
     assert torch.equal(weight.mask[4:], rank[4:] <= free.max())
     assert weight.mask.sum(1).tolist() == [5] * 8
+
+
+@pytest.mark.parametrize("name", ["RigL", "GGR", "MemoryEfficientDST grabo", "MemoryEfficientDST synflow", "MEST"])
+def test_equals_are_the_same_connections_with_both_stores(name):
+    """Of a layer that begins at zero and of one whose gradients are 0, at a learning rate of 0."""
+    masks = []
+    for storage in ("masked", "sparse"):
+        callback = STORED[name](storage=storage, update_every=3)
+        module = seeded(lambda: Zeroed(lr=0.0).double())
+        with pytest.warns(UserWarning, match="cannot rank all connections"):
+            fit(callback, module, loader(64, dtype=torch.float64), precision="64-true", max_epochs=1)
+        masks.append(callback.masks)
+    for key, mask in masks[0].items():
+        assert torch.equal(mask, masks[1][key])
+
+
+@pytest.mark.parametrize("name", ["RigL", "GMP", "TopKAST", "SNIP", "LotteryTicket"])
+@pytest.mark.filterwarnings("error:.*cannot rank")
+def test_scores_that_differ_are_not_told_of(name):
+    fit({**SETTINGS, **ROUNDS}[name](), seeded(Lit), loader(80), max_epochs=3)
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
