@@ -11,7 +11,7 @@ from lightning_sparse.methods.granet import GraNet
 from lightning_sparse.methods.grasp import GraSP
 from lightning_sparse.methods.itop import ITOP
 from lightning_sparse.methods.lottery_ticket import LotteryTicket
-from lightning_sparse.methods.memory_efficient_dst import MemoryEfficientDST
+from lightning_sparse.methods.memory_efficient_dst import GSE, MemoryEfficientDST
 from lightning_sparse.methods.mest import MEST
 from lightning_sparse.methods.optg import OptG
 from lightning_sparse.methods.random_pruning import RandomPruning
@@ -33,6 +33,7 @@ __all__ = [
     "DST",
     "GGR",
     "GMP",
+    "GSE",
     "ITOP",
     "MEST",
     "SET",

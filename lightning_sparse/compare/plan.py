@@ -98,7 +98,7 @@ def check_option(option: str) -> None:
 
 
 def methods() -> dict[str, type[SparseCallback]]:
-    """Return the methods of this package by name.
+    """Return the methods of this package by name; a second name, such as GSE, stands for the same class.
 
     >>> "RigL" in methods(), "SparseCallback" in methods()
     (True, False)

@@ -16,8 +16,8 @@ class Annealed(Options, Readouts):
     alpha: float = option(default=1.0, doc="gradient scale of inactive weights at the start, in [0, 1].")
     decay: Annealing = option(
         default="none",
-        doc='annealing of alpha: ``"none"``, ``"linear"``, ``"cosine"``, ``"sigmoid"``, ``"sigmoid_cosine"`` or '
-        '``"exponential"``.',
+        doc='annealing of alpha: ``"none"``, ``"linear"``, ``"cosine"``, ``"sigmoid"``, ``"sigmoid_cosine"``, '
+        '``"halving"`` or ``"exponential"``.',
     )
     decay_rate: float = option(
         default=1.0,

@@ -14,6 +14,7 @@ from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, budget, floors
+from lightning_sparse.trainer.guards import warn_of_equal_scores
 from lightning_sparse.trainer.probe import Probe, probing
 from lightning_sparse.weights.base import Weight
 
@@ -69,6 +70,8 @@ class BeforeTraining(DenseOnly, MaskedCallback):
                         f"{self!r} got scores of {name} that are NaN or infinite. Check that the loss and "
                         "its gradients are finite at the start: input values, initial weights, precision."
                     )
+            alike = [name for name, score in zip(probe.names, scores, strict=True) if select.all_equal(score)]
+            warn_of_equal_scores(self, alike)
             chosen = select.global_top_k(scores, k, chosen, at_least)
             for W, mask in zip(probe.weights, chosen, strict=True):
                 select.zero_outside_(W.data, mask)

@@ -11,13 +11,13 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import rank_zero_info
 from lightning_sparse.compat.options import option
 from lightning_sparse.families import magnitude
-from lightning_sparse.families.common import FINAL_SPARSITY, Interval, check_interval
+from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE, Interval, check_interval
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback, random_masks
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Scope, budget, floors
 from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval
 from lightning_sparse.rules.schedules import cubic
-from lightning_sparse.trainer.guards import refuse_unknown_length
+from lightning_sparse.trainer.guards import REMEDY, listed, refuse_unknown_length
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroup
 
@@ -54,6 +54,8 @@ class GradualPruning(DenseOnly, MaskedCallback):
         doc='number of optimizer steps from update to update; ``"auto"``: the paper\'s interval, or a shorter one with '
         f"which the schedule has {UPDATES} updates.",
     )
+
+    scope: Scope = option(default="global", doc=PRUNING_SCOPE)
 
     #: the paper's interval, in optimizer steps
     paper_update_every: ClassVar[int] = 100
@@ -123,8 +125,14 @@ class GradualPruning(DenseOnly, MaskedCallback):
 
     @property
     def planned_density(self) -> dict[str, float]:
-        """None: the layers compete."""
-        return {}
+        """The density that each layer ends with, unless they compete."""
+        if self.scope == "global":
+            return {}
+        counts: dict[str, int] = {}
+        for group in self._groups:
+            ends = magnitude.final_counts(group.weights, self.final(group), self.distribution, self.min_layer_density)
+            counts |= ends
+        return {name: count / self._weights[name].size for name, count in counts.items()}
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Draw the masks of each optimizer's weights by themselves, as their schedule will go on."""
@@ -150,17 +158,21 @@ class GradualPruning(DenseOnly, MaskedCallback):
         """Return the number of connections that the plan leaves now."""
         return int(group.values["asked"])
 
-    def prune(self, group: WeightGroup, scope: Scope = "global") -> None:
+    def prune(self, group: WeightGroup) -> None:
         """Keep as many of the largest ``|W|`` as the schedule says; see ``magnitude.prune``."""
         total, final = self.target_count(group), self.final(group)
-        magnitude.prune(group.weights, total, final, scope, self.distribution, self.min_layer_density)
+        magnitude.prune(group.weights, total, final, self.scope, self.distribution, self.min_layer_density)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before its schedule."""
         for group in self._groups:
-            if group.num_active > self.final(group):
+            if group.num_active <= self.final(group):
+                continue
+            counts = f"{self!r} has {group.num_active} active weights, not {self.final(group)}:"
+            if group.halted_by:
+                self.warn_once(f"{counts} gradients of {listed(group.halted_by)} were not finite. {REMEDY}")
+            else:
                 self.warn_once(
-                    f"{self!r} has {group.num_active} active weights, not {self.final(group)}: the training ended "
-                    f"after {group.step} steps of {self.total_steps:.0f} planned, before the schedule did. Set "
-                    "max_epochs or max_steps to what is really trained."
+                    f"{counts} the training ended after {group.step} steps of {self.total_steps:.0f} planned, before "
+                    "the schedule did. Set max_epochs or max_steps to what is really trained."
                 )

@@ -5,7 +5,7 @@ the weight after it, whatever the optimizer has done. Connections move among the
 at a step whose gradients are whole and averaged over processes, so all processes move the same ones.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,8 +31,8 @@ from lightning_sparse.rules.patterns import UNSTRUCTURED
 from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
 from lightning_sparse.trainer.callback import SparseCallback
-from lightning_sparse.trainer.guards import refuse_other_sparsity
-from lightning_sparse.weights.base import Weight, all_finite, finite
+from lightning_sparse.trainer.guards import REMEDY, listed, refuse_other_sparsity, warn_of_equal_scores
+from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
 __all__ = ["DenseOnly", "MaskedCallback", "random_masks"]
@@ -188,8 +188,9 @@ class MaskedCallback(Stored, SparseCallback):
         if share and weights:
             self.observe(weights, scale)
             group.due = group.due or self.is_due(group)
-            # AMP skips a step that overflowed, and its gradients are no scores: the next step moves
-            if group.due and finite(weights) and all(map(all_finite, _gradients(optimizer))):
+            if group.due:  # AMP skips a step that overflowed, and its gradients are no scores: the next step moves
+                group.halted_by = self._not_finite(weights, optimizer)
+            if group.due and not group.halted_by:
                 group.due = False
                 group.moved = self._move(weights, group, scale)
             group.step += 1
@@ -220,10 +221,32 @@ class MaskedCallback(Stored, SparseCallback):
             if weight.parameter is not None:
                 weight.keep_zeros()
 
+    def _not_finite(self, weights: Sequence[Weight], optimizer: Optimizer) -> list[str]:
+        """Return the names of the parameters of ``optimizer``, ``weights`` first, whose gradients are not finite."""
+        names = [weight.name for weight in weights if not weight.finite]
+        broken = {id(p) for group in optimizer.param_groups for p in group["params"] if not _finite_gradient(p)}
+        if names or not broken:
+            return names
+        others = self._fit.module.named_parameters() if self._fit.module else ()
+        return [name for name, parameter in others if id(parameter) in broken] or ["another parameter"]
+
+    def warn_at_epoch_end(self) -> None:
+        """Warn of connections that could not move for gradients that are not finite."""
+        super().warn_at_epoch_end()
+        names = sorted({name for group in self._groups for name in group.halted_by})
+        if names:
+            self.warn_once(
+                f"{self!r} has moved no connections since gradients are not finite: those of {listed(names)} were not "
+                f"when connections were due to move. They move as soon as gradients are finite. {REMEDY}"
+            )
+
     def _move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> bool:
         """Move connections, make sure that their number is the planned one, and tell whether any moved."""
         self.store.before_move(weights)
         versions, before = [weight.mask_version for weight in weights], group.num_active
+        by_gradient = self.dense_gradient_to_move
+        alike = [weight.name for weight in weights if weight.alike or (by_gradient and weight.gradients_alike)]
+        warn_of_equal_scores(self, alike)
         self.plan(group)
         self.move(weights, group, scale)
         planned, after = self.target_count(group), group.num_active
@@ -267,9 +290,6 @@ def random_masks(method: MaskedCallback, weights: Sequence[Weight], sparsity: fl
             weight.scale_to_fan_in_()
 
 
-def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yield the gradients of all that ``optimizer`` trains."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                yield stored_values(parameter.grad)
+def _finite_gradient(parameter: Tensor) -> bool:
+    """Tell whether a parameter's gradient, if it has one, is finite."""
+    return parameter.grad is None or all_finite(stored_values(parameter.grad))

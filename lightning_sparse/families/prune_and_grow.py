@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -49,7 +49,7 @@ class PruneAndGrow(MaskedCallback):
     decay: Decay = option(
         default="cosine",
         doc='how that share falls until the end of the updates: ``"cosine"``, ``"linear"``, ``"sigmoid"``, '
-        '``"sigmoid_cosine"`` or ``"none"``.',
+        '``"sigmoid_cosine"``, ``"halving"`` (half of it from three quarters of the way on) or ``"none"``.',
     )
     update_every: Interval | None = option(
         default="auto",
@@ -62,9 +62,6 @@ class PruneAndGrow(MaskedCallback):
         check=partial(checks.fraction, f"RigL's value is 0.75. {_FIXED}", above_0=True),
         doc="share of the training after which connections stay, in (0, 1].",
     )
-
-    #: the paper's interval in optimizer steps; None: once an epoch
-    paper_update_every: ClassVar[int | None] = 100
 
     #: the value that grown connections begin with
     new_value = 0.0
@@ -120,6 +117,11 @@ class PruneAndGrow(MaskedCallback):
     # ------------------------------------------------------------------ when
 
     @property
+    def paper_update_every(self) -> int | None:
+        """The paper's interval in optimizer steps; None: once an epoch."""
+        return 100
+
+    @property
     def clock(self) -> Clock:
         """When connections move: in optimizer steps, or in epochs where they move once an epoch."""
         if self._every is None:
@@ -134,8 +136,9 @@ class PruneAndGrow(MaskedCallback):
         paper, steps = self.paper_update_every, self.stop_at * self.total_steps
         if paper is not None:
             return interval(paper, steps)
-        often = epochs is None or math.isinf(steps) or self.stop_at * epochs > UPDATES
-        return None if often else interval(math.ceil(self.total_steps / epochs), steps)
+        if epochs is None or math.isinf(steps) or self.stop_at * epochs > UPDATES:
+            return None
+        return interval(math.ceil(self.total_steps / epochs), steps)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Settle how often connections move, make sure that they do, and tell."""

@@ -18,6 +18,7 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import BaseFinetuning, MisconfigurationException, Trainer
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.compat.torch_private import found_infinite
+from lightning_sparse.trainer.guards import REMEDY, listed
 from lightning_sparse.trainer.readouts import Readouts
 from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.latent import LatentWeight
@@ -118,7 +119,7 @@ class Thresholds:
     def __init__(self, method: Thresholded) -> None:
         self.method = method
         self._laid_out: dict[int, list[ThresholdBuffer]] = {}
-        self._nonfinite: Tensor | None = None
+        self._nonfinite: dict[ThresholdBuffer, Tensor] = {}  # where, so far
 
     # ------------------------------------------------------------------ a fit begins and ends
 
@@ -170,11 +171,11 @@ class Thresholds:
 
     def release(self) -> None:
         """Let go of the optimizers."""
-        self._laid_out = {}
+        self._laid_out, self._nonfinite = {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what is laid out for optimizers."""
-        return {**self.__dict__, "_laid_out": {}}
+        return {**self.__dict__, "_laid_out": {}, "_nonfinite": {}}
 
     # ------------------------------------------------------------------ a step
 
@@ -199,12 +200,14 @@ class Thresholds:
                 if buffer.kernels.known_finite(dt):
                     continue
                 if not skippable:
-                    self._note(~torch.isfinite(dt).all())
+                    self._note(buffer, dt)
                 torch.nan_to_num_(dt, 0.0, 0.0, 0.0)
 
-    def _note(self, broken: Tensor) -> None:
-        """Note whether gradients were not finite, without waiting for an accelerator."""
-        self._nonfinite = broken if self._nonfinite is None else self._nonfinite.to(broken.device) | broken
+    def _note(self, buffer: ThresholdBuffer, dt: Tensor) -> None:
+        """Note where gradients were not finite, without waiting for an accelerator."""
+        broken = ~torch.isfinite(dt)
+        before = self._nonfinite.setdefault(buffer, broken)
+        before.logical_or_(broken)
 
     def gather(self, optimizer: Optimizer) -> None:
         """Take back thresholds to which the optimizer gave new storage."""
@@ -236,15 +239,18 @@ class Thresholds:
         """Warn of layers that collapsed, and of gradients that were not finite."""
         for name, weight in weights.items():
             resets = int(weight.thresholds.resets)
-            if resets:
+            if resets and not weight.diverged:  # of which it has been told
                 self.method.warn_once(
                     f"{name} collapsed: over {self.method.reset_above:.0%} of it was masked (so far {resets} x) "
                     "and its thresholds were set to 0. A smaller alpha or learning rate avoids it."
                 )
-        if self._nonfinite is not None and bool(self._nonfinite):
+        of = {id(weight.thresholds): name for name, weight in weights.items()}
+        marked = [each for buffer, broken in self._nonfinite.items() for each in buffer.marked(broken)]
+        names = [of[id(each)] for each in marked if id(each) in of]
+        if names:
             self.method.warn_once(
-                "Gradients were not finite: thresholds took no step from them, but the weights did, as in any run. "
-                "Look at the loss, the learning rate or gradient_clip_val."
+                f"Gradients were not finite: those of {listed(names)}. Thresholds took no step from them, but the "
+                f"weights did, as in any run. {REMEDY}"
             )
 
 

@@ -17,7 +17,7 @@ from lightning_sparse.families.latent import LatentCallback, LatentGroup, Latent
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors, layer_counts, shrunk
-from lightning_sparse.trainer.guards import refuse_other_sparsity
+from lightning_sparse.trainer.guards import refuse_other_sparsity, warn_of_equal_scores
 
 __all__ = ["TopKCallback"]
 
@@ -26,7 +26,7 @@ class TopKCallback(LatentCallback):
     """Latent weights ``W``; the layers compute with ``P = W * 1_A``, A the positions of the largest scores.
 
     The sets are found when a fit begins and again after every ``update_every``-th update, among the weights of one
-    optimizer. Their sizes are whole numbers, met exactly; among equal scores the earlier position wins.
+    optimizer. Their sizes are whole numbers, met exactly.
     """
 
     sparsity_target: float = option(alias="sparsity", kw_only=False, check=common.check_sparsity, doc=common.SPARSITY)
@@ -55,9 +55,8 @@ class TopKCallback(LatentCallback):
     # ------------------------------------------------------------------ what a method defines
 
     def scores(self, weight: LatentWeight) -> Tensor:
-        """Return what the largest of are active, of the weight's shape; no NaN."""
-        # a weight that is not a number any more ranks first: it must stay in sight
-        return weight.latent.abs().nan_to_num_(nan=math.inf, posinf=math.inf)
+        """Return what the largest of are active, of the weight's shape."""
+        return weight.latent.abs()
 
     def active(self, weights: Sequence[LatentWeight], updates: int) -> int:
         """Return how many of the weights of one optimizer are active after so many updates."""
@@ -152,6 +151,8 @@ class TopKCallback(LatentCallback):
         for weight in weights:
             self.begin(weight)
         self.choose(weights, group.updates)
+        chosen = [weight for weight in weights if not self.mask(weight.name).all()]
+        warn_of_equal_scores(self, [weight.name for weight in chosen if select.all_equal(self.scores(weight))])
         for weight in weights:
             if self.scale_init:
                 self.scale(weight, math.sqrt(weight.size / max(1, select.count(weight.buffers["A"]))))

@@ -1,5 +1,6 @@
 """How strongly each unit of a layer takes part: sums at its inputs and outputs, read off a running network by hooks."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -7,20 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from lightning_sparse.compat.compiled import Uncompiled, copied
 from lightning_sparse.compat.lightning_private import is_redirected
 from lightning_sparse.compat.nested import tensors
-from lightning_sparse.compat.torch_private import RunningNorm
+from lightning_sparse.compat.torch_private import RunningNorm, padded_sides
 from lightning_sparse.layers.selection import NORMS
 from lightning_sparse.layers.sparse import SparseLayer, SparseLinear
 from lightning_sparse.rules.sampling import unit_sums
 
-__all__ = ["Activity", "Hooks", "SynapticFlow", "readable"]
+__all__ = ["Activity", "GradientSketch", "Hooks", "SynapticFlow", "readable"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 Sums = dict[str, tuple[Tensor, Tensor]]
+SumsOf = Callable[[Tensor], Tensor]
 
 
 def readable(root: nn.Module, names: Sequence[str]) -> dict[str, Any]:
@@ -72,9 +75,12 @@ class Activity(Hooks):
         calls: the number of calls of each layer.
     """
 
+    #: the inputs of convolutions are told apart by their place in the kernel, too
+    by_kernel = False
+
     def __init__(self, layers: Mapping[str, Any]) -> None:
         super().__init__()
-        self._sums = {name: _zeros(layer) for name, layer in layers.items()}
+        self._sums = {name: self._zeros(layer) for name, layer in layers.items()}
         self.calls = dict.fromkeys(layers, 0)
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_hook(partial(self._called, name), with_kwargs=True))
@@ -86,14 +92,64 @@ class Activity(Hooks):
     def _called(self, name: str, layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
         if self._open and torch.is_grad_enabled() and _weight(layer).requires_grad and output.requires_grad:
             self.calls[name] += 1
-            self._add(name, 0, layer, args[0] if args else kwargs.get("input", kwargs.get("x")))
-            output.register_hook(partial(self._add, name, 1, layer))  # type: ignore[no-untyped-call]
+            of_inputs, of_outputs = self._sums_of_call(layer, output)
+            self._add(name, 0, of_inputs, args[0] if args else kwargs.get("input", kwargs.get("x")))
+            output.register_hook(partial(self._add, name, 1, of_outputs))  # type: ignore[no-untyped-call]
+
+    def _sums_of_call(self, layer: Any, output: Tensor) -> tuple[SumsOf, SumsOf]:
+        """Return what makes sums of the input of a call, and of the gradient of its output."""
+        units = -1 if isinstance(layer, (nn.Linear, SparseLinear)) else -1 - len(layer.kernel_size)
+        return (partial(unit_sums, dim=units),) * 2
 
     @torch.no_grad()
-    def _add(self, name: str, end: int, layer: Any, x: Tensor) -> None:
+    def _add(self, name: str, end: int, sums_of: SumsOf, x: Tensor) -> None:
         if self._open:
-            units = -1 if isinstance(layer, (nn.Linear, SparseLinear)) else -1 - len(layer.kernel_size)
-            self._sums[name][end].add_(unit_sums(x, units))
+            self._sums[name][end].add_(sums_of(x))
+
+    @staticmethod
+    def _zeros(layer: Any) -> tuple[Tensor, Tensor]:
+        """Return a 0 for each input and each output."""
+        weight = _weight(layer)
+        outputs, per_group = (layer if isinstance(layer, SparseLayer) else weight).shape[:2]
+        inputs, dtype = per_group * getattr(layer, "groups", 1), torch.promote_types(weight.dtype, torch.float32)
+        return weight.new_zeros(inputs, dtype=dtype), weight.new_zeros(outputs, dtype=dtype)
+
+
+class GradientSketch(Activity):
+    """Sums of ``r h`` and of ``r delta``, with a random sign ``r`` for each sample (and place, of a convolution).
+
+    The weight's gradient is ``sum delta h`` over all samples and places. The product of the two sums, with the same
+    signs, is just that on average: signs of different samples cancel (an AMS sketch; GraEst in guided stochastic
+    exploration).
+
+    Args:
+        layers: linear layers and convolutions, by any name.
+        seed: of the signs; a different one on each process.
+    """
+
+    by_kernel = True
+
+    def __init__(self, layers: Mapping[str, Any], seed: int) -> None:
+        super().__init__(layers)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _sums_of_call(self, layer: Any, output: Tensor) -> tuple[SumsOf, SumsOf]:
+        if isinstance(layer, (nn.Linear, SparseLinear)):
+            return (partial(_signed_rows, self._signs(output.shape[:-1], output)),) * 2
+        places = output.shape[-len(layer.kernel_size) :]
+        images = output.numel() // math.prod((layer.out_channels, *places))
+        r = self._signs((images, 1, *places), output)
+        return partial(_signed_patches, layer, r), partial(_signed_channels, r)
+
+    def _signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return 1 or -1 at each place, on the device of ``like`` and in single precision at least."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.randint(2, tuple(shape), generator=self._generator).mul_(2).sub_(1).to(like.device, dtype)
+
+    @staticmethod
+    def _zeros(layer: Any) -> tuple[Tensor, Tensor]:
+        inputs, outputs = Activity._zeros(layer)
+        return inputs.repeat_interleave(math.prod(getattr(layer, "kernel_size", ()))), outputs
 
 
 class SynapticFlow(Hooks):
@@ -111,6 +167,8 @@ class SynapticFlow(Hooks):
     Attributes:
         calls: the number of calls of each readable layer, after ``sums``.
     """
+
+    by_kernel = False
 
     def __init__(self, root: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -154,12 +212,25 @@ def _around(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return modules
 
 
-def _zeros(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return a 0 for each input and each output."""
-    weight = _weight(layer)
-    outputs, per_group = (layer if isinstance(layer, SparseLayer) else weight).shape[:2]
-    inputs, dtype = per_group * getattr(layer, "groups", 1), torch.promote_types(weight.dtype, torch.float32)
-    return weight.new_zeros(inputs, dtype=dtype), weight.new_zeros(outputs, dtype=dtype)
+def _signed_rows(r: Tensor, x: Tensor) -> Tensor:
+    """Return the sum of the rows of ``x`` times ``r``."""
+    return r.reshape(-1) @ x.reshape(-1, x.shape[-1]).to(r.dtype)
+
+
+def _signed_channels(r: Tensor, delta: Tensor) -> Tensor:
+    """Return the sum, for each channel, of what a convolution puts out times ``r``."""
+    return (r * delta.reshape(len(r), -1, *r.shape[2:])).sum((0, *range(2, r.ndim)))
+
+
+def _signed_patches(conv: Any, r: Tensor, x: Tensor) -> Tensor:
+    """Return the sum of what a convolution multiplies with each weight of a filter, times ``r`` of the output."""
+    x = x.reshape(len(r), -1, *x.shape[-len(conv.kernel_size) :]).to(r.dtype)
+    padding: Any = conv.padding
+    if isinstance(padding, str) or conv.padding_mode != "zeros":
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x, padding = nn.functional.pad(x, padded_sides(conv), mode=mode), 0
+    gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[len(conv.kernel_size) - 1]
+    return gradient(x, (1, x.shape[1], *conv.kernel_size), r, conv.stride, padding, conv.dilation).view(-1)
 
 
 def _weight(layer: Any) -> Tensor:

@@ -6,11 +6,8 @@ last update falls on the end of the schedule exactly, and pruned weights never c
 
 from collections.abc import Mapping, Sequence
 
-from lightning_sparse.compat.options import option
-from lightning_sparse.families import magnitude
-from lightning_sparse.families.common import PRUNING_SCOPE
 from lightning_sparse.families.gradual import GradualPruning
-from lightning_sparse.rules.budgets import Distribution, Scope
+from lightning_sparse.rules.budgets import Distribution
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroup
 
@@ -30,20 +27,8 @@ class GMP(GradualPruning):
         "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017.
     """
 
-    scope: Scope = option(default="global", doc=PRUNING_SCOPE)
     distribution: Distribution | Mapping[str, float] = "uniform"
-
-    @property
-    def planned_density(self) -> dict[str, float]:
-        """The density that each layer ends with, unless they compete."""
-        if self.scope == "global":
-            return {}
-        counts: dict[str, int] = {}
-        for group in self._groups:
-            ends = magnitude.final_counts(group.weights, self.final(group), self.distribution, self.min_layer_density)
-            counts |= ends
-        return {name: count / self._weights[name].size for name, count in counts.items()}
 
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Keep as many of the largest ``|W|`` as the schedule says."""
-        self.prune(group, self.scope)
+        self.prune(group)

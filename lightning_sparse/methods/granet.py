@@ -12,7 +12,7 @@ from functools import partial
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.gradual import GradualPruning
-from lightning_sparse.rules import criteria, select
+from lightning_sparse.rules import criteria, select, ties
 from lightning_sparse.rules.budgets import portion
 from lightning_sparse.rules.clock import Clock
 from lightning_sparse.rules.schedules import cosine
@@ -25,7 +25,8 @@ __all__ = ["GraNet"]
 class GraNet(GradualPruning):
     """Gradual pruning with regrowth: fall to the target by global magnitude, and rewire some of each layer meanwhile.
 
-    Regeneration goes on after the schedule's end.
+    Regeneration goes on after the schedule's end. ``scope="layer", distribution="uniform"`` is the authors'
+    GraNet_uniform: every layer falls to the same sparsity.
 
     Example:
         >>> from lightning_sparse import GraNet
@@ -66,4 +67,4 @@ class GraNet(GradualPruning):
         for weight, (found, gradients) in zip(weights, free, strict=True):  # what was just pruned does not come back
             n = min(portion(fraction, weight.num_active), len(found))
             dropped = self.pattern.drop(weight, criteria.magnitude(weight), n)
-            weight.rewire(dropped, found[select.top_k_positions(gradients, n)])
+            weight.rewire(dropped, found[select.top_k_positions(gradients, n, order=ties.at(found, weight.shape))])

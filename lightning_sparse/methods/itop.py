@@ -39,12 +39,15 @@ class ITOP(Exploring, PruneAndGrow):
     drop_fraction: float = 0.5
     stop_at: float = 1.0
 
-    paper_update_every = 1500
-
     def __post_init__(self) -> None:
         """The step that grows by gradient applies no update."""
         super().__post_init__()
         self.skips_update = self.dense_gradient_to_move = self.growth == "gradient"
+
+    @property
+    def paper_update_every(self) -> int:
+        """The authors' interval on CIFAR, in optimizer steps: growth by gradient gives new weights longer."""
+        return 4000 if self.growth == "gradient" else 1500
 
     def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:
         """Grow by ``|dP|`` or at random, and note what has been grown."""

@@ -26,6 +26,7 @@ from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
+from lightning_sparse.trainer.guards import warn_of_equal_scores
 from lightning_sparse.trainer.rewind import restore, snapshot
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import dense, keep_zero_state
@@ -160,6 +161,7 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     def _prune(self, weights: Sequence[Weight]) -> None:
         """Keep the largest ``|W|``, as many as the rounds so far leave."""
         total, final = (self.count(weights, rounds) for rounds in (self._pruned, self.rounds))
+        warn_of_equal_scores(self, [weight.name for weight in weights if weight.alike])
         magnitude.prune(weights, total, final, self.scope, self.distribution, self.min_layer_density)
 
     @torch.no_grad()

@@ -1,11 +1,14 @@
-"""Memory Efficient Dynamic Sparse Training (anonymous authors, under review).
+"""GSE: guided stochastic exploration (Heddes, Srinivasa, Givargis and Nicolau, arXiv 2401.06898).
 
-Section 3, Eqs. 1-7, and Appendix C. Decisions: connections dropped in an update belong to those that were active, so
-they are not sampled; the step that moves connections goes on, and the new ones, which start at 0, take their first
-step with the gradient they were chosen by. With masks that is the dense one, which is there anyway, averaged over
-processes; with ``storage="sparse"`` it is computed for the sampled positions alone.
+The defaults are those of its first version, "Memory Efficient Dynamic Sparse Training": Section 3, Eqs. 1-7, and
+Appendix C; ``subset="active"``, GraEst and the Erdős-Rényi start are of the published one's program. Decisions:
+connections dropped in an update belong to those that were active, so they are not sampled; the step that moves
+connections goes on, and the new ones, which start at 0, take their first step with the gradient they were chosen by.
+With masks that is the dense one, which is there anyway, averaged over processes; with ``storage="sparse"`` it is
+computed for the sampled positions alone.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -16,42 +19,56 @@ from torch import Tensor
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
-from lightning_sparse.layers.unit_activity import Activity, Hooks, SynapticFlow, readable
-from lightning_sparse.rules import sampling, select
+from lightning_sparse.layers.unit_activity import Activity, GradientSketch, Hooks, SynapticFlow, readable
+from lightning_sparse.rules import sampling, select, ties
 from lightning_sparse.rules.budgets import Distribution, apportion, least, portion
 from lightning_sparse.weights.base import Weight
 
-__all__ = ["MemoryEfficientDST"]
+__all__ = ["GSE", "MemoryEfficientDST"]
 
-Heuristic = Literal["random", "grabo", "synflow"]
+Heuristic = Literal["random", "grabo", "graest", "synflow"]
+Subset = Literal["size", "active"]
 
 
 class MemoryEfficientDST(PruneAndGrow):
-    """Memory Efficient DST: drop the smallest weights of all, grow the largest gradients of a sampled subset.
+    """Guided Stochastic Exploration: drop the smallest weights of all, grow the largest gradients of a sampled subset.
 
     An update drops ``|P|`` connections of smallest ``|W|``, whatever their layer. In each layer it samples inactive
-    connections ``(a, b)``, input ``a ~ f`` and output ``b ~ g``, in proportion to the layer's size and
-    ``subset_multiplier |P|`` in all; of these it grows the ``|P|`` of largest ``|dP|``. At the start of a fit the
-    weights of each neuron are multiplied by the square root of its dense fan-in over its actual one.
+    connections ``(a, b)``, input ``a ~ f`` and output ``b ~ g``; of these it grows the ``|P|`` of largest ``|dP|``. At
+    the start of a fit the weights of each neuron are multiplied by the square root of its dense fan-in over its actual
+    one.
 
     Example:
         >>> from lightning_sparse import MemoryEfficientDST
         >>> callback = MemoryEfficientDST(sparsity=0.98, heuristic="grabo", subset_multiplier=10)
 
+        As in the authors' program, under the name of the published paper:
+
+        >>> from lightning_sparse import GSE
+        >>> callback = GSE(sparsity=0.98, heuristic="graest", subset="active", distribution="er")
+
     Reference:
-        "Memory Efficient Dynamic Sparse Training", under double-blind review.
+        "Always-Sparse Training by Growing Connections with Guided Stochastic Exploration", arXiv 2401.06898; first
+        submitted as "Memory Efficient Dynamic Sparse Training".
     """
 
     heuristic: Heuristic = option(
         default="grabo",
         doc='what ``f`` and ``g`` are: ``"random"``: uniform; ``"grabo"``: in proportion to ``sum |h|`` over the '
-        'inputs and ``sum |delta|`` over the gradients of the outputs; ``"synflow"``: the flow of ones through '
-        "``|W|``, from the input to ``a`` and from ``b`` to the output.",
+        'inputs and ``sum |delta|`` over the gradients of the outputs; ``"graest"``: to ``|sum r h|`` and '
+        "``|sum r delta|``, with a random sign r for each sample, so that their product is the gradient on average; "
+        '``"synflow"``: the flow of ones through ``|W|``, from the input to ``a`` and from ``b`` to the output.',
     )
-    subset_multiplier: float = option(
-        default=10,
-        check=partial(checks.at_least, 1, "With 1 all that is sampled is grown."),
-        doc="number of connections sampled for each one moved, at least 1.",
+    subset: Subset = option(
+        default="size",
+        doc='how many connections a layer samples: ``"size"``: in proportion to its size, ``subset_multiplier |P|`` in '
+        'all; ``"active"``: ``subset_multiplier`` for each active one, and all that are inactive in a layer that is '
+        "half dense or more.",
+    )
+    subset_multiplier: float | None = option(
+        default=None,
+        check=partial(checks.above, 0, "Leave it out for the papers' value."),
+        doc='above 0, with ``subset="size"`` at least 1; by default the papers\' values: 10, or 1 with "active".',
     )
     drop_fraction: float = option(
         default=0.2, doc="share of the connections that the first update would drop, in (0, 1]."
@@ -63,18 +80,32 @@ class MemoryEfficientDST(PruneAndGrow):
     resizes = True
 
     def __post_init__(self) -> None:
+        """Check that there is something to choose from."""
         super().__post_init__()
+        if self.subset == "size" and self.multiplier < 1:
+            raise ValueError(
+                f'subset_multiplier must be at least 1 with subset="size", got {self.subset_multiplier!r}: it is the '
+                "number of connections sampled for each one that moves. With 1 all that is sampled is grown."
+            )
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}  # what goes and what comes, by layer, within an update
+
+    @property
+    def multiplier(self) -> float:
+        """The ``subset_multiplier`` that was given, or the papers' value."""
+        return (10 if self.subset == "size" else 1) if self.subset_multiplier is None else self.subset_multiplier
 
     def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """Drop the smallest ``|W|`` of all layers and grow the largest ``|dP|`` of all their subsets."""
         kept = [min(least(self.min_layer_density, weight.size), weight.num_active) for weight in weights]
         active, room = sum(weight.num_active for weight in weights), sum(weight.num_inactive for weight in weights)
         n = min(portion(fraction, active), active - sum(kept), room)  # |P|
-        staying = largest([weight.magnitudes for weight in weights], active - n, kept)
-        subsets = self.subsets(weights, min(portion(self.subset_multiplier, n), room))
+        counts = self.subset_counts(weights, n)
+        n = min(n, sum(counts))
+        held = [weight.active_indices for weight in weights]
+        staying = largest(weights, held, [weight.magnitudes for weight in weights], active - n, kept)
+        subsets = self.subsets(weights, counts)
         gradients = [weight.gradient_at(subset).abs() for weight, subset in zip(weights, subsets, strict=True)]
-        best = largest(gradients, n, [0] * len(weights))
+        best = largest(weights, subsets, gradients, n, [0] * len(weights))
         drops = []
         for weight, stays, subset, grows in zip(weights, staying, subsets, best, strict=True):
             dropped = weight.active_indices.cpu()[~stays.cpu()]
@@ -94,15 +125,22 @@ class MemoryEfficientDST(PruneAndGrow):
         """Grow what won among all layers."""
         return self._chosen.pop(weight.name)[1]
 
-    def subsets(self, weights: Sequence[Weight], n: int) -> list[Tensor]:
-        """Draw ``n`` inactive connections in all, in proportion to the layers' sizes: flat positions, ascending."""
-        sizes, room = [weight.size for weight in weights], [weight.num_inactive for weight in weights]
+    def subset_counts(self, weights: Sequence[Weight], n: int) -> list[int]:
+        """Return how many inactive connections each layer samples, for ``n`` that move in all."""
+        room = [weight.num_inactive for weight in weights]
+        if self.subset == "size":
+            return apportion(min(portion(self.multiplier, n), sum(room)), [weight.size for weight in weights], room)
+        wanted = [portion(self.multiplier, weight.num_active) for weight in weights]
+        half_dense = [2 * weight.num_active >= weight.size for weight in weights]
+        return [free if whole else min(k, free) for k, free, whole in zip(wanted, room, half_dense, strict=True)]
+
+    def subsets(self, weights: Sequence[Weight], counts: Sequence[int]) -> list[Tensor]:
+        """Draw so many inactive connections of each layer: flat positions, ascending."""
         endpoints = self._endpoints(weights)
         subsets = []
-        for weight, count in zip(weights, apportion(n, sizes, room), strict=True):
-            ends = endpoints.get(weight.name, {})
-            active = weight.active_indices.cpu()
-            subsets.append(sampling.subset(count, active, weight.shape, self.generator, **ends))
+        for weight, count in zip(weights, counts, strict=True):
+            ends = {"shape": weight.shape, **endpoints.get(weight.name, {})}
+            subsets.append(sampling.subset(count, weight.active_indices.cpu(), generator=self.generator, **ends))
         return subsets
 
     # ------------------------------------------------------------------ the endpoints' distributions
@@ -116,10 +154,19 @@ class MemoryEfficientDST(PruneAndGrow):
         names = [weight.name for weight in weights]
         if self.heuristic == "grabo":
             return [*listeners, Activity(readable(self._fit.module, names))]
+        if self.heuristic == "graest":
+            return [*listeners, GradientSketch(readable(self._fit.module, names), self._seed_of_signs())]
         return [*listeners, SynapticFlow(self._fit.module, names)]
 
+    def _seed_of_signs(self) -> int:
+        """Return a number of this update and process; the generator stays where it is, as a step may be repeated."""
+        ahead = torch.Generator()
+        ahead.set_state(self.generator.get_state())
+        assert self._fit.trainer is not None
+        return int(torch.randint(1 << 62, (1,), generator=ahead)) + self._fit.trainer.global_rank
+
     def _endpoints(self, weights: Sequence[Weight]) -> dict[str, dict[str, Any]]:
-        """Return ``f``, ``g`` and the number of groups by the weights' names, the same on all processes."""
+        """Return ``f``, ``g``, groups and shape by the weights' names, the same on all processes."""
         watched = self._watch.of(weights[0].optimizer, Activity, SynapticFlow)
         if watched is None:
             return {}
@@ -137,17 +184,22 @@ class MemoryEfficientDST(PruneAndGrow):
             whole = self._fit.trainer.strategy.reduce(torch.cat(of_units), reduce_op="sum")
             parts = iter(whole.split([len(end) for end in of_units]))
             sums = {name: (next(parts), next(parts)) for name in sums}
-        return {
-            weight.name: {
-                "f": sampling.probabilities(sums[weight.name][0]),
-                "g": sampling.probabilities(sums[weight.name][1]),
-                "groups": len(sums[weight.name][0]) // weight.shape[1],
-            }
-            for weight in weights
-            if weight.name in sums
-        }
+        ends = {}
+        for weight in weights:
+            if weight.name in sums:
+                shape = (weight.shape[0], math.prod(weight.shape[1:])) if watched.by_kernel else weight.shape
+                f, g = (sampling.probabilities(side.abs()) for side in sums[weight.name])
+                ends[weight.name] = {"f": f, "g": g, "groups": len(f) // shape[1], "shape": shape}
+        return ends
 
 
-def largest(scores: Sequence[Tensor], k: int, at_least: Sequence[int]) -> list[Tensor]:
-    """Mark the ``k`` largest scores of all layers together, but in each its ``at_least`` largest."""
-    return select.global_top_k(scores, k, [torch.ones_like(score, dtype=torch.bool) for score in scores], at_least)
+GSE = MemoryEfficientDST
+
+
+def largest(
+    weights: Sequence[Weight], positions: Sequence[Tensor], scores: Sequence[Tensor], k: int, at_least: Sequence[int]
+) -> list[Tensor]:
+    """Mark the ``k`` largest scores, those of flat positions, of all layers; but in each its ``at_least`` largest."""
+    everywhere = [torch.ones_like(score, dtype=torch.bool) for score in scores]
+    orders = [ties.at(places, weight.shape) for weight, places in zip(weights, positions, strict=True)]
+    return select.global_top_k(scores, k, everywhere, at_least, orders)

@@ -130,7 +130,7 @@ class OptG(Thresholded, TopKCallback):
 
     def scores(self, weight: LatentWeight) -> Tensor:
         """Return the scores S."""
-        return weight.thresholds["t"].detach().nan_to_num(nan=math.inf, posinf=math.inf)
+        return weight.thresholds["t"].detach()
 
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102  (inherited)
         updates = max((group.updates for group in self._groups.values()), default=0)

@@ -37,7 +37,7 @@ class Connections(Protocol):
     def sample_inactive(self, stride: int) -> Tensor:
         """Return ``|dP|`` of the inactive ones among every ``stride``-th."""
 
-    def largest_gradients(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:
+    def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return the ``n`` inactive ones of largest ``|dP|`` and these."""
 
 

@@ -1,6 +1,7 @@
 """Patterns: which connections a mask may hold together, and so what is drawn, dropped and grown as one.
 
-A criterion scores connections, a pattern says what the units are, ``select`` picks the exact number of them.
+A criterion scores connections, a pattern says what the units are, ``select`` picks the exact number of them, and
+``ties`` tells equals apart.
 """
 
 import math
@@ -9,7 +10,7 @@ from typing import Protocol
 
 from torch import Generator, Tensor
 
-from lightning_sparse.rules import sampling, select
+from lightning_sparse.rules import sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
 
 __all__ = ["UNSTRUCTURED", "Pattern", "Unstructured"]
@@ -46,11 +47,12 @@ class Unstructured:
         return weight.num_inactive
 
     def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
-        """Return the ``n`` of least score; of equals the earlier position's."""
-        return weight.active_indices[select.lowest_positions(scores, n)]
+        """Return the ``n`` of least score."""
+        order = ties.at(weight.active_indices, weight.shape)
+        return weight.active_indices[select.lowest_positions(scores, n, order=order)]
 
     def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
-        """Return the ``n`` of largest ``|dP|``; of equals the earlier position's."""
+        """Return the ``n`` of largest ``|dP|``."""
         return weight.largest_gradients(n)[0]
 
     def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:

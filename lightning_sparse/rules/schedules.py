@@ -17,6 +17,7 @@ __all__ = [
     "annealed",
     "cosine",
     "cubic",
+    "halving",
     "linear",
     "none",
     "sigmoid",
@@ -62,11 +63,20 @@ def cubic(p: float) -> float:
     return (1 - min(max(p, 0.0), 1.0)) ** 3
 
 
-Decay = Literal["none", "linear", "cosine", "sigmoid", "sigmoid_cosine"]
+def halving(p: float) -> float:
+    """Return 1 in the first three quarters of the way, then 1/2, and 0 from its end on (MEST, the authors' scripts).
+
+    >>> [halving(p) for p in (0.0, 0.74, 0.75, 0.99, 1.0)]
+    [1.0, 1.0, 0.5, 0.5, 0.0]
+    """
+    return 1.0 if p < 0.75 else 0.5 if p < 1 else 0.0
+
+
+Decay = Literal["none", "linear", "cosine", "sigmoid", "sigmoid_cosine", "halving"]
 Annealing = Literal[Decay, "exponential"]
 
 DECAYS: dict[str, Callable[[float], float]] = {
-    function.__name__: function for function in (none, linear, cosine, sigmoid, sigmoid_cosine)
+    function.__name__: function for function in (none, linear, cosine, sigmoid, sigmoid_cosine, halving)
 }
 
 

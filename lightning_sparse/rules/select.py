@@ -1,14 +1,21 @@
-"""Boolean masks: pure functions of tensors. Counts are exact, and among equal scores the earlier position wins."""
+"""Boolean masks: pure functions of tensors. Counts are exact; :mod:`~lightning_sparse.rules.ties` tells equals apart.
+
+NaN counts as infinitely large, so what is not a number any more stays in sight.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lightning_sparse.rules import ties
+from lightning_sparse.rules.budgets import apportion
 from lightning_sparse.rules.matrices import as_matrix
 
 __all__ = [
+    "all_equal",
     "count",
     "count_global_top_k",
     "global_top_k",
@@ -33,37 +40,59 @@ def count(mask: Tensor) -> int:
     return int(torch.count_nonzero(mask))
 
 
-def top_k(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+def all_equal(scores: Tensor) -> bool:
+    """Tell whether there are several scores, and all of them are the same.
+
+    >>> all_equal(torch.zeros(2, 3)), all_equal(torch.zeros(1))
+    (True, False)
+    """
+    return scores.numel() > 1 and bool(torch.eq(*scores.aminmax()))
+
+
+def top_k(scores: Tensor, k: int, among: Tensor | None = None, order: ties.Order | None = None) -> Tensor:
     """Mark exactly the ``k`` largest scores.
 
     Args:
-        scores: any shape, no NaN.
+        scores: any shape.
         k: from 0 to the number of candidates.
         among: the candidates, a boolean tensor of the same shape; default: all.
+        order: tells equals apart; default: by their positions in a weight of the scores' shape.
 
-    >>> top_k(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2)
-    tensor([ True,  True, False, False])
+    >>> top_k(torch.tensor([[1.0, 3.0], [1.0, 1.0]]), 2)
+    tensor([[ True,  True],
+            [False, False]])
     """
-    return _marked(top_k_positions(scores, k, among), scores)
+    return _marked(top_k_positions(scores, k, among, order), scores)
 
 
-def top_k_positions(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+def top_k_positions(scores: Tensor, k: int, among: Tensor | None = None, order: ties.Order | None = None) -> Tensor:
     """Return the flat positions of exactly the ``k`` largest scores, ascending; arguments as in ``top_k``."""
-    return _extreme(scores, k, among, largest=True)
+    return _extreme(scores, k, among, order, largest=True)
 
 
-def lowest_positions(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
-    """Return the flat positions of exactly the ``k`` smallest scores, ascending; arguments as in ``top_k``."""
-    return _extreme(scores, k, among, largest=False)
+def lowest_positions(scores: Tensor, k: int, among: Tensor | None = None, order: ties.Order | None = None) -> Tensor:
+    """Return the flat positions of exactly the ``k`` smallest scores, ascending; arguments as in ``top_k``.
+
+    They are those that the largest leave: of equals the last in the order.
+    """
+    return _extreme(scores, k, among, order, largest=False)
 
 
-def global_top_k(scores: Sequence[Tensor], k: int, among: Sequence[Tensor], at_least: Sequence[int]) -> list[Tensor]:
+def global_top_k(
+    scores: Sequence[Tensor],
+    k: int,
+    among: Sequence[Tensor],
+    at_least: Sequence[int],
+    orders: Sequence[ties.Order] | None = None,
+) -> list[Tensor]:
     """Mark exactly the ``k`` largest scores of all tensors together, but in each tensor its ``at_least`` largest.
 
-    The tensors are taken one after the other, and only the largest ``k`` so far are kept: never all at once.
+    The tensors are taken one after the other, and only the largest ``k`` so far are kept: never all at once. Arguments
+    as in ``count_global_top_k``, and an order for the equals of each tensor, as in ``top_k``.
     """
     counts = count_global_top_k(scores, k, among, at_least)
-    return [top_k(s, n, a) for s, n, a in zip(scores, counts, among, strict=True)]
+    each = zip(scores, counts, among, [None] * len(scores) if orders is None else orders, strict=True)
+    return [top_k(s, n, a, order) for s, n, a, order in each]
 
 
 def count_global_top_k(
@@ -76,7 +105,8 @@ def count_global_top_k(
     """Return how many of the ``k`` largest scores of all tensors together lie in each of them.
 
     The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3); what cannot
-    be among them, as samples of all tensors tell, is not looked at twice.
+    be among them, as samples of all tensors tell, is not looked at twice. Of scores that equal the last one, each
+    tensor gets a share in proportion to how many it has.
 
     Args:
         tensors: of any shapes.
@@ -97,8 +127,8 @@ def count_global_top_k(
 
     bound = likely_bound(sum(tensor.numel() for tensor in tensors), k, sample)
     won = _winners(tensors, extra, among, least, score, bound)
-    if sum(won) < extra:  # the sample was misleading
-        won = _winners(tensors, extra, among, least, score, None)
+    if sum(won) != extra:  # the sample was misleading, or there are scores that are not numbers
+        won = _winners(tensors, extra, among, least, lambda tensor: _numbers(score(tensor)), None)
     return [sure + more for sure, more in zip(least, won, strict=True)]
 
 
@@ -111,22 +141,37 @@ def _winners(
     bound: Tensor | None,
 ) -> list[int]:
     """Return how many of the ``k`` largest scores of at least ``bound`` lie in each tensor, beside its ``least``."""
-    best, owner = torch.empty(0), torch.empty(0, dtype=torch.long)
+    best, owner = torch.empty(0), torch.empty(0, dtype=torch.long)  # what is above the bound
+    equal = [0] * len(least)  # to the bound
     for index, (tensor, candidates, sure) in enumerate(zip(tensors, among, least, strict=True)):
         scores = score(tensor)
         if sure:
             candidates = candidates & ~top_k(scores, sure, candidates)
         if bound is not None:
-            candidates = (scores >= bound.to(scores.device)).logical_and_(candidates)
+            bound = bound.to(scores.device)
+            candidates = torch.lt(scores, bound).logical_not_().logical_and_(candidates)
         values = scores.reshape(-1)[positions(candidates)]
+        if bound is not None:
+            above = values != bound
+            equal[index] = len(values) - count(above)
+            values = values[above]
         best = torch.cat((best.to(values), values))
         owner = torch.cat((owner.to(values.device), torch.full((len(values),), index, device=values.device)))
         if len(best) > 2 * k or (index + 1 == len(tensors) and len(best) > k):
-            kept = top_k_positions(best, k)  # among equals the earlier tensor's
-            best, owner = best[kept], owner[kept]
-            bound = best.min()
-    won: list[int] = torch.bincount(owner, minlength=len(least)).tolist()
-    return won
+            bound = _kth(best, k, largest=True)
+            equal = _members(owner[best == bound], len(least))
+            above = torch.le(best, bound).logical_not_()
+            best, owner = best[above], owner[above]
+    won = _members(owner, len(least))
+    missing = min(k - sum(won), sum(equal))
+    shares = apportion(missing, equal, equal) if missing > 0 else [0] * len(least)
+    return [n + share for n, share in zip(won, shares, strict=True)]
+
+
+def _members(owner: Tensor, owners: int) -> list[int]:
+    """Return how often each owner is named."""
+    found: list[int] = torch.bincount(owner, minlength=owners).tolist()
+    return found
 
 
 def likely_bound(size: int, k: int, sample: Callable[[int], Iterable[Tensor]]) -> Tensor | None:
@@ -151,31 +196,34 @@ def largest_or_above(scores: Tensor, level: Tensor, density: float) -> Tensor:
     return above if int(above.sum()) >= k else top_k(scores.masked_fill_(above, math.inf), k)
 
 
-def largest(blocks: Iterable[tuple[int, Tensor]], k: int, floor: float = -1.0) -> tuple[Tensor, Tensor]:
-    """Return the positions, ascending, of the ``k`` largest scores of a long vector, and these scores; on the CPU.
+def largest(
+    blocks: Iterable[tuple[int, Tensor]], k: int, shape: Sequence[int], at_least: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the flat positions, ascending, of the ``k`` largest scores of a weight, and these scores; on the CPU.
 
-    The vector comes in blocks, and beside the block at hand only the best so far are kept, up to three times ``k``.
+    The scores come in blocks, and beside the block at hand only the best so far are kept, up to three times ``k``.
 
     Args:
-        blocks: the position of a block's first score in the vector, and its scores ``(n,)``; in ascending order.
+        blocks: the position of a block's first score in the weight, and its scores ``(n,)``; in ascending order.
         k: how many. Fewer are returned if there are not so many candidates.
-        floor: candidates are the scores larger than this.
+        shape: of the weight.
+        at_least: candidates are the scores that are not less.
 
-    >>> largest([(0, torch.tensor([2.0, 5.0])), (2, torch.tensor([-1.0, 5.0]))], 2)
+    >>> largest([(0, torch.tensor([2.0, 5.0])), (2, torch.tensor([-1.0, 5.0]))], 2, (2, 2))
     (tensor([1, 3]), tensor([5., 5.]))
     """
-    best, positions = torch.empty(0), torch.empty(0, dtype=torch.long)
+    best, places = torch.empty(0), torch.empty(0, dtype=torch.long)
     for first, scores in blocks if k else ():
-        candidates = scores > floor
-        found = top_k_positions(scores, min(k, count(candidates)), candidates)
+        candidates = scores >= at_least
+        found = top_k_positions(scores, min(k, count(candidates)), candidates, ties.after(first, shape))
         best = torch.cat((best.to(scores), scores[found]))
-        positions = torch.cat((positions.to(found.device), found + first))
+        places = torch.cat((places.to(found.device), found + first))
         if len(best) >= 2 * k:
-            kept = top_k_positions(best, k)
-            best, positions = best[kept], positions[kept]
-            floor = float(best.min())  # a tie comes later, and loses
-    kept = top_k_positions(best, min(k, len(best)))
-    return positions[kept].cpu(), best[kept].cpu()
+            kept = top_k_positions(best, k, order=ties.at(places, shape))
+            best, places = best[kept], places[kept]
+            at_least = float(best.min())
+    kept = top_k_positions(best, min(k, len(best)), order=ties.at(places, shape))
+    return places[kept].cpu(), best[kept].cpu()
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -227,7 +275,7 @@ def _marked(positions: Tensor, like: Tensor) -> Tensor:
     return mask.view(like.shape)
 
 
-def _extreme(scores: Tensor, k: int, among: Tensor | None, largest: bool) -> Tensor:
+def _extreme(scores: Tensor, k: int, among: Tensor | None, order: ties.Order | None, largest: bool) -> Tensor:
     """Return the flat positions, ascending, of the ``k`` largest (or smallest) scores."""
     if k <= 0:
         return torch.empty(0, dtype=torch.long, device=scores.device)
@@ -242,10 +290,30 @@ def _extreme(scores: Tensor, k: int, among: Tensor | None, largest: bool) -> Ten
         return torch.arange(k, device=flat.device) if candidates is None else candidates
     bound = _kth(values, k, largest)
     chosen = values > bound if largest else values < bound
-    ties = positions(values == bound)
-    chosen[ties[: k - count(chosen)]] = True
+    equal = positions(values == bound)
+    missing = k - count(chosen)
+    if missing > len(equal):  # what is no number equals nothing
+        return _extreme(_numbers(scores), k, among, order, largest)
+    if missing < len(equal):
+        order = order or partial(ties.spread, shape=scores.shape)
+        rank = order(equal if candidates is None else candidates[equal])
+        equal = equal[_least(rank if largest else -rank, missing)]
+    chosen[equal] = True
     found = positions(chosen)
     return found if candidates is None else candidates[found]
+
+
+def _least(values: Tensor, k: int) -> Tensor:
+    """Mark the ``k`` smallest of a vector, of equals the earlier ones."""
+    bound = _kth(values, k, largest=False)
+    chosen = values < bound
+    chosen[positions(values == bound)[: k - count(chosen)]] = True
+    return chosen
+
+
+def _numbers(scores: Tensor) -> Tensor:
+    """Return scores with infinity where they are NaN."""
+    return scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _kth(values: Tensor, k: int, largest: bool) -> Tensor:
@@ -267,7 +335,7 @@ def _sampled(flat: Tensor, k: int, where: Tensor | None, largest: bool) -> Tenso
     bound = _likely(sample, k / stride, largest)
     if bound is None:
         return None
-    within = flat >= bound if largest else flat <= bound
+    within = (torch.lt if largest else torch.gt)(flat, bound).logical_not_()  # so with what is no number
     if where is not None:
         within &= where
     candidates = positions(within)

@@ -123,12 +123,14 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         self.begin_epoch(trainer.current_epoch, epochs(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, and warn by name of layers that have no weight left."""
+        """Log, and warn by name of layers that have no weight left, or are not finite."""
         counts = self.layer_count
         if trainer.loggers:
             pl_module.log_dict(self.metrics(counts), on_step=False, on_epoch=True, sync_dist=True)
+        diverged = [name for name, weight in self._weights.items() if weight.diverged]
+        guards.warn_of_divergence(self, diverged, trainer.current_epoch)
         for name, count in counts.items():
-            if count == 0:
+            if count == 0 and name not in diverged:
                 self.warn_once(f"{name} has no weight left: density 0 after epoch {trainer.current_epoch}.")
         self.warn_at_epoch_end()
 

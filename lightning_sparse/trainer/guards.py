@@ -18,7 +18,9 @@ from lightning_sparse.layers.selection import ParameterChoice, table
 from lightning_sparse.trainer.verbs import Verbs
 
 __all__ = [
+    "REMEDY",
     "averaging",
+    "listed",
     "refuse_exchanged_optimizers",
     "refuse_missing_state",
     "refuse_other_sparsity",
@@ -30,9 +32,22 @@ __all__ = [
     "refuse_unowned",
     "refuse_unread_checkpoint",
     "warn_of_averages",
+    "warn_of_divergence",
+    "warn_of_equal_scores",
     "warn_of_log_interval",
     "warn_of_other_weights",
 ]
+
+#: what helps a training whose weights or gradients are not finite
+REMEDY = (
+    "Lower the learning rate, set Trainer(gradient_clip_val=1.0), look at the inputs and the loss, or train in float32 "
+    "or bfloat16 in place of float16."
+)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many there are besides."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
 def refuse_trainer(method: Verbs, trainer: Trainer) -> None:
@@ -212,4 +227,26 @@ def warn_of_log_interval(method: Verbs, every: int | None, trainer: Trainer) -> 
             f"log_every_n_steps={every} of {method!r} is not a multiple of the Trainer's {theirs}, "
             "so not all of its values reach the logger. "
             f"Set Trainer(log_every_n_steps={every}) or a divisor of it."
+        )
+
+
+# ---------------------------------------------------------------------- what cannot be judged
+
+
+def warn_of_divergence(method: Verbs, names: Sequence[str], epoch: int) -> None:
+    """Warn that weights of these names are not finite."""
+    if names:
+        method.warn_once(
+            f"{method!r} has weights that are not finite: {listed(names)}, after epoch {epoch}. The training has "
+            f"diverged, and their magnitudes say nothing any more. {REMEDY}"
+        )
+
+
+def warn_of_equal_scores(method: Verbs, names: Sequence[str]) -> None:
+    """Warn of weights of these names, whose connections cannot be ranked: their scores are all the same."""
+    if names:
+        method.warn_once(
+            f"{method!r} cannot rank all connections: within {listed(names)} all scores are equal, as where a layer "
+            "begins at zero or gets no gradient. It keeps them evenly over rows and columns. Leave such weights dense "
+            "with exclude, or begin them at small values."
         )

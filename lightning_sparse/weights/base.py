@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse.rules import select
+from lightning_sparse.rules import select, ties
 
 __all__ = ["Weight", "all_finite", "finite", "fresh_value", "new_version", "optimizer_state", "param_group"]
 
@@ -106,19 +106,36 @@ class Weight(ABC):
         """Return the flat positions of the ``n`` active connections of smallest ``|W|``, ascending.
 
         Args:
-            n: how many; of equals the earlier position's.
+            n: how many.
             scores: what counts instead of ``|W|``, in the order of positions.
         """
-        return self.active_indices[select.lowest_positions(self.magnitudes if scores is None else scores, n)]
+        scores = self.magnitudes if scores is None else scores
+        order = ties.at(self.active_indices, self.shape)
+        return self.active_indices[select.lowest_positions(scores, n, order=order)]
 
     @abstractmethod
-    def largest_gradients(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:
+    def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return the flat positions of the ``n`` inactive connections of largest ``|dP|``, ascending, and these.
 
         Args:
-            n: how many at most; of equals the earlier position's.
-            above: only what is larger counts.
+            n: how many at most.
+            at_least: only what is not less counts.
         """
+
+    @property
+    def alike(self) -> bool:
+        """There are several active connections, and ``|W|`` is the same for all."""
+        return select.all_equal(self.magnitudes)
+
+    @property
+    def gradients_alike(self) -> bool:
+        """There are several active connections, and ``|dP|`` is the same for all."""
+        return select.all_equal(self.gradient_magnitudes)
+
+    @property
+    def diverged(self) -> bool:
+        """Some values are NaN or infinite."""
+        return self.parameter is not None and not all_finite(self.parameter.data)
 
     # ------------------------------------------------------------------ how they move
 

@@ -20,6 +20,7 @@ class WeightGroup:
         step: the number of optimizer steps so far.
         due: the connections are to be moved at the next step with usable gradients.
         moved: connections have been moved in the step that is under way.
+        halted_by: names of parameters whose gradients were not finite at the latest step at which connections were due.
         values: further numbers of the method's state.
     """
 
@@ -27,6 +28,7 @@ class WeightGroup:
     step: int = 0
     due: bool = False
     moved: bool = False
+    halted_by: list[str] = field(default_factory=list)
     values: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_sparse.kernels.bits import pack, unpack
 from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
+from lightning_sparse.weights.base import all_finite
 from lightning_sparse.weights.thresholds import WeightThresholds
 
 __all__ = ["LatentGroup", "LatentWeight"]
@@ -65,6 +66,12 @@ class LatentWeight:
     def has_gradient(self) -> bool:
         """Whether this step has a gradient for the weight."""
         return self.parameter is not None and self.parameter.grad is not None
+
+    @property
+    def diverged(self) -> bool:
+        """Some latent values or thresholds are NaN or infinite."""
+        thresholds = [] if self.trained is None else self.trained.values.values()
+        return not all(all_finite(x.detach()) for x in (self.latent, *thresholds))
 
     # ------------------------------------------------------------------ as matrices
 

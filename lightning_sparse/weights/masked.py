@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_sparse.rules import select
+from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
 from lightning_sparse.weights.base import Weight, all_finite, fresh_value, new_version, optimizer_state
 
@@ -92,20 +92,30 @@ class MaskedWeight(Weight):
     def gradient_magnitudes(self) -> Tensor:  # noqa: D102  (inherited)
         return self.dP.reshape(-1).index_select(0, self.active_indices).abs_()
 
+    @property
+    def alike(self) -> bool:  # noqa: D102  (inherited)
+        return _may_be_alike(self.W, self.mask) and super().alike
+
+    @property
+    def gradients_alike(self) -> bool:  # noqa: D102  (inherited)
+        return _may_be_alike(self.dP, self.mask) and super().gradients_alike
+
     def gradient_at(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
         return self.dP.reshape(-1)[positions.to(self.dP.device)]
 
     def sample_inactive(self, stride: int) -> Tensor:  # noqa: D102  (inherited)
         return self.dP.reshape(-1)[::stride].abs()[~self.mask.reshape(-1)[::stride]]
 
-    def largest_gradients(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
-        likely = select.likely_bound(self.size, n, lambda stride: [self.sample_inactive(stride)]) if above < 0 else None
-        found = _inactive_above(self, above if likely is None else float(likely))
+    def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
+        likely = None
+        if not at_least:
+            likely = select.likely_bound(self.size, n, lambda stride: [self.sample_inactive(stride)])
+        found = _inactive_from(self, at_least if likely is None else float(likely))
         if likely is not None and len(found) < n:  # the sample was misleading
-            found = _inactive_above(self, above)
+            found = _inactive_from(self, at_least)
         gradients = self.dP.reshape(-1)[found].abs()
         if len(found) > n:
-            best = select.top_k_positions(gradients, n)
+            best = select.top_k_positions(gradients, n, order=ties.at(found, self.shape))
             found, gradients = found[best], gradients[best]
         return found.cpu(), gradients.cpu()
 
@@ -185,7 +195,13 @@ def dense(weights: Sequence[Weight]) -> list[MaskedWeight]:
     return held
 
 
-def _inactive_above(weight: MaskedWeight, floor: float) -> Tensor:
-    """Return the flat positions of the inactive connections whose ``|dP|`` is above ``floor``, ascending."""
-    above = weight.dP.reshape(-1).abs().gt(floor)
-    return select.positions(torch.gt(above, weight.mask.reshape(-1), out=above))
+def _may_be_alike(x: Tensor, mask: Tensor) -> bool:
+    """Tell whether the magnitudes of the active connections in the first rows do not differ yet."""
+    few = x[:8].abs()[mask[:8]]
+    return len(few) < 2 or select.all_equal(few)
+
+
+def _inactive_from(weight: MaskedWeight, floor: float) -> Tensor:
+    """Return the flat positions of the inactive connections whose ``|dP|`` is ``floor`` or more, ascending."""
+    enough = weight.dP.reshape(-1).abs().ge(floor)
+    return select.positions(torch.gt(enough, weight.mask.reshape(-1), out=enough))

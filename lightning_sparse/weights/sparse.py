@@ -104,8 +104,8 @@ class SparseWeight(Weight):
         every = every[~torch.isin(every, self.active_indices.cpu(), assume_unique=True)]
         return self.gradient_at(every).abs()
 
-    def largest_gradients(self, n: int, above: float = -1.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
-        return select.largest(self.gradient.inactive(self.sparse), n, above)
+    def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
+        return select.largest(self.gradient.inactive(self.sparse), n, self.shape, at_least)
 
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Make the layer sparse, with its own values at ``positions``; one on the meta device has them drawn."""

@@ -181,6 +181,11 @@ class ThresholdBuffer:
                 view.copy_(t)
                 t.data = view
 
+    def marked(self, where: Tensor) -> list[WeightThresholds]:
+        """Return those with a True in ``where``, a boolean vector like ``values``."""
+        parts = where.split([next(iter(each.values.values())).numel() for each in self.thresholds])
+        return [each for each, part in zip(self.thresholds, parts, strict=True) if bool(part.any())]
+
     def gradients_in_use(self) -> list[Tensor]:
         """Return the gradients of all thresholds that are about to take a step."""
         used = {}

@@ -36,7 +36,9 @@ def test_every_method_of_the_package_is_known_and_planned_whatever_the_case(reci
     known = [name for name in lightning_sparse.__all__ if name in plan.methods()]
     assert {"DFBST", "RigL", "GGR", "MemoryEfficientDST", *OWN_DENSITY} <= set(known)
     found = entries(",".join(["DENSE", *map(str.upper, known)]), [0.8, 0.9], recipe)
-    assert [entry.method for entry in found] == ["dense"] + [n for n in known for _ in range(2 - (n in OWN_DENSITY))]
+    names = [plan.methods()[name].__name__ for name in known]
+    assert [entry.method for entry in found] == ["dense"] + [n for n in names for _ in range(2 - (n in OWN_DENSITY))]
+    assert names[known.index("GSE")] == "MemoryEfficientDST"
     for entry in found[1:]:
         own = entry.method in OWN_DENSITY
         assert entry.sparsity is None if own else entry.sparsity == entry.arguments["sparsity"]

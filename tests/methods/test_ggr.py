@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_sparse import GGR
-from lightning_sparse.rules import budgets, select
+from lightning_sparse.rules import budgets, select, ties
 from lightning_sparse.rules.ranking import ranking
 from lightning_sparse.weights.masked import MaskedWeight
 
@@ -60,14 +60,20 @@ def test_ggrs_ranking_is_that_of_all_layers_together(layers, draw):
         mask = torch.tensor([draw.draw(st.lists(st.booleans(), min_size=len(layer), max_size=len(layer)))])
         weights.append(MaskedWeight(str(index), mask, parameter=nn.Parameter(torch.zeros(1, len(layer)))))
         weights[-1].parameter.grad = torch.tensor([layer], dtype=torch.float32)
-    free, gradients = [~weight.mask for weight in weights], [weight.dP for weight in weights]
     least = [draw.draw(st.integers(0, weight.num_inactive)) for weight in weights]
     k = draw.draw(st.integers(sum(least), sum(weight.num_inactive for weight in weights)))
-    counts = select.count_global_top_k(gradients, k, free, least)
-    for (won, slopes), count, gradient, among in zip(ranking(weights, k, least), counts, gradients, free, strict=True):
-        best = select.top_k(gradient, count, among).reshape(-1).nonzero().squeeze(1)
-        assert torch.equal(won, best)
-        assert torch.equal(slopes, gradient.reshape(-1)[best])
+    candidates, expected = [], []
+    for owner, (weight, sure) in enumerate(zip(weights, least, strict=True)):
+        rank = ties.spread(torch.arange(weight.size), weight.shape)
+        free = (~weight.mask).reshape(-1).nonzero().squeeze(1).tolist()
+        free.sort(key=lambda p, dP=weight.dP[0], rank=rank: (-float(dP[p]), int(rank[p])))
+        expected.append(free[:sure])
+        candidates += [(-float(weight.dP[0, p]), int(rank[p]) / weight.size, owner, p) for p in free[sure:]]
+    for *_, owner, p in sorted(candidates)[: k - sum(least)]:
+        expected[owner].append(p)
+    for (won, slopes), best, weight in zip(ranking(weights, k, least), expected, weights, strict=True):
+        assert won.tolist() == sorted(best)
+        assert torch.equal(slopes, weight.dP[0, won])
 
 
 @settings(deadline=None)

@@ -1,7 +1,7 @@
 """GraNet: prunes globally, then regenerates."""
 
 from by_hand import graded
-from helpers import attached, grid
+from helpers import attached, grid, watched
 
 from lightning_sparse import GraNet
 
@@ -37,3 +37,12 @@ def test_granet_does_not_grow_what_it_has_just_pruned(monkeypatch):
     callback.plan(pool)
     callback.move(weights, pool, 1.0)
     assert grid(weights[0]) == [[1, 1, 0, 0]]
+
+
+def test_granet_uniform_brings_every_layer_to_the_same_sparsity():
+    callback = GraNet(0.75, initial_sparsity=0.5, scope="layer", distribution="uniform", update_every=3)
+    watch, _, _ = watched(callback)
+    sizes = [mask.numel() for mask in callback.masks.values()]
+    assert watch.counts[0] == [size // 2 for size in sizes]
+    assert watch.counts[-1] == [size // 4 for size in sizes]
+    assert watch.moves > 1

@@ -1,6 +1,7 @@
 """What MemoryEfficientDST's heuristics read off: GraBo's activations and gradients, SynFlow's products."""
 
 import copy
+import itertools
 
 import lightning.pytorch as pl
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from lightning_sparse import MemoryEfficientDST
 from lightning_sparse.layers.selection import select_parameters
-from lightning_sparse.layers.unit_activity import Activity, SynapticFlow, readable
+from lightning_sparse.layers.unit_activity import Activity, GradientSketch, SynapticFlow, readable
 
 
 class LSTM(nn.Module):
@@ -40,6 +41,59 @@ def spy(callback):
 
 def normalized(x):
     return (x / x.sum()).double()
+
+
+# ---------------------------------------------------------------------- GraEst
+
+
+SKETCHED = {
+    "linear": (lambda: nn.Linear(3, 2), (4, 3)),
+    "tokens": (lambda: nn.Linear(3, 2), (2, 2, 3)),
+    "conv1d": (lambda: nn.Conv1d(2, 4, 2, stride=2, groups=2), (2, 2, 4)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, 2, padding=1, dilation=2, bias=False), (1, 2, 2, 2)),
+    "conv2d same": (lambda: nn.Conv2d(1, 2, 2, padding="same"), (1, 1, 2, 2)),
+    "one image": (lambda: nn.Conv2d(2, 2, (1, 2), padding_mode="circular", padding=(0, 1)), (2, 1, 2)),
+    "conv3d": (lambda: nn.Conv3d(1, 2, (2, 1, 1)), (2, 1, 2, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SKETCHED)
+def test_the_product_of_graests_sums_is_the_gradient_on_average_over_all_signs(name, monkeypatch):
+    """And for a single sample and place, where signs cancel, it is the gradient itself."""
+    build, shape = SKETCHED[name]
+    torch.manual_seed(0)
+    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    output = layer(x)
+    places = output.numel() // layer.weight.shape[0]
+    assert places <= 8, "2^8 passes at most"
+    target = torch.randn_like(output)
+    (expected,) = torch.autograd.grad((output * target).sum(), layer.weight)
+    total = 0.0
+    for pattern in itertools.product((-1.0, 1.0), repeat=places):
+        signs = torch.tensor(pattern, dtype=torch.float64)
+        monkeypatch.setattr(GradientSketch, "_signs", lambda self, shape, like, r=signs: r.view(*shape))
+        sketch = GradientSketch({"w": layer}, seed=0)
+        (layer(x) * target).sum().backward()
+        f, g = sketch.sums()["w"]
+        groups = len(f) // layer.weight[0].numel()
+        f, g = f.view(groups, 1, -1), g.view(groups, -1, 1)
+        total = total + (g * f).view_as(expected)
+        sketch.close()
+    assert torch.allclose(total / 2**places, expected)
+
+
+def test_graests_signs_are_random_of_the_callbacks_generator_which_stays_where_it_is():
+    callbacks = [MemoryEfficientDST(0.5, heuristic="graest", update_every=4, stop_at=1.0, seed=s) for s in (1, 1, 2)]
+    found = [spy(callback) for callback in callbacks]
+    for callback in callbacks:
+        fit(callback, seeded(lambda: Lit(cnn())), loader(80))
+    first, again, other = ([ends["net.1.weight"] for ends in updates] for updates in found)
+    assert all(torch.equal(a["f"], b["f"]) for a, b in zip(first, again, strict=True))
+    assert any(not torch.equal(a["f"], b["f"]) for a, b in zip(first, other, strict=True))
+    assert all(ends["f"].sum() == pytest.approx(1) for ends in first)
+    signs = GradientSketch({}, 3)._signs((4000,), torch.zeros(1))
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert abs(signs.sum()) < 5 * 4000**0.5
 
 
 # ---------------------------------------------------------------------- training

@@ -53,3 +53,8 @@ def test_itop_explores_more_and_more_and_logs_it(tmp_path):
     assert callback.extra_metrics == {"sparsity/explored": callback.exploration_rate}
     ever = callback.state_dict()["explored"]["bits"]["net.0.weight"]
     assert (ever | ~mask_bits(callback.masks["net.0.weight"]) == 255).all()
+
+
+def test_itop_tells_the_papers_interval_of_its_growth_rule():
+    assert ITOP(0.9, growth="random").paper_update_every == 1500
+    assert ITOP(0.9, growth="gradient").paper_update_every == 4000

@@ -6,11 +6,11 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, cnn, fit, fits, mlp, seeded
+from helpers import Lit, cnn, fit, fits, loader, mlp, seeded
 from processes import run_ranks
 from torch import nn
 
-from lightning_sparse import MemoryEfficientDST
+from lightning_sparse import GSE, MemoryEfficientDST
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.rules import select
 from lightning_sparse.weights.masked import MaskedWeight
@@ -284,14 +284,49 @@ def test_two_processes_with_different_data_draw_and_move_the_same():
     run_ranks("memory_efficient_dst_script.py", 2)
 
 
+# ---------------------------------------------------------------------- the published program's choices
+
+
+def test_gse_is_the_name_of_the_published_paper_for_the_same_class():
+    assert GSE is MemoryEfficientDST
+    assert repr(GSE(0.9, heuristic="graest")) == "MemoryEfficientDST(sparsity=0.9, heuristic='graest')"
+    assert GSE(0.9).state_key == MemoryEfficientDST(0.9).state_key
+    assert (GSE(0.9).multiplier, GSE(0.9, subset="active").multiplier) == (10, 1)
+
+
+def test_a_subset_goes_with_the_active_connections_of_its_layer_and_is_all_of_a_half_dense_one():
+    places = {"a": torch.arange(200).view(10, 20) % 10 == 0, "b": torch.arange(60).view(6, 10) % 3 == 0}
+    places["c"] = torch.arange(24).view(4, 6) % 2 == 0
+    for multiplier, expected in ((1, [20, 20, 12]), (0.25, [5, 5, 12]), (2.5, [50, 40, 12])):
+        callback = GSE(0.5, heuristic="random", subset="active", subset_multiplier=multiplier)
+        W = {name: grid.float().tolist() for name, grid in places.items()}
+        weights = attached(callback, W, {name: torch.rand(grid.shape).tolist() for name, grid in places.items()})
+        assert callback.subset_counts(weights, 7) == expected
+        callback.update(weights, 1.0, 1.0)
+        assert sum(weight.num_active for weight in weights) == 52, "no more move than were sampled"
+    assert [len(subset) for subset in callback.subsets(weights, [3, 2, 1])] == [3, 2, 1]
+
+
+def test_the_programs_choices_train_with_both_stores_alike():
+    options = {"heuristic": "graest", "subset": "active", "distribution": "er", "drop_fraction": 0.5}
+    callbacks = [GSE(0.8, update_every=4, stop_at=1.0, storage=kind, **options) for kind in ("masked", "sparse")]
+    for callback in callbacks:
+        fit(callback, seeded(lambda: Lit(mlp(torch.float64))), loader(120, dtype=torch.float64), precision="64-true")
+        assert callback.size - sum(callback.layer_count.values()) == round(0.8 * callback.size)
+    first, second = callbacks
+    assert all(torch.equal(mask, second.masks[name]) for name, mask in first.masks.items())
+
+
 # ---------------------------------------------------------------------- arguments
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heuristic": "rigl"}, r"heuristic must be one of \['grabo', 'random', 'synflow'\], got 'rigl'"),
-        ({"subset_multiplier": 0.5}, "subset_multiplier must be a finite number of at least 1, got 0.5. With 1 all"),
+        ({"heuristic": "rigl"}, r"heuristic must be one of \['graest', 'grabo', 'random', 'synflow'\], got 'rigl'"),
+        ({"subset_multiplier": 0.5}, 'subset_multiplier must be at least 1 with subset="size", got 0.5: .* With 1 all'),
+        ({"subset": "active", "subset_multiplier": 0}, "subset_multiplier must be .*above 0, got 0"),
+        ({"subset": "all"}, r"subset must be one of \['active', 'size'\], got 'all'"),
         ({"subset_multiplier": math.inf}, "subset_multiplier must be a finite number"),
         ({"drop_fraction": 0}, "drop_fraction must be above 0, got 0"),
         ({"update_every": 0}, "update_every must be an integer of at least 1"),

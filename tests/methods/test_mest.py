@@ -20,6 +20,38 @@ def test_mest_drops_by_magnitude_and_gradient_without_its_scale():
     assert [grid(weights[0])[1][i] for i in (0, 2)] == [1, 1]
 
 
+# ---------------------------------------------------------------------- the authors' schedule
+
+
+def test_mests_authors_move_20_percent_then_10_and_from_epoch_120_of_160_on_none(monkeypatch):
+    batches = 782
+    callback = MEST(0.9, drop_fraction=0.2, decay="halving", stop_at=0.75, update_every=5 * batches)
+    monkeypatch.setattr(MEST, "total_steps", 160.0 * batches)
+    _, group, _ = attached(callback, W)
+    moved = {}
+    for epoch in range(160):
+        group.step = epoch * batches
+        if callback.is_due(group):
+            moved[epoch] = callback.fraction(group)
+    assert [*moved] == [*range(5, 120, 5)]
+    assert all(share == (0.2 if epoch < 90 else 0.1) for epoch, share in moved.items())
+
+
+def test_the_soft_bound_of_mests_authors_is_50_percent_then_25_and_none_at_the_end(monkeypatch):
+    callback = MEST(0.5, drop_fraction=0.5, soft_bound=True, decay="halving", stop_at=0.75, update_every=5)
+    monkeypatch.setattr(MEST, "total_steps", 160.0)
+    active = [[1.0] * 40 + [0.0] * 360]
+    _, group, (weight,) = attached(callback, {"a": active})
+    above = []
+    for group.step in range(160):
+        if callback.is_due(group):
+            callback.move([weight], group, 1.0)
+            above.append((group.step, weight.num_active - 40))
+    assert [more for step, more in above if step < 90] == [20] * 17
+    assert [more for step, more in above if 90 <= step < 120] == [10] * 6
+    assert above[-1] == (120, 0)
+
+
 # ---------------------------------------------------------------------- ITOP, MEST, DeepR
 
 

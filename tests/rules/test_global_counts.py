@@ -7,19 +7,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sparse.rules import select
+from lightning_sparse.rules.budgets import apportion
+
+
+def shares(scores, k, among):
+    """How many of the k largest each layer has: those above the last one, and its share of the equals."""
+    if k == 0:
+        return [0] * len(scores)
+    candidates = [s[a].tolist() for s, a in zip(scores, among, strict=True)]
+    last = sorted((value for values in candidates for value in values), reverse=True)[k - 1]
+    above = [sum(value > last for value in values) for values in candidates]
+    equal = [values.count(last) for values in candidates]
+    more = apportion(k - sum(above), equal, equal)
+    return [n + m for n, m in zip(above, more, strict=True)]
+
 
 scores_of_layers = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=12), min_size=1, max_size=4)
 
 
 @given(scores_of_layers, st.data())
 def test_counts_of_the_global_top_k_are_those_of_one_over_all_layers(layers, draw):
-    """With ties, and layer by layer; the earlier position wins."""
+    """With ties, of which each layer gets a share in proportion to how many it has."""
     scores = [torch.tensor(layer, dtype=torch.float32) for layer in layers]
     among = [torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(s), max_size=len(s)))) for s in scores]
     k = draw.draw(st.integers(0, sum(map(select.count, among))))
-    whole = select.top_k(torch.cat(scores), k, among=torch.cat(among))
-    expected = [int(part.sum()) for part in whole.split([len(s) for s in scores])]
-    assert select.count_global_top_k(iter(scores), k, among) == expected
+    assert select.count_global_top_k(iter(scores), k, among) == shares(scores, k, among)
 
 
 @given(scores_of_layers, st.data())
@@ -29,22 +41,22 @@ def test_counts_of_the_global_top_k_keep_what_each_layer_needs(layers, draw):
     least = [draw.draw(st.integers(0, len(s))) for s in scores]
     k = draw.draw(st.integers(sum(least), sum(map(len, scores))))
     sure = [select.top_k(s, n) for s, n in zip(scores, least, strict=True)]
-    rest = select.top_k(torch.cat(scores), k - sum(least), among=~torch.cat(sure))
-    expected = [n + int(p.sum()) for n, p in zip(least, rest.split([len(s) for s in scores]), strict=True)]
-    assert select.count_global_top_k(scores, k, among, least) == expected
+    rest = shares(scores, k - sum(least), [~mask for mask in sure])
+    assert select.count_global_top_k(scores, k, among, least) == [n + m for n, m in zip(least, rest, strict=True)]
 
 
 @given(st.lists(st.integers(-1, 4), max_size=40), st.data())
 def test_the_largest_of_blocks_are_those_of_the_whole(scores, draw):
-    """With ties, of which the earlier position wins, and marks of what is no candidate."""
+    """With ties, and marks of what is no candidate."""
     whole = torch.tensor(scores, dtype=torch.float32)
+    shape = (len(scores) // 4, 4) if len(scores) % 4 == 0 else (len(scores),)
     edges = [0, *sorted(draw.draw(st.lists(st.integers(0, len(scores)), max_size=5))), len(scores)]
     blocks = [(a, whole[a:b]) for a, b in pairwise(edges)]
-    above = draw.draw(st.sampled_from([-1.0, 0.0, 2.0]))
-    candidates = whole > above
+    at_least = draw.draw(st.sampled_from([0.0, 1.0, 3.0]))
+    candidates = whole >= at_least
     k = draw.draw(st.integers(0, select.count(candidates)))
-    expected = select.top_k(whole, k, among=candidates).nonzero().squeeze(1)
+    expected = select.top_k_positions(whole.view(shape), k, among=candidates.view(shape))
     for asked in {k, 50} if k == select.count(candidates) else {k}:
-        positions, values = select.largest(blocks, asked, above)
+        positions, values = select.largest(blocks, asked, shape, at_least)
         assert torch.equal(positions, expected)
         assert torch.equal(values, whole[expected])

@@ -20,6 +20,7 @@ TABLE = {
     "cosine": [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0],
     "sigmoid": [1 / (1 + math.exp(-6)), 1 / (1 + math.exp(-3)), 0.5, 1 / (1 + math.exp(3)), 1 / (1 + math.exp(6))],
     "sigmoid_cosine": [1, 1 / (1 + math.exp(-3)), 0.5, (1 - math.sqrt(0.5)) / 2, 1 / (1 + math.exp(6))],
+    "halving": [1, 1, 1, 0.5, 0],
     "exponential": [1, math.exp(-1), math.exp(-2), math.exp(-3), math.exp(-4)],
 }
 

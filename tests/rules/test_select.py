@@ -1,5 +1,7 @@
 """Masks: small ones worked out by hand, exact counts for the rest."""
 
+import math
+
 import pytest
 import torch
 from helpers import Lit
@@ -9,6 +11,7 @@ from torch import nn
 
 from lightning_sparse import DFBST, DST, STR, AutoSparse
 from lightning_sparse.layers.selection import select_parameters
+from lightning_sparse.rules.budgets import apportion
 from lightning_sparse.rules.select import (
     count_global_top_k,
     largest_or_above,
@@ -19,6 +22,7 @@ from lightning_sparse.rules.select import (
     top_k_positions,
     zero_outside_,
 )
+from lightning_sparse.rules.ties import spread
 
 
 def attached(callback, W, **thresholds):
@@ -113,10 +117,13 @@ def test_guard_acts_above_its_bound_and_not_at_it():
     assert not module.weight.any()
 
 
-def test_top_k_keeps_earlier_positions_among_ties():
+def test_top_k_spreads_over_rows_and_columns_among_ties():
     scores = torch.tensor([[2.0, 1.0, 2.0], [2.0, 0.0, 3.0]])
+    assert spread(torch.arange(6), (2, 3)).tolist() == [0, 2, 4, 3, 5, 1]
     assert top_k(scores, 2).tolist() == [[True, False, False], [False, False, True]]
-    assert top_k(scores, 3).tolist() == [[True, False, True], [False, False, True]]
+    assert top_k(scores, 3).tolist() == [[True, False, False], [True, False, True]]
+    assert top_k(torch.ones(2, 3), 2).tolist() == [[True, False, False], [False, False, True]]
+    assert lowest_positions(torch.ones(2, 3), 4).tolist() == [1, 2, 3, 4], "the other four"
     assert not top_k(scores, 0).any()
     assert top_k(scores, 6).all()
 
@@ -125,7 +132,8 @@ def test_top_k_keeps_earlier_positions_among_ties():
 def test_top_k_marks_exactly_the_k_largest(values, draw):
     k = draw.draw(st.integers(0, len(values)))
     mask = top_k(torch.tensor(values, dtype=torch.float32), k)
-    best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+    rank = spread(torch.arange(len(values)), (len(values),)).tolist()
+    best = sorted(range(len(values)), key=lambda i: (-values[i], rank[i]))[:k]
     assert sorted(mask.nonzero().flatten().tolist()) == sorted(best)
 
 
@@ -163,32 +171,58 @@ LARGE = {
 }
 
 
+def ranked(scores, candidates, shape):
+    """Positions from the largest score to the smallest, of equals in the order of ties."""
+    order = candidates[spread(candidates, shape).sort().indices]
+    return order[torch.sort(scores.reshape(-1)[order], stable=True, descending=True).indices]
+
+
 @pytest.mark.parametrize("k", [1, 100, 29_999, 150_000, 269_999])
 @pytest.mark.parametrize("kind", LARGE)
 def test_selections_among_many_are_those_of_a_stable_sort(kind, k):
     generator = torch.Generator().manual_seed(0)
-    scores = LARGE[kind](generator)
-    among = torch.rand(300_000, generator=generator) < 0.95
-    candidates = among.nonzero().squeeze(1)
-    for select, descending in ((top_k_positions, True), (lowest_positions, False)):
-        order = candidates[torch.sort(scores[candidates], stable=True, descending=descending).indices]
-        assert torch.equal(select(scores, k, among), order[:k].sort().values)
-    order = torch.sort(scores, stable=True, descending=True).indices
-    assert torch.equal(top_k(scores, k).nonzero().squeeze(1), order[:k].sort().values)
+    scores = LARGE[kind](generator).view(500, 600)
+    among = torch.rand(500, 600, generator=generator) < 0.95
+    order = ranked(scores, among.reshape(-1).nonzero().squeeze(1), scores.shape)
+    assert torch.equal(top_k_positions(scores, k, among), order[:k].sort().values)
+    assert torch.equal(lowest_positions(scores, k, among), order[-k:].sort().values)
+    order = ranked(scores, torch.arange(300_000), scores.shape)
+    assert torch.equal(top_k(scores, k).reshape(-1).nonzero().squeeze(1), order[:k].sort().values)
+
+
+@pytest.mark.parametrize("size", [10, 300_000])
+@pytest.mark.parametrize("broken", [1, 4, 9])
+def test_what_is_no_number_counts_as_infinitely_large(size, broken):
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    nan = torch.arange(broken) * (size // 10)
+    scores[nan] = math.nan
+    for k in (1, 3, 7, size - 2):
+        chosen = top_k(scores, k)
+        assert chosen.sum() == k
+        assert chosen[nan].sum() == min(k, broken)
+        low = lowest_positions(scores, k)
+        assert len(low.unique()) == k
+        assert scores[low].isnan().sum() == max(0, k + broken - size)
+        everywhere = [torch.ones(size, dtype=torch.bool), torch.ones(5, dtype=torch.bool)]
+        counts = count_global_top_k([scores, torch.full((5,), -9.0)], k, everywhere)
+        assert counts == [k, 0]
 
 
 @pytest.mark.parametrize("k", [1, 100, 29_999, 150_000, 269_999])
 @pytest.mark.parametrize("kind", LARGE)
-def test_counts_among_many_are_those_of_a_stable_sort(kind, k):
+def test_counts_among_many_are_those_above_the_last_and_a_share_of_its_equals(kind, k):
     generator = torch.Generator().manual_seed(0)
     scores = LARGE[kind](generator)
     among = torch.rand(300_000, generator=generator) < 0.95
     sizes = [1000, 200_000, 0, 9000, 90_000]
-    candidates = among.nonzero().squeeze(1)
-    winners = candidates[torch.sort(scores[candidates].abs(), stable=True, descending=True).indices[:k]]
-    edges = torch.tensor(sizes).cumsum(0)
-    expected = torch.bincount(torch.bucketize(winners, edges, right=True), minlength=5).tolist()
+    bound = scores[among].abs().sort(descending=True).values[k - 1]
     parts = scores.split(sizes), among.split(sizes)
+    above, equal = (
+        [int((compare(part.abs(), bound) & candidates).sum()) for part, candidates in zip(*parts, strict=True)]
+        for compare in (torch.gt, torch.eq)
+    )
+    shares = apportion(k - sum(above), equal, equal)
+    expected = [n + share for n, share in zip(above, shares, strict=True)]
     assert count_global_top_k(parts[0], k, parts[1], score=torch.abs) == expected
 
 

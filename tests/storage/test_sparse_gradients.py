@@ -89,7 +89,7 @@ def test_equal_gradients_grow_by_position():
         assert torch.equal(gradients, dense.dP.abs().reshape(-1)[expected])
         for theirs, ours in zip(dense.largest_gradients(n), (positions, gradients), strict=True):
             assert torch.equal(theirs, ours)
-    assert (weight.largest_gradients(540)[1] == weight.largest_gradients(540, above=1.0)[1].min()).any()
+    assert (weight.largest_gradients(540)[1] == weight.largest_gradients(540, at_least=1.0)[1].min()).any()
 
 
 def test_a_sparse_weight_keeps_what_a_masked_one_does():
