@@ -69,7 +69,9 @@ def test_the_authors_interval_grows_from_100_to_800_steps(monkeypatch):
     assert [step for step in range(200 * 391) if clock.is_due(step)] == theirs
 
 
-@pytest.mark.parametrize(("every", "batches", "epochs", "moves"), [(2, 40, 1, [2, 4, 8, 12, 16, 24]), (None, 1, 16, [1, 2, 4, 8])])
+@pytest.mark.parametrize(
+    ("every", "batches", "epochs", "moves"), [(2, 40, 1, [2, 4, 8, 12, 16, 24]), (None, 1, 16, [1, 2, 4, 8])]
+)
 def test_the_interval_doubles_within_a_fit(every, batches, epochs, moves):
     callback = DSR(0.5, init_threshold=0.1, update_every=every, stop_at=0.75, double_interval_at=[0.12, 0.36])
     watch, _, _ = watched(callback, batches=batches, max_epochs=epochs)
