@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd as Convolution  # all of them, transpo
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as AttentionOutput  # MultiheadAttention's out_proj
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, but not exported from a public place
 from torch.utils._pytree import tree_leaves
 
@@ -36,6 +37,7 @@ __all__ = [
     "padded_sides",
     "parameters",
     "register_before_load",
+    "schedules_within",
     "set_parameters",
     "storage_identity",
     "stored_values",
@@ -173,3 +175,19 @@ def found_infinite(optimizer: Optimizer) -> Tensor | None:
     """
     found: Tensor | None = getattr(optimizer, "found_inf", None)
     return found
+
+
+# ---------------------------------------------------------------------- learning rates
+
+
+def schedules_within(scheduler: Any) -> list[tuple[int, Any]]:
+    """Return the schedulers that a composed one is made of, each with the move at which its turn begins.
+
+    Relies on ``SequentialLR._schedulers`` and ``_milestones``, and on ``ChainedScheduler._schedulers``. Of any other
+    scheduler it is the scheduler itself.
+    """
+    if isinstance(scheduler, SequentialLR):
+        return list(zip([0, *scheduler._milestones], scheduler._schedulers, strict=True))
+    if isinstance(scheduler, ChainedScheduler):
+        return [(0, part) for part in scheduler._schedulers]
+    return [(0, scheduler)]

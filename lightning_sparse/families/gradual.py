@@ -28,7 +28,8 @@ class GradualPruning(DenseOnly, MaskedCallback):
     """A number of connections that falls from step to step of a schedule, by magnitude, and ends at the target exactly.
 
     The sparsity of step t is ``s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3`` (Zhu & Gupta 2017, Eq. 1). The
-    last update falls on the end of the schedule even if the interval does not divide it. The weights of each optimizer
+    last update falls on the end of the schedule even if the interval does not divide it. If the training becomes
+    shorter than planned, so that the end lies behind, the next step prunes to the target. The weights of each optimizer
     follow the schedule by themselves.
     """
 
@@ -110,8 +111,9 @@ class GradualPruning(DenseOnly, MaskedCallback):
         return interval(self.paper_update_every, last - first) if self.update_every == "auto" else self.update_every
 
     def is_due(self, group: WeightGroup) -> bool:
-        """Tell whether the clock says so."""
-        return self.clock.is_due(group.step)
+        """Tell whether the clock says so, or the schedule is over without its target: the training became shorter."""
+        over = group.step > self.span()[1]
+        return self.clock.is_due(group.step) or (over and group.values.get("asked") != self.final(group))
 
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Let the newcomers, which start with ``initial_sparsity``, join at the present point of the schedule."""

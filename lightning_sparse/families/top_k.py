@@ -66,9 +66,12 @@ class TopKCallback(LatentCallback):
         """Return how many of the weights of one optimizer the asked sparsity leaves."""
         return budget(self.sparsity_target, sum(weight.size for weight in weights))
 
-    def is_due(self, updates: int) -> bool:
-        """Tell whether the sets are found anew after so many updates."""
-        return updates % self.update_every == 0
+    def is_due(self, group: LatentGroup) -> bool:
+        """Tell whether the sets of the weights of one optimizer are found anew after its latest update."""
+        return group.updates % self.update_every == 0
+
+    def stepped(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """See ``weights``, those of ``optimizer`` that its update has moved, before their sets are found anew."""
 
     def choose(self, weights: Sequence[LatentWeight], updates: int) -> None:
         """Write the sets of the weights of one optimizer, after so many updates, into their buffers."""
@@ -173,9 +176,10 @@ class TopKCallback(LatentCallback):
         """Count the update, and find the sets anew if it is time."""
         if optimizer is None or not self._stepping or _skipped(optimizer):
             return
+        self.stepped(optimizer, weights)
         group = self._groups[id(optimizer)]
         group.updates += 1
-        if group.weights and self.is_due(group.updates):
+        if group.weights and self.is_due(group):
             self.choose(group.weights, group.updates)
             for weight in group.weights:
                 if weight not in weights:  # one without a gradient, which nobody else projects

@@ -1,9 +1,11 @@
 """LotteryTicket: iterative magnitude pruning with rewinding (Frankle & Carbin, ICLR 2019; Frankle et al., ICML 2020).
 
 Decisions: one fit holds all trainings of the iteration, of equal length; each pruning leaves the same share of the
-weights that are left, and the last one the target exactly; all layers compete by default, as in the second paper.
+weights that are left, and the last one the target exactly; all layers compete by default, as in the second paper; a
+point to rewind to lies at the same place of an epoch as the prunings do, so all trainings see the same part of it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +28,10 @@ from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
+from lightning_sparse.rules.trainings import Trainings, gentle_rounds, good_totals, settled
+from lightning_sparse.trainer.fit import epochs
 from lightning_sparse.trainer.guards import warn_of_equal_scores
+from lightning_sparse.trainer.horizon import horizon
 from lightning_sparse.trainer.rewind import restore, snapshot
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import dense, keep_zero_state
@@ -37,13 +42,13 @@ __all__ = ["LotteryTicket"]
 class LotteryTicket(DenseOnly, MaskedCallback):
     """Lottery tickets: train, prune the smallest weights, rewind the others, and so on; then train what is left.
 
-    The epochs of the fit are divided into ``rounds + 1`` trainings of equal length. After each but the last, weights
-    are pruned by magnitude, down to ``size (1 - sparsity)^(j / rounds)`` in round j. Then all parameters and buffers of
-    the module, optimizers and learning-rate schedulers go back to where they were when the fit began (or after
-    ``rewind_epoch`` epochs), so each training runs like the first, with fewer weights.
+    The fit is divided into ``rounds + 1`` trainings of equal length. After each but the last, weights are pruned by
+    magnitude, down to ``size (1 - sparsity)^(j / rounds)`` in round j. Then all parameters and buffers of the module,
+    optimizers and learning-rate schedulers go back to where they were when the fit began (or after ``rewind_step``
+    steps), so each training runs like the first, with fewer weights.
 
     Raises:
-        MisconfigurationException: at fit start, if the epochs cannot be divided into the trainings.
+        MisconfigurationException: at fit start, if the fit cannot be divided into the trainings.
 
     Example:
         >>> from lightning_sparse import LotteryTicket
@@ -54,25 +59,26 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     """
 
     sparsity_target: float = option(alias="sparsity", kw_only=False, doc=FINAL_SPARSITY)
-    rounds: int = option(
-        default=5,
+    rounds: int | None = option(
+        default=None,
         check=partial(checks.integer, 1, "1 prunes once."),
-        doc="number of prunings, at least 1, which is one-shot pruning.",
+        doc="number of prunings, at least 1, which is one-shot pruning. Default: so many that each prunes about 20 %, "
+        "which is 10 for 0.9, or fewer: the most that divide the fit into trainings of at least five epochs.",
     )
-    rewind_epoch: int = option(
+    rewind_step: int = option(
         default=0,
         check=partial(checks.integer, 0, "0 rewinds to the start."),
-        doc="number of epochs after which the state to rewind to is taken. Later trainings repeat only the epochs from "
-        "there on, so with L epochs a training, the fit has ``L + rounds (L - rewind_epoch)``.",
+        doc="number of optimizer steps after which the state to rewind to is taken. From there on each training takes "
+        "the same number of whole epochs, so the fit has ``rewind_step`` steps and ``(rounds + 1)`` times these.",
     )
     scope: Scope = option(default="global", doc=PRUNING_SCOPE)
     distribution: Distribution | Mapping[str, float] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._epochs: int | None = None
         self._pruned = 0  # rounds
         self._earlier = 0  # those of earlier fits
+        self._rounds = self.rounds or 0  # in all; 0 until a fit has settled them
         self._rewind_point: dict[str, Any] = {}
 
     @property
@@ -92,22 +98,56 @@ class LotteryTicket(DenseOnly, MaskedCallback):
 
     # ------------------------------------------------------------------ when
 
-    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
-        """Note how long the fit is."""
-        super().begin_epoch(epoch, epochs)
-        self._epochs = epochs
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that the epochs make up the trainings, and the budget the floors."""
+        """Make sure that the fit makes up the trainings, and the budget the floors."""
         super().on_train_start(trainer, pl_module)
-        self._refuse_early_average(trainer, max(self.starts(), default=-1))
+        batches = trainer.num_training_batches
+        self._endless = math.isinf(batches)
+        self._epoch_steps = 1 if self._endless else math.ceil(batches / trainer.accumulate_grad_batches)
+        self._trainings = self._divide(trainer)
+        self._rounds = self._earlier + self._trainings.rounds
+        self._refuse_early_average(trainer)
+        self._warn_of_long_schedules(trainer, pl_module)
         for group in self._groups:
             sizes = [weight.size for weight in group.weights]
-            floors(self.min_layer_density, sizes, self.count(group.weights, self.rounds))
+            floors(self.min_layer_density, sizes, self.count(group.weights, self._rounds))
 
-    def _refuse_early_average(self, trainer: Trainer, last: int) -> None:
+    def _divide(self, trainer: Trainer) -> Trainings:
+        """Divide this fit into its trainings: in steps; in epochs, which then count as one step, if data are endless.
+
+        Raises:
+            MisconfigurationException: it cannot be divided.
+        """
+        if self._rounds and self._rounds == self._earlier:
+            return Trainings(0, 0, 1)
+        total = (epochs(trainer) or math.inf) - self._before_fit["epochs"] if self._endless else self.total_steps
+        if math.isinf(total) or (self._endless and self.rewind_step):
+            raise MisconfigurationException(
+                f"{self!r} divides the fit into trainings of equal length: give the Trainer max_epochs, and "
+                "limit_train_batches if the data have no known length, but rewind_step counts its steps."
+            )
+        left = self._rounds - self._earlier
+        choices = range(left, left + 1) if self._rounds else range(1, gentle_rounds(self.sparsity_target) + 1)
+        trainings = settled(int(total), self.rewind_step, choices, self._epoch_steps)
+        if trainings is None:
+            raise MisconfigurationException(self._indivisible(int(total), choices))
+        return trainings
+
+    def _indivisible(self, total: int, rounds: range) -> str:
+        """Say which lengths of the fit can be divided."""
+        unit, name = (1, "steps") if self.rewind_step % self._epoch_steps else (self._epoch_steps, "epochs")
+        near = good_totals(total, self.rewind_step, rounds, self._epoch_steps)
+        pieces = f"{rounds[0] + 1}" if len(rounds) == 1 else f"{rounds[0] + 1} to {rounds[-1] + 1}"
+        return (
+            f"The fit's {total / unit:g} {name} cannot be divided into {pieces} trainings of equal length, of whole "
+            f"epochs each (rounds={self.rounds}, rewind_step={self.rewind_step}). "
+            f"Set max_{name} to {' or '.join(f'{good // unit}' for good in near)}, or change rounds."
+        )
+
+    def _refuse_early_average(self, trainer: Trainer) -> None:
         """Raise if weights are averaged, and learning rates exchanged, before the last rewinding."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
+        last = self._before_fit["epochs"] + self._trainings.last // self._epoch_steps
+        for other in trainer.callbacks if self._trainings.rounds else ():  # type: ignore[attr-defined]
             if isinstance(other, StochasticWeightAveraging) and other.swa_start <= last:
                 raise MisconfigurationException(
                     f"{self!r} rewinds weights and learning rates in epoch {last} for the last time, and "
@@ -115,37 +155,41 @@ class LotteryTicket(DenseOnly, MaskedCallback):
                     f"{other.swa_start} (both counted from 0). Give it swa_epoch_start={last + 2} or more."
                 )
 
-    def starts(self) -> list[int]:
-        """Return the epochs in which the trainings of this fit begin, but for the first."""
-        rounds, r = self.rounds - self._earlier, self.rewind_epoch
-        if rounds == 0:
-            return []
-        if self._epochs is None:
-            raise MisconfigurationException(
-                f"{self!r} divides the epochs of the fit into {rounds + 1} trainings: give the Trainer max_epochs."
-            )
-        length, rest = divmod(self._epochs + rounds * r, rounds + 1)
-        if rest or length <= r:
-            length = max(length, r + 1)
-            good = [(rounds + 1) * n - rounds * r for n in (length, length + 1)]
-            raise MisconfigurationException(
-                f"The fit's {self._epochs} epochs cannot be divided into {rounds + 1} trainings of equal length "
-                f"(rounds={self.rounds}, rewind_epoch={r}). Set max_epochs to {good[0]} or {good[1]}, or change rounds."
-            )
-        return [length + j * (length - r) for j in range(rounds)]
+    def _warn_of_long_schedules(self, trainer: Trainer, module: LightningModule) -> None:
+        """Warn of learning-rate schedules that are longer than a training, with which they begin anew."""
+        for config in trainer.lr_scheduler_configs if module.automatic_optimization and self._trainings.rounds else ():
+            move = config.frequency * (1 if config.interval == "step" else self._epoch_steps)
+            training, fit = self._trainings.first / move, self._trainings.total // move
+            end = horizon(config.scheduler, max(fit, 1))
+            if end is not None and end > 1.05 * training:
+                self.warn_once(
+                    f"{self!r}: the learning-rate schedule {type(config.scheduler).__name__} ends after {end:g} "
+                    f"{config.interval}s, a training after {training:g}: it begins anew with each training and never "
+                    "comes to its end. Make it as long as one training."
+                )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the state to rewind to; between two trainings prune and rewind, when the schedulers have stepped."""
+        """Go back if it is time; the schedulers have stepped."""
         super().on_train_epoch_start(trainer, pl_module)
-        epoch = trainer.current_epoch
-        if epoch == self.rewind_epoch and not self._rewind_point:
-            self._rewind_point = snapshot(trainer, pl_module)
-        if self._earlier + sum(start <= epoch for start in self.starts()) > self._pruned:
+        self._go_on(trainer, pl_module, 0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Go back if it is time within an epoch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._go_on(trainer, pl_module, batch_idx)
+
+    def _go_on(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
+        """Take the state to rewind to; between two trainings prune and rewind."""
+        step = min(batch_idx // trainer.accumulate_grad_batches, self._epoch_steps - 1)
+        position = (trainer.current_epoch - self._before_fit["epochs"]) * self._epoch_steps + step
+        if position >= self.rewind_step and not self._rewind_point:
+            self._rewind_point = snapshot(trainer, module)
+        if self._earlier + self._trainings.behind(position) > self._pruned:
             self._pruned += 1
             for group in self._groups:
                 self._prune(group.weights)
-            self._rewind(trainer, pl_module)
-            rank_zero_info(f"{self!r}: round {self._pruned} of {self.rounds} leaves density {self.density:.4g}.")
+            self._rewind(trainer, module)
+            rank_zero_info(f"{self!r}: round {self._pruned} of {self._rounds} leaves density {self.density:.4g}.")
 
     # ------------------------------------------------------------------ prune and rewind
 
@@ -155,12 +199,12 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     def count(self, weights: Sequence[Weight], rounds: int) -> int:
         """Return the number of connections that so many rounds leave to ``weights``."""
         size = sum(weight.size for weight in weights)
-        return [size, *budgets(size, budget(self.sparsity_target, size), self.rounds)][rounds]
+        return [size, *budgets(size, budget(self.sparsity_target, size), self._rounds)][rounds]
 
     @torch.no_grad()
     def _prune(self, weights: Sequence[Weight]) -> None:
         """Keep the largest ``|W|``, as many as the rounds so far leave."""
-        total, final = (self.count(weights, rounds) for rounds in (self._pruned, self.rounds))
+        total, final = (self.count(weights, rounds) for rounds in (self._pruned, self._rounds))
         warn_of_equal_scores(self, [weight.name for weight in weights if weight.alike])
         magnitude.prune(weights, total, final, self.scope, self.distribution, self.min_layer_density)
 
@@ -178,7 +222,8 @@ class LotteryTicket(DenseOnly, MaskedCallback):
         """Take the weights over; another fit goes on with the rounds that are left."""
         super().attach(choices, optimizers, resumed)
         if not resumed:
-            self._pruned = self._pruned if self.density < 1 else 0
+            if self.density == 1:
+                self._pruned, self._rounds = 0, self.rounds or 0
             self._earlier, self._rewind_point = self._pruned, {}
 
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
@@ -192,11 +237,12 @@ class LotteryTicket(DenseOnly, MaskedCallback):
             **super().state_dict(),
             "pruned": self._pruned,
             "earlier": self._earlier,
+            "rounds": self._rounds,
             "rewind_point": self._rewind_point,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
         super().load_state_dict(state_dict)
-        self._pruned, self._earlier = state_dict["pruned"], state_dict["earlier"]
+        self._pruned, self._earlier, self._rounds = (state_dict[key] for key in ("pruned", "earlier", "rounds"))
         self._rewind_point = state_dict["rewind_point"]

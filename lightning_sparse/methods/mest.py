@@ -106,8 +106,9 @@ class MEST(PruneAndGrow):
         return min(math.ceil(self.stop_at * self.total_steps), int(self.total_steps) - 1)
 
     def is_due(self, group: WeightGroup) -> bool:
-        """Update a last time where the soft bound ends."""
-        return super().is_due(group) or (self.soft_bound and group.step == self.last_step())
+        """Update a last time where the soft bound ends, or as soon as that lies behind in a training made shorter."""
+        above = self.soft_bound and any(self._above[weight.name] for weight in group.weights)
+        return super().is_due(group) or (above and group.step >= self.last_step())
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Begin with the budget."""

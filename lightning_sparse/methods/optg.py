@@ -1,13 +1,15 @@
 """OptG: optimizing gradient-driven criteria (Zhang et al., 2022).
 
 A supermask trained beside the weights. Decisions: the schedule of sparsity runs over optimizer steps and is stretched
-so that it begins dense and meets the target exactly; the mask is found anew every ``update_every`` steps; the scores
-sit in the param group of their weight, so they have its momentum and weight decay, too.
+so that it begins dense and meets the target exactly; the mask is found anew every ``update_every`` steps; the method
+trains the scores by itself, by plain SGD with the learning rate of their weight, whatever the optimizer: they are sums
+of what the loss said, which neither weight decay nor Adam's normalisation may change.
 """
 
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,7 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import LightningModule, Trainer
 from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families.common import FINAL_SPARSITY
-from lightning_sparse.families.latent import LatentWeight
-from lightning_sparse.families.thresholds import Granularity, ThresholdBuffer, Thresholded
+from lightning_sparse.families.latent import LatentGroup, LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.rules.budgets import Scope
 from lightning_sparse.trainer.guards import refuse_unknown_length
@@ -26,13 +27,14 @@ from lightning_sparse.trainer.guards import refuse_unknown_length
 __all__ = ["OptG"]
 
 
-class OptG(Thresholded, TopKCallback):
+class OptG(TopKCallback):
     r"""OptG: a supermask whose scores add up the gradient-driven criterion of all weights, also of those removed.
 
     The layer computes with ``P = W * M``, M the largest scores ``S`` of all layers. Backward, straight through the
-    selection, ``dS = r dP * W`` for every weight and ``dW = dP * M``. The sparsity of the step at the share u of the
-    schedule is ``sparsity`` times a logistic curve with the given steepness around u = 1/2, which starts at 0 and ends
-    at 1; r, the same curve before it is stretched so, scales the scores' learning rate.
+    selection, ``dS = r dP * W`` for every weight and ``dW = dP * M``. After each update of the optimizer ``S`` loses
+    ``lr dS``, with the learning rate of its weight. The sparsity of the step at the share u of the schedule is
+    ``sparsity`` times a logistic curve with the given steepness around u = 1/2, which starts at 0 and ends at 1; r is
+    the same curve before it is stretched so.
 
     Raises:
         MisconfigurationException: at fit start, if nothing bounds the training.
@@ -52,32 +54,19 @@ class OptG(Thresholded, TopKCallback):
         doc="of the logistic curve, above 0: the larger, the later and faster sparsity comes.",
     )
     end_at: float = option(
-        default=1.0,
-        check=partial(checks.fraction, "1 goes on to the last step.", above_0=True),
+        default=0.6,
+        check=partial(checks.fraction, "0.6 leaves what is left time to train on.", above_0=True),
         doc="share of the training after which the target is reached, in (0, 1].",
     )
     scope: Scope = "global"
     scale_init: bool = fixed(default=False)  # it begins dense
-    granularity: Granularity = fixed(default="weight")  # a score for each
-    init_threshold: float = fixed(default=0.0)
-    reset_above: float | None = fixed(default=None)
-
-    def __post_init__(self) -> None:
-        """Begin at the start of the schedule."""
-        super().__post_init__()
-        self._rate = 0.0
 
     # ------------------------------------------------------------------ what users read
 
     @property
     def criteria(self) -> dict[str, Tensor]:
         """The scores ``S`` of each weight, of its shape, by parameter name."""
-        return self.thresholds
-
-    @property
-    def effective_thresholds(self) -> dict[str, Tensor]:
-        """Nothing: weights are chosen by the rank of their scores."""
-        return {}
+        return {name: weight.buffers["S"].detach() for name, weight in self._weights.items()}
 
     @property
     def planned_density(self) -> dict[str, float]:
@@ -108,9 +97,15 @@ class OptG(Thresholded, TopKCallback):
         """Number of updates after which the target is reached."""
         return max(1, math.ceil(self.end_at * self.total_steps))
 
-    def is_due(self, updates: int) -> bool:
-        """Tell whether the mask is found anew after so many updates, the schedule's last in any case."""
-        return super().is_due(updates) or updates == self.end
+    def is_due(self, group: LatentGroup) -> bool:
+        """Tell whether the mask is found anew: also as soon as the schedule's end is reached, or lies behind."""
+        return super().is_due(group) or (group.updates >= self.end and not self._is_final(group))
+
+    def _is_final(self, group: LatentGroup) -> bool:
+        """Tell whether the target is met, which it then is for good."""
+        if id(group) not in self._final and self.present(group.weights) <= self.final(group.weights):
+            self._final.add(id(group))
+        return id(group) in self._final
 
     def present(self, weights: Sequence[LatentWeight]) -> int:
         """Return the number of weights that are active now."""
@@ -122,29 +117,56 @@ class OptG(Thresholded, TopKCallback):
         if updates == 0:
             return present
         size, final = sum(weight.size for weight in weights), self.final(weights)
-        u = min(updates / self.end, 1.0)
-        low, now, high = (_logistic(self.steepness * (x - 0.5)) for x in (0.0, u, 1.0))
+        low, now, high = (self.curve(n) for n in (0, updates, self.end))
         return min(present, size - round((size - final) * (now - low) / (high - low)))
+
+    def curve(self, updates: int) -> float:
+        """Return the logistic curve after so many updates."""
+        x = self.steepness * (min(updates / self.end, 1.0) - 0.5)
+        return 0.5 * (1 + math.tanh(x / 2))  # exp would overflow
 
     # ------------------------------------------------------------------ the method
 
+    def new_buffers(self, latent: Tensor) -> dict[str, Tensor]:
+        """Begin with scores of 0, in at least float32, since their steps are small."""
+        S = torch.zeros_like(latent, dtype=torch.promote_types(latent.dtype, torch.float32))
+        return {**super().new_buffers(latent), "S": S}
+
     def scores(self, weight: LatentWeight) -> Tensor:
         """Return the scores S."""
-        return weight.thresholds["t"].detach()
+        return weight.buffers["S"]
 
-    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102  (inherited)
-        updates = max((group.updates for group in self._groups.values()), default=0)
-        self._rate = _logistic(self.steepness * (min(updates / self.end, 1.0) - 0.5))
+    def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:
+        """``dS = r dP W``, kept until the update; what is not finite counts as 0."""
+        group = self._groups[id(optimizer)]
+        rate = self.curve(group.updates) / scale
+        for weight in group.weights if share else ():
+            if weight.has_gradient:
+                assert weight.parameter is not None
+                assert weight.parameter.grad is not None
+                dS = torch.mul(weight.parameter.grad, weight.latent).to(weight.buffers["S"].dtype).mul_(rate)
+                self._dS[weight.name] = dS.nan_to_num_(0.0, 0.0, 0.0)
         super().before_step(optimizer, share, scale)
 
     def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
-        """``dS = r dP W`` and ``dW = dP M``."""
-        torch.mul(dP, W, out=weight.thresholds.dtau["t"]).mul_(self._rate)
+        """``dW = dP M``."""
         dP.mul_(weight.matrix(weight.buffers["A"]))
 
-    def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
-        """Leave ``dS``; no regulariser."""
+    def stepped(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """``S <- S - lr dS``, with the learning rate of the update that was made."""
+        of = {id(weight.parameter): weight for weight in weights}
+        for group in optimizer.param_groups:
+            for weight in (of[id(p)] for p in group["params"] if id(p) in of):
+                lr = -group["lr"] if group.get("maximize") else group["lr"]
+                weight.buffers["S"].sub_(self._dS.pop(weight.name).mul_(lr))
 
+    # ------------------------------------------------------------------ a fit ends
 
-def _logistic(x: float) -> float:
-    return 0.5 * (1 + math.tanh(x / 2))  # exp would overflow
+    def _release(self) -> None:
+        super()._release()
+        self._dS: dict[str, Tensor] = {}  # of the step under way
+        self._final: set[int] = set()  # optimizers' groups that have come to their target
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without what is of the fit alone."""
+        return {**super().__getstate__(), "_dS": {}, "_final": set()}

@@ -1,8 +1,9 @@
 """SNFS: sparse networks from scratch by sparse momentum (Dettmers & Zettlemoyer, 2019).
 
 Algorithm 1. Decisions: the momentum is an exponential average of the dense gradient that the method keeps by itself, so
-any optimizer will do, and new connections may grow wherever it is large; a layer that gets more than it has room for
-passes the rest on to the others in proportion; connections that were just dropped are not grown again.
+any optimizer will do, and new connections may grow wherever it is large; under Adam, too, it is this average, not the
+optimizer's ratio of moments; a layer that gets more than it has room for passes the rest on to the others in
+proportion; connections that were just dropped are not grown again.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ from lightning_sparse.weights.base import Weight, finite
 from lightning_sparse.weights.masked import dense
 
 __all__ = ["SNFS"]
+
+#: a layer with a smaller share of zeros is nearly dense (the authors' program)
+_NEARLY_DENSE = 0.2
 
 
 class SNFS(DenseOnly, PruneAndGrow):
@@ -66,16 +70,32 @@ class SNFS(DenseOnly, PruneAndGrow):
                 momentum = weight.buffers["momentum"]
                 momentum.lerp_(weight.dP.to(momentum.dtype) / scale, 1 - self.smoothing)
 
+    def claims(self, weights: Sequence[Weight]) -> list[float]:
+        """Return the layers' claims to connections: their mean momentum."""
+        return [mean_momentum(weight.buffers["momentum"], weight.mask) for weight in weights]
+
     def drop_counts(self, weights: Sequence[Weight], fraction: float) -> list[int]:
-        """Drop the same share of each layer."""
+        """Drop the same share of each layer, but of a nearly dense one that claims more than an even share less.
+
+        It drops no more than its own share of zeros: what a layer with the largest claims drops, it can grow again.
+        """
+        claims = self.claims(weights)
+        even = sum(claims) / max(len(claims), 1)
         wanted = [portion(fraction, weight.num_active) for weight in weights]
-        return droppable(weights, wanted, self.min_layer_density)
+        capped = [
+            min(n, w.num_inactive * w.num_active // w.size) if claim > even and _nearly_dense(w) else n
+            for w, n, claim in zip(weights, wanted, claims, strict=True)
+        ]
+        return droppable(weights, capped, self.min_layer_density)
 
     def grow_counts(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
-        """Share out what was dropped by the layers' mean momentum."""
-        claims = [mean_momentum(weight.buffers["momentum"], weight.mask) for weight in weights]
-        return shared_out(weights, drops, claims, self.min_layer_density)
+        """Share out what was dropped by the layers' claims."""
+        return shared_out(weights, drops, self.claims(weights), self.min_layer_density)
 
     def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:
         """Grow where ``|momentum|`` is largest."""
         return select.top_k_positions(weight.buffers["momentum"].abs(), n, among=~weight.mask)
+
+
+def _nearly_dense(weight: Weight) -> bool:
+    return weight.num_inactive < _NEARLY_DENSE * weight.size

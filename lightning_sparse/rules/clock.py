@@ -1,7 +1,7 @@
 """Clock: when connections move, and how often where nobody says so."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 __all__ = ["FEW", "UPDATES", "Clock", "interval"]
@@ -35,24 +35,29 @@ class Clock:
         end: there are updates before this tick only.
         begin: there are updates after this tick only; intervals are counted from it.
         closing: one more update falls on this tick, wherever it lies.
+        doubling: the interval doubles after each of these ticks.
 
     >>> [tick for tick in range(12) if Clock(every=3, end=10, closing=10).is_due(tick)]
     [3, 6, 9, 10]
+    >>> [tick for tick in range(30) if Clock(every=2, end=30, doubling=(8, 18)).is_due(tick)]
+    [2, 4, 6, 8, 12, 16, 24]
     """
 
     every: int
     end: float
     begin: int = 0
     closing: int | None = None
+    doubling: Sequence[float] = ()
 
     def is_due(self, tick: int) -> bool:
         """Tell whether connections move at this tick."""
-        regular = self.begin < tick < self.end and (tick - self.begin) % self.every == 0
+        every = self.every << sum(tick > after for after in self.doubling)
+        regular = self.begin < tick < self.end and (tick - self.begin) % every == 0
         return regular or tick == self.closing
 
     def ticks(self, last: int) -> Iterator[int]:
         """Yield the ticks, up to ``last``, at which connections move."""
         regular = range(self.begin + self.every, math.ceil(min(self.end, last + 1)), self.every)
-        yield from regular
+        yield from filter(self.is_due, regular)
         if self.closing is not None and self.closing not in regular:
             yield self.closing

@@ -155,7 +155,7 @@ def test_optg_tells_of_a_target_that_was_not_reached():
         def on_train_batch_end(self, trainer, *args):
             trainer.should_stop = trainer.global_step == 20
 
-    with pytest.warns(UserWarning, match=r"OptG.* has \d+ active weights, not 78: only 20 updates of 60 planned"):
+    with pytest.warns(UserWarning, match=r"OptG.* has \d+ active weights, not 78: only 20 updates of 36 planned"):
         fit([OptG(0.8), Stop()], max_epochs=2, min_epochs=0)
     assert OptG(0.8, steepness=2000.0).steepness == 2000
     fit(OptG(0.8, steepness=2000.0), max_epochs=1)

@@ -3,11 +3,11 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import NETS, Lit, StopsAfter, attached, fit, grid, loader, mlp, seeded, trainer, watched
+from helpers import NETS, Lit, StopsAfter, Watch, attached, fit, grid, loader, mlp, seeded, trainer, watched
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sparse import GMP, GraNet, OptG, RigL
+from lightning_sparse import GMP, MEST, GraNet, OptG, RigL
 from lightning_sparse.rules.budgets import layer_counts
 
 SIZE = 392
@@ -211,6 +211,33 @@ def test_gmp_resumes_in_the_middle_of_its_schedule(tmp_path):
     )  # fmt: skip
     run.fit(Lit(), loader(80), ckpt_path=tmp_path / "middle.ckpt")
     assert all(torch.equal(mask, second.masks[name]) for name, mask in whole.masks.items())
+
+
+class Shrinks(Lit):
+    """Its first epoch has 40 batches, the others 5 each: the training becomes shorter than it was planned."""
+
+    def train_dataloader(self):
+        return loader(320 if self.trainer.current_epoch == 0 else 40)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: GMP(0.9, update_every=3),
+        lambda: GMP(0.9, scope="layer", update_every=3),
+        lambda: GraNet(0.9, update_every=3),
+        lambda: OptG(0.9, update_every=20),
+        lambda: MEST(0.9, soft_bound=True, update_every=3),
+    ],
+)
+def test_in_a_training_that_became_shorter_the_step_after_the_end_prunes_to_the_target(build):
+    watch = Watch(build())
+    run = trainer([watch.callback, watch], max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    run.fit(seeded(Shrinks))
+    counts = totals(watch)
+    assert len(counts) == 55
+    assert counts[39] > 39, "of 160 steps planned 40 are made"
+    assert set(counts[40:]) == {39}, "20 steps are planned, and 40 are made"
 
 
 # ---------------------------------------------------------------------- what is told

@@ -1,6 +1,10 @@
 """DSR: its one threshold and the shares of layers, worked out by hand."""
 
+from itertools import pairwise
+
 import lightning.pytorch as pl
+import pytest
+import torch
 from by_hand import TWO, W
 from helpers import Lit, attached, data, grid, watched
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,6 +35,63 @@ def test_dsr_halves_its_threshold_when_too_many_were_dropped():
     callback.fraction = lambda pool: 0.25
     callback.move(weights, pool, 1.0)
     assert pool.values == {"threshold": 0.125}
+
+
+def test_a_layer_below_the_threshold_keeps_its_largest_connection_and_can_grow():
+    callback = DSR(0.5, init_threshold=0.25)
+    small = [[0.01, -0.2, 0.02, 0.0], [0.1, 0.0, 0.0, 0.0]]
+    _, pool, weights = attached(callback, {"a": small, "b": [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]})
+    callback.fraction = lambda pool: 0.5
+    callback.move(weights, pool, 1.0)
+    # 3 go, and are shared out by the survivors: 1 of a, 3 of b
+    assert [weight.num_active for weight in weights] == [2, 5]
+    assert weights[0].mask[0, 1]
+    assert not weights[0].mask[[0, 0, 1], [0, 2, 0]].any()
+
+
+def test_a_layer_without_connections_gets_none():
+    callback = DSR(0.5, init_threshold=0.25)
+    _, pool, weights = attached(callback, {"a": [[0.0] * 4], "b": [[1.0, 0.1, 0.0, 0.0]]})
+    callback.fraction = lambda pool: 0.5
+    callback.move(weights, pool, 1.0)
+    assert [weight.num_active for weight in weights] == [0, 2]
+
+
+# ---------------------------------------------------------------------- when
+
+
+def test_the_authors_interval_grows_from_100_to_800_steps(monkeypatch):
+    """Their program reads it off a table at each epoch, and stops after epoch 190 of 200."""
+    monkeypatch.setattr(DSR, "total_steps", 200 * 391.0)
+    clock = DSR(0.9, double_interval_at=[0.125, 0.4, 0.7], stop_at=0.95).clock
+    period = {0: 100, 25: 200, 80: 400, 140: 800}
+    theirs = [i for i in range(1, 190 * 391) if i % period[max(epoch for epoch in period if epoch <= i // 391)] == 0]
+    assert [step for step in range(200 * 391) if clock.is_due(step)] == theirs
+
+
+@pytest.mark.parametrize(
+    ("every", "batches", "epochs", "moves"), [(2, 40, 1, [2, 4, 8, 12, 16, 24]), (None, 1, 16, [1, 2, 4, 8])]
+)
+def test_the_interval_doubles_within_a_fit(every, batches, epochs, moves):
+    callback = DSR(0.5, init_threshold=0.1, update_every=every, stop_at=0.75, double_interval_at=[0.12, 0.36])
+    watch, _, _ = watched(callback, batches=batches, max_epochs=epochs)
+    moved = [
+        step for step, (a, b) in enumerate(pairwise(watch.masks), 1) if any(not torch.equal(a[n], b[n]) for n in a)
+    ]
+    assert moved == moves
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        (0.5, r"double_interval_at must be a list of numbers, got 0\.5\. The authors' is \[0\.125, 0\.4, 0\.7\]"),
+        ([0.5, 1.5], r"double_interval_at must be a number from 0 to 1, got 1\.5"),
+        ([0], r"double_interval_at must be above 0, got 0"),
+    ],
+)
+def test_bad_shares_are_refused(shares, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        DSR(0.9, double_interval_at=shares)
 
 
 # ---------------------------------------------------------------------- state and arguments

@@ -31,45 +31,65 @@ def curve(u, k):
     return 1 / (1 + math.exp(-k * (u - 0.5)))
 
 
-def reference(net, sparsity, k, accumulate, epochs, steps):
+def largest(S, count):
+    """Masks of the largest of all scores, the earlier one among equals."""
+    values = [v for s in S.values() for v in s.detach().flatten().tolist()]
+    flat = torch.zeros(len(values), dtype=torch.float64)
+    flat[sorted(range(len(values)), key=lambda j: (-values[j], j))[:count]] = 1
+    parts = flat.split([s.numel() for s in S.values()])
+    return {n: m.view_as(s) for (n, s), m in zip(S.items(), parts, strict=True)}
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def reference(net, make, sparsity, k, accumulate, epochs, end):
+    """Scores are trained by plain SGD, with the learning rate that the optimizer of the weights has by a schedule."""
     W = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters() if p.ndim > 1}
     S = {name: torch.zeros_like(w, requires_grad=True) for name, w in W.items()}
     rest = {name: p for name, p in net.named_parameters() if p.ndim == 1}
     masks = {name: torch.ones_like(w) for name, w in W.items()}
-    sizes = [w.numel() for w in W.values()]
-    optimizer = torch.optim.SGD([*W.values(), *rest.values(), *S.values()], lr=0.1, momentum=0.9, weight_decay=1e-3)
+    size = sum(w.numel() for w in W.values())
+    optimizer = make([*W.values(), *rest.values()])
     x, y = data(240, torch.float64)
     done = 0
     for _ in range(epochs):
-        optimizer.zero_grad()
         for i in range(30):
             batch = slice(8 * i, 8 * i + 8)
-            P = {n: Supermask.apply(w, S[n], masks[n], curve(done / steps, k)) for n, w in W.items()}
+            u = min(done / end, 1)
+            P = {n: Supermask.apply(w, S[n], masks[n], curve(u, k)) for n, w in W.items()}
             loss = torch.nn.functional.cross_entropy(functional_call(net, {**rest, **P}, x[batch]), y[batch])
             (loss / accumulate).backward()
             if (i + 1) % accumulate and i < 29:
                 continue
             optimizer.step()
+            for score in S.values():
+                score.data -= optimizer.param_groups[0]["lr"] * score.grad
+                score.grad = None
             optimizer.zero_grad()
             done += 1
             ends = curve(0, k), curve(1, k)
-            share = (curve(done / steps, k) - ends[0]) / (ends[1] - ends[0])
-            count = sum(sizes) - round(round(sparsity * sum(sizes)) * share)
-            values = [v for s in S.values() for v in s.detach().flatten().tolist()]
-            flat = torch.zeros(len(values), dtype=torch.float64)
-            flat[sorted(range(len(values)), key=lambda j: (-values[j], j))[:count]] = 1
-            masks = {n: m.view_as(w) for (n, w), m in zip(W.items(), flat.split(sizes), strict=True)}
+            share = (curve(min(done / end, 1), k) - ends[0]) / (ends[1] - ends[0])
+            masks = largest(S, size - round(round(sparsity * size) * share))
+        optimizer.param_groups[0]["lr"] *= 0.5
     return W, S, masks, rest
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("net", [mlp, cnn])
-def test_trains_as_the_autograd_reference(net, accumulate):
+@pytest.mark.parametrize(
+    ("net", "accumulate", "make"), [(mlp, 1, sgd), (cnn, 1, adamw), (cnn, 4, sgd), (mlp, 4, adamw)]
+)
+def test_trains_as_the_autograd_reference(net, accumulate, make):
+    """Neither momentum, weight decay nor Adam's normalisation touches the scores; a schedule does."""
     epochs = 2 * accumulate
-    steps = epochs * math.ceil(30 / accumulate)
-    W, S, masks, rest = reference(seeded(lambda: net(torch.float64)), 0.7, 10.0, accumulate, epochs, steps)
-    callback = OptG(0.7)
-    module = Lit(seeded(lambda: net(torch.float64)))
+    end = math.ceil(0.6 * epochs * math.ceil(30 / accumulate))
+    W, S, masks, rest = reference(seeded(lambda: net(torch.float64)), make, 0.7, 10.0, accumulate, epochs, end)
+    callback = OptG(0.7, update_every=1)
+    module = Lit(seeded(lambda: net(torch.float64)), make, lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
     trainer(callback, max_epochs=epochs, accumulate_grad_batches=accumulate).fit(module, loader(dtype=torch.float64))
     for name, w in W.items():
         pairs = (callback.latents[f"net.{name}"], w), (callback.criteria[f"net.{name}"], S[name])
@@ -79,6 +99,59 @@ def test_trains_as_the_autograd_reference(net, accumulate):
     for name, p in rest.items():
         assert torch.allclose(module.net.get_parameter(name), p, rtol=1e-5, atol=1e-8)
     assert 0.69 < callback.sparsity < 0.71
+
+
+def test_scores_learn_at_the_rate_of_their_weight_and_stay_out_of_the_optimizer():
+    def grouped(parameters):
+        first, *others = parameters
+        return torch.optim.Adam([{"params": [first], "lr": 0.0}, {"params": others}], lr=0.01)
+
+    callback = OptG(0.5)
+    module, run = fit(callback, seeded(lambda: Lit(optimizer=grouped)))
+    S = callback.criteria
+    assert not S["net.0.weight"].any(), "its learning rate is 0"
+    assert S["net.2.weight"].any()
+    parameters = [p for group in run.optimizers[0].param_groups for p in group["params"]]
+    assert {id(p) for p in parameters} == {id(p) for p in module.parameters()}
+    assert len(run.optimizers[0].state) == len(parameters) == 6
+
+
+def test_scores_grow_the_other_way_where_the_loss_is_maximized():
+    found = []
+    for sign in (1, -1):
+
+        class Signed(Lit):
+            def training_step(self, batch, batch_idx, sign=sign):
+                return sign * super().training_step(batch, batch_idx)
+
+        callback = OptG(0.5)
+        fit(callback, seeded(lambda: Signed(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, maximize=sign < 0))))  # noqa: B023
+        found.append(callback.criteria)
+    assert all(torch.equal(found[0][name], S) for name, S in found[1].items())
+
+
+def test_gradients_that_are_not_finite_leave_the_scores_finite():
+    class Explodes(Lit):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 5 else 1.0)
+
+    callback = OptG(0.5)
+    fit(callback, seeded(Explodes), max_epochs=1)
+    assert all(S.isfinite().all() for S in callback.criteria.values())
+
+
+def test_by_default_the_target_is_met_while_there_is_training_left():
+    """At 60 % of the training; at its end, the learning rates of most schedules are gone."""
+    callback = OptG(0.9)
+    counts = []
+
+    class Looks(Lit):
+        def on_train_batch_end(self, *args):
+            counts.append(sum(int(m.sum()) for m in callback.masks.values()))
+
+    fit(callback, seeded(Looks))
+    assert min(range(60), key=lambda step: (counts[step] != 39, step)) == 35
+    assert set(counts[35:]) == {39}
 
 
 def test_without_sparsity_it_is_dense_training_to_the_last_bit():
@@ -119,7 +192,7 @@ def test_removed_weights_keep_their_values_and_can_come_back():
         def on_train_batch_end(self, *args):
             seen.append({n: (m.clone(), callback.latents[n].clone()) for n, m in callback.masks.items()})
 
-    callback = OptG(0.8, end_at=0.3, scope="layer")
+    callback = OptG(0.8, end_at=0.3, scope="layer", update_every=1)
     fit(callback, seeded(lambda: Looks(optimizer=lambda p: torch.optim.SGD(p, lr=0.3))))
     back = 0
     for before, now in pairwise(seen):

@@ -1,5 +1,6 @@
 """SNFS: its momentum and the shares of layers, worked out by hand."""
 
+import pytest
 import torch
 from by_hand import TWO, W, graded
 from helpers import attached, grid
@@ -40,3 +41,37 @@ def test_snfs_takes_connections_from_a_dense_layer():
     weights[1].buffers["momentum"] = torch.ones(2, 2)
     callback.update(weights, 0.25, 1.0)  # 1 of each; b has no free place but the one just left
     assert [weight.num_active for weight in weights] == [5, 3]
+
+
+def momenta(weights, *claims):
+    for weight, claim in zip(weights, claims, strict=True):
+        weight.buffers["momentum"] = torch.full(weight.shape, claim)
+
+
+def test_a_dense_layer_with_the_largest_claim_stays_dense():
+    callback = SNFS(0.5)
+    _, _, weights = attached(callback, TWO)
+    momenta(weights, 1.0, 3.0)
+    for _ in range(3):
+        callback.update(weights, 0.5, 1.0)
+        assert [weight.num_active for weight in weights] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("zeros", "claim", "drops"),
+    [
+        (3, 3.0, 2),  # 15 % of 17
+        (3, 1.0, 8),  # it claims less than an even share
+        (3, 2.0, 8),  # just an even share
+        (4, 3.0, 8),  # not nearly dense any more: a fifth is 0
+        (1, 3.0, 0),  # 5 % of 19
+    ],
+)
+def test_a_nearly_dense_layer_that_claims_more_than_an_even_share_drops_no_more_than_its_share_of_zeros(
+    zeros, claim, drops
+):
+    callback = SNFS(0.5)
+    row = [[0.0] * zeros + [1.0] * (20 - zeros)]
+    _, _, weights = attached(callback, {"a": row, "b": [[1.0] * 10 + [0.0] * 30]})
+    momenta(weights, claim, 2.0)
+    assert callback.drop_counts(weights, 0.5) == [drops, 5]

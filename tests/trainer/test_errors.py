@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import TESTS, run_python
 from torch import nn
 
-from lightning_sparse import DFBST, DSR, DST, SET, SNIP, STR, AutoSparse, RandomPruning
+from lightning_sparse import DFBST, DST, GMP, SET, SNIP, STR, AutoSparse, RandomPruning
 from lightning_sparse.trainer import guards
 
 NAN, INF = float("nan"), float("inf")
@@ -338,7 +338,7 @@ class Residual(nn.Module):
         return torch.relu(self.conv(x) + self.shortcut(x))
 
 
-@pytest.mark.parametrize("build", [lambda: STR(-2.5), lambda: DSR(0.5, init_threshold=1e-3, update_every=2)])
+@pytest.mark.parametrize("build", [lambda: STR(-2.5), lambda: GMP(0.5, update_every=2)])
 def test_a_shortcut_without_any_weight_left_is_told_of_by_name(build):
     net = seeded(lambda: nn.Sequential(nn.Unflatten(1, (3, 2, 2)), Residual(), nn.Flatten(), nn.Linear(32, 4)))
     net[1].shortcut.weight.data.mul_(1e-6)  # below any threshold from the first

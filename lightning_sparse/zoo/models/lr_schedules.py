@@ -34,6 +34,16 @@ class EpochLR(LRScheduler, ABC):
     def factor(self, epoch: float) -> float:
         """Return the share of the full rate at ``epoch``, a real number from 0 on, leaving the warm-up aside."""
 
+    @property
+    @abstractmethod
+    def length(self) -> float:
+        """The number of epochs after which the rate stays as it is."""
+
+    @property
+    def total_steps(self) -> int:
+        """The number of moves after which the rate stays as it is."""
+        return math.ceil(self.length * self.steps_per_epoch)
+
     def get_lr(self) -> list[float | Tensor]:
         """Return the rate of each parameter group."""
         moves = self.warmup * self.steps_per_epoch
@@ -77,6 +87,11 @@ class WarmupMultiStepLR(EpochLR):
         self.gamma = gamma
         super().__init__(optimizer, warmup)
 
+    @property
+    def length(self) -> float:
+        """The last milestone, or the warm-up."""
+        return max([self.warmup, *self.milestones])
+
     def factor(self, epoch: float) -> float:
         """Return ``gamma`` to the number of milestones behind."""
         return float(self.gamma ** sum(milestone <= epoch for milestone in self.milestones))
@@ -97,6 +112,11 @@ class WarmupCosineLR(EpochLR):
             raise ValueError(f"epochs must be greater than warmup, {warmup!r}, got {epochs!r}.")
         self.epochs = epochs
         super().__init__(optimizer, warmup)
+
+    @property
+    def length(self) -> float:
+        """The number of epochs it was made for."""
+        return self.epochs
 
     def factor(self, epoch: float) -> float:
         """Return ``(1 + cos(pi p)) / 2``, where ``p`` runs from 0 at the end of the warm-up to 1."""
