@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_sparse.compat.options import fixed
+from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.families.common import SPARSITY
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
@@ -29,6 +30,8 @@ class BeforeTraining(DenseOnly, MaskedCallback):
     batch-norm statistics, metrics and logs of the run are those it would have had.
     """
 
+    sparsity_target: float = option(alias="sparsity", kw_only=False, doc=SPARSITY)
+    initial: str = fixed(default="random")  # scores choose
     distribution: Distribution | Mapping[str, float] = fixed(default="erk")  # layers compete
     seed: int | None = fixed(default=None)  # nothing is drawn
 

@@ -19,7 +19,7 @@ from lightning_sparse.compat.lightning import (
     Trainer,
     rank_zero_info,
 )
-from lightning_sparse.compat.options import option
+from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families import magnitude
 from lightning_sparse.families.before_training import budgets
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
@@ -53,6 +53,7 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     """
 
     sparsity_target: float = option(alias="sparsity", kw_only=False, doc=FINAL_SPARSITY)
+    initial: str = fixed(default="random")  # it begins dense
     rounds: int = option(
         default=5,
         check=partial(checks.integer, 1, "1 prunes once."),

@@ -73,7 +73,7 @@ class MemoryEfficientDST(PruneAndGrow):
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Draw random masks, and scale the weights to the fan-in they leave."""
         super().initial_masks(weights)
-        for weight in weights if self.scale_init else ():
+        for weight in weights if self.scale_init and not self.keeps_weights else ():
             weight.scale_to_fan_in_()
 
     def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:

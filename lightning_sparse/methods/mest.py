@@ -110,6 +110,7 @@ class MEST(PruneAndGrow):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before the soft bound did."""
+        super().on_train_end(trainer, pl_module)
         if self.surplus:
             self.warn_once(
                 f"{self!r} has {self.surplus} active weights above its budget: the training ended before "
