@@ -5,6 +5,7 @@ from lightning_sparse.methods.deepr import DeepR
 from lightning_sparse.methods.dfbst import DFBST
 from lightning_sparse.methods.dsr import DSR
 from lightning_sparse.methods.dst import DST
+from lightning_sparse.methods.fixed_mask import FixedMask
 from lightning_sparse.methods.ggr import GGR
 from lightning_sparse.methods.gmp import GMP
 from lightning_sparse.methods.granet import GraNet
@@ -43,6 +44,7 @@ __all__ = [
     "SWAT",
     "AutoSparse",
     "DeepR",
+    "FixedMask",
     "GraNet",
     "GraSP",
     "LotteryTicket",

@@ -10,7 +10,7 @@ from helpers import (
 )
 from torch import nn
 
-from lightning_sparse import DSR, GGR, ITOP, MEST, SET, MemoryEfficientDST, RandomPruning, RigL
+from lightning_sparse import DSR, GGR, ITOP, MEST, SET, FixedMask, MemoryEfficientDST, RandomPruning, RigL
 
 METHODS = {
     "SET": lambda **kw: SET(**{"sparsity": 0.8, "update_every": 7, **kw}),
@@ -34,8 +34,9 @@ METHODS = {
     "MEST soft bound": lambda **kw: MEST(**{"sparsity": 0.8, "soft_bound": True, "update_every": 7, **kw}),
     "DSR": lambda **kw: DSR(**{"sparsity": 0.8, "init_threshold": 0.05, "update_every": 7, **kw}),
     "RandomPruning": lambda **kw: RandomPruning(**{"sparsity": 0.8, **kw}),
+    "FixedMask": lambda **kw: FixedMask(**{"sparsity": 0.8, "initial": "magnitude", **kw}),
 }
-UPDATES = [name for name in METHODS if name != "RandomPruning"]
+UPDATES = [name for name in METHODS if METHODS[name]().moves]
 RESIZES = [name for name in METHODS if METHODS[name]().resizes]
 
 

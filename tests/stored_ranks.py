@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import DSR, GGR, ITOP, MEST, SET, MemoryEfficientDST, RigL
+from lightning_sparse import DSR, GGR, ITOP, MEST, SET, FixedMask, MemoryEfficientDST, RigL
 from lightning_sparse.bench.traffic import Traffic
 from lightning_sparse.storage.processes import average_gradients
 
@@ -24,6 +24,7 @@ METHODS = {
     "MEST": lambda: MEST(**OPTIONS, storage="sparse"),
     "MEST soft bound": lambda: MEST(**OPTIONS, soft_bound=True, storage="sparse"),
     "DSR": lambda: DSR(**OPTIONS, init_threshold=0.05, storage="sparse"),
+    "FixedMask": lambda: FixedMask(0.8, initial="magnitude", storage="sparse"),
 }
 CASES = [("grabo", 1), *((name, 2) for name in METHODS)]
 

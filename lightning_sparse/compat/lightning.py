@@ -25,6 +25,7 @@ __all__ = [
     "is_param_in_hook_signature",
     "isolate_rng",
     "rank_zero_info",
+    "rank_zero_only",
     "rank_zero_warn",
 ]
 
@@ -53,7 +54,11 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
     from lightning.pytorch.utilities.model_helpers import is_overridden
-    from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+    from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
+        rank_zero_info,
+        rank_zero_only,
+        rank_zero_warn,
+    )
     from lightning.pytorch.utilities.seed import isolate_rng
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 else:
@@ -67,6 +72,7 @@ else:
     MisconfigurationException = importlib.import_module(f"{PACKAGE}.utilities.exceptions").MisconfigurationException
     _rank_zero = importlib.import_module(f"{PACKAGE}.utilities.rank_zero")
     rank_zero_info, rank_zero_warn = _rank_zero.rank_zero_info, _rank_zero.rank_zero_warn
+    rank_zero_only = _rank_zero.rank_zero_only
     is_overridden = importlib.import_module(f"{PACKAGE}.utilities.model_helpers").is_overridden
     isolate_rng = importlib.import_module(f"{PACKAGE}.utilities.seed").isolate_rng
     _signatures = importlib.import_module(f"{PACKAGE}.utilities.signature_utils")

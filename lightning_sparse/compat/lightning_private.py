@@ -6,11 +6,13 @@ All of them are there in every Lightning from 2.4 on, the oldest that is support
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_sparse.compat.lightning import Callback, Trainer
 
 __all__ = [
     "KeepsConfiguredModel",
+    "averaged_module",
     "averages_now_and_then",
     "configured",
     "forget_training_loader",
@@ -68,6 +70,18 @@ def averages_now_and_then(trainer: Trainer) -> bool:
     Relies on ``DDPStrategy._model_averaging_period``.
     """
     return getattr(trainer.strategy, "_model_averaging_period", None) is not None
+
+
+def averaged_module(callback: Callback) -> nn.Module | None:
+    """Return the module that a callback keeps an average of weights over time in; None if it keeps none.
+
+    Relies on ``_average_model`` of ``StochasticWeightAveraging`` and of ``WeightAveraging``, there since Lightning
+    2.6, which wraps it in an ``AveragedModel``.
+    """
+    average = getattr(callback, "_average_model", None)
+    if isinstance(average, AveragedModel):
+        return average.module
+    return average if isinstance(average, nn.Module) else None
 
 
 def state_key(callback: Callback, **arguments: Any) -> str:

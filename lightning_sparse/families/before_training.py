@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_sparse.compat.options import fixed
+from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.families import starts
+from lightning_sparse.families.common import SPARSITY
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
@@ -30,6 +32,8 @@ class BeforeTraining(DenseOnly, MaskedCallback):
     batch-norm statistics, metrics and logs of the run are those it would have had.
     """
 
+    sparsity_target: float = option(alias="sparsity", kw_only=False, doc=SPARSITY)
+    initial: str = fixed(default="random")  # scores choose
     distribution: Distribution | Mapping[str, float] = fixed(default="erk")  # layers compete
     seed: int | None = fixed(default=None)  # nothing is drawn
 
@@ -104,9 +108,10 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         assert self._fit.module is not None
         with probing(self._fit.trainer, self._fit.module, [weight.name for weight in weights]) as probe:
             chosen = self.choose_masks(probe)
+        scaled = starts.made_anew(self, self._fit.module, {weight.name: weight.given for weight in weights})
         for weight, mask in zip(weights, chosen, strict=True):
             weight.keep(mask)
-            if self.scale_init:
+            if weight.name in scaled:
                 weight.scale_to_fan_in_()
         self._scored = True
         rank_zero_info(f"{self!r} of lightning_sparse: density {self.density:.4g}")

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.lightning import rank_zero_info
+from lightning_sparse.compat.lightning import MisconfigurationException, rank_zero_info
 from lightning_sparse.compat.options import option
-from lightning_sparse.families import magnitude
+from lightning_sparse.families import magnitude, starts
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE, Interval, check_interval
-from lightning_sparse.families.masked import DenseOnly, MaskedCallback, random_masks
+from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Scope, budget, floors
 from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval
@@ -37,7 +37,8 @@ class GradualPruning(DenseOnly, MaskedCallback):
     initial_sparsity: float = option(
         default=0.0,
         check=partial(checks.fraction, "0 starts dense."),
-        doc="share of zeros at the start, s_i, from 0 to ``sparsity``; a random mask if above 0.",
+        doc='share of zeros at the start, s_i, from 0 to ``sparsity``; with ``initial="zeros"`` or a file of masks, '
+        "what there is counts instead.",
     )
     begin_at: float = option(
         default=0.0,
@@ -68,6 +69,11 @@ class GradualPruning(DenseOnly, MaskedCallback):
             raise ValueError(
                 f"initial_sparsity must be at most sparsity={self.sparsity_target!r}, got {self.initial_sparsity!r}: "
                 "connections are pruned, not added. Lower it; 0 starts dense."
+            )
+        if not self.initial_sparsity and self.initial in ("magnitude", "global_magnitude"):
+            raise ValueError(
+                f"initial_sparsity must be above 0 with initial={self.initial!r}, got {self.initial_sparsity!r}, which "
+                "starts dense whatever initial says. Give the share of zeros at the start, or leave initial out."
             )
         if self.begin_at >= self.end_at:
             raise ValueError(
@@ -137,11 +143,26 @@ class GradualPruning(DenseOnly, MaskedCallback):
         return {name: count / self._weights[name].size for name, count in counts.items()}
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
-        """Draw the masks of each optimizer's weights by themselves, as their schedule will go on."""
-        for group in self._groups if self.initial_sparsity else ():
+        """Choose the masks of each optimizer's weights by themselves, as their schedule will go on."""
+        found = starts.start(self.initial).knows_number
+        for group in self._groups if self.initial_sparsity or found else ():
             own = [weight for weight in weights if weight in group.weights]
             if own:
-                random_masks(self, own, self.initial_sparsity)
+                starts.begin(self, own, self.initial_sparsity)
+                self._refuse_too_sparse(own)
+
+    def refuse_number(self, weights: Sequence[Weight]) -> None:
+        """Raise if zeros are to be kept, and there are none."""
+        starts.refuse_dense(self, weights)
+
+    def _refuse_too_sparse(self, weights: Sequence[Weight]) -> None:
+        """Raise if there are fewer connections than the schedule ends with."""
+        active, final = sum(w.num_active for w in weights), budget(self.sparsity_target, sum(w.size for w in weights))
+        if active < final:
+            raise MisconfigurationException(
+                f"{self!r} prunes to {final} connections, but begins with {active}: they are pruned, not added. Give a "
+                f"sparsity of {1 - active / sum(w.size for w in weights):.6g} or more."
+            )
 
     def final(self, group: WeightGroup) -> int:
         """Return the number of connections at the end of the schedule."""
@@ -167,6 +188,7 @@ class GradualPruning(DenseOnly, MaskedCallback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before its schedule."""
+        super().on_train_end(trainer, pl_module)
         for group in self._groups:
             if group.num_active <= self.final(group):
                 continue

@@ -5,6 +5,7 @@ the weight after it, whatever the optimizer has done. Connections move among the
 at a step whose gradients are whole and averaged over processes, so all processes move the same ones.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, fixed, option
 from lightning_sparse.compat.torch_private import stored_values
+from lightning_sparse.families import starts
 from lightning_sparse.families.common import (
     DISTRIBUTION,
     MIN_LAYER_DENSITY,
@@ -26,7 +29,7 @@ from lightning_sparse.families.common import (
     check_sparsity,
 )
 from lightning_sparse.layers.selection import ParameterChoice
-from lightning_sparse.rules.budgets import Distribution, budget, layer_counts
+from lightning_sparse.rules.budgets import Distribution
 from lightning_sparse.rules.patterns import UNSTRUCTURED
 from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
@@ -35,13 +38,14 @@ from lightning_sparse.trainer.guards import REMEDY, listed, refuse_other_sparsit
 from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
-__all__ = ["DenseOnly", "MaskedCallback", "random_masks"]
+__all__ = ["DenseOnly", "MaskedCallback"]
 
 
 class MaskedCallback(Stored, SparseCallback):
     """Base of the methods with hard zeros."""
 
-    sparsity_target: float = option(alias="sparsity", kw_only=False, check=check_sparsity, doc=SPARSITY)
+    sparsity_target: float | None = option(alias="sparsity", kw_only=False, check=check_sparsity, doc=SPARSITY)
+    initial: str = option(default="random", check=starts.check_initial, doc=starts.INITIAL)
     distribution: Distribution | Mapping[str, float] = option(default="erk", check=check_distribution, doc=DISTRIBUTION)
     min_layer_density: float = option(default=0.0, check=check_min_layer_density, doc=MIN_LAYER_DENSITY)
     scale_init: bool = option(
@@ -73,6 +77,12 @@ class MaskedCallback(Stored, SparseCallback):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.initial = os.fspath(self.initial)
+        if self.sparsity_target is None and not starts.start(self.initial).knows_number:
+            raise ValueError(
+                f"sparsity must be a number from 0 to 1 with initial={self.initial!r}, got None. Only initial='zeros' "
+                "and a file of masks say how many connections there are."
+            )
         self.store: Store = STORES[self.storage](self)
         self.generator = torch.Generator()
         self._weights: dict[str, Weight] = {}
@@ -82,8 +92,13 @@ class MaskedCallback(Stored, SparseCallback):
     # ------------------------------------------------------------------ what a method defines
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
-        """Draw the masks a fit starts with: random ones, with the counts that ``distribution`` gives."""
-        random_masks(self, weights, self.sparsity_target)
+        """Choose the masks a fit starts with, as ``initial`` says."""
+        starts.begin(self, weights, self.sparsity_target)
+
+    @property
+    def keeps_weights(self) -> bool:
+        """The network is there already: the weights that stay active keep their values as they are."""
+        return starts.start(self.initial).keeps_weights
 
     def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Return further tensors of a weight's state, of its shape."""
@@ -115,7 +130,7 @@ class MaskedCallback(Stored, SparseCallback):
         """Return masks, buffers, clocks and the random generator: tensors and plain values only."""
         return {
             **super().state_dict(),
-            "sparsity": self.sparsity_target,
+            **({} if self.sparsity_target is None else {"sparsity": self.sparsity_target}),
             "epoch": self._epoch,
             "begun": dict(self._before_fit),
             "clocks": {str(index): clock for index, clock in enumerate(self._groups.clocks)},
@@ -126,7 +141,7 @@ class MaskedCallback(Stored, SparseCallback):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; into the weights in use if fit has begun."""
-        refuse_other_sparsity(self, state_dict["sparsity"], self.sparsity_target)
+        refuse_other_sparsity(self, state_dict.get("sparsity"), self.sparsity_target)
         self._epoch = state_dict["epoch"]
         self._groups.clocks = list(state_dict["clocks"].values())
         self.generator.set_state(state_dict["generator"].cpu())
@@ -146,6 +161,13 @@ class MaskedCallback(Stored, SparseCallback):
         """The density that each layer begins with."""
         return self.layer_density
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the weights over, and warn if they were trained ones that are lost."""
+        super().on_fit_start(trainer, pl_module)
+        starts.warn_of_trained(self, pl_module, self._weights)
+        if self.scale_init and self.keeps_weights:
+            rank_zero_info(f"{self!r} keeps the weights that are there, so it does not scale them.")
+
     @torch.no_grad()
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
         clocks = self._groups.clocks
@@ -153,10 +175,13 @@ class MaskedCallback(Stored, SparseCallback):
         self._groups.begin(optimizers, self._weights)
         if adoption == "resumed":
             self._groups.clocks = clocks
+            self._fit.drawn.clear()
         else:
             self._epoch = 0
         if adoption == "fresh":
             self.draw(list(self._weights.values()), self.run_seed)
+            if starts.start(self.initial).knows_number:
+                self.refuse_number(list(self._weights.values()))
             self._add_buffers(self._weights.values())
 
     @torch.no_grad()
@@ -166,11 +191,20 @@ class MaskedCallback(Stored, SparseCallback):
         self._groups.join(optimizer, new)
         self.initial_masks(list(new.values()))
         self._add_buffers(new.values())
+        assert self._fit.module is not None
+        starts.warn_of_trained(self, self._fit.module, self._weights)
 
     def draw(self, weights: Sequence[Weight], run_seed: int) -> None:  # noqa: D102
         self.run_seed = run_seed
         self.generator.manual_seed(run_seed if self.seed is None else self.seed)
         self.initial_masks(weights)
+
+    def refuse_number(self, weights: Sequence[Weight]) -> None:  # noqa: D102
+        starts.refuse_dense(self, weights)
+        starts.refuse_other_number(self, weights, self.sparsity_target, self.surplus)
+
+    def refuse_made_sparse(self, names: Sequence[str]) -> None:  # noqa: D102
+        starts.refuse_made_sparse(self, names)
 
     def _add_buffers(self, weights: Iterable[Weight]) -> None:
         for weight in weights:
@@ -276,18 +310,6 @@ class DenseOnly(Options):
 
     storage: Storage = fixed(default="masked")
     plain_checkpoints: bool | None = fixed(default=None)
-
-
-def random_masks(method: MaskedCallback, weights: Sequence[Weight], sparsity: float) -> None:
-    """Give weights random connections, as many as ``sparsity`` leaves to all and ``distribution`` to each."""
-    shapes = {weight.name: weight.shape for weight in weights}
-    total = budget(sparsity, sum(weight.size for weight in weights))
-    counts = layer_counts(method.distribution, shapes, total, method.min_layer_density)
-    for weight in weights:
-        positions = method.pattern.draw(counts[weight.name], weight.shape, method.generator)
-        weight.start(positions, method.generator)
-        if method.scale_init:
-            weight.scale_to_fan_in_()
 
 
 def _finite_gradient(parameter: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.compat.torch_private import found_infinite
-from lightning_sparse.families import common
+from lightning_sparse.families import common, starts
 from lightning_sparse.families.latent import LatentCallback, LatentGroup, LatentWeight
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
@@ -151,13 +151,14 @@ class TopKCallback(LatentCallback):
         """Choose the sets of new weights among themselves, by the clock of their group."""
         if not weights:
             return
+        scaled = starts.made_anew(self, self._fit.module, {weight.name: weight.latent for weight in weights})
         for weight in weights:
             self.begin(weight)
         self.choose(weights, group.updates)
         chosen = [weight for weight in weights if not self.mask(weight.name).all()]
         warn_of_equal_scores(self, [weight.name for weight in chosen if select.all_equal(self.scores(weight))])
         for weight in weights:
-            if self.scale_init:
+            if weight.name in scaled:
                 self.scale(weight, math.sqrt(weight.size / max(1, select.count(weight.buffers["A"]))))
             self._project(weight)
 

@@ -21,7 +21,7 @@ from lightning_sparse.compat.lightning import (
     Trainer,
     rank_zero_info,
 )
-from lightning_sparse.compat.options import option
+from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families import magnitude
 from lightning_sparse.families.before_training import budgets
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
@@ -59,6 +59,8 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     """
 
     sparsity_target: float = option(alias="sparsity", kw_only=False, doc=FINAL_SPARSITY)
+    initial: str = fixed(default="random")  # it begins dense
+    scale_init: bool = fixed(default=False)
     rounds: int | None = option(
         default=None,
         check=partial(checks.integer, 1, "1 prunes once."),

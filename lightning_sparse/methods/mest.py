@@ -118,6 +118,7 @@ class MEST(PruneAndGrow):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before the soft bound did."""
+        super().on_train_end(trainer, pl_module)
         if self.surplus and not any(group.halted_by for group in self._groups):  # of which it has been told
             self.warn_once(
                 f"{self!r} has {self.surplus} active weights above its budget: the training ended before "

@@ -84,6 +84,7 @@ class OptG(TopKCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell of a training that ended before its schedule."""
+        super().on_train_end(trainer, pl_module)
         for group in self._groups.values():
             active, final = self.present(group.weights), self.final(group.weights)
             if active > final:

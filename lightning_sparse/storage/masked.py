@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lightning_sparse.layers.selection import ParameterChoice
+from lightning_sparse.rules import select
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
 from lightning_sparse.weights.base import Weight
@@ -34,7 +35,9 @@ class MaskedStore(Store):
         self, choices: Sequence[ParameterChoice], held: Mapping[str, Weight], resumed: bool
     ) -> tuple[Adoption, dict[str, Weight]]:
         shapes = {name: weight.shape for name, weight in held.items()}
-        adoption = adopt(self.method, choices, shapes, resumed, lambda: all(_fits(c, held[c.name]) for c in choices))
+        adoption = adopt(
+            self.method, choices, shapes, resumed, lambda: all(_fits(self.method, c, held[c.name]) for c in choices)
+        )
         weights = self.add(choices)
         for name, weight in weights.items() if adoption != "fresh" else ():
             self.restore(weight, held[name])
@@ -63,6 +66,8 @@ class MaskedStore(Store):
         weight.restore(saved)
 
 
-def _fits(choice: ParameterChoice, state: Weight) -> bool:
-    """Tell whether a parameter is 0 wherever an earlier fit left it inactive."""
-    return not bool((choice.parameter.cpu() != 0).logical_and_(~state.mask.cpu()).any())
+def _fits(method: Stored, choice: ParameterChoice, state: Weight) -> bool:
+    """Tell whether a parameter is 0 wherever an earlier fit left it inactive, and the method goes on with it."""
+    nonzero, mask = choice.parameter.cpu() != 0, state.mask.cpu()
+    outside = nonzero & ~mask
+    return not outside.any() and method.continues(select.count(mask), select.count(nonzero))

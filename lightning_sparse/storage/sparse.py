@@ -24,7 +24,6 @@ from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice, select_parameters
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_
 from lightning_sparse.layers.unit_activity import Hooks
-from lightning_sparse.rules.budgets import budget
 from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
 from lightning_sparse.storage.measure import DENSE, measure
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
@@ -88,6 +87,8 @@ class SparseStore(Store):
         ]
         if all(choice.sparse is not None for choice in choices):
             # an earlier fit left them so, or there are none; adopt looks whether they are what was asked for
+            if choices and not method._weights:
+                method.refuse_made_sparse([choice.name for choice in choices])
             weights = [SparseWeight(choice.name, choice.shape, choice.sparse) for choice in choices]
         else:
             _refuse_layers(method, module, choices)
@@ -102,7 +103,7 @@ class SparseStore(Store):
         """Give the layers the connections of an earlier fit of the same weights, or new ones."""
         earlier = dict(self.method._weights)
         shapes = {name: weight.shape for name, weight in earlier.items()}
-        adoption = adopt(self.method, choices, shapes, False, lambda: _continues(weights, earlier))
+        adoption = adopt(self.method, choices, shapes, False, lambda: _continues(self.method, weights, earlier))
         if adoption == "continued":
             for weight in weights:
                 weight.start(earlier[weight.name].active_indices, torch.default_generator)
@@ -150,19 +151,8 @@ class SparseStore(Store):
                 "Leave them out with exclude, or return them from configure_optimizers."
             )
         weights: dict[str, Weight] = {c.name: SparseWeight(c.name, c.shape, c.sparse) for c in choices}
-        self._refuse_other_number(weights.values())
+        self.method.refuse_number([*weights.values()])
         return "resumed" if of_checkpoint else "continued", weights
-
-    def _refuse_other_number(self, weights: Any) -> None:
-        """Raise unless layers that someone else made sparse have just the connections that are asked for."""
-        active, sparsity = sum(weight.num_active for weight in weights), self.method.sparsity_target
-        target = budget(sparsity, sum(weight.size for weight in weights)) + self.method.surplus
-        if active != target:
-            raise MisconfigurationException(
-                f"The module's sparse layers have {active} connections, sparsity={sparsity!r} asks for "
-                f"{target}. Give the sparsity they were made with, or make them dense with "
-                "lightning_sparse.storage.to_dense(module) to start afresh."
-            )
 
     def add(self, choices: Sequence[ParameterChoice]) -> dict[str, Weight]:
         """Refuse: the optimizer knows the layers as they are."""
@@ -308,7 +298,7 @@ def _refuse_averages(method: Stored, trainer: Trainer) -> None:
     """Raise if another callback averages weights over time: values whose places differ would be mixed."""
     for other in averaging(trainer):
         raise MisconfigurationException(
-            f"{method!r} holds values whose places change, which {other} would "
+            f"{method!r} holds values whose places change, which {type(other).__name__} would "
             "average as if they did not. Use storage='masked', or leave it out."
         )
 
@@ -344,7 +334,7 @@ def _dense_bytes(weights: Sequence[SparseWeight]) -> int:
     return sum(weight.size * weight.values.element_size() for weight in weights)
 
 
-def _continues(weights: Sequence[SparseWeight], earlier: Mapping[str, Weight]) -> bool:
+def _continues(method: Stored, weights: Sequence[SparseWeight], earlier: Mapping[str, Weight]) -> bool:
     """Tell whether the dense weights are 0 wherever an earlier fit left them inactive."""
     if any(isinstance(weight, SparseWeight) and not weight.known for weight in earlier.values()):
         return False
@@ -353,6 +343,8 @@ def _continues(weights: Sequence[SparseWeight], earlier: Mapping[str, Weight]) -
         W = weight.layer.weight
         if W.is_meta:
             return False
-        if W.count_nonzero() != W.reshape(-1)[earlier[weight.name].active_indices.to(W.device)].count_nonzero():
+        active = earlier[weight.name].active_indices.to(W.device)
+        nonzero = int(W.reshape(-1)[active].count_nonzero())
+        if int(W.count_nonzero()) != nonzero or not method.continues(len(active), nonzero):
             return False
     return True

@@ -144,7 +144,6 @@ class Stored(Verbs, Callback, ABC):
     _groups: WeightGroups
     include: Sequence[str] | None
     exclude: Sequence[str]
-    sparsity_target: float
     plain_checkpoints: bool | None
 
     #: layers pass connections on to each other, so their values change their length
@@ -158,6 +157,23 @@ class Stored(Verbs, Callback, ABC):
     @abstractmethod
     def draw(self, weights: Sequence[Weight], run_seed: int) -> None:
         """Give weights their first connections, from the beginning of the method's random numbers."""
+
+    @abstractmethod
+    def refuse_number(self, weights: Sequence[Weight]) -> None:
+        """Raise unless a fit may begin with as many connections as the weights have."""
+
+    @abstractmethod
+    def refuse_made_sparse(self, names: Sequence[str]) -> None:
+        """Raise if a first fit cannot take the connections of layers that are sparse already, with these weights."""
+
+    def continues(self, active: int, nonzero: int) -> bool:
+        """Tell whether a second fit goes on with the connections of the first, outside of which all weights are 0.
+
+        Args:
+            active: number of connections.
+            nonzero: number of those that are not 0.
+        """
+        return True
 
     # ------------------------------------------------------------------ what users read
 

@@ -14,6 +14,7 @@ from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.layers.selection import select_parameters, table
 from lightning_sparse.trainer import guards
+from lightning_sparse.trainer.averages import mask_averages
 from lightning_sparse.trainer.fit import Fit, epochs, steps
 from lightning_sparse.trainer.ownership import Ownership, owned
 from lightning_sparse.trainer.readouts import Readouts
@@ -119,8 +120,17 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         self.begin_epoch(trainer.current_epoch, epochs(trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Anneal and redistribute."""
+        """Anneal and redistribute; keep an average sparse that takes the network's place in an epoch of its own."""
+        mask_averages(self, trainer, pl_module)
         self.begin_epoch(trainer.current_epoch, epochs(trainer))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep averages sparse, one of which may be about to be validated."""
+        mask_averages(self, trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep an average sparse that takes the network's place."""
+        mask_averages(self, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, and warn by name of layers that have no weight left, or are not finite."""
@@ -192,6 +202,10 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         self._ownership.note(optimizer, choices)
 
     # ------------------------------------------------------------------ state
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep averages sparse, one of which may be about to be saved, or in the checkpoint already."""
+        mask_averages(self, trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors and plain values only."""

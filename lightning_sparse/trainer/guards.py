@@ -7,13 +7,14 @@ from typing import Any
 from torch.optim import LBFGS, Optimizer
 
 from lightning_sparse.compat.lightning import (
+    Callback,
     DDPStrategy,
     MisconfigurationException,
     SingleDeviceStrategy,
     Trainer,
     rank_zero_warn,
 )
-from lightning_sparse.compat.lightning_private import averages_now_and_then
+from lightning_sparse.compat.lightning_private import averaged_module, averages_now_and_then
 from lightning_sparse.layers.selection import ParameterChoice, table
 from lightning_sparse.trainer.verbs import Verbs
 
@@ -186,7 +187,7 @@ def refuse_other_weights(
         )
 
 
-def refuse_other_sparsity(method: Verbs, there: float, here: float) -> None:
+def refuse_other_sparsity(method: Verbs, there: float | None, here: float | None) -> None:
     """Raise unless the loaded state has the sparsity that the callback was made with."""
     if here != there:
         raise MisconfigurationException(
@@ -202,21 +203,23 @@ def warn_of_other_weights(method: Verbs) -> None:
 # ---------------------------------------------------------------------- what goes beside
 
 
-def averaging(trainer: Trainer) -> list[str]:
-    """Return the names of the callbacks that average weights over time."""
+def averaging(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks that average weights over time."""
     kinds = {"StochasticWeightAveraging", "WeightAveraging"}
-    types = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    return [kind.__name__ for kind in types if kinds & {base.__name__ for base in kind.__mro__}]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if kinds & {base.__name__ for base in type(callback).__mro__}]
 
 
 def warn_of_averages(method: Verbs, trainer: Trainer) -> None:
-    """Warn that an average of weights over time is denser than each of them."""
-    for name in averaging(trainer) if method.moves else ():
-        rank_zero_warn(
-            f"{name} averages weights of several steps: what was nonzero at one of them is so in the average, "
-            f"which is denser than {method!r} says unless it begins when connections move no longer. "
-            "For exact zeros multiply each weight of the averaged module by callback.masks[name] after the fit."
-        )
+    """Warn of averages of weights over time that cannot be kept sparse: each is denser than what it is of."""
+    for callback in averaging(trainer) if method.moves else ():
+        if averaged_module(callback) is None:
+            rank_zero_warn(
+                f"{type(callback).__name__} averages weights of several steps where {method!r} cannot reach them: what "
+                "was nonzero at one of them is so in the average, which is denser than the network unless averaging "
+                "begins when connections move no longer. For exact zeros multiply each weight of the averaged module "
+                "by callback.masks[name] after the fit."
+            )
 
 
 def warn_of_log_interval(method: Verbs, every: int | None, trainer: Trainer) -> None:

@@ -1,5 +1,6 @@
 """Readouts: what users, loggers and the monitor read of a method."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.trainer.fit import Fit
+from lightning_sparse.trainer.mask_files import write_masks
 
 __all__ = ["Readouts"]
 
@@ -32,6 +34,24 @@ class Readouts(ABC):
     def mask(self, name: str) -> Tensor:
         """Return one of ``masks``, without making the others."""
         return self.masks[name]
+
+    def save_masks(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks into a file, for ``initial=path`` of another run; with several processes, the first does.
+
+        The file is in the format safetensors: a boolean tensor for each weight, by parameter name. It needs the extra
+        ``masks``.
+
+        Args:
+            path: of the file, ``NAME.safetensors``.
+
+        Raises:
+            RuntimeError: the weights have not been chosen yet.
+            ValueError: the name ends otherwise.
+        """
+        if not os.fspath(path).endswith(".safetensors"):
+            raise ValueError(f"path must end with .safetensors, got {os.fspath(path)!r}. Rename it.")
+        if self.size:
+            write_masks(self.masks, path)
 
     @property
     def layer_count(self) -> dict[str, int]:

@@ -81,6 +81,11 @@ class Weight(ABC):
 
     @property
     @abstractmethod
+    def given(self) -> Tensor:
+        """The dense weight that the module has, before ``start``; on the meta device if it has none yet."""
+
+    @property
+    @abstractmethod
     def finite(self) -> bool:
         """All gradients are finite, also those of connections that are not active."""
 

@@ -81,6 +81,10 @@ class MaskedWeight(Weight):
     # ------------------------------------------------------------------ what they hold
 
     @property
+    def given(self) -> Tensor:  # noqa: D102  (inherited)
+        return self.W
+
+    @property
     def finite(self) -> bool:  # noqa: D102  (inherited)
         return all_finite(self.dP)
 

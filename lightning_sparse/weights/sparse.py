@@ -79,6 +79,11 @@ class SparseWeight(Weight):
         return marks.view(self.shape)
 
     @property
+    def given(self) -> Tensor:  # noqa: D102  (inherited)
+        assert isinstance(self.layer, (nn.Linear, nn.Conv2d))
+        return self.layer.weight.detach()
+
+    @property
     def magnitudes(self) -> Tensor:  # noqa: D102  (inherited)
         return self.values.abs()
 

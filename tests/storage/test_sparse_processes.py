@@ -53,7 +53,7 @@ def test_a_step_sends_the_nonzeros_alone(ranks):
     for case in [case for case in ranks[0] if isinstance(case, tuple)]:
         steps = ranks[0][case]["bytes"]
         assert len(steps) == 40 // case[1]
-        sent = {"SET masked": 392, "SET": 78, "RigL": 78, "ITOP": 78, "MEST": 78}.get(case[0], 78 + 3)
+        sent = {"SET masked": 392, "SET": 78, "RigL": 78, "ITOP": 78, "MEST": 78, "FixedMask": 78}.get(case[0], 78 + 3)
         plain = [step for number, step in enumerate(steps) if number % 5 or not number]
         assert set(plain) == {8 * (sent + 30)} or case[0] == "MEST soft bound", case
 

@@ -3,6 +3,7 @@
 import warnings
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import REPRESENTATIVES, SETTINGS, THRESHOLDS, Lit, effective, fit, seeded
@@ -180,13 +181,21 @@ def test_a_weight_that_is_replaced_during_the_fit_is_refused(method):
         fit(SETTINGS[method](), seeded(Replaces))
 
 
-@pytest.mark.parametrize("average", [StochasticWeightAveraging(0.1), EMAWeightAveraging()])
-@pytest.mark.parametrize(("build", "told_of"), [(DST, 1), (SET, 1), (RandomPruning, 0), (SNIP, 0)])
-def test_averages_are_told_to_be_denser_where_connections_move(average, build, told_of):
+class OutOfReach(pl.Callback):
+    """Keeps an average somewhere."""
+
+
+Elsewhere = type("ElsewhereAveraging", (type("WeightAveraging", (OutOfReach,), {}),), {})
+
+
+@pytest.mark.parametrize("average", [StochasticWeightAveraging(0.1), EMAWeightAveraging(), Elsewhere()])
+@pytest.mark.parametrize(("build", "moves"), [(DST, 1), (SET, 1), (RandomPruning, 0), (SNIP, 0)])
+def test_averages_out_of_reach_are_told_to_be_denser_where_connections_move(average, build, moves):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit([build(0.5), average], max_epochs=1)
-    assert len(told(caught, f"{type(average).__name__} averages weights of several steps")) == told_of
+    out_of_reach = isinstance(average, OutOfReach)
+    assert len(told(caught, f"{type(average).__name__} averages weights of several steps")) == moves * out_of_reach
 
 
 class ZeroRedundancyOptimizer(torch.optim.SGD):

@@ -1,0 +1,69 @@
+"""How a fit begins: weights of a network made anew are scaled to the connections that are left."""
+
+import copy
+
+import pytest
+import torch
+from helpers import MASKED, TOP_K, Lit, cnn, fit, seeded
+
+from lightning_sparse import GMP, SET, TopKAST
+
+SPARSE_FROM_THE_START = sorted(MASKED.keys() - {"GMP"})
+
+
+@pytest.mark.parametrize("net", [None, cnn], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("method", SPARSE_FROM_THE_START)
+def test_each_neuron_is_scaled_to_its_actual_fan_in(method, net):
+    callback = MASKED[method](**({"initial_sparsity": 0.8} if method == "GraNet" else {}))
+    module = seeded(lambda: Lit(None if net is None else net(), optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    before = copy.deepcopy(module.state_dict())
+    fit(callback, module, limit_train_batches=1, max_epochs=1)
+    for name, mask in callback.masks.items():
+        W, active = module.get_parameter(name).detach(), mask.flatten(1).sum(1)
+        for row in range(len(W)):
+            factor = (mask[row].numel() / max(1, int(active[row]))) ** 0.5
+            # DeepR decays and shakes by the learning rate, which is 0
+            assert torch.allclose(W[row], before[name][row] * mask[row] * factor, rtol=1e-5), name
+
+
+@pytest.mark.parametrize("method", [*SPARSE_FROM_THE_START, "TopKAST", "SWAT"])
+def test_unscaled_starts_keep_the_values(method):
+    callback = {**MASKED, **TOP_K}[method](scale_init=False)
+    module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    before = copy.deepcopy(module.state_dict())
+    fit(callback, module, limit_train_batches=1, max_epochs=1)
+    for name, mask in callback.masks.items():
+        assert torch.equal(module.get_parameter(name), before[name] * mask)
+
+
+@pytest.mark.parametrize("power", [1, 2.5])
+def test_a_layer_of_top_weights_is_scaled_as_a_whole(power):
+    callback = TopKAST(0.8, 0.5, power=power, l2=0)
+    module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    before = copy.deepcopy(module.state_dict())
+    fit(callback, module, limit_train_batches=1, max_epochs=1)
+    for name, mask in callback.masks.items():
+        factor = (mask.numel() / int(mask.sum())) ** 0.5
+        largest = before[name].abs().flatten().topk(int(mask.sum())).values.min()
+        assert torch.equal(mask, before[name].abs() >= largest)
+        assert torch.allclose(module.get_parameter(name), before[name] * mask * factor, rtol=1e-5)
+
+
+def test_a_method_that_begins_dense_scales_nothing():
+    callback = GMP(0.8)
+    module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    before = copy.deepcopy(module.state_dict())
+    fit(callback, module, max_epochs=-1, max_steps=0)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_masked_and_sparse_storage_start_alike():
+    modules = []
+    for storage in ("masked", "sparse"):
+        callback = SET(0.8, storage=storage)
+        module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+        fit(callback, module, limit_train_batches=1, max_epochs=1)
+        modules.append(module.state_dict())
+    masked, sparse = modules
+    assert masked.keys() == sparse.keys()
+    assert all(torch.allclose(value, sparse[name], rtol=1e-6) for name, value in masked.items())
