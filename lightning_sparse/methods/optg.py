@@ -56,6 +56,9 @@ class OptG(Thresholded, TopKCallback):
         check=partial(checks.fraction, "1 goes on to the last step.", above_0=True),
         doc="share of the training after which the target is reached, in (0, 1].",
     )
+    begin_at: float = fixed(default=0.0)
+    min_layer_density: float = 0.0
+    threshold_weight_decay: float | None = fixed(default=None)
     scope: Scope = "global"
     granularity: Granularity = fixed(default="weight")  # a score for each
     init_threshold: float = fixed(default=0.0)
@@ -65,6 +68,9 @@ class OptG(Thresholded, TopKCallback):
         """Begin at the start of the schedule."""
         super().__post_init__()
         self._rate = 0.0
+
+    def new_target(self) -> None:
+        """Nothing: scores are ranked."""
 
     # ------------------------------------------------------------------ what users read
 

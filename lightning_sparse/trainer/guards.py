@@ -171,7 +171,7 @@ def refuse_other_weights(
         )
 
 
-def refuse_other_sparsity(method: Verbs, there: float, here: float) -> None:
+def refuse_other_sparsity(method: Verbs, there: float | None, here: float | None) -> None:
     """Raise unless the loaded state has the sparsity that the callback was made with."""
     if here != there:
         raise MisconfigurationException(

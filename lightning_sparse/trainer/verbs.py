@@ -36,6 +36,11 @@ class Verbs(ABC):
     #: the step that moves connections computes the gradients of all weights
     dense_gradient_to_move: bool = False
 
+    @property
+    @abstractmethod
+    def total_steps(self) -> float:
+        """Number of optimizer steps of the whole fit; infinite if nothing tells how many."""
+
     @abstractmethod
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
         """Take over the weights of ``choices`` (or release those of an earlier fit and take over these).
