@@ -25,6 +25,7 @@ from lightning_sparse import (
     MemoryEfficientDST,
     RigL,
 )
+from lightning_sparse.families.latent import LatentCallback
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.zoo.models import VGG16, LeNet300, ResNet18
@@ -41,6 +42,10 @@ METHODS: dict[str, Callable[..., SparseCallback]] = {
     "dfbst": lambda: DFBST(alpha=5e-4, beta=0.01),
     "autosparse": lambda: AutoSparse(alpha=0.75, init_threshold=-5.0),
     "str": lambda: STR(init_threshold=-5.0),
+    "dst-target": lambda: DST(sparsity=0.9),
+    "dfbst-target": lambda: DFBST(sparsity=0.9),
+    "autosparse-target": lambda: AutoSparse(sparsity=0.9),
+    "str-target": lambda: STR(sparsity=0.9),
     "deepr": partial(DeepR, sparsity=0.9),
 }
 for _method in (SET, RigL, SNFS, DSR, ITOP, MEST, GGR, MemoryEfficientDST, GraNet):
@@ -86,9 +91,14 @@ def batch_for(network: str, size: int, device: str = "cpu") -> list[Tensor]:
 
 
 def attach(callback: SparseCallback, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Make the weights that the callback would choose by itself sparse, without a Trainer but for its plan."""
+    """Make the weights that the callback would choose by itself sparse, without a Trainer but for its plan.
+
+    A target is met halfway: its plan is in the middle of the training.
+    """
     callback._fit.trainer = cast(Any, SimpleNamespace(estimated_stepping_batches=NEVER))
     callback.attach([choice for choice in select_parameters(module) if choice.reason is None], [optimizer], False)
+    if isinstance(callback, LatentCallback) and callback._target:
+        callback._target.skip(NEVER // 2)
 
 
 def bare_step(

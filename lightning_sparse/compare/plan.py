@@ -123,7 +123,8 @@ def entries(
         text: methods separated by commas, each ``NAME:ARGUMENT=VALUE:...``; upper and lower case are alike. Values are
             YAML; brackets and quotes protect commas and colons. An argument with a dot is an option of
             ``lightning-sparse fit``.
-        sparsities: of the methods that take ``sparsity`` and were not given one; None: the recipe's, else 0.9.
+        sparsities: of the methods that take ``sparsity`` and were not given one; None: the recipe's, else 0.9. Methods
+            with thresholds find a density of their own where the recipe or ``text`` has what drives them to it.
         recipe: the one that all run under.
         note: is told where arguments come from that were not written.
 
@@ -151,13 +152,15 @@ def _entries(
         yield Entry("dense", " ".join(["dense", *options]), options=options)
         return
     method = kind.__name__
-    written = {*given, *(option.partition("=")[0] for option in options)}
-    arguments = {**_defaults(method, written, recipe, note), **given}
+    instead = [_instead(kind)] if "sparsity" in given else []  # what the sparsity takes the place of
+    written = {*given, *instead, *(option.partition("=")[0] for option in options)}
+    defaults = _defaults(method, written, recipe, note)
+    arguments = {**{key: value for key, value in defaults.items() if key not in instead}, **given}
     layers = {k: v for k, v in recipe.arguments.items() if k in ("include", "exclude") and k not in arguments}
     silent = {"sparsity", "include", "exclude"} - (given.keys() - {"sparsity"})
     shown = [f"{key}={value}" for key, value in arguments.items() if key not in silent]
     title = " ".join([method, *shown, *options])
-    if "sparsity" not in inspect.signature(kind).parameters:
+    if _finds_density(kind, arguments):
         _check(kind, text, arguments | layers)
         yield Entry(method, title, None, arguments | layers, options)
         return
@@ -168,6 +171,22 @@ def _entries(
         whole = {**derived, **arguments, **layers, "sparsity": sparsity}
         _check(kind, text, whole)
         yield Entry(method, title, float(sparsity), whole, options)
+
+
+def _instead(kind: type[SparseCallback]) -> str:
+    """Return the argument that a method may be given in place of ``sparsity``, "" if there is none."""
+    return getattr(kind, "instead_of_sparsity", None) or ""
+
+
+def _finds_density(kind: type[SparseCallback], arguments: Arguments) -> bool:
+    """Tell whether a method with these arguments comes to a density of its own."""
+    parameter = inspect.signature(kind).parameters.get("sparsity")
+    if parameter is None:
+        return True
+    if parameter.default is parameter.empty or arguments.get("sparsity") is not None:
+        return False
+    instead = _instead(kind)
+    return not instead or arguments.get(instead) is not None
 
 
 def _parse(text: str) -> tuple[str, Arguments, tuple[str, ...]]:

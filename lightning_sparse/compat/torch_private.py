@@ -28,7 +28,9 @@ __all__ = [
     "TorchDispatchMode",
     "backward_pass",
     "children",
+    "complete_momentum",
     "found_infinite",
+    "gradient_scale",
     "has_forward_hooks",
     "hidden_from_ddp",
     "hide_from_ddp",
@@ -191,3 +193,28 @@ def schedules_within(scheduler: Any) -> list[tuple[int, Any]]:
     if isinstance(scheduler, ChainedScheduler):
         return [(0, part) for part in scheduler._schedulers]
     return [(0, scheduler)]
+
+
+def gradient_scale(optimizer: Optimizer) -> Tensor | float:
+    """Return the factor that the gradients of a fused optimizer still carry in its step, 1 if there is none.
+
+    Relies on ``grad_scale``, which ``GradScaler`` sets on the optimizer during the step.
+    """
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else scale
+
+
+def complete_momentum(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Give parameters that step for the first time a momentum of 0, if those beside them in fused SGD have one.
+
+    Relies on fused SGD taking either no momentum of a group for the first one, or all of them.
+    """
+    groups = [group for group in optimizer.param_groups if group.get("fused") and group.get("momentum")]
+    stepping = {id(p): p for p in parameters if p.grad is not None} if groups else {}
+    for group in groups:
+        held = [p for p in group["params"] if optimizer.state.get(p, {}).get("momentum_buffer") is not None]
+        if held and "dampening" in group:
+            known = {id(p) for p in held}
+            for p in group["params"]:
+                if id(p) in stepping and id(p) not in known:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

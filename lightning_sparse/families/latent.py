@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_sparse.families.target import Target
 from lightning_sparse.families.thresholds import Thresholds
 from lightning_sparse.layers.selection import ParameterChoice
+from lightning_sparse.rules.select import zero_outside_
 from lightning_sparse.trainer.adopt import adopt
 from lightning_sparse.trainer.callback import SparseCallback
+from lightning_sparse.trainer.guards import refuse_other_sparsity
 from lightning_sparse.weights.latent import LatentGroup, LatentWeight
 
 __all__ = ["LatentCallback", "LatentGroup", "LatentWeight"]
@@ -41,6 +44,11 @@ class LatentCallback(SparseCallback):
         self._weights: dict[str, LatentWeight] = {}
         self._groups: dict[int, LatentGroup] = defaultdict(LatentGroup)  # by optimizer
         self._thresholds: Thresholds | None = None
+
+    @property
+    def _target(self) -> Target | None:
+        """What the thresholds are shifted to meet, if anything."""
+        return self._thresholds.target if self._thresholds else None
 
     # ------------------------------------------------------------------ what a method defines
 
@@ -78,14 +86,17 @@ class LatentCallback(SparseCallback):
     @property
     def layer_gradient_density(self) -> dict[str, float]:
         """Share of each layer's weights whose gradient is used: what it costs where sparsity is exploited."""
-        return dict.fromkeys(self._weights, 1.0)
+        frozen = {name: weight.frozen for name, weight in self._weights.items() if weight.frozen is not None}
+        kept = {name: int(mask.count_nonzero()) / mask.numel() for name, mask in frozen.items()}
+        return dict.fromkeys(self._weights, 1.0) | kept
 
     @property
     def masks(self) -> dict[str, Tensor]:  # noqa: D102  (inherited)
         return {name: self.mask(name) for name in self._weights}
 
     def mask(self, name: str) -> Tensor:  # noqa: D102  (inherited)
-        return _effective(self, self._weights[name]) != 0
+        weight = self._weights[name]
+        return _effective(self, weight) != 0 if weight.frozen is None else weight.frozen
 
     # ------------------------------------------------------------------ state
 
@@ -93,6 +104,7 @@ class LatentCallback(SparseCallback):
         """Return latents, thresholds and buffers: tensors and plain values only."""
         return {
             **super().state_dict(),
+            **({"target": self._target.state(), "begun": dict(self._before_fit)} if self._target else {}),
             "granularity": "layer" if self._thresholds is None else self._thresholds.method.granularity,
             "weights": {name: weight.state() for name, weight in self._weights.items()},
         }
@@ -102,6 +114,10 @@ class LatentCallback(SparseCallback):
         """Take up a state; into the weights in use if fit has begun."""
         if self._thresholds:
             self._thresholds.refuse_other_granularity(state_dict["granularity"])
+        there = state_dict.get("target", {}).get("sparsity")
+        refuse_other_sparsity(self, there, self._target.sparsity if self._target else None)
+        if self._target:
+            self._target.load(state_dict["target"])
         states = state_dict["weights"].items()
         loaded = {name: LatentWeight.loaded(name, state, self.mask_names) for name, state in states}
         if self._fit.module is None:
@@ -116,6 +132,8 @@ class LatentCallback(SparseCallback):
         """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
+            if self._target:
+                self._target.release()
             if self._thresholds:
                 self._thresholds.release()
             for weight in self._weights.values():
@@ -155,12 +173,18 @@ class LatentCallback(SparseCallback):
         self._groups.clear()
         for optimizer in optimizers:
             self._join(optimizer, list(self._weights.values()))
+        if self._target:
+            self._target.begin(self._groups, resumed=adoption == "resumed")
 
     @torch.no_grad()
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
         added = {choice.name: self._new(choice) for choice in choices}
         self._weights.update(added)
         self._join(optimizer, list(added.values()))
+        if self._target:
+            self._target.join(optimizer, list(added.values()))
+            for weight in added.values():
+                self._project(weight)
 
     def _new(self, choice: ParameterChoice) -> LatentWeight:
         """Return a weight that begins with the parameter's values."""
@@ -186,6 +210,18 @@ class LatentCallback(SparseCallback):
         if self._thresholds:
             ours.weights = self._thresholds.lay_out(optimizer, ours.weights)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that a plan, if there is one, can be followed."""
+        super().on_train_start(trainer, pl_module)
+        if self._target:
+            self._target.check()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of a training that ended before its plan."""
+        super().on_train_end(trainer, pl_module)
+        if self._target:
+            self._target.warn()
+
     # ------------------------------------------------------------------ steps
 
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:  # noqa: D102
@@ -199,14 +235,14 @@ class LatentCallback(SparseCallback):
             if not share:
                 weight.parameter.grad = None
             if weight.has_gradient:
-                weight.turn_gradient(partial(self.gradients, weight))
+                weight.turn_gradient(partial(self.gradients if weight.frozen is None else _keep_mask, weight))
         if self._thresholds:
             self._thresholds.complete_gradients(optimizer, weights, share, scale)
 
     @torch.no_grad()
     def before_update(self, optimizer: Optimizer) -> None:  # noqa: D102
         if self._thresholds:
-            self._thresholds.make_finite(optimizer)
+            self._thresholds.before_update(optimizer)
         for weight in self._groups[id(optimizer)].weights:
             weight.enter()
 
@@ -214,8 +250,11 @@ class LatentCallback(SparseCallback):
     def after_update(self, optimizer: Optimizer) -> None:  # noqa: D102
         if self._thresholds:
             self._thresholds.gather(optimizer)
-        weights = [weight for weight in self._groups[id(optimizer)].weights if weight.leave()]
+        group = self._groups[id(optimizer)]
+        weights = [weight for weight in group.weights if weight.leave()]
         self.updated(optimizer, weights)
+        if self._target and self._target.follow(optimizer):
+            weights = group.weights  # also those without a gradient
         for weight in weights:
             self._project(weight)
 
@@ -236,9 +275,23 @@ class LatentCallback(SparseCallback):
 
     def _write(self, weight: LatentWeight, P: Tensor) -> int | Tensor | None:
         """Write ``P``; return how many weights pass, if the method counts them."""
+        if weight.frozen is not None:
+            return weight.write(P, partial(_masked, weight))
         if self._thresholds:
             self._thresholds.set_levels(weight)
         return weight.write(P, partial(self.effective, weight))
+
+
+def _masked(weight: LatentWeight, W: Tensor, out: Tensor) -> None:
+    """Write ``W * M``, M being the mask that stays."""
+    assert weight.frozen is not None
+    zero_outside_(out.copy_(W), weight.matrix(weight.frozen, "M"))
+
+
+def _keep_mask(weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
+    """Replace ``dP`` by ``dP * M``, M being the mask that stays."""
+    assert weight.frozen is not None
+    zero_outside_(dP, weight.matrix(weight.frozen, "M"))
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """SoftThresholded: the function and the derivatives that STR and AutoSparse share."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ __all__ = ["SoftThresholded"]
 
 
 class SoftThresholded(Thresholded):
-    """``P = sign(W) max(|W| - T, 0)`` with ``T = sigmoid(s)``; nothing but weight decay on ``s`` drives sparsity."""
+    """``P = sign(W) max(|W| - T, 0)`` with ``T = sigmoid(s)``; weight decay on ``s``, or a target, drives sparsity."""
 
     reset_above: float | None = fixed(default=None)
 
@@ -21,10 +23,25 @@ class SoftThresholded(Thresholded):
         """``T = sigmoid(s)``."""
         return torch.sigmoid(t)
 
+    def margins(self, magnitudes: Tensor, t: Tensor) -> Tensor:
+        """``logit(|W|) - s``: thresholds are shifted in their own unit."""
+        return torch.logit(magnitudes.clamp(max=1)) - t
+
     def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
         """Write ``sign(W) max(|W| - T, 0)``."""
         weight.kernels.soft_project(W, weight.thresholds.tau, out)
 
+    def settle(self, weight: LatentWeight) -> None:
+        """Make ``W`` what it has shrunk to."""
+        weight.thresholds.tau = self.level(weight.thresholds.per_row())
+        weight.write(weight.latent, partial(self.effective, weight))
+
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
-        """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay."""
+        """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay.
+
+        With a target, it is divided by the number of weights that share the threshold. What counts then is how much
+        thresholds differ, and the sum over a large layer would outweigh that over a small one.
+        """
         buffer.kernels.through_sigmoid(buffer.gradients["t"], buffer.values["t"])
+        if self.sparsity_target is not None:
+            buffer.gradients["t"].div_(buffer.shared_by)

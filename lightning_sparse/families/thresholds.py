@@ -17,7 +17,15 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import BaseFinetuning, MisconfigurationException, Trainer
 from lightning_sparse.compat.options import Options, option
-from lightning_sparse.compat.torch_private import found_infinite
+from lightning_sparse.compat.torch_private import complete_momentum, found_infinite
+from lightning_sparse.families.common import (
+    FINAL_SPARSITY,
+    MIN_LAYER_DENSITY,
+    check_min_layer_density,
+    check_sparsity,
+)
+from lightning_sparse.families.target import Target
+from lightning_sparse.families.threshold_decay import decay_apart, refuse_unknown_decay
 from lightning_sparse.trainer.guards import REMEDY, listed
 from lightning_sparse.trainer.readouts import Readouts
 from lightning_sparse.trainer.verbs import Verbs
@@ -34,7 +42,7 @@ class Thresholded(Options, Readouts, Verbs, ABC):
     ``tau`` goes into ``weight.thresholds.dtau["t"]`` in the method's ``gradients``.
     """
 
-    init_threshold: float = option(
+    init_threshold: float | None = option(
         default=0.0,
         check=partial(checks.finite, "Try -5, or -200 to begin dense."),
         doc="the thresholds' value at the start.",
@@ -49,6 +57,33 @@ class Thresholded(Options, Readouts, Verbs, ABC):
         "switches the guard off.",
     )
 
+    sparsity_target: float | None = option(
+        alias="sparsity",
+        default=None,
+        check=check_sparsity,
+        doc=f"{FINAL_SPARSITY} All thresholds are shifted together, so that the number of nonzeros falls by a cubic "
+        "plan and ends at the target exactly; from then on the masks stay. None: there is no target.",
+    )
+    begin_at: float = option(
+        default=0.2,
+        check=partial(checks.fraction, "0 prunes from the start."),
+        doc="share of the training after which pruning to ``sparsity`` begins, in [0, 1); until then thresholds rest.",
+    )
+    end_at: float = option(
+        default=0.75,
+        check=partial(checks.fraction, "0.75 leaves a quarter of the training to recover."),
+        doc="share of the training after which ``sparsity`` is reached, above ``begin_at`` and at most 1.",
+    )
+    min_layer_density: float = option(
+        default=0.0, check=check_min_layer_density, doc=f"with ``sparsity``, {MIN_LAYER_DENSITY}"
+    )
+    threshold_weight_decay: float | None = option(
+        default=None,
+        check=partial(checks.at_least, 0, "None gives thresholds the weight decay of their weights."),
+        doc="weight decay of the thresholds, at least 0, in place of that which the optimizer has for their weights. "
+        "None: they have the same.",
+    )
+
     #: names of the thresholds of each weight, the forward one, "t", first
     threshold_names: ClassVar[Sequence[str]] = ("t",)
 
@@ -58,17 +93,39 @@ class Thresholded(Options, Readouts, Verbs, ABC):
     #: the loss gains a penalty on the thresholds, whose derivative ``threshold_gradients`` adds
     regularised: ClassVar[bool] = False
 
+    #: the argument that drives sparsity where ``sparsity`` is not given; None: there is none that must be given
+    instead_of_sparsity: ClassVar[str | None] = None
+
     #: nothing but the optimizer's weight decay moves the thresholds up
     needs_weight_decay: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Have thresholds."""
         super().__post_init__()
+        if self.begin_at >= self.end_at:
+            raise ValueError(
+                f"begin_at must be below end_at={self.end_at!r}, got {self.begin_at!r}. 0 prunes from the start."
+            )
         self._thresholds: Thresholds | None = Thresholds(self)
+
+    def new_target(self) -> Target | None:
+        """Return what the thresholds are shifted to meet, if anything."""
+        return None if self.sparsity_target is None else Target(self, self.sparsity_target)
 
     def level(self, t: Tensor) -> Tensor:
         """Return ``tau``, which ``|W|`` is compared with."""
         return t
+
+    def shifted(self, t: Tensor, by: float) -> Tensor:
+        """Return thresholds that are ``by`` higher."""
+        return t + by
+
+    def margins(self, magnitudes: Tensor, t: Tensor) -> Tensor:
+        """Return how far thresholds may be shifted until they reach ``magnitudes``; broadcasts."""
+        return magnitudes - self.level(t)
+
+    def settle(self, weight: LatentWeight) -> None:
+        """See a weight whose mask will stay: where ``P`` is not ``W`` at its nonzeros, make ``W`` be ``P``."""
 
     @abstractmethod
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
@@ -108,6 +165,11 @@ class Thresholded(Options, Readouts, Verbs, ABC):
         if self._thresholds:
             self._thresholds.warn(self._weights)
 
+    def metrics(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """Return what is logged, with the sparsity that is planned for now."""
+        planned = self._thresholds.target.planned_sparsity if self._thresholds and self._thresholds.target else None
+        return super().metrics(counts) | ({} if planned is None else {"sparsity/planned": planned})
+
 
 class Thresholds:
     """The thresholds of all weights of a method.
@@ -118,6 +180,7 @@ class Thresholds:
 
     def __init__(self, method: Thresholded) -> None:
         self.method = method
+        self.target = method.new_target()
         self._laid_out: dict[int, list[ThresholdBuffer]] = {}
         self._nonfinite: dict[ThresholdBuffer, Tensor] = {}  # where, so far
 
@@ -133,15 +196,20 @@ class Thresholds:
 
     def begin(self, weight: LatentWeight) -> None:
         """Give a new weight its thresholds."""
-        start = dict.fromkeys(self.method.threshold_names, 0.0) | {"t": self.method.init_threshold}
+        start = dict.fromkeys(self.method.threshold_names, 0.0) | {"t": self.method.init_threshold or 0.0}
         weight.trained = WeightThresholds.new(weight.latent, weight.transposed_groups, self.method.granularity, start)
 
     def join(self, optimizer: Optimizer, group: dict[str, Any], weights: Sequence[LatentWeight]) -> None:
         """Put the thresholds of ``weights`` into their param group."""
-        if self.method.needs_weight_decay and not group.get("weight_decay"):
+        own = self.method.threshold_weight_decay
+        if own is not None:
+            refuse_unknown_decay(self.method, optimizer)
+        driven = group.get("weight_decay") if own is None else own
+        if self.method.needs_weight_decay and not self.target and not driven:
             self.method.warn_once(
-                f"{self.method!r} has no regulariser of its own, and this optimizer has no weight decay: "
-                f"nothing drives {weights[0].name} to be sparse. Set weight_decay in the optimizer, e.g. 3e-5."
+                f"{self.method!r} has no regulariser of its own, and its thresholds have no weight decay: nothing "
+                f"drives {weights[0].name} to be sparse. Set weight_decay in the optimizer, e.g. 3e-5, or "
+                "threshold_weight_decay."
             )
         self._refuse_vectors(optimizer, weights)
         theirs = [(weight, key) for weight in weights for key in weight.thresholds.values]
@@ -189,8 +257,19 @@ class Thresholds:
         for buffer in laid:
             self.method.threshold_gradients(buffer, share * scale)
         for weight in weights:
-            _hand_out(weight, self.method.regularised and share > 0)
-        self.method.finish_gradients(weights, laid, share)
+            _hand_out(weight, self.method.regularised and not self.target and share > 0)
+        if self.target:
+            self.target.prepare(optimizer, weights, share)
+        self.method.finish_gradients([weight for weight in weights if weight.frozen is None], laid, share)
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """Make the gradients of thresholds those that the optimizer is to see."""
+        self.make_finite(optimizer)
+        thresholds = [t for buffer in self._laid_out.get(id(optimizer), ()) for t in buffer.parameters]
+        own = self.method.threshold_weight_decay
+        if own is not None:
+            decay_apart(optimizer, thresholds, own)
+        complete_momentum(optimizer, thresholds)
 
     def make_finite(self, optimizer: Optimizer) -> None:
         """Write 0 where gradients are not finite; only right before the update, as clipping by norm spreads them."""
@@ -221,7 +300,7 @@ class Thresholds:
     def reset_collapsed(self, weight: LatentWeight, passing: int | Tensor | None) -> bool:
         """Set the thresholds of a layer to 0 if too few of its weights pass; tell whether ``P`` must be made anew."""
         bound, t = self.method.reset_above, weight.thresholds
-        if bound is None or passing is None:
+        if bound is None or passing is None or self.target:
             return False
         masked = (weight.size - passing) / weight.size  # rounded once: exactly 99 % is not more than 0.99
         if isinstance(masked, Tensor):  # on an accelerator: no waiting for the count
@@ -271,8 +350,8 @@ def _place(weight: LatentWeight, key: str, group: dict[str, Any]) -> None:
 
 
 def _add_up(weight: LatentWeight) -> None:
-    """Add the gradients of ``tau`` up to the shape of the thresholds; 0 without a gradient."""
-    if weight.has_gradient:
+    """Add the gradients of ``tau`` up to the shape of the thresholds; 0 without a gradient, or where they rest."""
+    if weight.has_gradient and weight.frozen is None:
         weight.thresholds.fold(weight.kernels)
         return
     for dt in weight.thresholds.gradients.values():
@@ -280,9 +359,9 @@ def _add_up(weight: LatentWeight) -> None:
 
 
 def _hand_out(weight: LatentWeight, regularised: bool) -> None:
-    """Give the forward thresholds their gradient, if the loss or a penalty has one."""
+    """Give the forward thresholds their gradient, if the loss or a penalty has one and the mask is not frozen."""
     assert weight.parameter is not None
     for t in weight.thresholds.values.values():
         t.grad = None
-    if (regularised and weight.parameter.requires_grad) or weight.has_gradient:
+    if weight.frozen is None and ((regularised and weight.parameter.requires_grad) or weight.has_gradient):
         weight.thresholds["t"].grad = weight.thresholds.gradients["t"]

@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
-from lightning_sparse.compat.torch_private import found_infinite
 from lightning_sparse.families import common, starts
 from lightning_sparse.families.latent import LatentCallback, LatentGroup, LatentWeight
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors, layer_counts, shrunk
 from lightning_sparse.trainer.guards import refuse_other_sparsity, warn_of_equal_scores
+from lightning_sparse.trainer.updates import skips
 
 __all__ = ["TopKCallback"]
 
@@ -175,7 +175,7 @@ class TopKCallback(LatentCallback):
 
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """Count the update, and find the sets anew if it is time."""
-        if optimizer is None or not self._stepping or _skipped(optimizer):
+        if optimizer is None or not self._stepping or skips(optimizer):
             return
         self.stepped(optimizer, weights)
         group = self._groups[id(optimizer)]
@@ -215,9 +215,3 @@ class TopKCallback(LatentCallback):
                 self._groups[index].weights = [weight]
         for group in self._groups.values():
             group.updates = max((updates.get(weight.name, 0) for weight in group.weights), default=0)
-
-
-def _skipped(optimizer: Optimizer) -> bool:
-    """Tell whether a fused optimizer under AMP has found its gradients infinite and made no update."""
-    found = found_infinite(optimizer)
-    return found is not None and bool(found)

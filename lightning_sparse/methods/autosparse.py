@@ -63,7 +63,8 @@ class AutoSparse(Annealed, SoftThresholded, LatentCallback):
         if self.current_alpha == 0:
             return self.layer_density
         share = 1.0 if self.backward_density is None else self.backward_density
-        return {name: max(share, density) for name, density in self.layer_density.items()}
+        dense = {name: share for name, weight in self._weights.items() if weight.frozen is None}
+        return {name: max(dense.get(name, 0.0), density) for name, density in self.layer_density.items()}
 
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:
         """Anneal alpha (Eqs. 2-4, 9)."""

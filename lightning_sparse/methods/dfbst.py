@@ -13,20 +13,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.compat.options import option
+from lightning_sparse.families.hard_threshold import HardThresholded
 from lightning_sparse.families.latent import LatentCallback, LatentWeight
-from lightning_sparse.families.thresholds import Granularity, ThresholdBuffer, Thresholded
+from lightning_sparse.families.thresholds import Granularity, ThresholdBuffer
 
 __all__ = ["DFBST"]
 
 
-class DFBST(Thresholded, LatentCallback):
+class DFBST(HardThresholded, LatentCallback):
     r"""Dynamic Forward and Backward Sparse Training: trainable masks for weights and for their gradients.
 
     Forward, as :class:`DST` with ``|t_f|`` for ``t``. Backward, with ``G`` the gradient of ``W``: the contribution
     score ``CS = G / sum_j |G|`` of each row gives the mask ``M_b = 1[|CS| >= |t_b|]``, and ``W`` is updated with
     ``G~ = G * M_b``. The loss gains ``alpha * sum exp(-t_f) + beta * std(G~ of the whole model)``; the second term
-    reaches ``t_b`` alone.
+    reaches ``t_b`` alone. With ``sparsity`` in place of ``alpha``, all ``t_f`` are shifted together to meet it.
 
     Example:
         >>> from lightning_sparse import DFBST
@@ -37,12 +38,14 @@ class DFBST(Thresholded, LatentCallback):
         Training Schedule", ACML 2023.
     """
 
-    alpha: float = option(
+    alpha: float | None = option(
+        default=None,
         kw_only=False,
-        check=partial(checks.at_least, 0, "Try alpha=5e-4 for a small network, 5e-6 for a deep one."),
-        doc="weight of the forward regulariser, at least 0. Paper's values: 5e-4 (MNIST), 5e-6 (CIFAR).",
+        doc="weight of the forward regulariser, at least 0. Paper's values: 5e-4 (MNIST), 5e-6 (CIFAR). Give either it "
+        "or ``sparsity``.",
     )
     beta: float = option(
+        default=0.01,
         kw_only=False,
         check=partial(checks.at_least, 0, "Try beta=0.01; 0 leaves the backward pass dense."),
         doc="weight of the variance penalty, at least 0: the larger, the fewer gradients. Paper's values: 0.01, 0.1.",
@@ -56,13 +59,10 @@ class DFBST(Thresholded, LatentCallback):
         default="neuron",
         doc='one pair of thresholds per output ``"neuron"`` (filter), per ``"layer"`` or per ``"weight"``.',
     )
-    reset_above: float | None = 0.99
-    init_threshold: float = fixed(default=0.0)
 
     threshold_names = ("t", "t_b")
     sum_names = ("plain",)
     mask_names = ("M_b",)
-    regularised = True
 
     def __post_init__(self) -> None:
         """Begin with or without the variance penalty."""
@@ -109,10 +109,9 @@ class DFBST(Thresholded, LatentCallback):
         """``tau = |t|`` (Sec. 3.2)."""
         return t.abs()
 
-    def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> int | Tensor | None:
-        """Write ``W * 1[|W| > |t_f|]`` (Sec. 3.2)."""
-        passing: int | Tensor = weight.kernels.hard_project(W, weight.thresholds.tau, out)
-        return passing
+    def shifted(self, t: Tensor, by: float) -> Tensor:
+        """``|t|`` is what is compared, and stays at least 0."""
+        return (t.abs() + by).clamp(min=0)
 
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:
         """Switch the variance penalty on when its time has come."""
@@ -132,10 +131,10 @@ class DFBST(Thresholded, LatentCallback):
         )
 
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
-        """From ``|t_f|`` to ``t_f``; and the derivative of ``alpha sum exp(-t_f)``."""
+        """From ``|t_f|`` to ``t_f``; and the derivative of ``alpha sum exp(-t_f)``, unless they follow a plan."""
         t_f, dt_f = buffer.values["t"], buffer.gradients["t"]
         buffer.kernels.through_abs(dt_f, t_f)
-        buffer.kernels.exponential_penalty(dt_f, t_f, self.alpha * share)
+        self.penalise(buffer, share)
 
     def finish_gradients(
         self, weights: Sequence[LatentWeight], buffers: Sequence[ThresholdBuffer], share: float

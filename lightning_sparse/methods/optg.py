@@ -58,8 +58,14 @@ class OptG(TopKCallback):
         check=partial(checks.fraction, "0.6 leaves what is left time to train on.", above_0=True),
         doc="share of the training after which the target is reached, in (0, 1].",
     )
+    begin_at: float = fixed(default=0.0)
+    min_layer_density: float = 0.0
+    threshold_weight_decay: float | None = fixed(default=None)
     scope: Scope = "global"
     scale_init: bool = fixed(default=False)  # it begins dense
+
+    def new_target(self) -> None:
+        """Nothing: scores are ranked."""
 
     # ------------------------------------------------------------------ what users read
 

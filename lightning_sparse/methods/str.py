@@ -20,16 +20,29 @@ class STR(SoftThresholded, LatentCallback):
 
     Example:
         >>> from lightning_sparse import STR
-        >>> callback = STR(init_threshold=-200)
+        >>> callback = STR(init_threshold=-200, threshold_weight_decay=1e-3)
+        >>> callback = STR(sparsity=0.9)
 
     Reference:
         "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020.
     """
 
-    init_threshold: float = option(
+    init_threshold: float | None = option(
+        default=None,
         kw_only=False,
-        doc="``s`` at the start. The more negative, the later sparsity sets in: weight decay brings it up.",
+        doc="``s`` at the start. The more negative, the later sparsity sets in: weight decay brings it up. May be left "
+        "out with ``sparsity``: then -200, which begins dense.",
     )
+
+    instead_of_sparsity = "init_threshold"
+
+    def __post_init__(self) -> None:
+        """Check that there is something to begin with."""
+        if self.init_threshold is None:
+            if self.sparsity_target is None:
+                raise ValueError("STR needs init_threshold or sparsity, got neither. Try init_threshold=-5.")
+            self.init_threshold = -200.0
+        super().__post_init__()
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:

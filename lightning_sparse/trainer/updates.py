@@ -6,10 +6,10 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import MisconfigurationException
-from lightning_sparse.compat.torch_private import takes_scaled_gradients
+from lightning_sparse.compat.torch_private import found_infinite, takes_scaled_gradients
 from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["UpdateHooks", "unscales"]
+__all__ = ["UpdateHooks", "skips", "unscales"]
 
 
 class UpdateHooks:
@@ -86,3 +86,9 @@ class UpdateHooks:
 def unscales(optimizer: Optimizer | None) -> bool:
     """Tell whether a gradient scaler, if any, divides the gradients itself; otherwise a fused optimizer does."""
     return not takes_scaled_gradients(optimizer)
+
+
+def skips(optimizer: Optimizer) -> bool:
+    """Tell, right after its step, whether a fused optimizer under AMP has found infinite gradients: no update."""
+    found = found_infinite(optimizer)
+    return found is not None and bool(found)

@@ -41,6 +41,11 @@ class Verbs(ABC):
         """The density that each layer is to have, by parameter name, once ``attach`` has run; empty: training tells."""
         return {}
 
+    @property
+    @abstractmethod
+    def total_steps(self) -> float:
+        """Number of optimizer steps of the whole fit; infinite if nothing tells how many."""
+
     @abstractmethod
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:
         """Take over the weights of ``choices`` (or release those of an earlier fit and take over these).

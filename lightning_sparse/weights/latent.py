@@ -25,7 +25,8 @@ class LatentWeight:
     Attributes:
         name: the parameter's name in the LightningModule.
         latent: ``W``, of the parameter's shape.
-        buffers: further tensors of the parameter's shape that belong to the method's state.
+        buffers: further tensors of the parameter's shape that belong to the method's state. "M", if there is one, is
+            the mask by which ``P`` is made of ``W`` from now on.
         bits: boolean ones among them, packed; see ``mask``.
         transposed_groups: see ``layers.selection.ParameterChoice``.
         trained: its thresholds; None if the method has none.
@@ -61,6 +62,18 @@ class LatentWeight:
         if self._kernels is None:
             self._kernels = for_tensors(self.matrix(self.latent), self.thresholds.per_row())
         return self._kernels
+
+    @property
+    def frozen(self) -> Tensor | None:
+        """The mask by which ``P`` is made of ``W`` from now on; None: the method makes it."""
+        return self.buffers.get("M")
+
+    def freeze(self, mask: Tensor) -> Tensor:
+        """Make ``P`` by a mask ``(out, n)`` from now on; return it in the parameter's shape."""
+        frozen = torch.empty_like(self.latent, dtype=torch.bool)
+        write_matrix(frozen, self.matrix(frozen).copy_(mask), self.transposed_groups)
+        self.buffers["M"] = frozen
+        return frozen
 
     @property
     def has_gradient(self) -> bool:
@@ -185,8 +198,8 @@ class LatentWeight:
         self.latent.copy_(other.latent)
         if self.trained is not None:
             self.trained.copy_(other.thresholds)
-        for key, buffer in self.buffers.items():
-            buffer.copy_(other.buffers[key])
+        for key, buffer in other.buffers.items():
+            self.buffers[key] = torch.empty_like(self.latent, dtype=buffer.dtype).copy_(buffer)
         for key in self.bits:
             self.keep_mask(key, other.mask(key))
 

@@ -113,7 +113,7 @@ def test_a_callback_may_stand_alone_or_be_named_without_its_module(tmp_path):
         (["--methods", "rigl:no_such=1"], "unexpected keyword argument 'no_such'"),
         (["--methods", "rigl:drop_fraction=2"], "drop_fraction must be"),
         (["--methods", "rigl:exclude=[a"], "is not a value in YAML"),
-        (["--methods", "dst:sparsity=0.5"], "unexpected keyword argument 'sparsity'"),
+        (["--methods", "dst:sparsity=0.5:alpha=0.1"], "DST takes either alpha or sparsity"),
         (["--methods", "set", "--sparsities", "1.5"], "sparsity must be a number from 0 to 1, got 1.5"),
         (["--methods", "set", "--sparsities", "a"], "must be numbers separated by commas, got 'a'"),
         (["--methods", "set,set"], "SET at sparsity 0.9 comes twice"),
@@ -139,11 +139,24 @@ def test_bad_arguments_are_refused_before_anything_is_written(args, message, cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_argument_that_no_recipe_has_is_asked_for_with_the_syntax(tmp_path):
+def test_threshold_methods_meet_the_sparsities_where_no_recipe_says_what_drives_them_to_one(tmp_path):
     recipe = own_recipe(tmp_path, None)
-    with pytest.raises(ValueError, match=r"DST needs alpha.* Write dst:alpha=VALUE in --methods"):
-        entries("dst", recipe=recipe)
+    for name in ("dst", "dfbst", "str"):
+        assert [entry.sparsity for entry in entries(name, [0.5, 0.8], recipe)] == [0.5, 0.8]
+    assert entries("dst", recipe=recipe)[0].arguments == {"sparsity": 0.9}
     assert entries("dst:alpha=1e-3", recipe=recipe)[0].arguments == {"alpha": 1e-3}
+    assert entries("str:init_threshold=-3", recipe=recipe)[0].arguments == {"init_threshold": -3}
+    assert entries("autosparse", recipe=recipe)[0].arguments == {}
+
+
+def test_a_sparsity_of_a_threshold_method_takes_the_place_of_what_its_recipe_has():
+    dst, dfbst, autosparse, soft = entries(
+        "dst:sparsity=0.5,dfbst:sparsity=0.5,autosparse:sparsity=0.5,str:sparsity=0.5"
+    )
+    assert (dst.title, dst.sparsity, dst.arguments) == ("DST", 0.5, {"sparsity": 0.5})
+    assert dfbst.arguments == {"beta": 0.01, "sparsity": 0.5}
+    assert "alpha" in autosparse.arguments
+    assert soft.arguments == {"sparsity": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,275 @@
+"""Target: thresholds that follow a plan, so that exactly as many weights are left as were asked for.
+
+After each update the thresholds of all weights of an optimizer are shifted by one number, at which as many weights pass
+as the plan says: what tells thresholds apart is learned, their common height is not. At the end of the plan the masks
+are frozen, at the target exactly.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparse.rules.budgets import budget, floors, least
+from lightning_sparse.rules.level import Cut, Near, cuts, evenly
+from lightning_sparse.rules.schedules import cubic
+from lightning_sparse.rules.select import positions
+from lightning_sparse.trainer.guards import refuse_unknown_length
+from lightning_sparse.trainer.updates import skips
+from lightning_sparse.weights.latent import LatentGroup, LatentWeight
+
+if TYPE_CHECKING:
+    from lightning_sparse.families.thresholds import Thresholded
+
+__all__ = ["Plan", "Target"]
+
+
+@dataclass
+class Plan:
+    """How far the weights of one optimizer are.
+
+    Attributes:
+        group: the weights.
+        updates: number of updates so far.
+        start: number of nonzeros when pruning began; None: it has not.
+        width: how far from the thresholds to look for those that pass them next.
+    """
+
+    group: LatentGroup
+    updates: int = 0
+    start: int | None = None
+    width: float = 1e-3
+
+    @property
+    def clock(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"updates": self.updates, "start": self.start, "width": self.width}
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the weights."""
+        return sum(weight.size for weight in self.group.weights)
+
+    @property
+    def open(self) -> list[LatentWeight]:
+        """The weights whose masks are not frozen."""
+        return [weight for weight in self.group.weights if weight.frozen is None]
+
+
+class Target:
+    """The number of weights that the thresholds of a method leave, from update to update.
+
+    The number after update t is ``K_t = K_f + (K_0 - K_f) (1 - (t - t_0) / (t_1 - t_0))^3``, where ``K_f`` is the
+    budget and ``K_0`` the number at ``t_0``. The weights of each optimizer follow the plan by themselves.
+
+    Args:
+        method: whose thresholds are shifted.
+        sparsity: at the end.
+    """
+
+    def __init__(self, method: "Thresholded", sparsity: float) -> None:
+        self.method, self.sparsity = method, sparsity
+        self._plans: dict[int, Plan] = {}
+        self._clocks: list[dict[str, Any]] = []
+        self._stepping = False
+
+    # ------------------------------------------------------------------ a fit begins and ends
+
+    def begin(self, groups: Mapping[int, LatentGroup], resumed: bool) -> None:
+        """Plan for the weights of each optimizer, from the start or from where a checkpoint was."""
+        clocks = self._clocks if resumed else []
+        self._plans = {key: Plan(group) for key, group in groups.items()}
+        for plan, clock in zip(self._plans.values(), clocks, strict=False):
+            plan.updates, plan.start, plan.width = clock["updates"], clock["start"], clock["width"]
+
+    def check(self) -> None:
+        """Make sure that the plan has an end, and that its target can be met."""
+        method = self.method
+        refuse_unknown_length(method, method.total_steps, f"of which it prunes in the first {method.end_at:.0%}")
+        for plan in self._plans.values():
+            floors(method.min_layer_density, [weight.size for weight in plan.group.weights], self.final(plan))
+
+    def join(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Bring weights that join a plan under way to what it leaves of them."""
+        plan = self._plans[id(optimizer)]
+        if plan.start is None:
+            return
+        size = sum(weight.size for weight in weights)
+        before = budget(self.sparsity, plan.size - size) + self._above(plan, plan.size - size, plan.start)
+        plan.start += size
+        self._bring(plan, weights, self.planned(plan) - before)
+
+    def warn(self) -> None:
+        """Tell of a training that ended before its plan."""
+        for plan in self._plans.values():
+            if plan.open:
+                self.method.warn_once(
+                    f"{self.method!r} has not come to its sparsity: the training ended after {plan.updates} updates, "
+                    f"before the {self.span()[1]} of its plan. Set max_epochs or max_steps to what is really trained, "
+                    "or lower end_at."
+                )
+
+    def release(self) -> None:
+        """Let go of the weights; keep how far they are."""
+        self._clocks, self._plans = [plan.clock for plan in self._plans.values()], {}
+
+    def skip(self, updates: int) -> None:
+        """Take so many updates for made."""
+        for plan in self._plans.values():
+            plan.updates += updates
+
+    # ------------------------------------------------------------------ the plan
+
+    def span(self) -> tuple[int, int]:
+        """Return after which update pruning begins, and at which it ends."""
+        total = self.method.total_steps
+        last = max(1, min(math.ceil(self.method.end_at * total), int(total)))
+        return min(int(self.method.begin_at * total), last - 1), last
+
+    def final(self, plan: Plan) -> int:
+        """Return the number of nonzeros at the end."""
+        return budget(self.sparsity, plan.size)
+
+    def planned(self, plan: Plan) -> int:
+        """Return the number of nonzeros now."""
+        assert plan.start is not None
+        return self.final(plan) + self._above(plan, plan.size, plan.start)
+
+    def _above(self, plan: Plan, size: int, start: int) -> int:
+        """Return how many nonzeros more than at the end ``size`` weights have now."""
+        first, last = self.span()
+        return round((start - budget(self.sparsity, size)) * cubic((plan.updates - first) / (last - first)))
+
+    @property
+    def planned_sparsity(self) -> float | None:
+        """Share of zeros that the plans ask for now; None before they begin."""
+        begun = [plan for plan in self._plans.values() if plan.start is not None]
+        size = sum(plan.size for plan in begun)
+        return 1 - sum(self.planned(plan) for plan in begun) / size if size else None
+
+    # ------------------------------------------------------------------ a step
+
+    def prepare(self, optimizer: Optimizer, weights: Sequence[LatentWeight], share: float) -> None:
+        """See a step whose gradients are complete: thresholds take none before pruning begins.
+
+        ``share``: 0: there will be no update; see ``Verbs.before_step``.
+        """
+        self._stepping = share > 0
+        plan = self._plans.get(id(optimizer))
+        if plan is None or not share:
+            return
+        if plan.updates < self.span()[0]:
+            for weight in weights:
+                weight.thresholds["t"].grad = None
+        elif plan.start is None:
+            plan.start = sum(near.count(0.0) for near in self._near(plan.open, plan.width))
+            plan.start += sum(_count(weight) for weight in plan.group.weights)
+
+    def follow(self, optimizer: Optimizer) -> bool:
+        """Count an update and do as planned; tell whether thresholds or masks are others now."""
+        plan = self._plans.get(id(optimizer))
+        if plan is None or not self._stepping or skips(optimizer):
+            return False
+        plan.updates += 1
+        weights = plan.open
+        if not weights or plan.updates <= self.span()[0]:
+            return False
+        self._bring(plan, weights, self.planned(plan) - sum(_count(weight) for weight in plan.group.weights))
+        return True
+
+    def _bring(self, plan: Plan, weights: Sequence[LatentWeight], k: int) -> None:
+        """Leave ``k`` of some weights, for good if the plan has come to its end."""
+        lowest = [least(self.method.min_layer_density, weight.size) for weight in weights]
+        found, plan.width = cuts(partial(self._near, weights), k, lowest, plan.width)
+        frozen = self._chosen(weights, found) if plan.updates >= self.span()[1] else []
+        for weight, cut in zip(weights, found, strict=True):
+            self._shift(weight, cut.level)
+        for weight, mask in zip(weights, frozen, strict=False):
+            self._freeze(weight, mask)
+
+    def _near(self, weights: Iterable[LatentWeight], width: float) -> list[Near]:
+        """Return the margins of weights up to ``width`` above and below their thresholds."""
+        return [self._near_one(weight, width) for weight in weights]
+
+    def _near_one(self, weight: LatentWeight, width: float) -> Near:
+        magnitudes, t = weight.matrix(weight.latent, "W").abs(), weight.thresholds.per_row()
+        low, high = (self.method.level(self.method.shifted(t, by)).clamp_min(0) for by in (-width, width))
+        not_above = magnitudes <= high  # what is not a number is above: it must stay in sight
+        found = positions((magnitudes > low).logical_and_(not_above))
+        theirs = t[found // magnitudes.shape[1], 0] if t.shape[1] == 1 else t.reshape(-1)[found]
+        values = self.method.margins(_exact(magnitudes.reshape(-1)[found]), _exact(theirs))
+        return Near(weight.size - int(not_above.count_nonzero()), values)
+
+    def _shift(self, weight: LatentWeight, by: float) -> None:
+        """Shift the thresholds of a weight; their values are rounded once."""
+        t = weight.thresholds["t"]
+        if by:
+            t.copy_(self.method.shifted(_exact(t.detach()), by))
+
+    # ------------------------------------------------------------------ the end
+
+    def _chosen(self, weights: Sequence[LatentWeight], found: Sequence[Cut]) -> list[Tensor]:
+        """Return the final masks, as matrices: the largest margins, exactly as many as each cut is to leave.
+
+        Of those that are equal to the least of them, which may lie in several weights, it is an even spread.
+        """
+        masks: dict[int, Tensor] = {}
+        for cut in {id(cut): cut for cut in found}.values():
+            ours = [i for i, other in enumerate(found) if other is cut]
+            margins = [self._all_margins(weights[i]) for i in ours]
+            chosen = _largest(torch.cat([each.reshape(-1) for each in margins]), cut)
+            parts = torch.split(chosen, [each.numel() for each in margins])
+            masks |= {i: part.view(each.shape) for i, each, part in zip(ours, margins, parts, strict=True)}
+        return [masks[i] for i in range(len(weights))]
+
+    def _all_margins(self, weight: LatentWeight) -> Tensor:
+        magnitudes = _exact(weight.matrix(weight.latent).abs())
+        margins = self.method.margins(magnitudes, _exact(weight.thresholds.per_row()))
+        return margins.nan_to_num(math.inf, math.inf, -math.inf).masked_fill_(magnitudes == 0, -math.inf)
+
+    def _freeze(self, weight: LatentWeight, mask: Tensor) -> None:
+        """Let the mask decide from now on, also on what else the method masks."""
+        frozen = weight.freeze(mask)
+        for key in self.method.mask_names:
+            weight.keep_mask(key, frozen)
+        self.method.settle(weight)
+
+    # ------------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        clocks = [plan.clock for plan in self._plans.values()] or self._clocks
+        return {"sparsity": self.sparsity, "plans": {str(index): clock for index, clock in enumerate(clocks)}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a state; into the plans in use if fit has begun."""
+        self._clocks = list(state["plans"].values())
+        self.begin({key: plan.group for key, plan in self._plans.items()}, resumed=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the weights of a fit."""
+        return {**self.__dict__, "_clocks": list(self.state()["plans"].values()), "_plans": {}}
+
+
+def _count(weight: LatentWeight) -> int:
+    """Return the number of places that a weight's frozen mask leaves, 0 if it is not frozen."""
+    return 0 if weight.frozen is None else int(weight.frozen.count_nonzero())
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Return numbers in double precision, where any device has it."""
+    return x.cpu().double()
+
+
+def _largest(margins: Tensor, cut: Cut) -> Tensor:
+    """Mark exactly ``cut.k`` margins, those above its ``kth`` and an even spread of the ones equal to it."""
+    chosen = margins > cut.kth
+    for candidates in (margins == cut.kth, torch.ones_like(chosen)):
+        found = positions(candidates & ~chosen)
+        chosen[found[evenly(len(found), cut.k - int(chosen.count_nonzero()))]] = True
+    return chosen
