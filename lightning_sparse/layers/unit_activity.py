@@ -22,6 +22,8 @@ __all__ = ["Activity", "GradientSketch", "Hooks", "SynapticFlow", "readable"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+_WEIGHT_GRADIENTS: tuple[Callable[..., Tensor], ...] = (conv1d_weight, conv2d_weight, conv3d_weight)
+
 Sums = dict[str, tuple[Tensor, Tensor]]
 SumsOf = Callable[[Tensor], Tensor]
 
@@ -229,7 +231,7 @@ def _signed_patches(conv: Any, r: Tensor, x: Tensor) -> Tensor:
     if isinstance(padding, str) or conv.padding_mode != "zeros":
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         x, padding = nn.functional.pad(x, padded_sides(conv), mode=mode), 0
-    gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[len(conv.kernel_size) - 1]
+    gradient = _WEIGHT_GRADIENTS[len(conv.kernel_size) - 1]
     return gradient(x, (1, x.shape[1], *conv.kernel_size), r, conv.stride, padding, conv.dilation).view(-1)
 
 

@@ -194,7 +194,7 @@ class ThresholdBuffer:
 
     def marked(self, where: Tensor) -> list[WeightThresholds]:
         """Return those with a True in ``where``, a boolean vector like ``values``."""
-        parts = where.split([next(iter(each.values.values())).numel() for each in self.thresholds])
+        parts = torch.split(where, [next(iter(each.values.values())).numel() for each in self.thresholds])
         return [each for each, part in zip(self.thresholds, parts, strict=True) if bool(part.any())]
 
     def gradients_in_use(self) -> list[Tensor]:

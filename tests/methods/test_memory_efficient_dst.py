@@ -323,7 +323,7 @@ def test_the_programs_choices_train_with_both_stores_alike():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heuristic": "rigl"}, r"heuristic must be one of \['graest', 'grabo', 'random', 'synflow'\], got 'rigl'"),
+        ({"heuristic": "rigl"}, r"heuristic must be one of \['grabo', 'graest', 'random', 'synflow'\], got 'rigl'"),
         ({"subset_multiplier": 0.5}, 'subset_multiplier must be at least 1 with subset="size", got 0.5: .* With 1 all'),
         ({"subset": "active", "subset_multiplier": 0}, "subset_multiplier must be .*above 0, got 0"),
         ({"subset": "all"}, r"subset must be one of \['active', 'size'\], got 'all'"),

@@ -12,13 +12,15 @@ from torch.func import functional_call
 
 from lightning_sparse import SWAT
 from lightning_sparse.layers.activations import SparseInput, largest
+from lightning_sparse.rules.ties import spread
 
 
 def first(x, k):
-    """1 at the k largest magnitudes, by sorting in Python."""
+    """1 at the k largest magnitudes, of equals the first in the order of ties, by sorting in Python."""
     values = x.detach().abs().flatten().tolist()
     mask = torch.zeros(len(values), dtype=x.dtype)
-    mask[sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]] = 1
+    order = spread(torch.arange(len(values)), x.shape).tolist()
+    mask[sorted(range(len(values)), key=lambda i: (-values[i], order[i]))[:k]] = 1
     return mask.view_as(x)
 
 
