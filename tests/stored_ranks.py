@@ -3,7 +3,7 @@
 import os
 
 import torch
-from helpers import Lit, SavesFirst, Scaler, Unmixed, data, mlp, trainer
+from helpers import Lit, SavesFirst, Scaler, Unmixed, data, mlp, prune, seeded, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -80,6 +80,16 @@ def fail(rank, world):
     return {"parameters": module.state_dict(), "masks": callback.masks, "skipped": scaler.skipped}
 
 
+def keep_zeros(storage, rank, world):
+    """Train a sparse network on."""
+    net = prune(seeded(lambda: mlp(torch.float64))).train()
+    before = {f"net.{name}": p != 0 for name, p in net.named_parameters() if p.ndim > 1}
+    callback, module = FixedMask(storage=storage), Lit(net, lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.1))
+    run = trainer(callback, strategy=strategy(), devices=world, use_distributed_sampler=False, max_epochs=1)
+    run.fit(module, rows(rank, world))
+    return {"parameters": module.state_dict(), "masks": callback.masks, "before": before}
+
+
 def averages(rank, world):
     """Average gradients of which some processes have none."""
     used, unused, partly, single = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(4))
@@ -100,6 +110,7 @@ def run_all(folder):
     if world == 2:
         results["resumed"] = train("grabo", 2, rank, world, resumes=folder / "grabo.ckpt")
         results["failed"] = fail(rank, world)
+        results["zeros"] = {storage: keep_zeros(storage, rank, world) for storage in ("masked", "sparse")}
     results["averages"] = averages(rank, world)
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()  # without it gloo's threads now and then abort the exit

@@ -152,8 +152,8 @@ class GradualPruning(DenseOnly, MaskedCallback):
                 self._refuse_too_sparse(own)
 
     def refuse_number(self, weights: Sequence[Weight]) -> None:
-        """Raise if zeros are to be kept, and there are none."""
-        starts.refuse_dense(self, weights)
+        """Raise unless there are zeros, if they are to be kept, and each layer has its least density."""
+        starts.refuse_found(self, weights)
 
     def _refuse_too_sparse(self, weights: Sequence[Weight]) -> None:
         """Raise if there are fewer connections than the schedule ends with."""

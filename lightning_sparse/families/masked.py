@@ -200,7 +200,7 @@ class MaskedCallback(Stored, SparseCallback):
         self.initial_masks(weights)
 
     def refuse_number(self, weights: Sequence[Weight]) -> None:  # noqa: D102
-        starts.refuse_dense(self, weights)
+        starts.refuse_found(self, weights)
         starts.refuse_other_number(self, weights, self.sparsity_target, self.surplus)
 
     def refuse_made_sparse(self, names: Sequence[str]) -> None:  # noqa: D102

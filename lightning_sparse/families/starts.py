@@ -13,7 +13,7 @@ from lightning_sparse.compat.compiled import plain_name
 from lightning_sparse.compat.lightning import MisconfigurationException, rank_zero_info
 from lightning_sparse.layers.seen import behind_seen_norms
 from lightning_sparse.rules import select
-from lightning_sparse.rules.budgets import Distribution, budget, floors, layer_counts
+from lightning_sparse.rules.budgets import Distribution, budget, floors, layer_counts, least
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.rules.trained import looks_trained
 from lightning_sparse.trainer.fit import Fit
@@ -27,7 +27,7 @@ __all__ = [
     "begin",
     "check_initial",
     "made_anew",
-    "refuse_dense",
+    "refuse_found",
     "refuse_made_sparse",
     "refuse_other_number",
     "start",
@@ -137,18 +137,18 @@ def _random(method: _Method, weights: Sequence[Weight], sparsity: float | None) 
 def _magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
     """Take the largest of each layer, as many as the distribution gives."""
     for weight, n in zip(weights, _shares(method, weights, sparsity), strict=True):
-        yield select.top_k_positions(_magnitudes(method, weight), n)
+        yield select.top_k_positions(_finite(method, weight).abs(), n)
 
 
 def _global_magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
     """Take the largest of all layers, but of each as many as ``min_layer_density`` asks for."""
     total, sizes = _total(weights, sparsity), [weight.size for weight in weights]
-    magnitudes = [_magnitudes(method, weight) for weight in weights]
-    everywhere = [torch.ones_like(x, dtype=torch.bool) for x in magnitudes]
+    given = [_finite(method, weight) for weight in weights]
+    everywhere = [torch.ones_like(W, dtype=torch.bool) for W in given]
     at_least = floors(method.min_layer_density, sizes, total)
-    counts = select.count_global_top_k(magnitudes, total, everywhere, at_least)
-    for x, n in zip(magnitudes, counts, strict=True):
-        yield select.top_k_positions(x, n)
+    counts = select.count_global_top_k(given, total, everywhere, at_least, score=torch.abs)
+    for W, n in zip(given, counts, strict=True):
+        yield select.top_k_positions(W.abs(), n)
 
 
 def _zeros(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -211,8 +211,8 @@ def _given(method: _Method, weight: Weight) -> Tensor:
     return W
 
 
-def _magnitudes(method: _Method, weight: Weight) -> Tensor:
-    """Return ``|W|``.
+def _finite(method: _Method, weight: Weight) -> Tensor:
+    """Return what the module has for a weight, to be ranked.
 
     Raises:
         MisconfigurationException: it is not finite.
@@ -223,14 +223,20 @@ def _magnitudes(method: _Method, weight: Weight) -> Tensor:
             f"{method!r} begins with the largest weights, but {weight.name} has values that are NaN or infinite. "
             "Load a checkpoint of before the training diverged, or use initial='random'."
         )
-    return W.abs()
+    return W
 
 
 # ---------------------------------------------------------------------- errors and warnings
 
 
-def refuse_dense(method: _Method, weights: Sequence[Weight]) -> None:
-    """Raise if the zeros are to be kept, and there are none."""
+def refuse_found(method: _Method, weights: Sequence[Weight]) -> None:
+    """Raise if the zeros are to be kept, and there are none, or if a layer has less than ``min_layer_density``."""
+    below = [w.name for w in weights if w.num_active < least(method.min_layer_density, w.size)]
+    if below:
+        raise MisconfigurationException(
+            f"{method!r} must leave every layer a density of min_layer_density={method.min_layer_density!r}, but "
+            f"{', '.join(below)} begin with less. Lower it, or give another start."
+        )
     if method.initial == "zeros" and not any(weight.num_inactive for weight in weights):
         raise MisconfigurationException(
             f"{method!r} keeps the zeros that are there, but {', '.join(weight.name for weight in weights)} have none. "

@@ -1,5 +1,6 @@
 """What a fit begins with: random connections, the largest weights, the zeros that are there, a file's masks."""
 
+import sys
 import warnings
 
 import pytest
@@ -149,6 +150,14 @@ def test_masks_cannot_be_saved_before_there_are_any_nor_under_another_name(tmp_p
         SET(0.8).save_masks(tmp_path / "masks.pt")
 
 
+def test_files_need_an_extra_which_the_error_names(monkeypatch, tmp_path):
+    callback = SET(0.8)
+    fit(callback, train=loader(8), max_epochs=1)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r"safetensors is not installed.*'\.\[masks\]'"):
+        callback.save_masks(tmp_path / "masks.safetensors")
+
+
 def test_files_are_refused_by_name_key_and_rule(tmp_path):
     path = str(tmp_path / "masks.safetensors")
     good = {name: W != 0 for name, W in pruned()[1].items()}
@@ -200,6 +209,14 @@ def test_zeros_that_are_not_there_or_not_so_many_are_refused(storage):
     count = sum(int(W.count_nonzero()) for W in pruned()[1].values())
     with pytest.raises(MisconfigurationException, match=rf"have {count} conn.*0\.5 asks for 196.*Give sparsity=None"):
         fit(RigL(0.5, initial="zeros", storage=storage), pruned()[0])
+
+
+@pytest.mark.parametrize("build", [lambda **kw: RigL(None, **kw), lambda **kw: GMP(0.9, **kw)])
+def test_a_start_that_leaves_a_layer_below_the_least_density_is_refused(build):
+    module = pruned()[0]
+    module.net[4].weight.data.zero_()
+    with pytest.raises(MisconfigurationException, match=r"min_layer_density=0\.05, but net\.4\.weight begin with less"):
+        fit(build(initial="zeros", min_layer_density=0.05), module)
 
 
 def test_a_schedule_that_ends_denser_than_it_begins_is_refused():

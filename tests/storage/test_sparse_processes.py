@@ -65,6 +65,17 @@ def test_resume_under_ddp_is_that_of_the_uninterrupted_run(ranks):
 
 
 @pytest.mark.xdist_group("ddp")
+@pytest.mark.parametrize("storage", ["masked", "sparse"])
+def test_processes_keep_the_zeros_of_a_sparse_network(ranks, storage):
+    if "zeros" in ranks[0]:
+        first, second = (rank["zeros"][storage] for rank in ranks)
+        assert equal(first, second)
+        for name, nonzero in first["before"].items():
+            assert torch.equal(first["parameters"][name] != 0, nonzero)
+            assert torch.equal(first["masks"][name], nonzero)
+
+
+@pytest.mark.xdist_group("ddp")
 def test_processes_agree_on_unused_layers_and_on_steps_to_skip(ranks):
     if "failed" in ranks[0]:
         first, second = (rank["failed"] for rank in ranks)
