@@ -1,21 +1,28 @@
 """How a fit begins: weights of a network made anew are scaled to the connections that are left."""
 
 import copy
+import logging
 
 import pytest
 import torch
 from helpers import MASKED, TOP_K, Lit, cnn, fit, seeded
+from torch import nn
 
 from lightning_sparse import GMP, SET, TopKAST
 
-SPARSE_FROM_THE_START = sorted(MASKED.keys() - {"GMP"})
+
+def still(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+SPARSE_FROM_THE_START = sorted(MASKED.keys() - {"GMP", "FixedMask"})
 
 
 @pytest.mark.parametrize("net", [None, cnn], ids=["mlp", "cnn"])
 @pytest.mark.parametrize("method", SPARSE_FROM_THE_START)
 def test_each_neuron_is_scaled_to_its_actual_fan_in(method, net):
     callback = MASKED[method](**({"initial_sparsity": 0.8} if method == "GraNet" else {}))
-    module = seeded(lambda: Lit(None if net is None else net(), optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    module = seeded(lambda: Lit(None if net is None else net(), optimizer=still))
     before = copy.deepcopy(module.state_dict())
     fit(callback, module, limit_train_batches=1, max_epochs=1)
     for name, mask in callback.masks.items():
@@ -29,7 +36,7 @@ def test_each_neuron_is_scaled_to_its_actual_fan_in(method, net):
 @pytest.mark.parametrize("method", [*SPARSE_FROM_THE_START, "TopKAST", "SWAT"])
 def test_unscaled_starts_keep_the_values(method):
     callback = {**MASKED, **TOP_K}[method](scale_init=False)
-    module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    module = seeded(lambda: Lit(optimizer=still))
     before = copy.deepcopy(module.state_dict())
     fit(callback, module, limit_train_batches=1, max_epochs=1)
     for name, mask in callback.masks.items():
@@ -39,7 +46,7 @@ def test_unscaled_starts_keep_the_values(method):
 @pytest.mark.parametrize("power", [1, 2.5])
 def test_a_layer_of_top_weights_is_scaled_as_a_whole(power):
     callback = TopKAST(0.8, 0.5, power=power, l2=0)
-    module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    module = seeded(lambda: Lit(optimizer=still))
     before = copy.deepcopy(module.state_dict())
     fit(callback, module, limit_train_batches=1, max_epochs=1)
     for name, mask in callback.masks.items():
@@ -51,7 +58,7 @@ def test_a_layer_of_top_weights_is_scaled_as_a_whole(power):
 
 def test_a_method_that_begins_dense_scales_nothing():
     callback = GMP(0.8)
-    module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    module = seeded(lambda: Lit(optimizer=still))
     before = copy.deepcopy(module.state_dict())
     fit(callback, module, max_epochs=-1, max_steps=0)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -61,9 +68,36 @@ def test_masked_and_sparse_storage_start_alike():
     modules = []
     for storage in ("masked", "sparse"):
         callback = SET(0.8, storage=storage)
-        module = seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+        module = seeded(lambda: Lit(optimizer=still))
         fit(callback, module, limit_train_batches=1, max_epochs=1)
         modules.append(module.state_dict())
     masked, sparse = modules
     assert masked.keys() == sparse.keys()
     assert all(torch.allclose(value, sparse[name], rtol=1e-6) for name, value in masked.items())
+
+
+@pytest.mark.parametrize("method", ["SNIP", "SynFlow", "TopKAST", "SWAT"])
+def test_weights_that_look_trained_are_not_scaled_and_the_log_says_so(method, caplog):
+    callback = {**MASKED, **TOP_K}[method]()
+    module = seeded(lambda: Lit(nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 4)), optimizer=still))
+    with torch.no_grad():
+        module.net[0].weight[:, ::3] = 0  # as pruning leaves them
+        module.net[0].weight[::2, 1::3] = 0
+    before = copy.deepcopy(module.state_dict())
+    with caplog.at_level(logging.INFO):
+        fit(callback, module, limit_train_batches=1, max_epochs=1)
+    mask = callback.masks["net.0.weight"]
+    assert torch.equal(module.net[0].weight, before["net.0.weight"] * mask)
+    assert not torch.equal(module.net[2].weight, before["net.2.weight"] * callback.masks["net.2.weight"])
+    assert "does not scale net.0.weight to the connections left: they look trained" in caplog.text
+
+
+def test_weights_that_are_kept_are_not_scaled_and_the_log_says_so(caplog):
+    callback = SET(0.8, initial="magnitude")
+    module = seeded(lambda: Lit(optimizer=still))
+    before = copy.deepcopy(module.state_dict())
+    with caplog.at_level(logging.INFO):
+        fit(callback, module, limit_train_batches=1, max_epochs=1)
+    for name, mask in callback.masks.items():
+        assert torch.equal(module.get_parameter(name), before[name] * mask)
+    assert "keeps the weights that are there, so it does not scale them" in caplog.text
