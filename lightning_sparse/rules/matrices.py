@@ -1,9 +1,12 @@
 """Weights as matrices: what each output reads is a row."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["as_matrix", "write_matrix"]
+__all__ = ["as_matrix", "row_sums", "rows_of", "write_matrix"]
 
 
 def as_matrix(x: Tensor, transposed_groups: int = 0) -> Tensor:
@@ -33,3 +36,26 @@ def write_matrix(x: Tensor, matrix: Tensor, transposed_groups: int = 0) -> None:
         grouped = matrix.reshape(transposed_groups, per_group, inputs // transposed_groups, -1)
         matrix = grouped.transpose(1, 2)
     x.copy_(matrix.reshape(x.shape))
+
+
+def rows_of(positions: Tensor, shape: Sequence[int], transposed_groups: int = 0) -> Tensor:
+    """Return the row of ``as_matrix`` that each flat position of a weight of ``shape`` is in.
+
+    >>> rows_of(torch.tensor([0, 3, 5]), (2, 3))
+    tensor([0, 1, 1])
+    """
+    if not transposed_groups:
+        return positions.div(math.prod(shape[1:]), rounding_mode="floor")
+    inputs, per_group, kernel = shape[0], shape[1], math.prod(shape[2:])
+    group = positions.div(inputs // transposed_groups * per_group * kernel, rounding_mode="floor")
+    return group * per_group + positions.div(kernel, rounding_mode="floor") % per_group
+
+
+def row_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Return the sums of rows that stand one after the other, of these lengths, in at least float32.
+
+    >>> row_sums(torch.tensor([1.0, 2.0, 8.0]), torch.tensor([2, 0, 1]))
+    tensor([3., 0., 8.])
+    """
+    exact = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.segment_reduce(exact, "sum", lengths=lengths)  # in the same order on all processes, also of GPUs

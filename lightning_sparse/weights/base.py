@@ -15,10 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.rules import select, ties
 
-__all__ = ["Weight", "all_finite", "finite", "fresh_value", "new_version", "optimizer_state", "param_group"]
-
-#: settings of a param group that states begin at, if not at 0: of Rprop and of Adagrad
-_BEGINS_AT = {"step_size": "lr", "sum": "initial_accumulator_value"}
+__all__ = ["Weight", "all_finite", "finite", "new_version", "optimizer_state", "param_group"]
 
 _versions = count(1)
 
@@ -158,7 +155,7 @@ class Weight(ABC):
 
     @abstractmethod
     def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:
-        """Move connections: the grown have fresh optimizer state, the others keep theirs.
+        """Move connections: the grown have fresh optimizer state (``weights.fresh``), the others keep theirs.
 
         Args:
             dropped: flat positions of active connections, ascending.
@@ -212,12 +209,6 @@ def optimizer_state(weight: Weight) -> Iterator[tuple[str, Tensor]]:
     for key, state in [*weight.optimizer.state.get(weight.parameter, {}).items()]:
         if isinstance(state, Tensor) and state.shape == weight.parameter.shape:
             yield key, state
-
-
-def fresh_value(weight: Weight, key: str) -> float:
-    """Return what the optimizer's state of this name is for an element that has not been trained."""
-    setting = _BEGINS_AT.get(key)
-    return float(param_group(weight).get(setting, 0.0)) if setting else 0.0
 
 
 def all_finite(x: Tensor) -> bool:

@@ -7,8 +7,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.rules import select, ties
-from lightning_sparse.rules.matrices import as_matrix, write_matrix
-from lightning_sparse.weights.base import Weight, all_finite, fresh_value, new_version, optimizer_state
+from lightning_sparse.rules.matrices import as_matrix, row_sums, rows_of, write_matrix
+from lightning_sparse.weights.base import Weight, all_finite, new_version, optimizer_state
+from lightning_sparse.weights.fresh import SCALES, fresh_value, mean_of_others
 
 __all__ = ["MaskedWeight", "dense", "keep_zero_state"]
 
@@ -143,12 +144,27 @@ class MaskedWeight(Weight):
         dropped, grown = dropped.to(self.mask.device), grown.to(self.mask.device)
         self.mask = self.mask.clone()
         select.put_(self.mask, dropped, False)
-        select.put_(self.mask, grown, True)
         for key, state in optimizer_state(self):
             select.put_(state, dropped, 0.0)
-            select.put_(state, grown, fresh_value(self, key))
+            select.put_(state, grown, self._fresh(key, state, grown))
+        self.forget_indices()  # those that stay
+        select.put_(self.mask, grown, True)
         select.put_(self.W, dropped, 0.0)
         select.put_(self.W, grown, value)
+
+    def _fresh(self, key: str, state: Tensor, grown: Tensor) -> float | Tensor:
+        """Return what a state of the optimizer is for connections that are about to join the mask."""
+        value, groups = fresh_value(self, key), self._transposed_groups
+        if key not in SCALES or not len(grown):
+            return value
+        others = state.reshape(-1).index_select(0, self.active_indices)
+        rows = rows_of(self.active_indices, self.shape, groups)
+        if groups:
+            rows, order = rows.sort(stable=True)
+            others = others[order]
+        lengths = torch.bincount(rows, minlength=groups * self.shape[1] or self.shape[0])
+        sums = row_sums(others, lengths)
+        return mean_of_others(sums, lengths, rows_of(grown, self.shape, groups), value).to(state.dtype)
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
         if not torch.gt(self.mask, mask).any():

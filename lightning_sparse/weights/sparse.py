@@ -10,8 +10,10 @@ from torch import Generator, Tensor, nn
 from lightning_sparse.compat.heap import trim_heap
 from lightning_sparse.layers.sparse import SparseLayer, make_sparse_
 from lightning_sparse.rules import select
-from lightning_sparse.weights.base import Weight, all_finite, fresh_value, new_version, optimizer_state
+from lightning_sparse.rules.matrices import row_sums, rows_of
+from lightning_sparse.weights.base import Weight, all_finite, new_version, optimizer_state
 from lightning_sparse.weights.captured import CapturedGradient
+from lightning_sparse.weights.fresh import SCALES, fresh_value, mean_of_others
 
 __all__ = ["SparseWeight", "trim_after"]
 
@@ -149,8 +151,13 @@ class SparseWeight(Weight):
             gradient = moved(old, self.gradient_at(grown))
             gradient = old.copy_(gradient) if len(old) == len(gradient) else gradient
         values = moved(self.values, new)
+        rows, lengths = rows_of(grown, self.shape).to(fresh.device), found.matrix.crow.diff()
+        others = lengths - torch.bincount(rows, minlength=len(lengths))
         for key, state in optimizer_state(self):
-            self.optimizer.state[self.parameter][key] = moved(state, fresh + fresh_value(self, key))
+            new = fresh + fresh_value(self, key)
+            if key in SCALES and len(grown):
+                new = mean_of_others(row_sums(moved(state, fresh), lengths), others, rows, fresh_value(self, key))
+            self.optimizer.state[self.parameter][key] = moved(state, new)
         self.sparse.set_structure(found, values)
         self.mask_version = new_version()
         self.parameter.grad = gradient

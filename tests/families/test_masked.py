@@ -1,4 +1,4 @@
-"""The engine of masks: what is inactive stays exactly 0, whatever the optimizer; what is new starts afresh."""
+"""The engine of masks: what is inactive stays exactly 0, whatever the optimizer; what is new starts quietly."""
 
 import copy
 
@@ -14,6 +14,7 @@ from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.rules import select
 from lightning_sparse.storage import SparseLinear
 from lightning_sparse.weights.base import optimizer_state
+from lightning_sparse.weights.fresh import SCALES
 from lightning_sparse.weights.masked import MaskedWeight
 from lightning_sparse.weights.sparse import SparseWeight
 
@@ -139,7 +140,7 @@ def test_connections_exchanged_by_position_have_fresh_optimizer_state_and_others
     module = by_hand(callback, OPTIMIZERS[name], 5, seeded(cnn).to(memory_format=layout))
     weight = callback._weights["4.weight"]
     assert module[4].weight.is_contiguous(memory_format=layout)
-    before = [state.clone() for _, state in optimizer_state(weight)]
+    before = {key: state.clone() for key, state in optimizer_state(weight)}
     values, mask = weight.W.clone(), weight.mask.clone()
     dropped = mask.reshape(-1).nonzero()[3:10, 0]
     grown = (~mask).reshape(-1).nonzero()[5:14, 0]
@@ -148,11 +149,12 @@ def test_connections_exchanged_by_position_have_fresh_optimizer_state_and_others
     changed = torch.zeros(weight.shape, dtype=torch.bool)
     for position in (*dropped.tolist(), *grown.tolist()):
         changed[tuple(torch.unravel_index(torch.tensor(position), weight.shape))] = True
-    after = [state for _, state in optimizer_state(weight)]
-    assert len(after) == {"Adam": 3, "AdamW": 2, "RMSprop": 3, "Adadelta": 2}[name]
-    for old, new in zip(before, after, strict=True):
+    assert len(before) == {"Adam": 3, "AdamW": 2, "RMSprop": 3, "Adadelta": 2}[name]
+    for key, new in optimizer_state(weight):
+        old = before[key]
         assert (old[changed] != 0).any(), "the test would prove nothing"
-        assert not new[changed].any()
+        assert not new[changed & ~weight.mask].any()
+        assert (new[changed & weight.mask] > 0).all() if key in SCALES else not new[changed].any()
         assert torch.equal(new[~changed], old[~changed])
     assert torch.equal(weight.mask, mask ^ changed)
     assert weight.W.reshape(-1)[grown].tolist() == list(range(1, 10))
@@ -163,7 +165,7 @@ def test_connections_exchanged_by_position_have_fresh_optimizer_state_and_others
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adadelta"])
 @pytest.mark.parametrize("method", ["RigL", "SET", "GGR", "ITOP", "DeepR"])
-def test_what_a_method_grows_has_no_optimizer_state(method, name, layout):
+def test_what_a_method_grows_has_no_momentum_and_the_scale_of_its_neuron(method, name, layout):
     options = {"l1": 5e-3, "temperature": 0.0} if method == "DeepR" else {"update_every": 10**9}
     callback = MASKED[method](sparsity=0.5, **options)
     module = by_hand(callback, OPTIMIZERS[name], 5, seeded(cnn).to(memory_format=layout))
@@ -177,9 +179,16 @@ def test_what_a_method_grows_has_no_optimizer_state(method, name, layout):
     for weight in callback._weights.values():
         changed = weight.mask ^ before[weight.name]
         assert changed.any() or weight.name != "4.weight"
-        for _, state in optimizer_state(weight):
-            assert state[weight.mask & ~changed].any()
-            assert not state[changed].any()
+        grown, others = changed & weight.mask, weight.mask & ~changed
+        for key, state in optimizer_state(weight):
+            assert state[others].any()
+            assert not state[changed & ~grown].any()
+            if key not in SCALES:
+                assert not state[grown].any()
+                continue
+            for row, new, old in zip(state, grown, others, strict=True):
+                mean = row[old].mean() if old.any() else state[others].mean()
+                torch.testing.assert_close(row[new], mean.expand(int(new.sum())))
 
 
 def test_state_of_inactive_weights_is_0_under_the_usual_optimizers():
@@ -190,29 +199,22 @@ def test_state_of_inactive_weights_is_0_under_the_usual_optimizers():
             assert all(not state[~weight.mask].any() for _, state in optimizer_state(weight)), name
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "key", "start"),
-    [
-        (lambda p: torch.optim.Rprop(p, lr=0.02), "step_size", 0.02),
-        (lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.3), "sum", 0.3),
-    ],
-)
-def test_state_of_new_connections_is_where_their_optimizer_begins(optimizer, key, start):
+def test_state_of_new_connections_is_where_their_optimizer_begins():
     layer = SparseLinear(12, 7, 30, generator=torch.Generator().manual_seed(0))
     sparse = SparseWeight("weight", (7, 12), layer)
     masked = MaskedWeight("weight", sparse.mask, nn.Parameter(layer.dense_weight()))
     dropped, grown = sparse.active_indices[3:9], (~sparse.mask).flatten().nonzero()[::9, 0]
     for weight in (sparse, masked):
-        weight.optimizer = optimizer([weight.parameter])
+        weight.optimizer = torch.optim.Rprop([weight.parameter], lr=0.02)
         for _ in range(3):
             weight.parameter.grad = torch.rand_like(weight.parameter) + 1
             weight.optimizer.step()
         weight.rewire(dropped, grown)
-    state, values = (dict(optimizer_state(weight))[key] for weight in (masked, sparse))
-    assert state.view(-1)[grown].tolist() == pytest.approx([start] * len(grown))
+    state, values = (dict(optimizer_state(weight))["step_size"] for weight in (masked, sparse))
+    assert state.view(-1)[grown].tolist() == pytest.approx([0.02] * len(grown))
     assert torch.isin(sparse.active_indices, grown).sum() == len(grown)
-    assert values[torch.isin(sparse.active_indices, grown)].tolist() == pytest.approx([start] * len(grown))
-    assert (values[~torch.isin(sparse.active_indices, grown)] > start).all(), "the others keep theirs"
+    assert values[torch.isin(sparse.active_indices, grown)].tolist() == pytest.approx([0.02] * len(grown))
+    assert (values[~torch.isin(sparse.active_indices, grown)] > 0.02).all(), "the others keep theirs"
 
 
 class Notes(pl.Callback):

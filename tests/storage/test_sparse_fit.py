@@ -103,7 +103,8 @@ def test_momentum_and_moments_move_with_their_connections():
     assert layer.values.tolist() == [1, 0, 0, 3, 4, 0]
     assert layer.values.grad.tolist() == [21, 7, 8, 23, 24, 9]
     assert state["exp_avg"].tolist() == [1, 0, 0, 3, 4, 0]
-    assert state["exp_avg_sq"].tolist() == [11, 0, 0, 13, 14, 0]
+    of_row, of_layer = (13 + 14) / 2, (11 + 13 + 14) / 3  # the last row has no other
+    assert state["exp_avg_sq"].tolist() == pytest.approx([11, 11, of_row, 13, 14, of_layer])
     assert state["step"].shape == ()
     optimizer.step()
 
