@@ -28,7 +28,7 @@ __all__ = ["DSR"]
 def _check_shares(**argument: Sequence[float]) -> None:
     """Raise unless the one keyword argument is a list of shares of the training."""
     ((name, shares),) = argument.items()
-    if isinstance(shares, (int, float, str)):
+    if isinstance(shares, str) or not isinstance(shares, Sequence):
         raise ValueError(f"{name} must be a list of numbers, got {shares!r}. The authors' is [0.125, 0.4, 0.7].")
     for share in shares:
         checks.fraction("The authors' shares are 0.125, 0.4 and 0.7.", above_0=True, below_1=True, **{name: share})

@@ -1,5 +1,6 @@
 """How long a learning-rate schedule is."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,14 @@ def horizon(scheduler: Any, limit: int) -> float | None:
 
 
 def _lowest(factor: Callable[[int], float], limit: int) -> int | None:
-    """Return where a function of the moves is lowest, to a two-thousandth of ``limit``."""
+    """Return where a function of the moves is lowest, to a two-thousandth of ``limit``; None if it is still falling."""
     moves = range(0, 2 * limit + 1, max(1, limit // 2000))
-    lowest = min(moves, key=factor)
-    return None if lowest == moves[-1] else lowest
+    lowest, where = math.inf, 0
+    for move in moves:
+        try:
+            value = float(factor(move))
+        except Exception:  # a table, which ends here
+            return where
+        if value < lowest:
+            lowest, where = value, move
+    return None if where == moves[-1] else where

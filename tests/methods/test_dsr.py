@@ -85,6 +85,7 @@ def test_the_interval_doubles_within_a_fit(every, batches, epochs, moves):
     ("shares", "message"),
     [
         (0.5, r"double_interval_at must be a list of numbers, got 0\.5\. The authors' is \[0\.125, 0\.4, 0\.7\]"),
+        (None, r"double_interval_at must be a list of numbers, got None"),
         ([0.5, 1.5], r"double_interval_at must be a number from 0 to 1, got 1\.5"),
         ([0], r"double_interval_at must be above 0, got 0"),
     ],

@@ -250,6 +250,8 @@ def decay(share):
         (lambda o: LambdaLR(o, decay(1 / 3)), "step", False),
         (lambda o: LambdaLR(o, lambda n: math.cos(math.pi * n / 180)), "step", True),
         (lambda o: LambdaLR(o, lambda n: 0.99**n), "step", False),
+        (lambda o: LambdaLR(o, lambda n: [1.0, 0.8, 0.6, 0.4, 0.2, 0.0][n]), "epoch", True),
+        (lambda o: LambdaLR(o, lambda n: [1.0, 0.5, 0.0][n]), "epoch", False),
         (lambda o: SequentialLR(o, [LinearLR(o, 0.1, total_iters=9), CosineAnnealingLR(o, 170)], [10]), "step", True),
         (lambda o: SequentialLR(o, [LinearLR(o, 0.1, total_iters=9), CosineAnnealingLR(o, 50)], [10]), "step", False),
         (lambda o: ChainedScheduler([LinearLR(o, 0.1, total_iters=9), CosineAnnealingLR(o, 180)]), "step", True),
