@@ -36,6 +36,7 @@ class SmallCNN(Classifier):
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 9, 10))
 
     def forward(self, x):
+        """Return logits."""
         return self.net(x)
 
 

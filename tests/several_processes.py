@@ -11,8 +11,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_sparse import DFBST, STR
+
 GLOBAL_BATCH = 12
-METHODS = {**SETTINGS, **ROUNDS}
+TARGETS = {
+    "DFBST with a target": lambda: DFBST(sparsity=0.8, beta=0.5, min_layer_density=0.05),
+    "STR with a target": lambda: STR(sparsity=0.8),
+}
+METHODS = {**SETTINGS, **ROUNDS, **TARGETS}
 #: number of processes: accumulated batches, and whether gradients are views of buckets
 CASES = {2: [(1, False), (3, True)], 3: [(1, False)]}
 

@@ -197,13 +197,11 @@ class Target:
         return [self._near_one(weight, width) for weight in weights]
 
     def _near_one(self, weight: LatentWeight, width: float) -> Near:
-        magnitudes, t = weight.matrix(weight.latent, "W").abs(), weight.thresholds.per_row()
-        low, high = (self.method.level(self.method.shifted(t, by)).clamp_min(0) for by in (-width, width))
-        not_above = magnitudes <= high  # what is not a number is above: it must stay in sight
-        found = positions((magnitudes > low).logical_and_(not_above))
-        theirs = t[found // magnitudes.shape[1], 0] if t.shape[1] == 1 else t.reshape(-1)[found]
-        values = self.method.margins(_exact(magnitudes.reshape(-1)[found]), _exact(theirs))
-        return Near(weight.size - int(not_above.count_nonzero()), values)
+        W, t = weight.matrix(weight.latent, "W"), weight.thresholds.per_row()
+        low, high = (self.method.level(self.method.shifted(t, by)).clamp_(min=0) for by in (-width, width))
+        above, found = weight.kernels.near(W, low, high)  # what is not a number is above: it must stay in sight
+        theirs = t[found // W.shape[1], 0] if t.shape[1] == 1 else t.reshape(-1)[found]
+        return Near(above, self.method.margins(_exact(W.reshape(-1)[found].abs()), _exact(theirs)))
 
     def _shift(self, weight: LatentWeight, by: float) -> None:
         """Shift the thresholds of a weight; their values are rounded once."""
@@ -235,7 +233,7 @@ class Target:
     def _freeze(self, weight: LatentWeight, mask: Tensor) -> None:
         """Let the mask decide from now on, also on what else the method masks."""
         frozen = weight.freeze(mask)
-        for key in self.method.mask_names:
+        for key in weight.bits:
             weight.keep_mask(key, frozen)
         self.method.settle(weight)
 

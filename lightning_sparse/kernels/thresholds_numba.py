@@ -28,6 +28,7 @@ __all__ = [
     "hard_gradient",
     "hard_project",
     "known_finite",
+    "near",
     "soft_gradient",
     "soft_project",
     "through_abs",
@@ -175,6 +176,29 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
     of_rows = torch.empty((len(G), 2), dtype=torch.float64)  # added up in the same order by any number of threads
     _over_rows(_backward_mask, (G, tau, bits, weighted, plain, of_rows))
     _add_moments(of_rows.numpy(), moments.numpy())
+
+
+@compiled
+def _near(W, low, high, within):  # type: ignore[no-untyped-def]
+    one, zero = W.dtype.type(1), W.dtype.type(0)
+    above = 0
+    for i in range(W.shape[0]):
+        lo, hi = low[i, 0], high[i, 0]
+        at_most = zero
+        for j in range(W.shape[1]):
+            at_most += one if abs(W[i, j]) <= hi else zero
+        above += W.shape[1] - int(at_most)
+        for j in range(W.shape[1]):
+            magnitude = abs(W[i, j])
+            within[i, j] = (magnitude > lo) & (magnitude <= hi)
+    return above
+
+
+def near(W: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
+    """As ``thresholds_torch.near``."""
+    within = torch.empty(W.shape, dtype=torch.bool)
+    above = sum(_over_rows(_near, (W, low, high, within)))
+    return above, torch.from_numpy(within.view(-1).numpy().nonzero()[0])
 
 
 @compiled

@@ -27,6 +27,7 @@ __all__ = [
     "hard_gradient",
     "hard_project",
     "known_finite",
+    "near",
     "soft_gradient",
     "soft_project",
     "through_abs",
@@ -158,6 +159,28 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
         moments += torch.stack((g.sum(), g.reshape(-1).dot(g.reshape(-1))))
         if G.dtype != tau.dtype:
             G[rows] = g.to(G.dtype)
+
+
+def near(W: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
+    """Return where ``|W|`` lies near its threshold.
+
+    Args:
+        W: what is not a number counts as above.
+        low: excluded, as ``tau`` in shape.
+        high: included, likewise.
+
+    Returns:
+        How many ``|W|`` are above ``high``, and the flat positions, ascending, of those between the two.
+    """
+    above, found = 0, []
+    for rows in _chunks(W):
+        magnitudes = torch.abs(W[rows], out=_buffer(W[rows], 0))
+        not_above = magnitudes <= high[rows]
+        above += not_above.numel() - int(not_above.count_nonzero())
+        within = not_above.logical_and_(magnitudes > low[rows]).reshape(-1)
+        here = torch.from_numpy(within.numpy().nonzero()[0]) if within.is_cpu else within.nonzero().squeeze(1)
+        found.append(here + rows.start * W.shape[1])
+    return above, torch.cat(found)
 
 
 def add_rows(x: Tensor, out: Tensor) -> None:

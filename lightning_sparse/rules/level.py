@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,15 +87,14 @@ def cuts(
         known = near(width)
         found = _cuts(known, k, at_least, whole=math.isinf(width))
         if found is not None:
-            return found, _next(width, known)
+            return found, _next(width, known, found)
         width = 4 * width if width < _WIDEST else math.inf
 
 
-def _next(width: float, known: Sequence[Near]) -> float:
-    """Return how far to look next time: less far where more was found than is quick to rank."""
-    within, above = sum(len(each.values) for each in known), sum(each.above for each in known)
-    width = min(width, _WIDEST)
-    return width / 2 if within > 1024 + (within + above) // 64 else width
+def _next(width: float, known: Sequence[Near], found: Sequence[Cut]) -> float:
+    """Return how far to look next time: less far where far more was found than was needed."""
+    within, width = sum(len(each.values) for each in known), min(width, _WIDEST)
+    return width / 2 if within > 2048 and width > 16 * max(abs(cut.level) for cut in found) else width
 
 
 def _cuts(known: Sequence[Near], k: int, at_least: Sequence[int], whole: bool) -> list[Cut] | None:
@@ -119,12 +119,13 @@ def _cuts(known: Sequence[Near], k: int, at_least: Sequence[int], whole: bool) -
 def _cut(known: Sequence[Near], k: int, whole: bool) -> Cut | None:
     """Return the cut below the ``k``-th largest margin of some layers, None if too little is known."""
     rank = k - sum(each.above for each in known)
-    values = torch.cat([each.values for each in known])
+    values = np.concatenate([each.values.numpy() for each in known])
     if not whole and not 1 <= rank < len(values):
         return None
     kth = math.inf
     if rank >= 1 and len(values):
-        kth = float(values.kthvalue(max(1, len(values) - rank + 1)).values)
+        place = max(0, len(values) - rank)
+        kth = float(np.partition(values, place)[place])
     lower = values[values < kth]
     if not whole and not len(lower):
         return None

@@ -72,8 +72,7 @@ class Thresholds(pl.Callback):
 # ---------------------------------------------------------------------- the plan and its end
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.98])
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("net", "sparsity"), [("mlp", 0.98), ("cnn", 0.5), ("lstm", 0.9)])
 @pytest.mark.filterwarnings("ignore:.*has no weight left")
 def test_the_count_follows_the_plan_and_ends_at_the_budget(method, net, sparsity):
     callback = METHODS[method](sparsity)
@@ -92,18 +91,15 @@ def test_the_count_follows_the_plan_and_ends_at_the_budget(method, net, sparsity
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "weight"])
-@pytest.mark.parametrize("net", [mlp, cnn])
-def test_every_granularity_follows_the_plan(method, net, granularity):
+def test_every_granularity_follows_the_plan(method, granularity):
     callback = METHODS[method](granularity=granularity)
-    watch, _, _ = watched(callback, net, 20)
+    watch, _, _ = watched(callback, cnn, 20)
     counts, final = totals(watch), budget(0.8, callback.size)
     assert all(abs(n - planned(i, 20, counts[3], final)) <= 2 for i, n in enumerate(counts[4:], 5))
     assert counts[14:] == [final] * 6
 
 
-@pytest.mark.parametrize(
-    ("batches", "begin", "end"), [(1, 0.0, 1.0), (2, 0.0, 0.5), (7, 0.3, 0.61), (10, 0.5, 1.0), (13, 0.9, 0.95)]
-)
+@pytest.mark.parametrize(("batches", "begin", "end"), [(1, 0.0, 1.0), (7, 0.3, 0.61), (10, 0.9, 0.95)])
 def test_any_schedule_ends_at_the_budget(method, batches, begin, end):
     callback = METHODS[method](0.9, begin_at=begin, end_at=end)
     watch, _, _ = watched(callback, mlp, batches)
@@ -161,13 +157,12 @@ def test_weights_that_are_zero_or_not_finite_do_not_disturb_the_end(method):
     assert sum(int(weight.frozen.sum()) for weight in callback._weights.values()) == budget(0.8, 392)
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.8])
-def test_no_layer_falls_below_its_floor(method, sparsity):
-    callback = METHODS[method](sparsity, min_layer_density=0.1, begin_at=0.0)
-    watch, _, _ = watched(callback, cnn, 40)
+def test_no_layer_falls_below_its_floor(method):
+    callback = METHODS[method](0.8, min_layer_density=0.1, begin_at=0.0)
+    watch, _, _ = watched(callback, cnn, 30)
     lowest = [least(0.1, weight.size) for weight in callback._weights.values()]
     assert all(n >= low for counts in watch.counts for n, low in zip(counts, lowest, strict=True))
-    assert totals(watch)[-1] == budget(sparsity, callback.size)
+    assert totals(watch)[-1] == budget(0.8, callback.size)
 
 
 # ---------------------------------------------------------------------- the formulas

@@ -226,3 +226,15 @@ def test_variance_penalty_is_the_derivative_of_the_standard_deviation(kernels):
         weighted = torch.ones(3)
         kernels.variance_penalty(weighted, torch.zeros(3), torch.tensor([0.0, second]).double(), 6, 0.7)
         assert not weighted.any()
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+@settings(max_examples=30, deadline=None)
+@given(shape=shapes, seed=seeds, width=st.floats(0.01, 1.0))
+def test_magnitudes_near_thresholds_are_found_and_those_above_counted(kernels, shape, seed, width):
+    W, _, tau = draw(shape, seed)
+    W[0, 0] = float("nan")
+    low, high = (tau - width).clamp(min=0), tau + width
+    above, found = kernels.near(W, low, high)
+    assert above == int((~(W.abs() <= high)).sum())
+    assert torch.equal(found, ((W.abs() > low) & (W.abs() <= high)).view(-1).nonzero().squeeze(1))

@@ -1,0 +1,95 @@
+"""Where to cut margins: against sorting all of them, with floors, ties and what is not finite."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_sparse.rules.level import Cut, Near, cuts, evenly
+
+
+def looking(layers):
+    """Return what ``cuts`` asks for, and a list of how far it has looked."""
+    widths = []
+
+    def near(width):
+        widths.append(width)
+        return [Near(int((each > width).sum()), each[(each > -width) & (each <= width)]) for each in layers]
+
+    return near, widths
+
+
+def drawn(sizes, seed, decimals=12):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator, dtype=torch.float64).mul(0.1).round(decimals=decimals) for n in sizes]
+
+
+sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
+
+
+@given(sizes=sizes, seed=st.integers(0, 10**6), share=st.floats(0, 1), width=st.sampled_from([1e-6, 1e-2, 10.0]))
+def test_exactly_k_margins_are_above_the_level_however_far_it_looks_first(sizes, seed, share, width):
+    layers = drawn(sizes, seed)
+    k = max(1, round(share * sum(sizes)))
+    near, _ = looking(layers)
+    found, _ = cuts(near, k, [0] * len(sizes), width)
+    assert len({cut.level for cut in found}) == 1
+    assert sum(int((each > cut.level).sum()) for each, cut in zip(layers, found, strict=True)) == k
+    ranked = torch.cat(layers).sort(descending=True).values
+    assert found[0] == Cut(float(ranked[k]) if k < len(ranked) else -math.inf, float(ranked[k - 1]), k)
+
+
+@given(sizes=sizes, seed=st.integers(0, 10**6), share=st.floats(0, 1), floor=st.floats(0, 1))
+def test_each_layer_has_what_it_has_at_least_and_the_others_share_the_rest(sizes, seed, share, floor):
+    layers = [each + i * 0.05 for i, each in enumerate(drawn(sizes, seed))]
+    lowest = [math.ceil(floor * n) for n in sizes]
+    k = max(1, sum(lowest), round(share * sum(sizes)))
+    near, _ = looking(layers)
+    found, _ = cuts(near, k, lowest, 1e-3)
+    counts = [int((each > cut.level).sum()) for each, cut in zip(layers, found, strict=True)]
+    assert sum(counts) == k
+    assert all(n >= low for n, low in zip(counts, lowest, strict=True))
+    common = max((cut.level for cut, n, low in zip(found, counts, lowest, strict=True) if n > low), default=None)
+    for each, cut, n, low in zip(layers, found, counts, lowest, strict=True):
+        if common is not None and cut.level != common:
+            assert n == low
+            assert int((each > common).sum()) < low
+
+
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 60))
+def test_all_that_are_equal_to_the_least_are_above(seed, k):
+    (layer,) = drawn([60], seed, decimals=1)
+    found, _ = cuts(looking([layer])[0], k, [0], 1e-3)
+    assert int((layer > found[0].level).sum()) == int((layer >= layer.sort(descending=True).values[k - 1]).sum())
+
+
+def test_a_level_that_holds_is_left_alone():
+    layers = [torch.tensor([0.3, -0.2, 0.1, -0.4], dtype=torch.float64)]
+    assert cuts(looking(layers)[0], 2, [0], 0.01)[0][0].level == 0.0
+
+
+def test_infinite_margins_come_first_and_fewer_than_asked_for_all_pass():
+    layers = [torch.tensor([math.inf, 0.3, -0.2], dtype=torch.float64)]
+    near, _ = looking(layers)
+    assert int((layers[0] > cuts(near, 1, [0], 1.0)[0][0].level).sum()) == 1
+    assert int((layers[0] > cuts(near, 5, [0], 1.0)[0][0].level).sum()) == 3
+
+
+def test_it_looks_once_where_the_level_moves_little_and_less_far_where_there_is_much():
+    (layer,), width = drawn([20_000], 1), 1.0
+    for _ in range(12):
+        near, widths = looking([layer + 1e-5])
+        (cut,), width = cuts(near, 2_000, [0], width)
+        layer = layer + 1e-5 - cut.level  # as thresholds are shifted
+    assert len(widths) == 1
+    assert len(near(width)[0].values) < 5_000
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 0), (7, 7), (1000, 10), (1000, 999)])
+def test_an_even_spread_has_its_number_and_is_spread_over_rows(n, k):
+    chosen = evenly(n, k)
+    assert len(chosen.unique()) == k
+    parts = torch.histc(chosen.double(), 5, 0, max(n, 1))
+    assert parts.max() - parts.min() <= 2
