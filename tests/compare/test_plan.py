@@ -33,7 +33,7 @@ def entries(methods, sparsities=None, recipe=DIGITS):
 
 @pytest.mark.parametrize("recipe", [DIGITS, "dense-lenet300-mnist"])
 def test_every_method_of_the_package_is_known_and_planned_whatever_the_case(recipe):
-    known = [name for name in lightning_sparse.__all__ if name in plan.methods() and name != "GSE"]
+    known = [name for name, kind in plan.methods().items() if name == kind.__name__]
     assert {"DFBST", "RigL", "GGR", "MemoryEfficientDST", *OWN_DENSITY} <= set(known)
     found = entries(",".join(["DENSE", *map(str.upper, known)]), [0.8, 0.9], recipe)
     assert [entry.method for entry in found] == ["dense"] + [n for n in known for _ in range(2 - (n in OWN_DENSITY))]
@@ -44,7 +44,9 @@ def test_every_method_of_the_package_is_known_and_planned_whatever_the_case(reci
 
 
 def test_a_second_name_stands_for_the_same_method():
-    assert [entry.method for entry in entries("gse", [0.8])] == ["MemoryEfficientDST"]
+    assert [e.method for e in entries("gse")] == ["MemoryEfficientDST"]
+    with pytest.raises(ValueError, match=r"MemoryEfficientDST at sparsity 0\.9 comes twice"):
+        entries("gse,MemoryEfficientDST")
 
 
 def test_hyphens_and_underscores_in_names_do_not_count():

@@ -56,7 +56,7 @@ def test_the_first_arguments_may_be_given_without_a_name(kind, first):
 
 def test_the_repr_shows_what_differs_from_the_defaults():
     assert repr(RigL(0.9)) == "RigL(sparsity=0.9)"
-    assert repr(RigL(0.9, update_every=100, exclude=[], seed=3)) == "RigL(sparsity=0.9, seed=3)"
+    assert repr(RigL(0.9, update_every="auto", exclude=[], seed=3)) == "RigL(sparsity=0.9, seed=3)"
     assert repr(DST(5e-4, exclude=["*.head.weight"])) == "DST(alpha=0.0005, exclude=['*.head.weight'])"
 
 
@@ -104,7 +104,7 @@ def test_other_mistakes_of_a_call_are_told_by_name():
         SNIP()
     with pytest.raises(TypeError, match=r"^RigL takes sparsity without a name, got 2 such arguments\. Name the others"):
         RigL(0.9, 0.3)
-    with pytest.raises(ValueError, match=r"^decay must be one of \['cosine', 'linear'"):
+    with pytest.raises(ValueError, match=r"^decay must be one of \['cosine', 'halving', 'linear'"):
         RigL(0.9, decay="fast")
 
 

@@ -38,7 +38,7 @@ def test_by_default_a_short_training_has_ten_updates_at_least(method):
 
 @pytest.mark.parametrize("method", [SET, SNFS, MEST])
 def test_a_method_of_epochs_moves_once_an_epoch_where_there_are_enough(method):
-    watch, _, _ = watched(method(0.5, decay="none"), batches=4, max_epochs=UPDATES + 3)
+    watch, _, _ = watched(method(0.5, decay="none"), batches=4, max_epochs=2 * UPDATES)
     changed = [step for step in range(1, len(watch.masks)) if _differ(watch.masks[step - 1], watch.masks[step])]
     assert changed
     assert all(step % 4 == 0 for step in changed)
