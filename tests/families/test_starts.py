@@ -310,7 +310,9 @@ def test_the_weights_of_a_network_that_is_there_are_not_scaled():
 @pytest.mark.parametrize("storage", ["masked", "sparse"])
 def test_a_run_without_a_number_resumes_in_a_module_without_zeros_and_refuses_one_with_a_number(storage, tmp_path):
     def build(**options):
-        return SET(**{"sparsity": None, "initial": "zeros", "update_every": 5, "storage": storage, **options})
+        return SET(
+            **{"sparsity": None, "initial": "zeros", "update_every": 5, "decay": "none", "storage": storage, **options}
+        )
 
     def module():
         return Lit(prune(seeded(mlp)).train())

@@ -63,7 +63,7 @@ def test_a_layer_without_connections_gets_none():
 def test_the_authors_interval_grows_from_100_to_800_steps(monkeypatch):
     """Their program reads it off a table at each epoch, and stops after epoch 190 of 200."""
     monkeypatch.setattr(DSR, "total_steps", 200 * 391.0)
-    clock = DSR(0.9, double_interval_at=[0.125, 0.4, 0.7], stop_at=0.95).clock
+    clock = DSR(0.9, update_every=100, double_interval_at=[0.125, 0.4, 0.7], stop_at=0.95).clock
     period = {0: 100, 25: 200, 80: 400, 140: 800}
     theirs = [i for i in range(1, 190 * 391) if i % period[max(epoch for epoch in period if epoch <= i // 391)] == 0]
     assert [step for step in range(200 * 391) if clock.is_due(step)] == theirs
