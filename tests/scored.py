@@ -10,6 +10,8 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import SNIP, GraSP, SynFlow
+from lightning_sparse.rules.budgets import apportion
+from lightning_sparse.rules.ties import spread
 
 METHODS = {
     "SNIP": lambda sparsity, **kw: SNIP(sparsity, **{"batches": 3, **kw}),
@@ -42,12 +44,17 @@ def pruned(callback, module, train=None, **kwargs):
 
 
 def largest(scores, k):
-    """The positions of the k largest, the earlier first among equals, by sorting."""
-    flat = [(-s, i) for i, s in enumerate(torch.cat([s.flatten() for s in scores.values()]).tolist())]
-    kept = torch.zeros(len(flat), dtype=torch.bool)
-    kept[[i for _, i in sorted(flat)[:k]]] = True
-    parts = kept.split([s.numel() for s in scores.values()])
-    return {name: part.view(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
+    """The k largest, by sorting; of those that equal the last, each weight's share, the first in the order of ties."""
+    last = sorted((value for s in scores.values() for value in s.flatten().tolist()), reverse=True)[k - 1]
+    equal = [int((s == last).sum()) for s in scores.values()]
+    shares = apportion(k - sum(int((s > last).sum()) for s in scores.values()), equal, equal)
+    kept = {}
+    for (name, s), share in zip(scores.items(), shares, strict=True):
+        ties = (s == last).flatten().nonzero().squeeze(1)
+        kept[name] = (s > last).flatten()
+        kept[name][ties[spread(ties, s.shape).argsort()[:share]]] = True
+        kept[name] = kept[name].view(s.shape)
+    return kept
 
 
 def weights_of(module):
