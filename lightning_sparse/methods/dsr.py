@@ -69,6 +69,11 @@ class DSR(PruneAndGrow):
     )
     resizes = True
 
+    def __post_init__(self) -> None:
+        """Hold the shares as a list, as a record of the run does."""
+        super().__post_init__()
+        self.double_interval_at = list(self.double_interval_at)
+
     @property
     def clock(self) -> Clock:
         """When connections move: ever less often, if asked for."""
