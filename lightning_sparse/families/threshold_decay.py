@@ -50,7 +50,7 @@ def _decay(optimizer: Optimizer, group: dict[str, Any], t: nn.Parameter, decay: 
     if _is_decoupled(optimizer, group):
         more = (1 - group["lr"] * decay) / (1 - group["lr"] * theirs) - 1
         found = found_infinite(optimizer)
-        t.mul_(1 + (more if found is None else more * (found == 0)))
+        t.mul_(1 + (more if found is None else more * (found == 0).to(t.dtype)))
         return
     assert t.grad is not None
     scale: float | Tensor = gradient_scale(optimizer)
