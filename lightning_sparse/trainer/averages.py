@@ -25,8 +25,10 @@ def mask_averages(method: Readouts, trainer: Trainer, *others: LightningModule) 
         trainer: whose callbacks keep the averages.
         others: modules that may have been given an average just now.
     """
+    if method._fit.trainer is None:
+        return
     averages: list[nn.Module | None] = [averaged_module(callback) for callback in averaging(trainer)]
-    if method._fit.trainer is None or not averages:
+    if not averages:
         return
     parameters = [dict(module.named_parameters()) for module in (*averages, *others) if module is not None]
     for name in method._weights:
