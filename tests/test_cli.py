@@ -180,7 +180,7 @@ def test_a_method_is_added_to_a_users_own_file(elsewhere):
     assert (elsewhere / "runs" / "mine+dst").is_dir()
 
 
-@pytest.mark.parametrize("method", plan.methods())
+@pytest.mark.parametrize("method", [name for name, kind in plan.methods().items() if name == kind.__name__])
 def test_the_command_line_knows_what_each_method_takes(method, capsys):
     given = {"exclude": ["fc3.weight"], "min_layer_density": 0.01, "seed": 3, "log_every_n_steps": 7}
     taken = set(inspect.signature(plan.methods()[method]).parameters)
