@@ -30,7 +30,7 @@ from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
 from lightning_sparse.rules.trainings import Trainings, gentle_rounds, good_totals, settled
 from lightning_sparse.trainer.fit import epochs
-from lightning_sparse.trainer.guards import warn_of_equal_scores
+from lightning_sparse.trainer.guards import refuse_older_state, warn_of_equal_scores
 from lightning_sparse.trainer.horizon import horizon
 from lightning_sparse.trainer.rewind import restore, snapshot
 from lightning_sparse.weights.base import Weight
@@ -245,6 +245,7 @@ class LotteryTicket(DenseOnly, MaskedCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
+        refuse_older_state(self, "rounds" in state_dict)
         super().load_state_dict(state_dict)
         self._pruned, self._earlier, self._rounds = (state_dict[key] for key in ("pruned", "earlier", "rounds"))
         self._rewind_point = state_dict["rewind_point"]

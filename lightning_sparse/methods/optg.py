@@ -22,7 +22,7 @@ from lightning_sparse.families.common import FINAL_SPARSITY
 from lightning_sparse.families.latent import LatentGroup, LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.rules.budgets import Scope
-from lightning_sparse.trainer.guards import refuse_unknown_length
+from lightning_sparse.trainer.guards import refuse_older_state, refuse_unknown_length
 
 __all__ = ["OptG"]
 
@@ -142,6 +142,11 @@ class OptG(TopKCallback):
     def scores(self, weight: LatentWeight) -> Tensor:
         """Return the scores S."""
         return weight.buffers["S"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state."""
+        refuse_older_state(self, all("S" in state["buffers"] for state in state_dict["weights"].values()))
+        super().load_state_dict(state_dict)
 
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:
         """``dS = r dP W``, kept until the update; what is not finite counts as 0."""

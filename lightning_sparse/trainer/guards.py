@@ -24,6 +24,7 @@ __all__ = [
     "listed",
     "refuse_exchanged_optimizers",
     "refuse_missing_state",
+    "refuse_older_state",
     "refuse_other_sparsity",
     "refuse_other_weights",
     "refuse_overlap",
@@ -157,6 +158,16 @@ def refuse_missing_state(method: Verbs, key: str, callbacks: Mapping[str, Any]) 
         + (f"with {others}. " if others else "without a method of lightning_sparse. ")
         + _from_weights(method)
     )
+
+
+def refuse_older_state(method: Verbs, known: bool) -> None:
+    """Raise unless a checkpoint's state is ``known``: of a version of this method that keeps the same."""
+    if not known:
+        raise MisconfigurationException(
+            f"The checkpoint was written by an earlier version of {type(method).__name__}, whose state this one "
+            "does not take up. To start from its weights with fresh state: model = MyModule.load_from_checkpoint(path), then "
+            "trainer.fit(model) without ckpt_path."
+        )
 
 
 def refuse_unread_checkpoint(method: Verbs, trainer: Trainer, restored: bool) -> None:

@@ -410,3 +410,12 @@ def test_a_floor_above_the_budget_is_refused():
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         LotteryTicket(**{"sparsity": 0.8, **options})
+
+
+def test_the_state_of_an_earlier_version_is_refused_with_what_to_do():
+    callback = LotteryTicket(0.8, rounds=1)
+    fit(callback, max_epochs=2)
+    state = copy.deepcopy(callback.state_dict())
+    del state["rounds"]
+    with pytest.raises(MisconfigurationException, match=r"earlier version of \w+, .*load_from_checkpoint\(path\)"):
+        LotteryTicket(0.8, rounds=1).load_state_dict(state)

@@ -1,5 +1,6 @@
 """OptG against an independent reference in autograd, its schedule by hand, and its limits."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -235,3 +236,13 @@ def test_a_training_without_end_is_refused():
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         OptG(**{"sparsity": 0.8, **options})
+
+
+def test_the_state_of_an_earlier_version_is_refused_with_what_to_do():
+    callback = OptG(0.8)
+    fit(callback, max_epochs=2)
+    state = copy.deepcopy(callback.state_dict())
+    for kept in state["weights"].values():
+        del kept["buffers"]["S"]
+    with pytest.raises(MisconfigurationException, match=r"earlier version of \w+, .*load_from_checkpoint\(path\)"):
+        OptG(0.8).load_state_dict(state)

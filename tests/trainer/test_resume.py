@@ -194,7 +194,7 @@ def test_the_documented_way_starts_from_the_weights_of_any_checkpoint(method, tm
     path = dense_checkpoint(tmp_path / "dense.ckpt")
     module = Lit.load_from_checkpoint(path)
     start = torch.load(path, weights_only=True)["state_dict"]["net.0.weight"]
-    callback = SETTINGS[method](**({"scale_init": False} if method == "MemoryEfficientDST" else {}))
+    callback = SETTINGS[method](**({} if method in THRESHOLDS else {"scale_init": False}))
     fit(callback, module, max_steps=1, max_epochs=1)
     assert torch.allclose(module.net[0].weight, start * callback.masks["net.0.weight"], atol=0.2)
     assert torch.load(path, weights_only=True)["state_dict"].keys() == module.state_dict().keys()
