@@ -17,9 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def _own_seed():
-    """Remove what ``seed_everything`` leaves in the environment, where processes of later tests would find it."""
+def _nothing_left_behind():
+    """Take back what ``seed_everything`` and ``Trainer(deterministic=True)`` leave, which later tests would find."""
     yield
+    torch.use_deterministic_algorithms(False)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)
 
