@@ -19,6 +19,8 @@ from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import apportion, budget
+from lightning_sparse.rules.matrices import write_matrix
+from lightning_sparse.weights.fresh import SCALES, mean_of_others
 
 __all__ = ["TopKAST"]
 
@@ -162,7 +164,7 @@ class TopKAST(Annealed, TopKCallback):
                 weight.effective.copy_(weight.latent)
 
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
-        """Undo the update outside of B, and find the sets anew if it is time; what enters B has no momentum."""
+        """Undo the update outside of B, and find the sets anew if it is time; what enters B has a fresh state."""
         if not self.backward_sparsity:
             super().updated(optimizer, weights)
             return
@@ -178,9 +180,20 @@ class TopKAST(Annealed, TopKCallback):
             if B is before[weight.name]:
                 continue
             assert weight.parameter is not None
-            for state in optimizer.state.get(weight.parameter, {}).values():
+            for key, state in optimizer.state.get(weight.parameter, {}).items():
                 if isinstance(state, Tensor) and state.shape == B.shape:
                     select.zero_outside_(state, before[weight.name] | ~B)
+                    if key in SCALES:
+                        _fill_with_means(weight, state, before[weight.name])
+
+
+def _fill_with_means(weight: LatentWeight, state: Tensor, before: Tensor) -> None:
+    """Set a state of what has entered B, where it is 0, to the mean of its row's others, as of grown connections."""
+    rows, staying, entering = (weight.matrix(x) for x in (state, weight.buffers["B"] & before, ~before))
+    exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    means = mean_of_others((exact * staying).sum(1), staying.sum(1), torch.arange(len(rows), device=rows.device), 0.0)
+    entering = entering & weight.matrix(weight.buffers["B"])
+    write_matrix(state, torch.where(entering, means[:, None].to(rows.dtype), rows), weight.transposed_groups)
 
 
 def _either(mask: Tensor, inside: float, outside: float, like: Tensor) -> Tensor:

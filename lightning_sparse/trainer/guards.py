@@ -165,8 +165,8 @@ def refuse_older_state(method: Verbs, known: bool) -> None:
     if not known:
         raise MisconfigurationException(
             f"The checkpoint was written by an earlier version of {type(method).__name__}, whose state this one "
-            "does not take up. To start from its weights with fresh state: model = MyModule.load_from_checkpoint(path), then "
-            "trainer.fit(model) without ckpt_path."
+            "does not take up. To start from its weights with fresh state: model = "
+            "MyModule.load_from_checkpoint(path), then trainer.fit(model) without ckpt_path."
         )
 
 

@@ -1,5 +1,7 @@
 """TopKAST against an independent reference in autograd, its sets by hand, and its limits."""
 
+import copy
+
 import pytest
 import torch
 from helpers import Lit, cnn, data, fit, loader, mlp, seeded, trainer
@@ -195,6 +197,49 @@ def test_outside_of_b_nothing_moves_whatever_momentum_and_weight_decay(optimizer
         assert torch.equal(W[~B], before[name][~B])
         assert (W[B & ~A] != before[name][B & ~A]).any(), "explored without being computed with"
         assert torch.equal(module.get_parameter(name), torch.where(A, W, torch.zeros_like(W)))
+
+
+@pytest.mark.parametrize("net", [mlp, cnn])
+def test_what_enters_b_has_no_momentum_and_the_scale_of_its_neurons_others(net):
+    seen = []
+
+    class Sees(TopKAST):
+        def choose(self, weights, updates):
+            before = {w.name: w.buffers["B"] for w in weights}
+            optimizer = self._fit.optimizers[0] if self._fit.optimizers else None
+            held = {w.name: dict(optimizer.state[w.parameter]) for w in weights} if optimizer else {}
+            seen.append((before, {n: {k: v.clone() for k, v in state.items()} for n, state in held.items()}))
+            super().choose(weights, updates)
+
+        def updated(self, optimizer, weights):
+            super().updated(optimizer, weights)
+            if self._groups[id(optimizer)].updates == 4:
+                self.after = {w.name: (w.buffers["B"], dict(optimizer.state[w.parameter])) for w in weights}
+                self.after = copy.deepcopy(self.after)
+
+    callback = Sees(0.8, 0.5, update_every=4)
+    fit(
+        callback,
+        seeded(lambda: Lit(net(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.05))),
+        loader(40),
+        max_epochs=1,
+    )
+    befores, states = seen[1]
+    entered = 0
+    for name, (B, state) in callback.after.items():
+        before, theirs = befores[name], states[name]
+        rows = zip(
+            *(x.flatten(1) for x in (B, before, theirs["exp_avg_sq"], state["exp_avg_sq"], state["exp_avg"])),
+            strict=True,
+        )
+        for b, was, old, new, momentum in rows:
+            staying, entering = b & was, b & ~was
+            assert torch.equal(new[~entering], old[~entering])
+            entered += int(entering.sum())
+            if entering.any() and staying.any():
+                assert torch.allclose(new[entering], old[staying].mean().expand(int(entering.sum())))
+                assert not momentum[entering].any()
+    assert entered > 3
 
 
 class Look(Lit):
