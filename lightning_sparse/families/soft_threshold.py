@@ -37,11 +37,5 @@ class SoftThresholded(Thresholded):
         weight.write(weight.latent, partial(self.effective, weight))
 
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
-        """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay.
-
-        With a target, it is divided by the number of weights that share the threshold. What counts then is how much
-        thresholds differ, and the sum over a large layer would outweigh that over a small one.
-        """
+        """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay."""
         buffer.kernels.through_sigmoid(buffer.gradients["t"], buffer.values["t"])
-        if self.sparsity_target is not None:
-            buffer.gradients["t"].div_(buffer.shared_by)

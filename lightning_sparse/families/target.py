@@ -1,8 +1,8 @@
 """Target: thresholds that follow a plan, so that exactly as many weights are left as were asked for.
 
 After each update the thresholds of all weights of an optimizer are shifted by one number, at which as many weights pass
-as the plan says: what tells thresholds apart is learned, their common height is not. At the end of the plan the masks
-are frozen, at the target exactly.
+as the plan says. They take no steps of their own: networks were more accurate so (docs/guides/targets.md). At the end
+of the plan the masks are frozen, at the target exactly.
 """
 
 import math
@@ -155,18 +155,17 @@ class Target:
     # ------------------------------------------------------------------ a step
 
     def prepare(self, optimizer: Optimizer, weights: Sequence[LatentWeight], share: float) -> None:
-        """See a step whose gradients are complete: thresholds take none before pruning begins.
+        """See a step whose gradients are complete: the thresholds that the plan shifts take none of their own.
 
         ``share``: 0: there will be no update; see ``Verbs.before_step``.
         """
         self._stepping = share > 0
+        for weight in weights:
+            weight.thresholds["t"].grad = None
         plan = self._plans.get(id(optimizer))
-        if plan is None or not share:
+        if plan is None or not share or plan.updates < self.span()[0]:
             return
-        if plan.updates < self.span()[0]:
-            for weight in weights:
-                weight.thresholds["t"].grad = None
-        elif plan.start is None:
+        if plan.start is None:
             plan.start = sum(near.count(0.0) for near in self._near(plan.open, plan.width))
             plan.start += sum(_count(weight) for weight in plan.group.weights)
 

@@ -23,7 +23,6 @@ class WeightThresholds:
         values: by name; ``"t"`` is the forward one. Of shape ``(out,)``, ``(1,)`` or the weight's, after the
             granularity.
         rows: ``out``, the number of the weight's neurons or filters.
-        shared_by: how many elements of the weight have a threshold in common.
         transposed_groups: the weight's; see ``layers.selection.ParameterChoice``.
         places: where each threshold stands in the param group of its weight, by which a checkpoint knows its state.
         resets: how often the collapse guard set them to 0.
@@ -34,7 +33,6 @@ class WeightThresholds:
 
     values: dict[str, nn.Parameter]
     rows: int
-    shared_by: int
     transposed_groups: int = 0
     places: dict[str, int] = field(default_factory=dict)
     resets: int | Tensor = 0
@@ -58,14 +56,14 @@ class WeightThresholds:
             return torch.full((count,), value, dtype=dtype, device=latent.device)
 
         values = {key: nn.Parameter(filled(value)) for key, value in start.items()}
-        return cls(values, rows, latent.numel() // values["t"].numel(), transposed_groups)
+        return cls(values, rows, transposed_groups)
 
     @classmethod
     def loaded(cls, latent: Tensor, state: Mapping[str, Any]) -> "WeightThresholds":
         """Return those of a weight of a checkpoint."""
         values = {key: nn.Parameter(t) for key, t in state["thresholds"].items()}
-        groups, shared_by = state["transposed_groups"], latent.numel() // values["t"].numel()
-        return cls(values, len(as_matrix(latent, groups)), shared_by, groups, places=dict(state.get("places", {})))
+        groups = state["transposed_groups"]
+        return cls(values, len(as_matrix(latent, groups)), groups, places=dict(state.get("places", {})))
 
     def __getitem__(self, key: str) -> nn.Parameter:
         """Return the thresholds of a name."""
@@ -142,7 +140,6 @@ class ThresholdBuffer:
         thresholds: the same.
         values: all weights' thresholds, by name.
         gradients: their gradients, and the further sums.
-        shared_by: how many weights have each of the thresholds of a name.
         kernels: the kernels that suit these vectors best.
     """
 
@@ -154,9 +151,6 @@ class ThresholdBuffer:
         self.gradients: dict[str, Tensor] = {}
         self._slots: list[tuple[nn.Parameter, Tensor]] = []
         names = list(thresholds[0].values)
-        like = self.thresholds[0][names[0]]
-        counts = [(each.shared_by, each[names[0]].numel()) for each in thresholds]
-        self.shared_by = torch.cat([like.new_full((n,), shared, requires_grad=False) for shared, n in counts])
         for key in names:
             self.values[key] = self._lay_out([each[key] for each in thresholds])
             self.kernels = for_tensors(*(self.values[key].unsqueeze(1),) * 2)
