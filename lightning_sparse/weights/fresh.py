@@ -35,6 +35,7 @@ def mean_of_others(sums: Tensor, others: Tensor, rows: Tensor, otherwise: float)
         rows: those of the new connections.
         otherwise: the value in a layer that has no other connection.
 
+    >>> import torch
     >>> sums, others = torch.tensor([6.0, 0.0, 0.0]), torch.tensor([2, 1, 0])
     >>> mean_of_others(sums, others, torch.tensor([0, 1, 2]), 0.0)
     tensor([3., 0., 2.])
