@@ -118,8 +118,9 @@ class GradualPruning(DenseOnly, MaskedCallback):
 
     def is_due(self, group: WeightGroup) -> bool:
         """Tell whether the clock says so, or the schedule is over without its target: the training became shorter."""
-        over = group.step > self.span()[1]
-        return self.clock.is_due(group.step) or (over and group.values.get("asked") != self.final(group))
+        clock = self.clock
+        over = clock.closing is not None and group.step > clock.closing
+        return clock.is_due(group.step) or (over and group.values.get("asked") != self.final(group))
 
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Let the newcomers, which start with ``initial_sparsity``, join at the present point of the schedule."""

@@ -257,7 +257,7 @@ class Thresholds:
         for buffer in laid:
             self.method.threshold_gradients(buffer, share * scale)
         for weight in weights:
-            _hand_out(weight, self.method.regularised and not self.target and share > 0)
+            _hand_out(weight, self.method.regularised and share > 0)
         if self.target:
             self.target.prepare(optimizer, weights, share)
         self.method.finish_gradients([weight for weight in weights if weight.frozen is None], laid, share)
