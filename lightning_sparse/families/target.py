@@ -7,7 +7,7 @@ of the plan the masks are frozen, at the target exactly.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.rules.budgets import budget, floors, least
-from lightning_sparse.rules.level import Cut, Near, cuts, evenly
+from lightning_sparse.rules.level import Cut, Look, Near, cuts, evenly
 from lightning_sparse.rules.schedules import cubic
 from lightning_sparse.rules.select import positions
 from lightning_sparse.trainer.guards import refuse_unknown_length
@@ -37,18 +37,18 @@ class Plan:
         group: the weights.
         updates: number of updates so far.
         start: number of nonzeros when pruning began; None: it has not.
-        width: how far from the thresholds to look for those that pass them next.
+        look: how large the margins of those are that the next shift is found among.
     """
 
     group: LatentGroup
     updates: int = 0
     start: int | None = None
-    width: float = 1e-3
+    look: Look = field(default_factory=Look)
 
     @property
     def clock(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"updates": self.updates, "start": self.start, "width": self.width}
+        return {"updates": self.updates, "start": self.start, "look": list(self.look)}
 
     @property
     def size(self) -> int:
@@ -76,6 +76,7 @@ class Target:
         self.method, self.sparsity = method, sparsity
         self._plans: dict[int, Plan] = {}
         self._clocks: list[dict[str, Any]] = []
+        self._span: tuple[int, int] | None = None
         self._stepping = False
 
     # ------------------------------------------------------------------ a fit begins and ends
@@ -83,9 +84,10 @@ class Target:
     def begin(self, groups: Mapping[int, LatentGroup], resumed: bool) -> None:
         """Plan for the weights of each optimizer, from the start or from where a checkpoint was."""
         clocks = self._clocks if resumed else []
-        self._plans = {key: Plan(group) for key, group in groups.items()}
+        self._plans, self._span = {key: Plan(group) for key, group in groups.items()}, None
         for plan, clock in zip(self._plans.values(), clocks, strict=False):
-            plan.updates, plan.start, plan.width = clock["updates"], clock["start"], clock["width"]
+            plan.updates, plan.start = clock["updates"], clock["start"]
+            plan.look = Look(*clock.get("look", ()))  # earlier versions looked elsewhere, for the same result
 
     def check(self) -> None:
         """Make sure that the plan has an end, and that its target can be met."""
@@ -116,7 +118,7 @@ class Target:
 
     def release(self) -> None:
         """Let go of the weights; keep how far they are."""
-        self._clocks, self._plans = [plan.clock for plan in self._plans.values()], {}
+        self._clocks, self._plans, self._span = [plan.clock for plan in self._plans.values()], {}, None
 
     def skip(self, updates: int) -> None:
         """Take so many updates for made."""
@@ -126,10 +128,12 @@ class Target:
     # ------------------------------------------------------------------ the plan
 
     def span(self) -> tuple[int, int]:
-        """Return after which update pruning begins, and at which it ends."""
-        total = self.method.total_steps
-        last = max(1, min(math.ceil(self.method.end_at * total), int(total)))
-        return min(int(self.method.begin_at * total), last - 1), last
+        """Return after which update pruning begins, and at which it ends; asked for once a step."""
+        if self._span is None:
+            total = self.method.total_steps
+            last = max(1, min(math.ceil(self.method.end_at * total), int(total)))
+            self._span = min(int(self.method.begin_at * total), last - 1), last
+        return self._span
 
     def final(self, plan: Plan) -> int:
         """Return the number of nonzeros at the end."""
@@ -154,19 +158,14 @@ class Target:
 
     # ------------------------------------------------------------------ a step
 
-    def prepare(self, optimizer: Optimizer, weights: Sequence[LatentWeight], share: float) -> None:
-        """See a step whose gradients are complete: the thresholds that the plan shifts take none of their own.
-
-        ``share``: 0: there will be no update; see ``Verbs.before_step``.
-        """
-        self._stepping = share > 0
-        for weight in weights:
-            weight.thresholds["t"].grad = None
+    def prepare(self, optimizer: Optimizer, share: float) -> None:
+        """See a step whose gradients are complete; ``share``: 0: there will be no update, see ``Verbs.before_step``."""
+        self._stepping, self._span = share > 0, None
         plan = self._plans.get(id(optimizer))
         if plan is None or not share or plan.updates < self.span()[0]:
             return
         if plan.start is None:
-            plan.start = sum(near.count(0.0) for near in self._near(plan.open, plan.width))
+            plan.start = sum(near.count(0.0) for near in self._near(plan.open, Look()))
             plan.start += sum(_count(weight) for weight in plan.group.weights)
 
     def follow(self, optimizer: Optimizer) -> bool:
@@ -184,23 +183,22 @@ class Target:
     def _bring(self, plan: Plan, weights: Sequence[LatentWeight], k: int) -> None:
         """Leave ``k`` of some weights, for good if the plan has come to its end."""
         lowest = [least(self.method.min_layer_density, weight.size) for weight in weights]
-        found, plan.width = cuts(partial(self._near, weights), k, lowest, plan.width)
+        found, plan.look = cuts(partial(self._near, weights), k, lowest, plan.look)
         frozen = self._chosen(weights, found) if plan.updates >= self.span()[1] else []
         for weight, cut in zip(weights, found, strict=True):
             self._shift(weight, cut.level)
         for weight, mask in zip(weights, frozen, strict=False):
             self._freeze(weight, mask)
 
-    def _near(self, weights: Iterable[LatentWeight], width: float) -> list[Near]:
-        """Return the margins of weights up to ``width`` above and below their thresholds."""
-        return [self._near_one(weight, width) for weight in weights]
+    def _near(self, weights: Iterable[LatentWeight], look: Look) -> list[Near]:
+        """Return the margins of weights that are about as large as it says."""
+        return [self._near_one(weight, look) for weight in weights]
 
-    def _near_one(self, weight: LatentWeight, width: float) -> Near:
+    def _near_one(self, weight: LatentWeight, look: Look) -> Near:
         W, t = weight.matrix(weight.latent, "W"), weight.thresholds.per_row()
-        low, high = (self.method.level(self.method.shifted(t, by)).clamp_(min=0) for by in (-width, width))
-        above, found = weight.kernels.near(W, low, high)  # what is not a number is above: it must stay in sight
-        theirs = t[found // W.shape[1], 0] if t.shape[1] == 1 else t.reshape(-1)[found]
-        return Near(above, self.method.margins(_exact(W.reshape(-1)[found].abs()), _exact(theirs)))
+        low, high = (self.method.level(self.method.shifted(t, by)).clamp_(min=0) for by in look.bounds)
+        above, magnitudes, theirs = weight.kernels.near(W, low, high, t)  # NaN is above: it must stay in sight
+        return Near(above, self.method.margins(magnitudes, theirs))
 
     def _shift(self, weight: LatentWeight, by: float) -> None:
         """Shift the thresholds of a weight; their values are rounded once."""
@@ -250,7 +248,7 @@ class Target:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the weights of a fit."""
-        return {**self.__dict__, "_clocks": list(self.state()["plans"].values()), "_plans": {}}
+        return {**self.__dict__, "_clocks": list(self.state()["plans"].values()), "_plans": {}, "_span": None}
 
 
 def _count(weight: LatentWeight) -> int:

@@ -254,12 +254,12 @@ class Thresholds:
         laid = self._laid_out.get(id(optimizer), [])
         for weight in weights:
             _add_up(weight)
-        for buffer in laid:
+        for buffer in () if self.target else laid:
             self.method.threshold_gradients(buffer, share * scale)
         for weight in weights:
-            _hand_out(weight, self.method.regularised and share > 0)
+            _hand_out(weight, self.method.regularised and share > 0, rests=self.target is not None)
         if self.target:
-            self.target.prepare(optimizer, weights, share)
+            self.target.prepare(optimizer, share)
         self.method.finish_gradients([weight for weight in weights if weight.frozen is None], laid, share)
 
     def before_update(self, optimizer: Optimizer) -> None:
@@ -358,10 +358,10 @@ def _add_up(weight: LatentWeight) -> None:
         dt.zero_()
 
 
-def _hand_out(weight: LatentWeight, regularised: bool) -> None:
-    """Give the forward thresholds their gradient, if the loss or a penalty has one and the mask is not frozen."""
+def _hand_out(weight: LatentWeight, regularised: bool, rests: bool) -> None:
+    """Give the forward thresholds their gradient, if the loss or a penalty has one and they do not follow a plan."""
     assert weight.parameter is not None
     for t in weight.thresholds.values.values():
         t.grad = None
-    if weight.frozen is None and ((regularised and weight.parameter.requires_grad) or weight.has_gradient):
+    if not rests and ((regularised and weight.parameter.requires_grad) or weight.has_gradient):
         weight.thresholds["t"].grad = weight.thresholds.gradients["t"]

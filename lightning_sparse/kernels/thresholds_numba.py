@@ -3,7 +3,7 @@
 A row's result depends on that row alone, so rows may be shared among threads without changing a bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _SHARED_FROM = 1 << 18
+_BLOCK = 32
 
 
 def _over_rows(kernel: Callable[..., Any], tensors: tuple[Tensor, ...], *scalars: Any) -> list[Any]:
@@ -179,26 +180,48 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
 
 
 @compiled
-def _near(W, low, high, within):  # type: ignore[no-untyped-def]
+def _near(W, low, high, t):  # type: ignore[no-untyped-def]
     one, zero = W.dtype.type(1), W.dtype.type(0)
-    above = 0
+    within = np.empty(W.shape[0], np.int64)
+    above, total = 0, 0
     for i in range(W.shape[0]):
         lo, hi = low[i, 0], high[i, 0]
-        at_most = zero
-        for j in range(W.shape[1]):
-            at_most += one if abs(W[i, j]) <= hi else zero
-        above += W.shape[1] - int(at_most)
+        below, not_above = zero, zero
         for j in range(W.shape[1]):
             magnitude = abs(W[i, j])
-            within[i, j] = (magnitude > lo) & (magnitude <= hi)
-    return above
+            below += one if magnitude <= lo else zero
+            not_above += one if magnitude <= hi else zero
+        above += W.shape[1] - int(not_above)
+        within[i] = int(not_above) - int(below)
+        total += within[i]
+    magnitudes, theirs = np.empty(total), np.empty(total)
+    k = 0
+    for i in range(W.shape[0]):
+        lo, hi, end = low[i, 0], high[i, 0], k + within[i]
+        for start in range(0, W.shape[1] if within[i] else 0, _BLOCK):
+            if k == end:
+                break
+            block = W[i, start : start + _BLOCK]
+            some = False
+            for j in range(block.size):
+                some |= (abs(block[j]) > lo) & (abs(block[j]) <= hi)
+            for j in range(block.size if some else 0):
+                if lo < abs(block[j]) <= hi:
+                    magnitudes[k], theirs[k] = abs(block[j]), t[i, 0]
+                    k += 1
+    return above, magnitudes, theirs
 
 
-def near(W: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
+def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, Tensor]:
     """As ``thresholds_torch.near``."""
-    within = torch.empty(W.shape, dtype=torch.bool)
-    above = sum(_over_rows(_near, (W, low, high, within)))
-    return above, torch.from_numpy(within.view(-1).numpy().nonzero()[0])
+    parts = _over_rows(_near, (W, low, high, t))
+    above, magnitudes, theirs = parts[0] if len(parts) == 1 else _joined(parts)
+    return above, torch.from_numpy(magnitudes), torch.from_numpy(theirs)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    above, magnitudes, theirs = zip(*parts, strict=True)
+    return sum(above), np.concatenate(magnitudes), np.concatenate(theirs)
 
 
 @compiled

@@ -161,26 +161,29 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
             G[rows] = g.to(G.dtype)
 
 
-def near(W: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
-    """Return where ``|W|`` lies near its threshold.
+def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Return which ``|W|`` lie near their threshold.
 
     Args:
         W: what is not a number counts as above.
         low: excluded, as ``tau`` in shape.
         high: included, likewise.
+        t: thresholds, likewise.
 
     Returns:
-        How many ``|W|`` are above ``high``, and the flat positions, ascending, of those between the two.
+        How many ``|W|`` are above ``high``; those between the two, in their order; the ``t`` of each of them. Both in
+        float64 on the CPU.
     """
-    above, found = 0, []
+    above, found, theirs = 0, [], []
     for rows in _chunks(W):
         magnitudes = torch.abs(W[rows], out=_buffer(W[rows], 0))
         not_above = magnitudes <= high[rows]
         above += not_above.numel() - int(not_above.count_nonzero())
         within = not_above.logical_and_(magnitudes > low[rows]).reshape(-1)
         here = torch.from_numpy(within.numpy().nonzero()[0]) if within.is_cpu else within.nonzero().squeeze(1)
-        found.append(here + rows.start * W.shape[1])
-    return above, torch.cat(found)
+        found.append(magnitudes.reshape(-1)[here])
+        theirs.append(t[rows].reshape(-1)[here if t.shape[1] > 1 else here // W.shape[1]])
+    return above, torch.cat(found).cpu().double(), torch.cat(theirs).cpu().double()
 
 
 def add_rows(x: Tensor, out: Tensor) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import cache
 from typing import Literal
 
 __all__ = [
@@ -54,6 +55,7 @@ def portion(fraction: float, count: int) -> int:
     return math.floor(_exact(fraction) * count)
 
 
+@cache
 def least(density: float, size: int) -> int:
     """Return the smallest number among ``size`` that makes at least ``density``.
 

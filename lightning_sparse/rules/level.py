@@ -1,7 +1,7 @@
 """Level: the number that exactly so many margins of several layers exceed, each layer having some in any case.
 
-A margin says how far a weight is above its threshold. From one step to the next the level moves little, so only the
-margins near 0 are looked at, and more of them where these turn out to be too few. The result is exact.
+A margin says how far a weight is above its threshold. From one step to the next the level is much the same, so
+only the margins about as large are looked at, and more of them where these turn out to be too few. The result is exact.
 """
 
 import math
@@ -12,25 +12,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "Near", "cuts", "evenly"]
+__all__ = ["Cut", "Look", "Near", "cuts", "evenly"]
 
 #: widths above are taken to be infinite
 _WIDEST = 1e9
+
+
+class Look(NamedTuple):
+    """Which margins are looked at: those from ``centre - width`` up to ``centre + width``."""
+
+    centre: float = 0.0
+    width: float = 1e-3
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """From where, which is excluded, to where, which is included."""
+        return self.centre - self.width, self.centre + self.width
+
+    @property
+    def wider(self) -> "Look":
+        """Four times as wide, in the end infinitely."""
+        return Look(self.centre, 4 * self.width if self.width < _WIDEST else math.inf)
+
+    def next(self, found: Sequence["Cut"]) -> "Look":
+        """Return where to look next time: about the levels that were found, less wide where these were close."""
+        levels = [cut.level for cut in found]
+        centre = (min(levels) + max(levels)) / 2
+        apart = max(abs(self.centre - level) for level in (min(levels), max(levels)))
+        width = min(self.width, _WIDEST)
+        return Look(centre, width / 2 if width > 8 * apart else width)
 
 
 class Near(NamedTuple):
     """What is known of the margins of a layer.
 
     Attributes:
-        above: how many are above the width that was looked at.
-        values: those within it, ``(n,)``, in float64 on the CPU; all that are not above, if the width is infinite.
+        above: how many are above those that were looked at.
+        values: these, ``(n,)``, in float64 on the CPU; all that are not above, if the width is infinite.
     """
 
     above: int
     values: Tensor
 
     def count(self, level: float) -> int:
-        """Return how many exceed a ``level`` within the width."""
+        """Return how many exceed a ``level`` that was looked at."""
         return self.above + int((self.values > level).count_nonzero())
 
 
@@ -61,40 +86,31 @@ class Cut(NamedTuple):
         return 2 * self.kth - 1 if math.isinf(self.below) else (self.below + self.kth) / 2
 
 
-def cuts(
-    near: Callable[[float], Sequence[Near]], k: int, at_least: Sequence[int], width: float
-) -> tuple[list[Cut], float]:
+def cuts(near: Callable[[Look], Sequence[Near]], k: int, at_least: Sequence[int], look: Look) -> tuple[list[Cut], Look]:
     """Return where to cut each layer so that ``k`` margins of all are above, and ``at_least`` so many of each.
 
     It is the same cut for all layers, but for those that would fall below what they have at least. Among equal margins
     at the cut all are above.
 
     Args:
-        near: returns what is known of the margins of each layer, looking no further from 0 than its argument.
+        near: returns what is known of the margins of each layer, looking no further than its argument.
         k: at least the sum of ``at_least``, at least 1.
         at_least: for each layer.
-        width: how far to look first, above 0.
+        look: where to look first.
 
     Returns:
-        The cuts, and how far to look next time.
+        The cuts, and where to look next time.
 
     >>> margins = [torch.tensor([0.3, 0.1, -0.2]).double(), torch.tensor([0.5, 0.4]).double()]
-    >>> found, _ = cuts(lambda width: [Near(0, each) for each in margins], 3, [0, 0], math.inf)
+    >>> found, _ = cuts(lambda look: [Near(0, each) for each in margins], 3, [0, 0], Look(0.0, math.inf))
     >>> [round(cut.level, 3) for cut in found]
     [0.2, 0.2]
     """
     while True:
-        known = near(width)
-        found = _cuts(known, k, at_least, whole=math.isinf(width))
+        found = _cuts(near(look), k, at_least, whole=math.isinf(look.width))
         if found is not None:
-            return found, _next(width, known, found)
-        width = 4 * width if width < _WIDEST else math.inf
-
-
-def _next(width: float, known: Sequence[Near], found: Sequence[Cut]) -> float:
-    """Return how far to look next time: less far where far more was found than was needed."""
-    within, width = sum(len(each.values) for each in known), min(width, _WIDEST)
-    return width / 2 if within > 2048 and width > 16 * max(abs(cut.level) for cut in found) else width
+            return found, look.next(found)
+        look = look.wider
 
 
 def _cuts(known: Sequence[Near], k: int, at_least: Sequence[int], whole: bool) -> list[Cut] | None:
@@ -119,17 +135,14 @@ def _cuts(known: Sequence[Near], k: int, at_least: Sequence[int], whole: bool) -
 def _cut(known: Sequence[Near], k: int, whole: bool) -> Cut | None:
     """Return the cut below the ``k``-th largest margin of some layers, None if too little is known."""
     rank = k - sum(each.above for each in known)
-    values = np.concatenate([each.values.numpy() for each in known])
+    values = np.sort(np.concatenate([each.values.numpy() for each in known]))
     if not whole and not 1 <= rank < len(values):
         return None
-    kth = math.inf
-    if rank >= 1 and len(values):
-        place = max(0, len(values) - rank)
-        kth = float(np.partition(values, place)[place])
-    lower = values[values < kth]
-    if not whole and not len(lower):
+    kth = float(values[max(0, len(values) - rank)]) if rank >= 1 and len(values) else math.inf
+    lower = int(np.searchsorted(values, kth))  # how many are less
+    if not whole and not lower:
         return None
-    return Cut(float(lower.max()) if len(lower) else -math.inf, kth, k)
+    return Cut(float(values[lower - 1]) if lower else -math.inf, kth, k)
 
 
 def evenly(n: int, k: int) -> Tensor:

@@ -7,18 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sparse.rules.level import Cut, Near, cuts, evenly
+from lightning_sparse.rules.level import Cut, Look, Near, cuts, evenly
 
 
 def looking(layers):
-    """Return what ``cuts`` asks for, and a list of how far it has looked."""
-    widths = []
+    """Return what ``cuts`` asks for, and a list of where it has looked."""
+    looks = []
 
-    def near(width):
-        widths.append(width)
-        return [Near(int((each > width).sum()), each[(each > -width) & (each <= width)]) for each in layers]
+    def near(look):
+        looks.append(look)
+        low, high = look.bounds
+        return [Near(int((each > high).sum()), each[(each > low) & (each <= high)]) for each in layers]
 
-    return near, widths
+    return near, looks
 
 
 def drawn(sizes, seed, decimals=12):
@@ -29,12 +30,15 @@ def drawn(sizes, seed, decimals=12):
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
-@given(sizes=sizes, seed=st.integers(0, 10**6), share=st.floats(0, 1), width=st.sampled_from([1e-6, 1e-2, 10.0]))
-def test_exactly_k_margins_are_above_the_level_however_far_it_looks_first(sizes, seed, share, width):
+centres, widths = st.sampled_from([0.0, -0.05, 3.0]), st.sampled_from([1e-6, 1e-2, 10.0])
+
+
+@given(sizes=sizes, seed=st.integers(0, 10**6), share=st.floats(0, 1), centre=centres, width=widths)
+def test_exactly_k_margins_are_above_the_level_wherever_it_looks_first(sizes, seed, share, centre, width):
     layers = drawn(sizes, seed)
     k = max(1, round(share * sum(sizes)))
     near, _ = looking(layers)
-    found, _ = cuts(near, k, [0] * len(sizes), width)
+    found, _ = cuts(near, k, [0] * len(sizes), Look(centre, width))
     assert len({cut.level for cut in found}) == 1
     assert sum(int((each > cut.level).sum()) for each, cut in zip(layers, found, strict=True)) == k
     ranked = torch.cat(layers).sort(descending=True).values
@@ -47,7 +51,7 @@ def test_each_layer_has_what_it_has_at_least_and_the_others_share_the_rest(sizes
     lowest = [math.ceil(floor * n) for n in sizes]
     k = max(1, sum(lowest), round(share * sum(sizes)))
     near, _ = looking(layers)
-    found, _ = cuts(near, k, lowest, 1e-3)
+    found, _ = cuts(near, k, lowest, Look())
     counts = [int((each > cut.level).sum()) for each, cut in zip(layers, found, strict=True)]
     assert sum(counts) == k
     assert all(n >= low for n, low in zip(counts, lowest, strict=True))
@@ -61,30 +65,30 @@ def test_each_layer_has_what_it_has_at_least_and_the_others_share_the_rest(sizes
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 60))
 def test_all_that_are_equal_to_the_least_are_above(seed, k):
     (layer,) = drawn([60], seed, decimals=1)
-    found, _ = cuts(looking([layer])[0], k, [0], 1e-3)
+    found, _ = cuts(looking([layer])[0], k, [0], Look())
     assert int((layer > found[0].level).sum()) == int((layer >= layer.sort(descending=True).values[k - 1]).sum())
 
 
 def test_a_level_that_holds_is_left_alone():
     layers = [torch.tensor([0.3, -0.2, 0.1, -0.4], dtype=torch.float64)]
-    assert cuts(looking(layers)[0], 2, [0], 0.01)[0][0].level == 0.0
+    assert cuts(looking(layers)[0], 2, [0], Look(0.0, 0.01))[0][0].level == 0.0
 
 
 def test_infinite_margins_come_first_and_fewer_than_asked_for_all_pass():
     layers = [torch.tensor([math.inf, 0.3, -0.2], dtype=torch.float64)]
     near, _ = looking(layers)
-    assert int((layers[0] > cuts(near, 1, [0], 1.0)[0][0].level).sum()) == 1
-    assert int((layers[0] > cuts(near, 5, [0], 1.0)[0][0].level).sum()) == 3
+    assert int((layers[0] > cuts(near, 1, [0], Look(0.0, 1.0))[0][0].level).sum()) == 1
+    assert int((layers[0] > cuts(near, 5, [0], Look(0.0, 1.0))[0][0].level).sum()) == 3
 
 
-def test_it_looks_once_where_the_level_moves_little_and_less_far_where_there_is_much():
-    (layer,), width = drawn([20_000], 1), 1.0
-    for _ in range(12):
-        near, widths = looking([layer + 1e-5])
-        (cut,), width = cuts(near, 2_000, [0], width)
-        layer = layer + 1e-5 - cut.level  # as thresholds are shifted
-    assert len(widths) == 1
-    assert len(near(width)[0].values) < 5_000
+def test_it_looks_once_and_at_few_where_the_level_is_much_the_same():
+    (layer,), look = drawn([20_000], 1), Look()
+    for _ in range(24):
+        near, looks = looking([layer + 1e-3])
+        (cut,), look = cuts(near, 2_000, [0], look)
+        layer = layer + 1e-3 - cut.level  # as thresholds are shifted
+    assert len(looks) == 1
+    assert len(near(look)[0].values) < 20
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 0), (7, 7), (1000, 10), (1000, 999)])
