@@ -1,5 +1,6 @@
 """Sparse training for PyTorch Lightning: each method is one callback."""
 
+from lightning_sparse.layers.selection import register_layer
 from lightning_sparse.methods.autosparse import AutoSparse
 from lightning_sparse.methods.deepr import DeepR
 from lightning_sparse.methods.dfbst import DFBST
@@ -58,6 +59,7 @@ __all__ = [
     "TopKAST",
     "__version__",
     "load_dense",
+    "register_layer",
 ]
 
 __version__ = "0.1.0"

@@ -13,6 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase as RunningNorm  # the same, and
 from torch.nn.modules.conv import _ConvNd as Convolution  # all of them, transposed ones as well
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as AttentionOutput  # MultiheadAttention's out_proj
+from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNorm
+from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook  # of torch.nn.utils.weight_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, but not exported from a public place
@@ -25,7 +28,9 @@ __all__ = [
     "Convolution",
     "Dropout",
     "RunningNorm",
+    "SpectralNorm",
     "TorchDispatchMode",
+    "WeightNorm",
     "backward_pass",
     "children",
     "complete_momentum",
@@ -45,6 +50,7 @@ __all__ = [
     "stored_values",
     "takes_scaled_gradients",
     "tree_leaves",
+    "weight_norm_hooks",
 ]
 
 #: attribute of a convolution that ``padded_sides`` reads
@@ -218,3 +224,8 @@ def complete_momentum(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) 
             for p in group["params"]:
                 if id(p) in stepping and id(p) not in known:
                     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+def weight_norm_hooks(module: nn.Module) -> list[WeightNormHook]:
+    """Return what ``torch.nn.utils.weight_norm`` has put on a module: a ``name`` and a ``dim`` each."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNormHook)]

@@ -13,9 +13,10 @@ from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families import starts
 from lightning_sparse.families.common import SPARSITY
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
+from lightning_sparse.families.shares import floors
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
-from lightning_sparse.rules.budgets import Distribution, budget, floors
+from lightning_sparse.rules.budgets import Distribution, budget
 from lightning_sparse.trainer.guards import warn_of_equal_scores
 from lightning_sparse.trainer.probe import Probe, probing
 from lightning_sparse.weights.base import Weight
@@ -65,7 +66,8 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         chosen = [torch.ones_like(W, dtype=torch.bool, requires_grad=False) for W in probe.weights]
         sizes = [mask.numel() for mask in chosen]
         final = budget(self.sparsity_target, sum(sizes))
-        at_least = floors(self.min_layer_density, sizes, final)
+        weights = [self._weights[name] for name in probe.names]
+        at_least = floors(weights, self.min_layer_density, final)
         for k in budgets(sum(sizes), final, self.num_rounds):
             scores = self.scores(probe)
             for name, score in zip(probe.names, scores, strict=True):
@@ -76,7 +78,11 @@ class BeforeTraining(DenseOnly, MaskedCallback):
                     )
             alike = [name for name, score in zip(probe.names, scores, strict=True) if select.all_equal(score)]
             warn_of_equal_scores(self, alike)
-            chosen = select.global_top_k(scores, k, chosen, at_least)
+            ranked = [
+                select.first_of_rows(score, weight.nonempty, among)
+                for score, weight, among in zip(scores, weights, chosen, strict=True)
+            ]
+            chosen = select.global_top_k(ranked, k, chosen, at_least)
             for W, mask in zip(probe.weights, chosen, strict=True):
                 select.zero_outside_(W.data, mask)
         return chosen
@@ -108,7 +114,8 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         assert self._fit.module is not None
         with probing(self._fit.trainer, self._fit.module, [weight.name for weight in weights]) as probe:
             chosen = self.choose_masks(probe)
-        scaled = starts.made_anew(self, self._fit.module, {weight.name: weight.given for weight in weights})
+        outputs = {weight.name: weight.outputs.rows(weight.shape) for weight in weights}
+        scaled = starts.made_anew(self, self._fit.module, {weight.name: weight.given for weight in weights}, outputs)
         for weight, mask in zip(weights, chosen, strict=True):
             weight.keep(mask)
             if weight.name in scaled:
@@ -120,8 +127,7 @@ class BeforeTraining(DenseOnly, MaskedCallback):
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Leave all weights active until there are scores."""
-        sizes = [weight.size for weight in weights]
-        floors(self.min_layer_density, sizes, budget(self.sparsity_target, sum(sizes)))
+        floors(weights, self.min_layer_density, budget(self.sparsity_target, sum(weight.size for weight in weights)))
         self._scored = False
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from lightning_sparse.compat.options import option
 from lightning_sparse.families import magnitude, starts
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE, Interval, check_interval
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
+from lightning_sparse.families.shares import floors
 from lightning_sparse.layers.selection import ParameterChoice
-from lightning_sparse.rules.budgets import Scope, budget, floors
+from lightning_sparse.rules.budgets import Scope, budget
 from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval
 from lightning_sparse.rules.schedules import cubic
 from lightning_sparse.trainer.guards import REMEDY, listed, refuse_unknown_length
@@ -87,7 +88,7 @@ class GradualPruning(DenseOnly, MaskedCallback):
         super().on_train_start(trainer, pl_module)
         refuse_unknown_length(self, self.total_steps, f"of which it prunes in the first {self.end_at:.0%}")
         for group in self._groups:
-            floors(self.min_layer_density, [weight.size for weight in group.weights], self.final(group))
+            floors(group.weights, self.min_layer_density, self.final(group))
         ticks = [tick for tick in self.clock.ticks(int(self.total_steps) - 1) if tick <= self.span()[1]]
         rank_zero_info(
             f"{self!r} prunes {len(ticks)} times, every {self.every} steps from step {ticks[0]} to {ticks[-1]}, "

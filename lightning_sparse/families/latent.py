@@ -166,7 +166,9 @@ class LatentCallback(SparseCallback):
         else:
             self._weights = {choice.name: self._weights[choice.name] for choice in choices}
             for choice in choices:
-                self._weights[choice.name].move_to(choice.parameter, choice.transposed_groups)
+                _refuse_other_outputs(self, self._weights[choice.name], choice)
+                self._weights[choice.name].nonempty = choice.nonempty
+                self._weights[choice.name].move_to(choice.parameter, choice.outputs)
                 self._project(self._weights[choice.name])
         if self._thresholds and adoption != "resumed":
             self._thresholds.forget_places(self._weights.values())
@@ -189,7 +191,9 @@ class LatentCallback(SparseCallback):
     def _new(self, choice: ParameterChoice) -> LatentWeight:
         """Return a weight that begins with the parameter's values."""
         latent = choice.parameter.detach().clone()
-        weight = LatentWeight(choice.name, latent, self.new_buffers(latent), transposed_groups=choice.transposed_groups)
+        weight = LatentWeight(
+            choice.name, latent, self.new_buffers(latent), outputs=choice.outputs, nonempty=choice.nonempty
+        )
         for key in self.mask_names:
             weight.keep_mask(key, torch.tensor(True))
         if self._thresholds:
@@ -292,6 +296,18 @@ def _keep_mask(weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
     """Replace ``dP`` by ``dP * M``, M being the mask that stays."""
     assert weight.frozen is not None
     zero_outside_(dP, weight.matrix(weight.frozen, "M"))
+
+
+def _refuse_other_outputs(method: LatentCallback, weight: LatentWeight, choice: ParameterChoice) -> None:
+    """Raise if thresholds belong to other neurons than those of the layer now."""
+    per_neuron = weight.trained is not None and weight.trained.of_neurons
+    if per_neuron and weight.outputs != choice.outputs:
+        raise MisconfigurationException(
+            f"The state of {method!r} has thresholds of {weight.name} for neurons along dimension "
+            f"{weight.outputs.axis}, but those of {choice.kind} lie along dimension {choice.outputs.axis}. To go on as "
+            f"before, call lightning_sparse.register_layer with out_axis={weight.outputs.axis} for the layer's class; "
+            "to begin afresh, load the weights alone: MyModule.load_from_checkpoint(path)."
+        )
 
 
 @torch.no_grad()

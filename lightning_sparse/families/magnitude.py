@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from lightning_sparse.families.shares import layer_counts, least
 from lightning_sparse.rules import select
-from lightning_sparse.rules.budgets import Distribution, Scope, layer_counts, least, shrunk
+from lightning_sparse.rules.budgets import Distribution, Scope, shrunk
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import dense
 
@@ -37,14 +38,15 @@ def prune(
             [weight.W for weight in held],
             total,
             [weight.mask for weight in held],
-            [least(min_layer_density, weight.size) for weight in weights],
+            [least(weight, min_layer_density) for weight in weights],
             score=torch.abs,
         )
     else:
         ends = final_counts(weights, final, distribution, min_layer_density)
         counts = shrunk([weight.num_active for weight in held], list(ends.values()), total)
     for weight, count in zip(held, counts, strict=True):
-        weight.keep(select.top_k(weight.W.abs(), count, among=weight.mask))
+        magnitudes = select.first_of_rows(weight.W.abs(), weight.nonempty, among=weight.mask)
+        weight.keep(select.top_k(magnitudes, count, among=weight.mask))
 
 
 def final_counts(
@@ -54,5 +56,4 @@ def final_counts(
     min_layer_density: float,
 ) -> dict[str, int]:
     """Return how many connections each layer has in the end under ``scope="layer"``; arguments as of ``prune``."""
-    shapes = {weight.name: weight.shape for weight in weights}
-    return layer_counts(distribution, shapes, final, min_layer_density)
+    return layer_counts(weights, distribution, final, min_layer_density)

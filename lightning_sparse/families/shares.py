@@ -1,27 +1,79 @@
-"""How many connections layers lose to and win from each other, in an update that moves them between layers."""
+"""How many connections layers have at least, get of a budget, and lose to and win from each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from lightning_sparse.rules.budgets import apportion, least
+from lightning_sparse.rules import budgets
+from lightning_sparse.rules.budgets import Distribution, Stack, apportion
+from lightning_sparse.rules.matrices import Outputs
 from lightning_sparse.weights.base import Weight
 
-__all__ = ["droppable", "needed", "shared_out"]
+__all__ = ["droppable", "floors", "layer_counts", "least", "needed", "shared_out"]
+
+
+class _Sized(Protocol):
+    """What a share asks of a weight."""
+
+    name: str
+    outputs: Outputs
+    nonempty: Outputs | None
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+def _rows(weight: _Sized) -> int:
+    """Return the number of rows of a weight none of which may be empty."""
+    return 0 if weight.nonempty is None else weight.nonempty.rows(weight.shape)
+
+
+def least(weight: _Sized, min_layer_density: float) -> int:
+    """Return how many connections a weight keeps at least."""
+    return max(budgets.least(min_layer_density, weight.size), _rows(weight))
+
+
+def floors(weights: Sequence[_Sized], min_layer_density: float, total: int) -> list[int]:
+    """Return how many of ``total`` connections each weight keeps at least.
+
+    Raises:
+        ValueError: these alone are more than ``total``.
+    """
+    rows = [_rows(weight) for weight in weights]
+    return budgets.floors(min_layer_density, [weight.size for weight in weights], total, rows)
+
+
+def layer_counts(
+    weights: Sequence[_Sized],
+    distribution: Distribution | Mapping[str, float],
+    total: int,
+    min_layer_density: float,
+) -> dict[str, int]:
+    """Divide ``total`` connections among weights, by name; see ``budgets.layer_counts``."""
+    shapes = {weight.name: Stack(weight.shape) if weight.outputs.stacked else weight.shape for weight in weights}
+    rows = [_rows(weight) for weight in weights]
+    return budgets.layer_counts(distribution, shapes, total, min_layer_density, rows)
 
 
 def droppable(weights: Sequence[Weight], wanted: Sequence[int], min_layer_density: float) -> list[int]:
     """Return how many connections each layer loses to all: those ``wanted``, but not more than there is room for.
 
-    A layer keeps what ``min_layer_density`` asks for, counting the places it has free. A dense one may lose some.
+    A layer keeps what ``min_layer_density`` asks for, counting the places it has free, and one in each row that may not
+    be empty. A dense one may lose some.
     """
-    floors = [least(min_layer_density, weight.size) for weight in weights]
-    loss = [min(n, weight.size - floor) for weight, n, floor in zip(weights, wanted, floors, strict=True)]
+    loss = [
+        min(n, weight.size - least(weight, min_layer_density), weight.num_active - _rows(weight))
+        for weight, n in zip(weights, wanted, strict=True)
+    ]
     return apportion(min(sum(loss), sum(weight.num_inactive for weight in weights)), loss, loss)
 
 
 def needed(weights: Sequence[Weight], dropped: Sequence[int], min_layer_density: float) -> list[int]:
     """Return how many connections each layer must get back, having lost ``dropped``, for ``min_layer_density``."""
     left = [weight.num_active - n for weight, n in zip(weights, dropped, strict=True)]
-    return [max(0, least(min_layer_density, w.size) - n) for w, n in zip(weights, left, strict=True)]
+    return [max(0, least(weight, min_layer_density) - n) for weight, n in zip(weights, left, strict=True)]
 
 
 def shared_out(

@@ -34,7 +34,9 @@ class SoftThresholded(Thresholded):
     def settle(self, weight: LatentWeight) -> None:
         """Make ``W`` what it has shrunk to."""
         weight.thresholds.tau = self.level(weight.thresholds.per_row())
-        weight.write(weight.latent, partial(self.effective, weight))
+        P = torch.empty_like(weight.latent)
+        weight.write(P, partial(self.effective, weight))
+        weight.latent.copy_(P)
 
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
         """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay."""

@@ -11,9 +11,11 @@ from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat.compiled import plain_name
 from lightning_sparse.compat.lightning import MisconfigurationException, rank_zero_info
+from lightning_sparse.families.shares import floors, layer_counts, least
 from lightning_sparse.layers.seen import behind_seen_norms
 from lightning_sparse.rules import select
-from lightning_sparse.rules.budgets import Distribution, budget, floors, layer_counts, least
+from lightning_sparse.rules.budgets import Distribution, budget
+from lightning_sparse.rules.matrices import as_matrix
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.rules.trained import looks_trained
 from lightning_sparse.trainer.fit import Fit
@@ -92,17 +94,20 @@ def begin(method: _Method, weights: Sequence[Weight], sparsity: float | None) ->
             weight.scale_to_fan_in_()
 
 
-def made_anew(method: _Scaling, module: nn.Module | None, values: Mapping[str, Tensor]) -> set[str]:
+def made_anew(
+    method: _Scaling, module: nn.Module | None, values: Mapping[str, Tensor], outputs: Mapping[str, int]
+) -> set[str]:
     """Return the names of the weights whose first values a method is to scale; tell of those that look trained.
 
     Args:
         method: that keeps weights by what they are, or by what the loss says of them.
         module: that has the weights; None: its batch norms cannot be asked.
         values: the weights by name.
+        outputs: the number of outputs of each.
     """
     if not method.scale_init:
         return set()
-    seen = behind_seen_norms(module, {name: tuple(W.shape) for name, W in values.items()}) if module else set()
+    seen = behind_seen_norms(module, outputs) if module else set()
     trained = [name for name, W in values.items() if name in seen or looks_trained(W)]
     if trained:
         rank_zero_info(f"{method!r} does not scale {', '.join(trained)} to the connections left: they look trained.")
@@ -131,24 +136,24 @@ def _random(method: _Method, weights: Sequence[Weight], sparsity: float | None) 
     for weight, n in zip(weights, _shares(method, weights, sparsity), strict=True):
         if sparsity:
             method._fit.drawn[weight.name] = not weight.given.is_meta and looks_trained(weight.given)
-        yield method.pattern.draw(n, weight.shape, method.generator)
+        yield method.pattern.draw(n, weight.shape, method.generator, weight.nonempty)
 
 
 def _magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
     """Take the largest of each layer, as many as the distribution gives."""
     for weight, n in zip(weights, _shares(method, weights, sparsity), strict=True):
-        yield select.top_k_positions(_finite(method, weight).abs(), n)
+        yield select.top_k_positions(select.first_of_rows(_finite(method, weight).abs(), weight.nonempty), n)
 
 
 def _global_magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
     """Take the largest of all layers, but of each as many as ``min_layer_density`` asks for."""
-    total, sizes = _total(weights, sparsity), [weight.size for weight in weights]
+    total = _total(weights, sparsity)
     given = [_finite(method, weight) for weight in weights]
     everywhere = [torch.ones_like(W, dtype=torch.bool) for W in given]
-    at_least = floors(method.min_layer_density, sizes, total)
+    at_least = floors(weights, method.min_layer_density, total)
     counts = select.count_global_top_k(given, total, everywhere, at_least, score=torch.abs)
-    for W, n in zip(given, counts, strict=True):
-        yield select.top_k_positions(W.abs(), n)
+    for weight, W, n in zip(weights, given, counts, strict=True):
+        yield select.top_k_positions(select.first_of_rows(W.abs(), weight.nonempty), n)
 
 
 def _zeros(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -191,9 +196,8 @@ def _total(weights: Sequence[Weight], sparsity: float | None) -> int:
 
 def _shares(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> list[int]:
     """Return the number of connections of each weight."""
-    shapes = {weight.name: weight.shape for weight in weights}
     total = _total(weights, sparsity)
-    return list(layer_counts(method.distribution, shapes, total, method.min_layer_density).values())
+    return list(layer_counts(weights, method.distribution, total, method.min_layer_density).values())
 
 
 def _given(method: _Method, weight: Weight) -> Tensor:
@@ -230,8 +234,14 @@ def _finite(method: _Method, weight: Weight) -> Tensor:
 
 
 def refuse_found(method: _Method, weights: Sequence[Weight]) -> None:
-    """Raise if the zeros are to be kept, and there are none, or if a layer has less than ``min_layer_density``."""
-    below = [w.name for w in weights if w.num_active < least(method.min_layer_density, w.size)]
+    """Raise if the zeros are to be kept, and there are none, or if a layer, or a row, has too few connections."""
+    empty = [w.name for w in weights if w.nonempty and not as_matrix(w.mask, w.nonempty).any(1).all()]
+    if empty:
+        raise MisconfigurationException(
+            f"{method!r} must leave a connection in each row of {', '.join(empty)}, which is divided by its norm, as "
+            "by weight_norm, but some begin with none: 0 / 0. Give another start, or leave it dense with exclude."
+        )
+    below = [w.name for w in weights if w.num_active < least(w, method.min_layer_density)]
     if below:
         raise MisconfigurationException(
             f"{method!r} must leave every layer a density of min_layer_density={method.min_layer_density!r}, but "
@@ -287,8 +297,8 @@ def _refuse_other_mask(method: _Method, path: str, weight: Weight, masks: Mappin
 
 def warn_of_trained(method: _Method, module: nn.Module, weights: Mapping[str, Weight]) -> None:
     """Warn if random connections have been drawn in place of a trained network's, and most of it is lost."""
-    shapes = {name: weights[name].shape for name in method._fit.drawn}
-    seen = behind_seen_norms(module, shapes)
+    outputs = {name: weights[name].outputs.rows(weights[name].shape) for name in method._fit.drawn}
+    seen = behind_seen_norms(module, outputs)
     trained = [name for name, looks in method._fit.drawn.items() if looks or name in seen]
     method._fit.drawn.clear()
     if trained:

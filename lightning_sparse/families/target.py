@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse.rules.budgets import budget, floors, least
+from lightning_sparse.families.shares import floors, least
+from lightning_sparse.rules.budgets import budget
 from lightning_sparse.rules.level import Cut, Look, Near, cuts, evenly
+from lightning_sparse.rules.matrices import as_matrix, write_matrix
 from lightning_sparse.rules.schedules import cubic
-from lightning_sparse.rules.select import positions
+from lightning_sparse.rules.select import positions, top_k
 from lightning_sparse.trainer.guards import refuse_unknown_length
 from lightning_sparse.trainer.updates import skips
 from lightning_sparse.weights.latent import LatentGroup, LatentWeight
@@ -94,7 +96,7 @@ class Target:
         method = self.method
         refuse_unknown_length(method, method.total_steps, f"of which it prunes in the first {method.end_at:.0%}")
         for plan in self._plans.values():
-            floors(method.min_layer_density, [weight.size for weight in plan.group.weights], self.final(plan))
+            floors(plan.group.weights, method.min_layer_density, self.final(plan))
 
     def join(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Bring weights that join a plan under way to what it leaves of them."""
@@ -182,7 +184,7 @@ class Target:
 
     def _bring(self, plan: Plan, weights: Sequence[LatentWeight], k: int) -> None:
         """Leave ``k`` of some weights, for good if the plan has come to its end."""
-        lowest = [least(self.method.min_layer_density, weight.size) for weight in weights]
+        lowest = [least(weight, self.method.min_layer_density) for weight in weights]
         found, plan.look = cuts(partial(self._near, weights), k, lowest, plan.look)
         frozen = self._chosen(weights, found) if plan.updates >= self.span()[1] else []
         for weight, cut in zip(weights, found, strict=True):
@@ -219,7 +221,8 @@ class Target:
             margins = [self._all_margins(weights[i]) for i in ours]
             chosen = _largest(torch.cat([each.reshape(-1) for each in margins]), cut)
             parts = torch.split(chosen, [each.numel() for each in margins])
-            masks |= {i: part.view(each.shape) for i, each, part in zip(ours, margins, parts, strict=True)}
+            for i, each, part in zip(ours, margins, parts, strict=True):
+                masks[i] = _without_empty_rows(weights[i], each, part.view(each.shape))
         return [masks[i] for i in range(len(weights))]
 
     def _all_margins(self, weight: LatentWeight) -> Tensor:
@@ -259,6 +262,26 @@ def _count(weight: LatentWeight) -> int:
 def _exact(x: Tensor) -> Tensor:
     """Return numbers in double precision, where any device has it."""
     return x.cpu().double()
+
+
+def _without_empty_rows(weight: LatentWeight, margins: Tensor, mask: Tensor) -> Tensor:
+    """Return a mask, as a matrix, with as many ones, but one in each row that must not be empty.
+
+    Such a row has its largest ``|W|``, as ``LatentWeight.write`` gives it; what has the least margins makes room.
+    """
+    rows = weight.nonempty
+    if rows is None:
+        return mask
+    scores = torch.empty_like(weight.latent, device="cpu", dtype=margins.dtype)
+    held = torch.empty_like(weight.latent, device="cpu", dtype=torch.bool)
+    for x, matrix in ((scores, margins), (held, mask)):
+        write_matrix(x, weight.matrix(x).copy_(matrix), weight.outputs)
+    by_margin, by_size = as_matrix(scores, rows), as_matrix(weight.latent.abs().cpu(), rows)
+    occupied = as_matrix(held, rows).any(1, keepdim=True)
+    first = torch.where(occupied, by_margin.argmax(1, keepdim=True), by_size.argmax(1, keepdim=True))
+    write_matrix(scores, by_margin.scatter(1, first, math.inf), rows)
+    count = max(int(mask.count_nonzero()), rows.rows(weight.shape))
+    return weight.matrix(held.copy_(top_k(scores, count)))
 
 
 def _largest(margins: Tensor, cut: Cut) -> Tensor:

@@ -197,7 +197,7 @@ class Thresholds:
     def begin(self, weight: LatentWeight) -> None:
         """Give a new weight its thresholds."""
         start = dict.fromkeys(self.method.threshold_names, 0.0) | {"t": self.method.init_threshold or 0.0}
-        weight.trained = WeightThresholds.new(weight.latent, weight.transposed_groups, self.method.granularity, start)
+        weight.trained = WeightThresholds.new(weight.latent, weight.outputs, self.method.granularity, start)
 
     def join(self, optimizer: Optimizer, group: dict[str, Any], weights: Sequence[LatentWeight]) -> None:
         """Put the thresholds of ``weights`` into their param group."""

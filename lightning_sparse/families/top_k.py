@@ -13,9 +13,10 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families import common, starts
 from lightning_sparse.families.latent import LatentCallback, LatentGroup, LatentWeight
+from lightning_sparse.families.shares import floors, layer_counts
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
-from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors, layer_counts, shrunk
+from lightning_sparse.rules.budgets import Distribution, Scope, budget, shrunk
 from lightning_sparse.trainer.guards import refuse_other_sparsity, warn_of_equal_scores
 from lightning_sparse.trainer.updates import skips
 
@@ -92,7 +93,7 @@ class TopKCallback(LatentCallback):
         total = self.active(weights, updates)
         if self.scope == "layer":
             return shrunk(sizes, self.final_counts(weights), total)
-        return self.largest(weights, total, floors(self.min_layer_density, sizes, total))
+        return self.largest(weights, total, floors(weights, self.min_layer_density, total))
 
     def final_counts(self, weights: Sequence[LatentWeight]) -> list[int]:
         """Return how many of each weight the asked sparsity leaves at least.
@@ -101,9 +102,9 @@ class TopKCallback(LatentCallback):
             ValueError: the distribution, or the least density of a layer, cannot be met.
         """
         if self.scope == "layer":
-            shapes = {weight.name: tuple(weight.latent.shape) for weight in weights}
-            return list(layer_counts(self.distribution, shapes, self.final(weights), self.min_layer_density).values())
-        return floors(self.min_layer_density, [weight.size for weight in weights], self.final(weights))
+            counts = layer_counts(weights, self.distribution, self.final(weights), self.min_layer_density)
+            return list(counts.values())
+        return floors(weights, self.min_layer_density, self.final(weights))
 
     def largest(self, weights: Sequence[LatentWeight], total: int, floors: Sequence[int]) -> list[int]:
         """Return how many of the ``total`` largest scores of all lie in each weight, ``floors`` of them in any case."""
@@ -113,7 +114,8 @@ class TopKCallback(LatentCallback):
     def mark(self, weight: LatentWeight, key: str, count: int) -> None:
         """Write the set of the ``count`` largest scores, in the weight's order of memory."""
         mask = torch.empty_like(weight.latent, dtype=torch.bool)
-        weight.buffers[key] = mask.copy_(select.top_k(self.scores(weight), count))
+        scores = select.first_of_rows(self.scores(weight), weight.nonempty)
+        weight.buffers[key] = mask.copy_(select.top_k(scores, count))
 
     # ------------------------------------------------------------------ a fit begins
 
@@ -151,7 +153,8 @@ class TopKCallback(LatentCallback):
         """Choose the sets of new weights among themselves, by the clock of their group."""
         if not weights:
             return
-        scaled = starts.made_anew(self, self._fit.module, {weight.name: weight.latent for weight in weights})
+        outputs = {weight.name: weight.outputs.rows(weight.shape) for weight in weights}
+        scaled = starts.made_anew(self, self._fit.module, {weight.name: weight.latent for weight in weights}, outputs)
         for weight in weights:
             self.begin(weight)
         self.choose(weights, group.updates)

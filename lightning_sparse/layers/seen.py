@@ -11,7 +11,7 @@ __all__ = ["behind_seen_norms"]
 _BATCHES = 10  # more than examples that a module sends through itself to find shapes
 
 
-def behind_seen_norms(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+def behind_seen_norms(module: nn.Module, outputs: Mapping[str, int]) -> set[str]:
     """Return the names of weights that may belong to a batch norm with the statistics of a training.
 
     These are the weights in the same part of the module with as many outputs as the norm has features. Norms that are
@@ -19,15 +19,15 @@ def behind_seen_norms(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
 
     Args:
         module: that has the weights.
-        shapes: the weights' shapes by name.
+        outputs: the number of outputs of each weight by name.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Conv1d(1, 8, 3), nn.BatchNorm1d(8), nn.Conv1d(8, 2, 3))
-    >>> shapes = {name: tuple(p.shape) for name, p in net.named_parameters() if p.ndim == 3}
-    >>> before = behind_seen_norms(net, shapes)
+    >>> outputs = {name: len(p) for name, p in net.named_parameters() if p.ndim == 3}
+    >>> before = behind_seen_norms(net, outputs)
     >>> for _ in range(10):
     ...     _ = net(torch.randn(4, 1, 9))
-    >>> before, behind_seen_norms(net, shapes)
+    >>> before, behind_seen_norms(net, outputs)
     (set(), {'0.weight'})
     """
     found = set()
@@ -35,7 +35,7 @@ def behind_seen_norms(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
         if isinstance(norm, RunningNorm) and _has_seen(norm):
             part = name.rpartition(".")[0]
             prefix = f"{part}." if part else ""
-            found |= {n for n, shape in shapes.items() if n.startswith(prefix) and shape[0] == norm.num_features}
+            found |= {n for n, number in outputs.items() if n.startswith(prefix) and number == norm.num_features}
     return found
 
 

@@ -15,11 +15,14 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import MisconfigurationException
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.families.shares import needed
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Scope
+from lightning_sparse.trainer.guards import listed
 from lightning_sparse.weights.base import Weight, finite, param_group
 from lightning_sparse.weights.masked import MaskedWeight, dense
 
@@ -64,6 +67,16 @@ class DeepR(DenseOnly, MaskedCallback):
     def mask_versions(self) -> dict[str, int]:
         """Nothing to go by: connections may move at every step."""
         return {}
+
+    def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
+        """Raise if rows must not be empty: connections that move begin so near 0 that a row's norm is."""
+        super().refuse_choices(choices)
+        names = [choice.name for choice in choices if choice.nonempty is not None]
+        if names:
+            raise MisconfigurationException(
+                f"{self!r} moves connections to values of {NEW}, but each row of {listed(names)} is divided by its "
+                "norm, as by weight_norm. Leave it dense with exclude, or take another method, such as SET."
+            )
 
     def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Fix the signs."""

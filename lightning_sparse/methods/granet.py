@@ -65,6 +65,6 @@ class GraNet(GradualPruning):
         free = [w.largest_gradients(min(portion(fraction, w.num_active), w.num_inactive)) for w in weights]
         self.prune(group)
         for weight, (found, gradients) in zip(weights, free, strict=True):  # what was just pruned does not come back
-            n = min(portion(fraction, weight.num_active), len(found))
+            n = min(portion(fraction, weight.num_active), len(found), self.pattern.num_movable(weight))
             dropped = self.pattern.drop(weight, criteria.magnitude(weight), n)
             weight.rewire(dropped, found[select.top_k_positions(gradients, n, order=ties.at(found, weight.shape))])

@@ -26,8 +26,9 @@ from lightning_sparse.families import magnitude
 from lightning_sparse.families.before_training import budgets
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
+from lightning_sparse.families.shares import floors
 from lightning_sparse.layers.selection import ParameterChoice
-from lightning_sparse.rules.budgets import Distribution, Scope, budget, floors
+from lightning_sparse.rules.budgets import Distribution, Scope, budget
 from lightning_sparse.rules.trainings import Trainings, gentle_rounds, good_totals, settled
 from lightning_sparse.trainer.fit import epochs
 from lightning_sparse.trainer.guards import refuse_older_state, warn_of_equal_scores
@@ -111,8 +112,7 @@ class LotteryTicket(DenseOnly, MaskedCallback):
         self._refuse_early_average(trainer)
         self._warn_of_long_schedules(trainer, pl_module)
         for group in self._groups:
-            sizes = [weight.size for weight in group.weights]
-            floors(self.min_layer_density, sizes, self.count(group.weights, self._rounds))
+            floors(group.weights, self.min_layer_density, self.count(group.weights, self._rounds))
 
     def _divide(self, trainer: Trainer) -> Trainings:
         """Divide this fit into its trainings: in steps; in epochs, which then count as one step, if data are endless.

@@ -19,9 +19,11 @@ from torch import Tensor
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
+from lightning_sparse.families.shares import least
 from lightning_sparse.layers.unit_activity import Activity, GradientSketch, Hooks, SynapticFlow, readable
 from lightning_sparse.rules import sampling, select, ties
-from lightning_sparse.rules.budgets import Distribution, apportion, least, portion
+from lightning_sparse.rules.budgets import Distribution, apportion, portion
+from lightning_sparse.rules.patterns import first_of_rows
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["GSE", "MemoryEfficientDST"]
@@ -96,13 +98,14 @@ class MemoryEfficientDST(PruneAndGrow):
 
     def update(self, weights: Sequence[Weight], fraction: float, scale: float) -> None:
         """Drop the smallest ``|W|`` of all layers and grow the largest ``|dP|`` of all their subsets."""
-        kept = [min(least(self.min_layer_density, weight.size), weight.num_active) for weight in weights]
+        kept = [min(least(weight, self.min_layer_density), weight.num_active) for weight in weights]
         active, room = sum(weight.num_active for weight in weights), sum(weight.num_inactive for weight in weights)
         n = min(portion(fraction, active), active - sum(kept), room)  # |P|
         counts = self.subset_counts(weights, n)
         n = min(n, sum(counts))
         held = [weight.active_indices for weight in weights]
-        staying = largest(weights, held, [weight.magnitudes for weight in weights], active - n, kept)
+        magnitudes = [first_of_rows(weight, weight.magnitudes) for weight in weights]
+        staying = largest(weights, held, magnitudes, active - n, kept)
         subsets = self.subsets(weights, counts)
         gradients = [weight.gradient_at(subset).abs() for weight, subset in zip(weights, subsets, strict=True)]
         best = largest(weights, subsets, gradients, n, [0] * len(weights))

@@ -193,7 +193,7 @@ def _fill_with_means(weight: LatentWeight, state: Tensor, before: Tensor) -> Non
     exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
     means = mean_of_others((exact * staying).sum(1), staying.sum(1), torch.arange(len(rows), device=rows.device), 0.0)
     entering = entering & weight.matrix(weight.buffers["B"])
-    write_matrix(state, torch.where(entering, means[:, None].to(rows.dtype), rows), weight.transposed_groups)
+    write_matrix(state, torch.where(entering, means[:, None].to(rows.dtype), rows), weight.outputs)
 
 
 def _either(mask: Tensor, inside: float, outside: float, like: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.accounting import masks
-from lightning_sparse.layers.selection import select_parameters
-from lightning_sparse.rules.matrices import as_matrix
+from lightning_sparse.layers.selection import ParameterChoice, select_parameters
+from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, outputs_first
 from lightning_sparse.trainer.callback import SparseCallback
 
 __all__ = ["COUNTS", "Layer", "layers_of", "picture"]
@@ -29,15 +29,15 @@ class Layer:
     Attributes:
         name: of the parameter in the LightningModule.
         shape: of the weight, dense.
-        groups: of a convolution.
-        transposed_groups: see ``layers.selection.ParameterChoice``.
+        groups: parts with inputs and outputs of their own: those of a convolution, or the matrices of a stack.
+        outputs: where the layer's outputs lie.
         method: that makes it sparse; None in a dense run.
     """
 
     name: str
     shape: tuple[int, ...]
     groups: int
-    transposed_groups: int
+    outputs: Outputs
     method: SparseCallback | None
 
     @property
@@ -48,12 +48,12 @@ class Layer:
     @property
     def neurons(self) -> int:
         """Number of outputs: features or channels."""
-        return self.shape[1] * self.transposed_groups if self.transposed_groups else self.shape[0]
+        return self.outputs.rows(self.shape)
 
     @property
     def inputs(self) -> int:
         """Number of inputs: features or channels."""
-        return self.shape[0] if self.transposed_groups else self.shape[1] * self.groups
+        return self.groups * outputs_first(torch.empty(self.shape, device="meta"), self.outputs).shape[1]
 
     def mask(self) -> Tensor:
         """Return where the weight is active now."""
@@ -72,8 +72,8 @@ def layers_of(module: nn.Module, methods: Sequence[SparseCallback]) -> list[Laye
         Layer(
             name,
             choice.shape,
-            int(getattr(module.get_submodule(name.rpartition(".")[0]), "groups", 1)),
-            choice.transposed_groups,
+            _groups(module, choice),
+            choice.outputs,
             owners[name],
         )
         for name, choice in choices.items()
@@ -81,18 +81,24 @@ def layers_of(module: nn.Module, methods: Sequence[SparseCallback]) -> list[Laye
     ]
 
 
+def _groups(module: nn.Module, choice: ParameterChoice) -> int:
+    """Return the number of parts of a weight with inputs and outputs of their own."""
+    if choice.outputs != FIRST:
+        return choice.outputs.groups
+    layer = module.get_submodule(choice.name.rpartition(".")[0])
+    return int(getattr(layer, "groups", 1))
+
+
 def picture(layer: Layer, mask: Tensor) -> dict[str, Any]:
     """Return what a look at a mask as a matrix tells: empty neurons and inputs, and its picture."""
-    matrix = as_matrix(mask, layer.transposed_groups)
-    # the rows of a transposed convolution's weight are its inputs
-    empty_inputs = masks.empty_neurons(mask) if layer.transposed_groups else masks.empty_inputs(mask, layer.groups)
+    matrix, plain = as_matrix(mask, layer.outputs), outputs_first(mask, layer.outputs)
     cells, (rows, columns) = masks.cells(matrix), matrix.shape
     # many numbers of few values: looking their texts up is ten times as fast as json.dumps
     texts = [", ".join(map(_THOUSANDTHS.__getitem__, row)) for row in (1000 * cells).round().int().tolist()]
     return {
         "empty_neurons": masks.empty_neurons(matrix),
-        "empty_inputs": empty_inputs,
-        "shrunk_size": masks.shrunk_size(mask, layer.transposed_groups or layer.groups),
+        "empty_inputs": masks.empty_inputs(plain, layer.groups),
+        "shrunk_size": masks.shrunk_size(plain, layer.groups),
         "rows": rows,
         "columns": columns,
         "cells": cells,

@@ -14,6 +14,7 @@ __all__ = [
     "DISTRIBUTIONS",
     "Distribution",
     "Scope",
+    "Stack",
     "apportion",
     "budget",
     "er",
@@ -28,6 +29,14 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
+
+
+class Stack(tuple[int, ...]):
+    """The shape of a stack of matrices, such as experts: the first dimension counts them."""
+
+    __slots__ = ()
+
+
 Distribution = Literal["erk", "er", "uniform", "uniform_first_dense"]
 Scope = Literal["global", "layer"]
 
@@ -65,8 +74,14 @@ def least(density: float, size: int) -> int:
     return math.ceil(_exact(density) * size)
 
 
-def floors(density: float, sizes: Sequence[int], total: int) -> list[int]:
+def floors(density: float, sizes: Sequence[int], total: int, rows: Sequence[int] | None = None) -> list[int]:
     """Return the number of weights that each layer of a budget keeps at least.
+
+    Args:
+        density: the least of each layer.
+        sizes: of the layers.
+        total: the budget.
+        rows: number of rows of each layer none of which may be empty; None: any may.
 
     Raises:
         ValueError: these alone are above the budget.
@@ -76,6 +91,12 @@ def floors(density: float, sizes: Sequence[int], total: int) -> list[int]:
         raise ValueError(
             f"min_layer_density={density} alone takes {sum(lowest)} weights, the budget is {total}. "
             "Lower it or sparsity."
+        )
+    lowest = [max(n, row) for n, row in zip(lowest, rows or [0] * len(lowest), strict=True)]
+    if sum(lowest) > total:
+        raise ValueError(
+            f"a weight in each row that is divided by its norm, as by weight_norm, takes {sum(lowest)} weights, the "
+            f"budget is {total}. Lower sparsity, or leave such layers dense with exclude."
         )
     return lowest
 
@@ -153,7 +174,7 @@ def er(shapes: Sequence[Shape], total: int) -> list[int]:
     >>> er([(10, 10), (10, 40)], 70)
     [20, 50]
     """
-    weights = [(s[0] + s[1]) * math.prod(s[2:]) for s in shapes]
+    weights = [n * (s[0] + s[1]) * math.prod(s[2:]) for n, s in map(_matrices, shapes)]
     return apportion(total, weights, [math.prod(shape) for shape in shapes])
 
 
@@ -165,7 +186,12 @@ def erk(shapes: Sequence[Shape], total: int) -> list[int]:
     >>> erk([(8, 4, 3, 3), (10, 8)], 180)
     [100, 80]
     """
-    return apportion(total, [sum(shape) for shape in shapes], [math.prod(shape) for shape in shapes])
+    return apportion(total, [n * sum(s) for n, s in map(_matrices, shapes)], [math.prod(shape) for shape in shapes])
+
+
+def _matrices(shape: Shape) -> tuple[int, Shape]:
+    """Return the number of matrices of a layer and the shape of one."""
+    return (shape[0], tuple(shape[1:])) if isinstance(shape, Stack) else (1, shape)
 
 
 DISTRIBUTIONS: dict[str, Callable[[Sequence[Shape], int], list[int]]] = {
@@ -174,7 +200,11 @@ DISTRIBUTIONS: dict[str, Callable[[Sequence[Shape], int], list[int]]] = {
 
 
 def layer_counts(
-    distribution: Distribution | Mapping[str, float], shapes: Mapping[str, Shape], total: int, floor: float = 0.0
+    distribution: Distribution | Mapping[str, float],
+    shapes: Mapping[str, Shape],
+    total: int,
+    floor: float = 0.0,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """Return the number of active weights of each layer, ``total`` in all.
 
@@ -184,6 +214,7 @@ def layer_counts(
         shapes: the weights' shapes by name.
         total: the budget.
         floor: the least density of a layer.
+        rows: number of rows of each layer none of which may be empty; None: any may.
 
     Raises:
         ValueError: the densities given do not add up to the budget.
@@ -193,7 +224,7 @@ def layer_counts(
         counts = dict(zip(names, DISTRIBUTIONS[distribution](list(shapes.values()), total), strict=True))
     else:
         counts = _by_pattern(distribution, sizes, total)
-    lowest = dict(zip(names, floors(floor, list(sizes.values()), total), strict=True))
+    lowest = dict(zip(names, floors(floor, list(sizes.values()), total, rows), strict=True))
     raised = [name for name in names if counts[name] < lowest[name]]
     if raised:
         rest = [name for name in names if name not in raised]

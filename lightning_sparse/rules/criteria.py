@@ -4,6 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightning_sparse.rules.matrices import Outputs
+
 __all__ = ["Connections", "magnitude", "magnitude_and_gradient", "mean_momentum"]
 
 
@@ -17,6 +19,14 @@ class Connections(Protocol):
     @property
     def size(self) -> int:
         """Number of connections there might be."""
+
+    @property
+    def num_active(self) -> int:
+        """Number of active connections."""
+
+    @property
+    def nonempty(self) -> Outputs | None:
+        """Where rows lie of which each keeps a connection; None: any may be empty."""
 
     @property
     def num_inactive(self) -> int:

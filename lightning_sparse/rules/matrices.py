@@ -1,24 +1,57 @@
 """Weights as matrices: what each output reads is a row."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_matrix", "row_sums", "rows_of", "write_matrix"]
+__all__ = ["FIRST", "Outputs", "as_matrix", "outputs_first", "row_sums", "rows_of", "write_matrix"]
 
 
-def as_matrix(x: Tensor, transposed_groups: int = 0) -> Tensor:
+class Outputs(NamedTuple):
+    """Where a layer's outputs lie in its weight.
+
+    Attributes:
+        axis: the dimension along which they lie.
+        groups: the first dimension has so many parts with outputs of their own: the groups of a transposed
+            convolution, or the matrices of a stack; 1 where outputs lie along the first dimension alone.
+        stacked: the first dimension counts matrices, such as experts.
+
+    >>> Outputs(axis=1).rows((3, 5)), Outputs(axis=1, groups=4, stacked=True).rows((4, 5, 3))
+    (5, 20)
+    """
+
+    axis: int = 0
+    groups: int = 1
+    stacked: bool = False
+
+    def rows(self, shape: Sequence[int]) -> int:
+        """Return the number of outputs of a weight of this ``shape``."""
+        return self.groups * shape[self.axis]
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> "Outputs":
+        """Return those of a weight in a checkpoint; earlier versions knew transposed convolutions alone."""
+        if "outputs" in state:
+            return cls(**state["outputs"])
+        groups = state["transposed_groups"]
+        return cls(1, groups) if groups else FIRST
+
+
+#: of most layers
+FIRST = Outputs()
+
+
+def as_matrix(x: Tensor, outputs: Outputs = FIRST) -> Tensor:
     """Return ``x``, a weight or one of its like, as a matrix ``(out, n)``: a view wherever its layout allows.
 
     ``n`` runs over what one output neuron or filter reads, in the order of memory: two tensors pair up if their
     strides are equal.
     """
-    if transposed_groups:
-        inputs, per_group = x.shape[:2]
-        grouped = x.reshape(transposed_groups, inputs // transposed_groups, per_group, -1)
-        return grouped.transpose(1, 2).reshape(transposed_groups * per_group, -1)
+    if outputs != FIRST:
+        return _parts(x, outputs).reshape(outputs.rows(x.shape), -1)
     if x.ndim == 2:
         return x
     for layout in (torch.channels_last, torch.channels_last_3d):
@@ -27,28 +60,45 @@ def as_matrix(x: Tensor, transposed_groups: int = 0) -> Tensor:
     return x.reshape(len(x), -1)
 
 
-def write_matrix(x: Tensor, matrix: Tensor, transposed_groups: int = 0) -> None:
+def write_matrix(x: Tensor, matrix: Tensor, outputs: Outputs = FIRST) -> None:
     """Bring ``matrix``, got from ``as_matrix(x)``, back into ``x``, unless it is a view of it."""
     if matrix.data_ptr() == x.data_ptr():
         return
-    if transposed_groups:
-        inputs, per_group = x.shape[:2]
-        grouped = matrix.reshape(transposed_groups, per_group, inputs // transposed_groups, -1)
-        matrix = grouped.transpose(1, 2)
-    x.copy_(matrix.reshape(x.shape))
+    like = x if outputs == FIRST else _parts(x, outputs)
+    like.copy_(matrix.reshape(like.shape))
 
 
-def rows_of(positions: Tensor, shape: Sequence[int], transposed_groups: int = 0) -> Tensor:
+def outputs_first(x: Tensor, outputs: Outputs) -> Tensor:
+    """Return ``x`` with its dimensions in the order of a plain layer, ``(out, in / groups, ...)``.
+
+    >>> outputs_first(torch.tensor([[1, 2, 3], [4, 5, 6]]), Outputs(axis=1))
+    tensor([[1, 4],
+            [2, 5],
+            [3, 6]])
+    """
+    return x if outputs == FIRST else _parts(x, outputs).flatten(0, 1)
+
+
+def _parts(x: Tensor, outputs: Outputs) -> Tensor:
+    """Return ``x`` as a view ``(groups, out / groups, in / groups, ...)``."""
+    if outputs.stacked:
+        return x.movedim(outputs.axis, 1)
+    parts: Tensor = torch.unflatten(x, 0, (outputs.groups, -1))
+    return parts.movedim(outputs.axis + 1, 1)
+
+
+def rows_of(positions: Tensor, shape: Sequence[int], outputs: Outputs = FIRST) -> Tensor:
     """Return the row of ``as_matrix`` that each flat position of a weight of ``shape`` is in.
 
     >>> rows_of(torch.tensor([0, 3, 5]), (2, 3))
     tensor([0, 1, 1])
     """
-    if not transposed_groups:
-        return positions.div(math.prod(shape[1:]), rounding_mode="floor")
-    inputs, per_group, kernel = shape[0], shape[1], math.prod(shape[2:])
-    group = positions.div(inputs // transposed_groups * per_group * kernel, rounding_mode="floor")
-    return group * per_group + positions.div(kernel, rounding_mode="floor") % per_group
+    axis, groups, _ = outputs
+    row = positions.div(math.prod(shape[axis + 1 :]), rounding_mode="floor")
+    if outputs == FIRST:
+        return row
+    group = positions.div(math.prod(shape) // groups, rounding_mode="floor")
+    return group * shape[axis] + row % shape[axis]
 
 
 def row_sums(values: Tensor, lengths: Tensor) -> Tensor:

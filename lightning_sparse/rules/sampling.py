@@ -10,11 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from lightning_sparse.rules.matrices import Outputs, as_matrix
+
 __all__ = [
     "distinct",
     "draw",
     "free_positions",
     "merged",
+    "one_a_row",
     "probabilities",
     "subset",
     "unit_sums",
@@ -116,6 +119,13 @@ def free_positions(n: int, taken: Tensor, size: int, generator: Generator) -> Te
     ranks = distinct(n, free, generator)
     free_before = torch.arange(len(taken)).neg_().add_(taken)
     return ranks.add_(torch.searchsorted(free_before, ranks, right=True))
+
+
+def one_a_row(shape: Sequence[int], rows: Outputs, generator: Generator) -> Tensor:
+    """Draw a position in each row of a weight of this ``shape``, all of a row equally likely; return them ascending."""
+    places = as_matrix(torch.arange(math.prod(shape)).view(*shape), rows)
+    drawn = torch.randint(places.shape[1], (len(places), 1), generator=generator)
+    return places.gather(1, drawn).reshape(-1).sort().values
 
 
 def merged(a: Tensor, b: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lightning_sparse.rules import ties
 from lightning_sparse.rules.budgets import apportion
-from lightning_sparse.rules.matrices import as_matrix
+from lightning_sparse.rules.matrices import Outputs, as_matrix, write_matrix
 
 __all__ = [
     "all_equal",
     "count",
     "count_global_top_k",
+    "first_of_rows",
     "global_top_k",
     "largest",
     "largest_or_above",
@@ -224,6 +225,29 @@ def largest(
             at_least = float(best.min())
     kept = top_k_positions(best, min(k, len(best)), order=ties.at(places, shape))
     return places[kept].cpu(), best[kept].cpu()
+
+
+def first_of_rows(scores: Tensor, rows: Outputs | None, among: Tensor | None = None) -> Tensor:
+    """Return scores by which a selection leaves no row empty: the largest of each row is infinite.
+
+    Args:
+        scores: of a weight, of its shape.
+        rows: where they lie; None: any may be empty, and the scores are as they are.
+        among: the candidates, a boolean tensor of the same shape; default: all.
+
+    >>> first_of_rows(torch.tensor([[3.0, 4.0], [2.0, 1.0]]), Outputs())
+    tensor([[3., inf],
+            [inf, 1.]])
+    """
+    if rows is None:
+        return scores
+    scores = scores.clone()
+    candidates = scores if among is None else scores.masked_fill(~among, -math.inf)
+    first = as_matrix(candidates, rows).argmax(1, keepdim=True)
+    matrix = as_matrix(scores, rows)
+    matrix.scatter_(1, first, math.inf)
+    write_matrix(scores, matrix, rows)
+    return scores
 
 
 def positions(mask: Tensor) -> Tensor:

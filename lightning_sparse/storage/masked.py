@@ -49,7 +49,8 @@ class MaskedStore(Store):
                 choice.name,
                 torch.ones_like(choice.parameter, dtype=torch.bool, requires_grad=False),
                 choice.parameter,
-                transposed_groups=choice.transposed_groups,
+                outputs=choice.outputs,
+                nonempty=choice.nonempty,
             )
             for choice in choices
         }

@@ -30,7 +30,8 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     include: Sequence[str] | None = option(
         default=None,
         doc='glob patterns on parameter names such as ``["encoder.*"]``; only weights that match are made sparse, '
-        "whatever their layer. Default: the weights of linear, convolution, recurrent and attention layers.",
+        "whatever their layer. Default: the weights of linear, convolution, recurrent and attention layers, and of "
+        "those that ``register_layer`` has made known.",
     )
     exclude: Sequence[str] = option(
         default=(), doc='glob patterns on the names of weights that stay dense, such as ``["*.head.weight"]``.'
@@ -84,6 +85,8 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         choices = select_parameters(pl_module, self.include, self.exclude)
         guards.refuse_unowned(self, choices, trainer.optimizers)
         guards.refuse_overlap(self, choices, trainer)
+        if self.include is None and not self.exclude:
+            guards.warn_of_few(self, choices)
         selected = [choice for choice in choices if choice.reason is None]
         self.refuse_choices(selected)
         guards.warn_of_averages(self, trainer)
@@ -95,6 +98,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         self._fit.optimizers = [*trainer.optimizers]
         self._ownership = Ownership(trainer.optimizers, choices)
         self._fit.module, self._fit.trainer = pl_module, trainer
+        self._fit.module_size = sum(choice.size for choice in choices)
         guards.warn_of_log_interval(self, self.log_every_n_steps, trainer)
         rank_zero_info(table(f"{self!r} of lightning_sparse", choices, self.planned_density))
 
@@ -198,7 +202,9 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         if added:
             guards.refuse_overlap(self, added, self._fit.trainer)
             self.attach_added(added, optimizer)
-            rank_zero_info(table(f"{self!r} of lightning_sparse: new in training", added, self.planned_density))
+            title = f"{self!r} of lightning_sparse: new in training"
+            rank_zero_info(table(title, added, self.planned_density, whole=False))
+            self._fit.module_size = sum(choice.size for choice in choices)
         self._ownership.note(optimizer, choices)
 
     # ------------------------------------------------------------------ state

@@ -24,6 +24,7 @@ class Fit:
         backwards: number of micro-batches whose gradients are in the weights.
         logged_step: the latest step that was logged.
         warned: the warnings that were given, which are given once.
+        module_size: number of parameters of the module, weights of sparse layers counted as dense ones.
         drawn: whether weights look trained whose connections have been drawn at random for this fit, by name.
     """
 
@@ -34,6 +35,7 @@ class Fit:
     backwards: int = 0
     logged_step: int = 0
     warned: set[str] = field(default_factory=set)
+    module_size: int = 0
     drawn: dict[str, bool] = field(default_factory=dict)
 
     def release(self) -> None:

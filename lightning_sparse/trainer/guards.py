@@ -15,7 +15,7 @@ from lightning_sparse.compat.lightning import (
     rank_zero_warn,
 )
 from lightning_sparse.compat.lightning_private import averaged_module, averages_now_and_then
-from lightning_sparse.layers.selection import ParameterChoice, table
+from lightning_sparse.layers.selection import ParameterChoice, patterns, table
 from lightning_sparse.trainer.verbs import Verbs
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "warn_of_averages",
     "warn_of_divergence",
     "warn_of_equal_scores",
+    "warn_of_few",
     "warn_of_log_interval",
     "warn_of_other_weights",
 ]
@@ -78,7 +79,7 @@ def refuse_unowned(method: Verbs, choices: Sequence[ParameterChoice], optimizers
     if not selected:
         raise MisconfigurationException(
             f"{method!r} found nothing to make sparse.\n{table('The parameters are:', choices)}\n"
-            "Name weights with include=[...], or take the callback away to train dense."
+            f"Name weights with include={patterns(choices) or '[...]'}, or take the callback away to train dense."
         )
     owners: dict[int, int] = {}
     for optimizer in optimizers:
@@ -99,6 +100,25 @@ def refuse_unowned(method: Verbs, choices: Sequence[ParameterChoice], optimizers
             f"{method!r} would train nothing sparse: no optimizer owns any of the chosen weights "
             f"({', '.join(choice.name for choice in selected)}). Return them from configure_optimizers."
         )
+
+
+def warn_of_few(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
+    """Warn if less than half of the weights are made sparse by default."""
+    weights = [choice for choice in choices if choice.is_weight and choice.parameter.requires_grad]
+    weights = [choice for choice in weights if choice.can_be_added or not choice.on_request]
+    sparse, total = (sum(c.size for c in some) for some in ([c for c in weights if not c.reason], weights))
+    if 2 * sparse >= total:
+        return
+    asked = [choice.name for choice in weights if choice.can_be_added]
+    others = [f"{choice.name} ({choice.reason})" for choice in weights if choice.reason and not choice.on_request]
+    remedies = [
+        f"{listed(asked)} stay dense unless asked for: give include={patterns(choices)} to make them sparse, too, and "
+        "say where the outputs of their layers lie with lightning_sparse.register_layer. "
+    ] * bool(asked) + [f"These cannot be made sparse: {listed(others)}. "] * bool(others)
+    rank_zero_warn(
+        f"{method!r} makes only {sparse / total:.1%} of the module's trainable weights sparse, those of layers that it "
+        f"knows; its sparsity is of these alone. {''.join(remedies)}sparsity/module is logged for the whole module."
+    )
 
 
 def refuse_overlap(method: Verbs, choices: Sequence[ParameterChoice], trainer: Trainer) -> None:

@@ -125,7 +125,9 @@ class Readouts(ABC):
         first, *others = self._beside()
         if first is self:  # Lightning would log the mean of what several methods call by one name
             active = sum(counts.values()) + sum(sum(other.layer_count.values()) for other in others)
-            sparsity["sparsity/model"] = 1 - active / sum(method.size for method in (first, *others))
+            size = sum(method.size for method in (first, *others))
+            sparsity["sparsity/model"] = 1 - active / size
+            sparsity["sparsity/module"] = (size - active) / self._fit.module_size
         return {**sparsity, **self.extra_metrics}
 
     def _beside(self) -> list["Readouts"]:

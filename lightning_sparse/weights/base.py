@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.rules import select, ties
+from lightning_sparse.rules.matrices import FIRST, Outputs
 
 __all__ = ["Weight", "all_finite", "finite", "new_version", "optimizer_state", "param_group"]
 
@@ -29,7 +30,12 @@ class Weight(ABC):
         buffers: further tensors of the weight's shape that belong to the method's state.
         optimizer: the one that trains it; None outside fit.
         mask_version: a number that no other mask has, of this weight or another.
+        outputs: where the layer's outputs lie.
+        nonempty: where rows lie of which each keeps a connection; None: any may be empty.
     """
+
+    outputs: Outputs = FIRST
+    nonempty: Outputs | None = None
 
     def __init__(self, name: str, parameter: nn.Parameter | None, buffers: dict[str, Tensor]) -> None:
         self.name = name

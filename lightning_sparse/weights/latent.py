@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.kernels.bits import pack, unpack
 from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
-from lightning_sparse.rules.matrices import as_matrix, write_matrix
+from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, write_matrix
 from lightning_sparse.weights.base import all_finite
 from lightning_sparse.weights.thresholds import WeightThresholds
 
@@ -28,7 +28,8 @@ class LatentWeight:
         buffers: further tensors of the parameter's shape that belong to the method's state. "M", if there is one, is
             the mask by which ``P`` is made of ``W`` from now on.
         bits: boolean ones among them, packed; see ``mask``.
-        transposed_groups: see ``layers.selection.ParameterChoice``.
+        outputs: where the layer's outputs lie.
+        nonempty: where rows lie of which each keeps a nonzero; None: any may be empty.
         trained: its thresholds; None if the method has none.
         parameter: the module's parameter; None outside fit.
         effective: the storage of ``P`` while the parameter holds ``W``; else None.
@@ -38,12 +39,18 @@ class LatentWeight:
     latent: Tensor
     buffers: dict[str, Tensor] = field(default_factory=dict)
     bits: dict[str, Tensor] = field(default_factory=dict)
-    transposed_groups: int = 0
+    outputs: Outputs = FIRST
+    nonempty: Outputs | None = None
     trained: WeightThresholds | None = None
     parameter: nn.Parameter | None = None
     effective: Tensor | None = None
     _views: dict[str, Tensor] = field(default_factory=dict)
     _kernels: ThresholdKernels | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.latent.shape)
 
     @property
     def size(self) -> int:
@@ -71,7 +78,7 @@ class LatentWeight:
     def freeze(self, mask: Tensor) -> Tensor:
         """Make ``P`` by a mask ``(out, n)`` from now on; return it in the parameter's shape."""
         frozen = torch.empty_like(self.latent, dtype=torch.bool)
-        write_matrix(frozen, self.matrix(frozen).copy_(mask), self.transposed_groups)
+        write_matrix(frozen, self.matrix(frozen).copy_(mask), self.outputs)
         self.buffers["M"] = frozen
         return frozen
 
@@ -96,7 +103,7 @@ class LatentWeight:
         kept = self._views.get(keep_as) if keep_as else None
         if kept is not None and kept.data_ptr() == x.data_ptr():
             return kept
-        matrix = as_matrix(x, self.transposed_groups)
+        matrix = as_matrix(x, self.outputs)
         if keep_as and matrix.data_ptr() == x.data_ptr():
             self._views[keep_as] = matrix
         return matrix
@@ -115,10 +122,22 @@ class LatentWeight:
         work = P if same_layout else torch.empty_like(self.latent)
         out = self.matrix(work, "P" if same_layout else None)
         result = effective(self.matrix(self.latent, "W"), out)
-        write_matrix(work, out, self.transposed_groups)
+        write_matrix(work, out, self.outputs)
         if not same_layout:
             P.copy_(work)
+        if self.nonempty is not None:
+            self._refill(P, self.nonempty)
         return result
+
+    def _refill(self, P: Tensor, nonempty: Outputs) -> None:
+        """Write the largest latent value of each empty row into ``P``.
+
+        Its size does not matter: what is left of a row is divided by its norm.
+        """
+        rows, W = as_matrix(P, nonempty), as_matrix(self.latent, nonempty)
+        first = W.abs().argmax(1, keepdim=True)
+        kept = torch.where((rows == 0).all(1, keepdim=True), W.gather(1, first), rows.gather(1, first))
+        write_matrix(P, rows.scatter(1, first, kept), nonempty)
 
     def turn_gradient(self, gradients: Callable[[Tensor, Tensor], None]) -> None:
         """Make the parameter's gradient that of ``W``, in place.
@@ -133,7 +152,7 @@ class LatentWeight:
         work = gradient if same_layout else torch.empty_like(self.latent).copy_(gradient)
         dP = self.matrix(work)
         gradients(dP, self.matrix(self.latent, "W"))
-        write_matrix(work, dP, self.transposed_groups)
+        write_matrix(work, dP, self.outputs)
         if not same_layout:
             gradient.copy_(work)
 
@@ -162,7 +181,7 @@ class LatentWeight:
         """Return the boolean tensor, of the parameter's shape, that ``bits`` keep."""
         mask = torch.empty_like(self.latent, dtype=torch.bool)
         matrix = self.matrix(mask)
-        write_matrix(mask, matrix.copy_(unpack(self.bits[key], matrix.shape[1])), self.transposed_groups)
+        write_matrix(mask, matrix.copy_(unpack(self.bits[key], matrix.shape[1])), self.outputs)
         return mask
 
     def keep_mask(self, key: str, mask: Tensor) -> None:
@@ -176,16 +195,16 @@ class LatentWeight:
         return {
             "latent": self.latent.detach(),
             "buffers": {**buffers, **{key: self.mask(key) for key in self.bits}},
-            "transposed_groups": self.transposed_groups,
+            "outputs": self.outputs._asdict(),
             **thresholds,
         }
 
     @classmethod
     def loaded(cls, name: str, state: Mapping[str, Any], masks: Collection[str]) -> "LatentWeight":
         """Return a weight as it was saved; ``masks``: which of its buffers are kept as bits."""
-        weight = cls(name, state["latent"], transposed_groups=state["transposed_groups"])
+        weight = cls(name, state["latent"], outputs=Outputs.of_state(state))
         if state["thresholds"]:
-            weight.trained = WeightThresholds.loaded(weight.latent, state)
+            weight.trained = WeightThresholds.loaded(weight.latent, weight.outputs, state)
         for key, buffer in state["buffers"].items():
             if key in masks:
                 weight.keep_mask(key, buffer)
@@ -203,17 +222,17 @@ class LatentWeight:
         for key in self.bits:
             self.keep_mask(key, other.mask(key))
 
-    def move_to(self, parameter: nn.Parameter, transposed_groups: int) -> None:
+    def move_to(self, parameter: nn.Parameter, outputs: Outputs) -> None:
         """Stand behind ``parameter``, with the state on its device and in its order of memory."""
         masks = {key: self.mask(key) for key in self.bits}
+        self.outputs = outputs
         self.latent = torch.empty_like(parameter).copy_(self.latent)
         for key, buffer in self.buffers.items():
             self.buffers[key] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
         for key, mask in masks.items():
             self.keep_mask(key, mask)
         if self.trained is not None:
-            self.trained.move_like(parameter, transposed_groups)
-        self.transposed_groups = transposed_groups
+            self.trained.move_like(parameter, outputs)
         self.parameter, self.effective, self._kernels = parameter, None, None
 
     def release(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.rules import select, ties
-from lightning_sparse.rules.matrices import as_matrix, row_sums, rows_of, write_matrix
+from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, row_sums, rows_of, write_matrix
 from lightning_sparse.weights.base import Weight, all_finite, new_version, optimizer_state
 from lightning_sparse.weights.fresh import SCALES, fresh_value, mean_of_others
 
@@ -22,7 +22,8 @@ class MaskedWeight(Weight):
         mask: where it is active; exchanged as a whole, never written in place.
         parameter: the module's parameter; None outside fit.
         buffers: see ``Weight``.
-        transposed_groups: see ``layers.selection.ParameterChoice``.
+        outputs: see ``Weight``.
+        nonempty: see ``Weight``.
     """
 
     def __init__(
@@ -31,11 +32,12 @@ class MaskedWeight(Weight):
         mask: Tensor,
         parameter: nn.Parameter | None = None,
         buffers: dict[str, Tensor] | None = None,
-        transposed_groups: int = 0,
+        outputs: Outputs = FIRST,
+        nonempty: Outputs | None = None,
     ) -> None:
         super().__init__(name, parameter, buffers or {})
         self._mask = mask
-        self._transposed_groups = transposed_groups
+        self.outputs, self.nonempty = outputs, nonempty
         self._indices: Tensor | None = None
 
     @property
@@ -132,10 +134,10 @@ class MaskedWeight(Weight):
         self.mask = mask
 
     def scale_to_fan_in_(self) -> None:  # noqa: D102  (inherited)
-        rows = as_matrix(self.W, self._transposed_groups)
-        fan_in = as_matrix(self.mask, self._transposed_groups).sum(1, keepdim=True).clamp(min=1).double()
+        rows = as_matrix(self.W, self.outputs)
+        fan_in = as_matrix(self.mask, self.outputs).sum(1, keepdim=True).clamp(min=1).double()
         rows.mul_((rows.shape[1] / fan_in).sqrt())
-        write_matrix(self.W, rows, self._transposed_groups)
+        write_matrix(self.W, rows, self.outputs)
 
     def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:  # noqa: D102  (inherited)
         self.forget_indices()
@@ -154,17 +156,17 @@ class MaskedWeight(Weight):
 
     def _fresh(self, key: str, state: Tensor, grown: Tensor) -> float | Tensor:
         """Return what a state of the optimizer is for connections that are about to join the mask."""
-        value, groups = fresh_value(self, key), self._transposed_groups
+        value = fresh_value(self, key)
         if key not in SCALES or not len(grown):
             return value
         others = state.reshape(-1).index_select(0, self.active_indices)
-        rows = rows_of(self.active_indices, self.shape, groups)
-        if groups:
+        rows = rows_of(self.active_indices, self.shape, self.outputs)
+        if self.outputs != FIRST:
             rows, order = rows.sort(stable=True)
             others = others[order]
-        lengths = torch.bincount(rows, minlength=groups * self.shape[1] or self.shape[0])
+        lengths = torch.bincount(rows, minlength=self.outputs.rows(self.shape))
         sums = row_sums(others, lengths)
-        return mean_of_others(sums, lengths, rows_of(grown, self.shape, groups), value).to(state.dtype)
+        return mean_of_others(sums, lengths, rows_of(grown, self.shape, self.outputs), value).to(state.dtype)
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
         if not torch.gt(self.mask, mask).any():

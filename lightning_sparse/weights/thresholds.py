@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
-from lightning_sparse.rules.matrices import as_matrix, write_matrix
+from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, write_matrix
 
 __all__ = ["Granularity", "ThresholdBuffer", "WeightThresholds", "buffers"]
 
@@ -23,7 +23,7 @@ class WeightThresholds:
         values: by name; ``"t"`` is the forward one. Of shape ``(out,)``, ``(1,)`` or the weight's, after the
             granularity.
         rows: ``out``, the number of the weight's neurons or filters.
-        transposed_groups: the weight's; see ``layers.selection.ParameterChoice``.
+        outputs: where the weight's outputs lie.
         places: where each threshold stands in the param group of its weight, by which a checkpoint knows its state.
         resets: how often the collapse guard set them to 0.
         tau: what ``|W|`` is compared with by the latest ``P``, ``(out, 1)`` or ``(out, n)``.
@@ -33,7 +33,7 @@ class WeightThresholds:
 
     values: dict[str, nn.Parameter]
     rows: int
-    transposed_groups: int = 0
+    outputs: Outputs = FIRST
     places: dict[str, int] = field(default_factory=dict)
     resets: int | Tensor = 0
     tau: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
@@ -43,10 +43,10 @@ class WeightThresholds:
 
     @classmethod
     def new(
-        cls, latent: Tensor, transposed_groups: int, granularity: Granularity, start: Mapping[str, float]
+        cls, latent: Tensor, outputs: Outputs, granularity: Granularity, start: Mapping[str, float]
     ) -> "WeightThresholds":
         """Return thresholds of the values ``start``, in at least float32, since their steps are small."""
-        rows = len(as_matrix(latent, transposed_groups))
+        rows = outputs.rows(latent.shape)
         dtype = torch.promote_types(latent.dtype, torch.float32)
 
         def filled(value: float) -> Tensor:
@@ -56,18 +56,22 @@ class WeightThresholds:
             return torch.full((count,), value, dtype=dtype, device=latent.device)
 
         values = {key: nn.Parameter(filled(value)) for key, value in start.items()}
-        return cls(values, rows, transposed_groups)
+        return cls(values, rows, outputs)
 
     @classmethod
-    def loaded(cls, latent: Tensor, state: Mapping[str, Any]) -> "WeightThresholds":
+    def loaded(cls, latent: Tensor, outputs: Outputs, state: Mapping[str, Any]) -> "WeightThresholds":
         """Return those of a weight of a checkpoint."""
         values = {key: nn.Parameter(t) for key, t in state["thresholds"].items()}
-        groups = state["transposed_groups"]
-        return cls(values, len(as_matrix(latent, groups)), groups, places=dict(state.get("places", {})))
+        return cls(values, outputs.rows(latent.shape), outputs, places=dict(state.get("places", {})))
 
     def __getitem__(self, key: str) -> nn.Parameter:
         """Return the thresholds of a name."""
         return self.values[key]
+
+    @property
+    def of_neurons(self) -> bool:
+        """There is one for each neuron, and several neurons."""
+        return any(t.ndim == 1 and len(t) > 1 for t in self.values.values())
 
     @property
     def have_gradient(self) -> bool:
@@ -80,7 +84,7 @@ class WeightThresholds:
         kept = self._views.get(key)
         if kept is not None and kept.data_ptr() == t.data_ptr():
             return kept
-        rows = as_matrix(t.detach(), self.transposed_groups) if t.ndim > 1 else t.detach().unsqueeze(1)
+        rows = as_matrix(t.detach(), self.outputs) if t.ndim > 1 else t.detach().unsqueeze(1)
         rows = rows.expand(self.rows, -1)
         if rows.data_ptr() == t.data_ptr():
             self._views[key] = rows
@@ -95,7 +99,7 @@ class WeightThresholds:
             if dt.ndim == 1:
                 kernels.add_rows(dtau, dt)
             else:
-                write_matrix(dt, dtau, self.transposed_groups)
+                write_matrix(dt, dtau, self.outputs)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
@@ -106,9 +110,9 @@ class WeightThresholds:
         for key, t in self.values.items():
             t.copy_(others[key])
 
-    def move_like(self, parameter: nn.Parameter, transposed_groups: int) -> None:
+    def move_like(self, parameter: nn.Parameter, outputs: Outputs) -> None:
         """Go to the device and the order of memory of ``parameter``; an optimizer may know them: they stay the same."""
-        self.transposed_groups = transposed_groups
+        self.outputs = outputs
         for t in self.values.values():
             like = parameter if t.ndim > 1 else t
             t.data = torch.empty_like(like, dtype=t.dtype, device=parameter.device).copy_(t.data)
@@ -171,7 +175,7 @@ class ThresholdBuffer:
         self.gradients[key] = parameters[0].new_zeros(sum(t.numel() for t in parameters))
         for each, dt in zip(self.thresholds, _views(self.gradients[key], parameters), strict=True):
             each.gradients[key] = dt
-            rows = as_matrix(dt, each.transposed_groups) if dt.ndim > 1 else dt.unsqueeze(1)
+            rows = as_matrix(dt, each.outputs) if dt.ndim > 1 else dt.unsqueeze(1)
             each.dtau[key] = rows if len(rows) == each.rows else rows.new_empty(each.rows, 1)
 
     @property

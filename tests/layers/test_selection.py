@@ -10,7 +10,6 @@ from torch import nn
 
 from lightning_sparse import DST
 from lightning_sparse.layers.selection import select_parameters, table
-from lightning_sparse.rules.matrices import as_matrix, write_matrix
 
 
 class Takes(nn.Module):
@@ -330,18 +329,3 @@ def test_the_table_is_shown_once_at_the_start_of_fit(caplog):
     assert message.startswith("DST(alpha=0.005, exclude=['net.4.weight']) of lightning_sparse")
     assert "net.4.weight" in message
     assert "dense (excluded)" in message
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_as_matrix_and_write_matrix_undo_one_another(groups):
-    torch.manual_seed(0)
-    shapes = [((6, 4), 0), ((6, 4, 3), 0), ((6, 2, 3, 3), 0), ((6, 2, 1, 2, 2), 0), ((4, 3, 2, 2), groups)]
-    for shape, transposed in shapes:
-        for x in (torch.randn(shape), torch.randn(shape).transpose(0, -1).contiguous().transpose(0, -1)):
-            matrix = as_matrix(x, transposed)
-            assert len(matrix) == (shape[1] * groups if transposed else shape[0])
-            result = torch.empty_like(x)
-            view = as_matrix(result, transposed)
-            view.copy_(matrix)
-            write_matrix(result, view, transposed)
-            assert torch.equal(result, x)

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_sparse import GSE, MemoryEfficientDST
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.rules import select
+from lightning_sparse.rules.matrices import Outputs
 from lightning_sparse.weights.masked import MaskedWeight
 
 
@@ -62,7 +63,7 @@ def test_fan_in_counts_channels_of_the_group_and_the_kernel(layout):
 def test_fan_in_of_a_transposed_convolution_is_along_its_first_dimension():
     dense, mask = torch.rand(4, 3, 2), torch.rand(4, 3, 2) < 0.5  # 2 groups of 2 inputs and 3 outputs
     scaled = nn.Parameter(dense.clone())
-    MaskedWeight("w", mask, scaled, transposed_groups=2).scale_to_fan_in_()
+    MaskedWeight("w", mask, scaled, outputs=Outputs(1, 2)).scale_to_fan_in_()
     for group in range(2):
         rows = slice(2 * group, 2 * group + 2)
         factor = (4 / mask[rows].sum((0, 2)).clamp(min=1)).sqrt()

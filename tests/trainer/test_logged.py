@@ -31,10 +31,12 @@ def test_once_an_epoch_by_default_with_the_values_of_that_moment(method, tmp_pat
     logged = rows(tmp_path)
     assert [int(row["epoch"]) for row in logged] == [0, 1, 2]
     names = {name for name in logged[0] if name.startswith("sparsity/")}
-    assert names == {"sparsity/model", *(f"sparsity/{layer}" for layer in LAYERS)} | set(callback.extra_metrics)
+    layers = {f"sparsity/{layer}" for layer in LAYERS}
+    assert names == {"sparsity/model", "sparsity/module"} | layers | set(callback.extra_metrics)
     last = {name: float(logged[-1][name]) for name in names}
     assert last["sparsity/model"] == pytest.approx(callback.sparsity, abs=1e-6)
     assert 0 < last["sparsity/model"] < 1
+    assert last["sparsity/module"] == pytest.approx(callback.sparsity * 392 / 422, abs=1e-6), "30 are biases"
     for layer in LAYERS:
         assert last[f"sparsity/{layer}"] == pytest.approx(1 - callback.layer_density[layer], abs=1e-6)
     if method == "DFBST":
@@ -51,6 +53,7 @@ def test_the_models_sparsity_is_that_of_all_methods_together(tmp_path):
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     logged = rows(tmp_path)
     assert float(logged[-1]["sparsity/model"]) == pytest.approx(zeros, abs=1e-6)
+    assert float(logged[-1]["sparsity/module"]) == pytest.approx(zeros * 392 / 422, abs=1e-6)
     assert len({row["sparsity/net.2.weight"] for row in logged}) > 2
 
 

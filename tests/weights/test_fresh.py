@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_sparse.rules.matrices import FIRST, Outputs
 from lightning_sparse.storage import SparseConv2d, SparseLinear
 from lightning_sparse.weights.base import optimizer_state
 from lightning_sparse.weights.masked import MaskedWeight
@@ -47,37 +48,41 @@ OPTIMIZERS = {
 }
 
 contiguous, channels_last = torch.contiguous_format, torch.channels_last
-LAYOUTS = {  # shape, groups of a transposed convolution, order of memory, dtype
-    "linear": ((6, 9), 0, contiguous, torch.float32),
-    "linear in bfloat16": ((6, 9), 0, contiguous, torch.bfloat16),
-    "convolution": ((5, 4, 2, 3), 0, contiguous, torch.float32),
-    "channels last": ((5, 4, 2, 3), 0, channels_last, torch.float64),
-    "transposed": ((4, 5, 2, 2), 1, contiguous, torch.float32),
-    "transposed, channels last, in groups": ((4, 3, 2, 2), 2, channels_last, torch.float32),
+LAYOUTS = {  # shape, where the outputs lie, order of memory, dtype
+    "linear": ((6, 9), FIRST, contiguous, torch.float32),
+    "linear in bfloat16": ((6, 9), FIRST, contiguous, torch.bfloat16),
+    "convolution": ((5, 4, 2, 3), FIRST, contiguous, torch.float32),
+    "channels last": ((5, 4, 2, 3), FIRST, channels_last, torch.float64),
+    "transposed": ((4, 5, 2, 2), Outputs(1), contiguous, torch.float32),
+    "transposed, channels last, in groups": ((4, 3, 2, 2), Outputs(1, 2), channels_last, torch.float32),
+    "inputs first": ((9, 6), Outputs(1), contiguous, torch.float32),
+    "experts": ((3, 4, 6), Outputs(1, 3, True), contiguous, torch.float32),
+    "experts, inputs first": ((3, 6, 4), Outputs(2, 3, True), contiguous, torch.float32),
 }
 
 
-def neuron(position, shape, transposed_groups):
-    """What reads a connection: the filter, counted within its group where a convolution is transposed."""
+def neuron(position, shape, outputs):
+    """What reads a connection: the filter or neuron, counted within its group or expert."""
     index = torch.unravel_index(torch.tensor(position), shape)
-    return (int(index[0]) * transposed_groups // shape[0], int(index[1])) if transposed_groups else int(index[0])
+    axis, groups, _ = outputs
+    return (int(index[0]) * groups // shape[0], int(index[axis])) if axis else int(index[0])
 
 
-def mean_by_hand(state, staying, grown, transposed_groups, otherwise):
+def mean_by_hand(state, staying, grown, outputs, otherwise):
     others = defaultdict(list)
     for position in staying:
-        others[neuron(position, state.shape, transposed_groups)].append(state.double().reshape(-1)[position].item())
+        others[neuron(position, state.shape, outputs)].append(state.double().reshape(-1)[position].item())
     everywhere = [x for row in others.values() for x in row]
     of_layer = fmean(everywhere) if everywhere else otherwise
-    rows = [others.get(neuron(position, state.shape, transposed_groups)) for position in grown]
+    rows = [others.get(neuron(position, state.shape, outputs)) for position in grown]
     return [fmean(row) if row else of_layer for row in rows]
 
 
-def moves(mask, transposed_groups):
+def moves(mask, outputs):
     """Connections to drop and to grow, so that two neurons lose all, of which one gets new ones."""
     shape, active = mask.shape, mask.reshape(-1).nonzero()[:, 0]
-    first, second = (neuron(int(active[i]), shape, transposed_groups) for i in (0, -1))
-    of = [neuron(position, shape, transposed_groups) for position in range(mask.numel())]
+    first, second = (neuron(int(active[i]), shape, outputs) for i in (0, -1))
+    of = [neuron(position, shape, outputs) for position in range(mask.numel())]
     dropped = [p for i, p in enumerate(active.tolist()) if of[p] in (first, second) or i % 4 == 0]
     free = (~mask).reshape(-1).nonzero()[:, 0].tolist()
     grown = [p for i, p in enumerate(free) if of[p] != second and (of[p] == first or i % 3 == 0)]
@@ -100,23 +105,23 @@ def train(weight, optimizer, steps=4):
         weight.keep_zeros()
 
 
-def masked_weight(shape, transposed_groups, layout, dtype):
+def masked_weight(shape, outputs, layout, dtype):
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(shape, generator=generator) < 0.4
     value = torch.randn(shape, generator=generator).to(dtype).mul_(mask)
     if len(shape) == 4:
         mask, value = (x.contiguous(memory_format=layout) for x in (mask, value))
-    return MaskedWeight("weight", mask, nn.Parameter(value), transposed_groups=transposed_groups)
+    return MaskedWeight("weight", mask, nn.Parameter(value), outputs=outputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_scales_of_grown_connections_start_at_the_mean_of_their_neurons_others(name, layout):
     optimizer, means, numbers = OPTIMIZERS[name]
-    shape, groups, memory_format, dtype = LAYOUTS[layout]
-    weight = masked_weight(shape, groups, memory_format, dtype)
+    shape, outputs, memory_format, dtype = LAYOUTS[layout]
+    weight = masked_weight(shape, outputs, memory_format, dtype)
     train(weight, optimizer)
-    dropped, grown = moves(weight.mask, groups)
+    dropped, grown = moves(weight.mask, outputs)
     staying = [p for p in weight.active_indices.tolist() if p not in dropped.tolist()]
     before = {key: state.clone() for key, state in optimizer_state(weight)}
     assert before.keys() == means | numbers.keys()
@@ -127,7 +132,7 @@ def test_scales_of_grown_connections_start_at_the_mean_of_their_neurons_others(n
         assert torch.equal(flat[staying], old[staying])
         assert not flat[dropped].any()
         if key in means:
-            expected = mean_by_hand(before[key], staying, grown.tolist(), groups, 0.0)
+            expected = mean_by_hand(before[key], staying, grown.tolist(), outputs, 0.0)
             assert len({round(x, 9) for x in expected}) > 2, "the test would prove nothing"
             assert flat[grown].tolist() == pytest.approx(expected, rel=rel)
         else:
@@ -144,7 +149,7 @@ def test_sparse_and_masked_weights_start_what_they_grow_alike(layer, name):
     layer = kind.from_dense(dense, mask.reshape(-1).nonzero()[:, 0])
     sparse = SparseWeight("weight", dense.weight.shape, layer)
     masked = MaskedWeight("weight", mask, nn.Parameter(layer.dense_weight()))
-    dropped, grown = moves(mask, 0)
+    dropped, grown = moves(mask, FIRST)
     shuffled = grown[torch.randperm(len(grown), generator=generator)]
     for weight in (sparse, masked):
         train(weight, OPTIMIZERS[name][0])
@@ -170,12 +175,12 @@ def test_where_no_connection_stays_new_ones_start_as_in_a_new_layer():
 
 def test_a_state_in_another_order_of_memory_than_the_weight_is_read_by_positions():
     """As when a checkpoint has been written in another one."""
-    weights = [masked_weight((5, 4, 2, 3), 0, channels_last, torch.float32) for _ in range(2)]
+    weights = [masked_weight((5, 4, 2, 3), FIRST, channels_last, torch.float32) for _ in range(2)]
     for weight in weights:
         train(weight, torch.optim.Adam)
     state = weights[1].optimizer.state[weights[1].parameter]
     state["exp_avg_sq"] = state["exp_avg_sq"].contiguous()
-    dropped, grown = moves(weights[0].mask, 0)
+    dropped, grown = moves(weights[0].mask, FIRST)
     for weight in weights:
         weight.rewire(dropped, grown)
     first, second = (dict(optimizer_state(weight))["exp_avg_sq"] for weight in weights)
@@ -183,10 +188,10 @@ def test_a_state_in_another_order_of_memory_than_the_weight_is_read_by_positions
 
 
 def test_what_an_optimizer_keeps_where_a_weight_is_not_active_does_not_count():
-    weight = masked_weight((6, 9), 0, contiguous, torch.float32)
+    weight = masked_weight((6, 9), FIRST, contiguous, torch.float32)
     train(weight, torch.optim.Adam)
     state = weight.optimizer.state[weight.parameter]["exp_avg_sq"]
     state[~weight.mask] = float("inf")
-    dropped, grown = moves(weight.mask, 0)
+    dropped, grown = moves(weight.mask, FIRST)
     weight.rewire(dropped, grown)
     assert state.reshape(-1)[grown].isfinite().all()
