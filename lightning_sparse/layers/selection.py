@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_sparse.compat.compiled import plain_name
 from lightning_sparse.compat.torch_private import RunningNorm
-from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
+from lightning_sparse.layers.sparse import SparseLayer
 
 __all__ = ["FROZEN", "LAYERS", "NORMS", "RULES", "ParameterChoice", "select_parameters", "table"]
 
@@ -35,7 +35,8 @@ class LayerKind(NamedTuple):
 _ON_REQUEST = LayerKind(by_default=False)
 _TRANSPOSED = LayerKind(by_default=False, output_axis=1)
 
-#: layers with weights; those of other types are made sparse only on request. MultiheadAttention's out_proj is a Linear
+#: layers with weights; those of other types are made sparse only on request. MultiheadAttention's out_proj and sparse
+#: linear layers are Linear
 LAYERS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind(),
     nn.Bilinear: LayerKind(),
@@ -43,8 +44,6 @@ LAYERS: dict[type[nn.Module], LayerKind] = {
     nn.Conv2d: LayerKind(),
     nn.Conv3d: LayerKind(),
     nn.RNNBase: LayerKind(("weight_",)),
-    SparseLinear: LayerKind(),
-    SparseConv2d: LayerKind(),
     nn.RNNCellBase: LayerKind(("weight_",)),
     nn.MultiheadAttention: LayerKind(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
     nn.Embedding: _ON_REQUEST,
@@ -191,8 +190,6 @@ def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[Place]]]:
     found: dict[nn.Parameter, list[Place]] = {}
     for prefix, holder in module.named_modules():
         for local, parameter in holder.named_parameters(recurse=False):
-            if isinstance(holder, SparseLayer) and local == "values":
-                local = "weight"  # of the dense layer it stands for
             found.setdefault(parameter, []).append(Place(f"{prefix}.{local}" if prefix else local, local, holder))
     yield from found.items()
 

@@ -5,7 +5,8 @@ loaded nor its optimizer been made. Then a weight's only parameter is the vector
 state and what processes average have that size, too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,15 @@ from lightning_sparse.compat.lightning import (
 from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice, select_parameters
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_
+from lightning_sparse.layers.stand_in import shaped
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
 from lightning_sparse.storage.measure import DENSE, measure
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
-from lightning_sparse.trainer.guards import averaging, refuse_other_weights
+from lightning_sparse.trainer.guards import averaging, listed, refuse_other_weights
+from lightning_sparse.trainer.ownership import owned
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.captured import Capture
 from lightning_sparse.weights.sparse import SparseWeight, trim_after
@@ -73,10 +76,17 @@ class SparseStore(Store):
         exchange = partial(self._exchange_layers, trainer, module)
         handles.append(_After(module, "configure_model", exchange))
         handles.append(_After(module, "on_load_checkpoint", self._take_checkpoint))
+        handles.append(_After(module, "configure_optimizers", during=self._shaped))
 
     def abort(self) -> None:
         """Leave the module's own methods behind, also of a fit that has not come to its start."""
         self.method._fit.remove(_After, Ignored)
+
+    @contextmanager
+    def _shaped(self) -> Iterator[None]:
+        """Let code that divides parameters by their dimensions find those of the dense weights."""
+        with shaped((weight.sparse.values, weight.shape) for weight in self._weights):
+            yield
 
     @torch.no_grad()
     def _exchange_layers(self, trainer: Trainer, module: LightningModule) -> None:
@@ -118,7 +128,7 @@ class SparseStore(Store):
         for weight in weights:
             weight.sparse.plain = self._plain
         # all processes make the same indices; values that change their length are averaged in after_backward
-        names = (*_INDICES, "values") if self.method.resizes else _INDICES
+        names = (*_INDICES, "weight") if self.method.resizes else _INDICES
         ignored = Ignored(module, [f"{_prefix(weight.name)}.{name}" for weight in weights for name in names])
         self.method._fit.handles.append(ignored)
         if self.method.resizes and isinstance(trainer.strategy, DDPStrategy):
@@ -132,6 +142,7 @@ class SparseStore(Store):
     def begin_fit(self, trainer: Trainer) -> None:
         """Have all processes begin with the same layers."""
         self.method._fit.remove(_After)  # no checkpoint was to be loaded
+        _refuse_matrix_optimizers(self.method, trainer)
         if trainer.world_size > 1:
             layers = [weight.layer for weight in self._weights]
             copy_from_first([layer for layer in layers if isinstance(layer, SparseLayer)])  # none of a checkpoint's
@@ -275,23 +286,38 @@ class SparseStore(Store):
 
 
 class _After:
-    """Calls ``function``, with the same arguments, once, when the Trainer has called the module's ``method``."""
+    """Calls ``function``, with the same arguments, once, when the Trainer has called the module's ``method``.
 
-    def __init__(self, module: LightningModule, method: str, function: Callable[..., None]) -> None:
+    That call runs within the context ``during``.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        method: str,
+        function: Callable[..., None] | None = None,
+        during: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         own = getattr(module, method)
 
-        def hook(*args: Any) -> None:
+        def hook(*args: Any) -> Any:
             self.remove()
-            own(*args)
-            function(*args)
+            with during():
+                result = own(*args)
+            if function is not None:
+                function(*args)
+            return result
 
         self._module, self._method, self._hook = module, method, hook
+        self._replaced = vars(module).get(method)  # such as LightningCLI sets
         setattr(module, method, hook)
 
     def remove(self) -> None:
         """Give the module its own method back."""
         if vars(self._module).get(self._method) is self._hook:
             delattr(self._module, self._method)
+            if self._replaced is not None:
+                setattr(self._module, self._method, self._replaced)
 
 
 def _refuse_averages(method: Stored, trainer: Trainer) -> None:
@@ -301,6 +327,18 @@ def _refuse_averages(method: Stored, trainer: Trainer) -> None:
             f"{method!r} holds values whose places change, which {type(other).__name__} would "
             "average as if they did not. Use storage='masked', or leave it out."
         )
+
+
+def _refuse_matrix_optimizers(method: Stored, trainer: Trainer) -> None:
+    """Raise if an optimizer multiplies matrices, which vectors of nonzeros are not."""
+    ours = {id(weight.parameter): name for name, weight in method._weights.items()}
+    for optimizer in trainer.optimizers:
+        names = [ours[i] for i in owned(optimizer) if i in ours]
+        if names and any("Muon" in kind.__name__ for kind in type(optimizer).__mro__):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} trains matrices, but {method!r} holds {listed(sorted(names))} as vectors "
+                "of nonzeros. Give them to another optimizer such as AdamW, or use storage='masked'."
+            )
 
 
 def _refuse_layers(method: Stored, module: nn.Module, choices: Sequence[ParameterChoice]) -> None:

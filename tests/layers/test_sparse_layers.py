@@ -351,11 +351,6 @@ def test_gradients_that_nobody_asked_for_are_not_computed(layer, monkeypatch):
     assert layer.bias.grad is not None
 
 
-def test_weight_of_a_sparse_layer_cannot_be_read(layer):
-    with pytest.raises(AttributeError, match="has no dense weight: its nonzeros are `values`"):
-        _ = layer.weight
-
-
 def test_other_layers_have_no_sparse_form():
     with pytest.raises(TypeError, match=r"Only nn\.Linear and nn\.Conv2d have a sparse form, not Conv1d"):
         make_sparse_(nn.Conv1d(2, 2, 1), torch.tensor([0]))
