@@ -6,7 +6,7 @@ state and what processes average have that size, too.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,16 +21,17 @@ from lightning_sparse.compat.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice, select_parameters
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_
 from lightning_sparse.layers.stand_in import shaped
 from lightning_sparse.layers.unit_activity import Hooks
-from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
+from lightning_sparse.rules import select
+from lightning_sparse.storage.checkpoint import make_state_sparse, sparse_entries
 from lightning_sparse.storage.measure import DENSE, measure
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
+from lightning_sparse.trainer.after import After
 from lightning_sparse.trainer.guards import averaging, listed, refuse_other_weights
 from lightning_sparse.trainer.ownership import owned
 from lightning_sparse.weights.base import Weight
@@ -66,21 +67,20 @@ class SparseStore(Store):
         """Have the layers exchanged as soon as the module is whole, and checkpoints loaded into what is there."""
         for weight in self._weights:
             weight.detach()  # of a fit that an exception has ended
-        handles = self.method._fit.handles
+        super().setup(trainer, module, stage)
         if stage != "fit":
-            hook = partial(_load_hook, module)
-            handles.append(register_before_load(module, hook))
             return
+        handles = self.method._fit.handles
         _refuse_averages(self.method, trainer)
         self._backend = None
         exchange = partial(self._exchange_layers, trainer, module)
-        handles.append(_After(module, "configure_model", exchange))
-        handles.append(_After(module, "on_load_checkpoint", self._take_checkpoint))
-        handles.append(_After(module, "configure_optimizers", during=self._shaped))
+        handles.append(After(module, "configure_model", exchange))
+        handles.append(After(module, "configure_optimizers", during=self._shaped))
 
     def abort(self) -> None:
         """Leave the module's own methods behind, also of a fit that has not come to its start."""
-        self.method._fit.remove(_After, Ignored)
+        super().abort()
+        self.method._fit.remove(Ignored)
 
     @contextmanager
     def _shaped(self) -> Iterator[None]:
@@ -141,7 +141,7 @@ class SparseStore(Store):
 
     def begin_fit(self, trainer: Trainer) -> None:
         """Have all processes begin with the same layers."""
-        self.method._fit.remove(_After)  # no checkpoint was to be loaded
+        super().begin_fit(trainer)
         _refuse_matrix_optimizers(self.method, trainer)
         if trainer.world_size > 1:
             layers = [weight.layer for weight in self._weights]
@@ -174,6 +174,7 @@ class SparseStore(Store):
 
     def begin_training(self, trainer: Trainer) -> None:
         """Multiply as is quickest for the largest layer, or as the checkpoint says; tell, and warn if it is slow."""
+        super().begin_training(trainer)
         largest = max(self._weights, key=lambda weight: weight.size)
         seconds = trainer.strategy.broadcast(measure(largest.sparse) if trainer.is_global_zero else {})
         names = [name for name in seconds if name != DENSE]
@@ -266,13 +267,21 @@ class SparseStore(Store):
         """Take up who multiplies."""
         self._backend = state_dict.get("backend") or None
 
-    def _take_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def take(self, states: dict[str, Any], module: dict[str, Any]) -> bool:
         """Have the dense weights of a checkpoint loaded by sparse layers."""
-        states = checkpoint.get("callbacks", {}).get(self.method.state_key, {}).get("weights", {})
+        masks = {name: states[name]["mask"] for name in states if "mask" in states[name]}
+        states.update({name: {"shape": torch.tensor(mask.shape)} for name, mask in masks.items()})
         for weight in self._weights:
             positions = states.get(weight.name, {}).get("positions")
-            if positions is not None and weight.name in checkpoint["state_dict"]:
-                make_state_sparse(checkpoint["state_dict"], _prefix(weight.name), weight.sparse, positions.long())
+            if weight.name in masks:
+                positions = select.positions(masks[weight.name].bool())
+            if positions is not None and weight.name in module and weight.layer is not None:
+                make_state_sparse(module, _prefix(weight.name), weight.sparse, positions.long())
+        return bool(masks)
+
+    def carried(self, weight: Weight, x: Tensor) -> Tensor | None:
+        """Return a dense tensor's elements at the connections."""
+        return x.reshape(-1)[weight.active_indices.to(x.device)] if tuple(x.shape) == weight.shape else None
 
     def on_save_checkpoint(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the nonzeros alone, if that is what checkpoints hold, also after the fit, when the module is dense."""
@@ -283,41 +292,6 @@ class SparseStore(Store):
                     prefix = _prefix(weight.name)
                     groups = getattr(module.get_submodule(prefix), "groups", 1)
                     state.update(sparse_entries(prefix, state.pop(weight.name), weight.active_indices, groups))
-
-
-class _After:
-    """Calls ``function``, with the same arguments, once, when the Trainer has called the module's ``method``.
-
-    That call runs within the context ``during``.
-    """
-
-    def __init__(
-        self,
-        module: LightningModule,
-        method: str,
-        function: Callable[..., None] | None = None,
-        during: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        own = getattr(module, method)
-
-        def hook(*args: Any) -> Any:
-            self.remove()
-            with during():
-                result = own(*args)
-            if function is not None:
-                function(*args)
-            return result
-
-        self._module, self._method, self._hook = module, method, hook
-        self._replaced = vars(module).get(method)  # such as LightningCLI sets
-        setattr(module, method, hook)
-
-    def remove(self) -> None:
-        """Give the module its own method back."""
-        if vars(self._module).get(self._method) is self._hook:
-            delattr(self._module, self._method)
-            if self._replaced is not None:
-                setattr(self._module, self._method, self._replaced)
 
 
 def _refuse_averages(method: Stored, trainer: Trainer) -> None:
@@ -356,11 +330,6 @@ def _refuse_layers(method: Stored, module: nn.Module, choices: Sequence[Paramete
             f"{method!r} can exchange plain nn.Linear and nn.Conv2d layers only, not "
             f"{', '.join(problems)}. Leave them dense with exclude=[...], or use storage='masked'."
         )
-
-
-def _load_hook(module: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
-    """Let any layers load any checkpoint's."""
-    load_for(module, state_dict)
 
 
 def _prefix(name: str) -> str:
