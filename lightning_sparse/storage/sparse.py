@@ -27,6 +27,7 @@ from lightning_sparse.layers.stand_in import shaped
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules import select
 from lightning_sparse.storage.checkpoint import make_state_sparse, sparse_entries
+from lightning_sparse.storage.compare import COMPARED_LIMIT, difference
 from lightning_sparse.storage.measure import DENSE, measure
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 from lightning_sparse.storage.store import Store, Stored
@@ -55,6 +56,7 @@ class SparseStore(Store):
         super().__init__(method)
         self._plain = False  # checkpoints have dense weights
         self._backend: str | None = None
+        self._compared = False  # with the dense module, in this fit
 
     @property
     def _weights(self) -> list[SparseWeight]:
@@ -72,7 +74,7 @@ class SparseStore(Store):
             return
         handles = self.method._fit.handles
         _refuse_averages(self.method, trainer)
-        self._backend = None
+        self._backend, self._compared = None, False
         exchange = partial(self._exchange_layers, trainer, module)
         handles.append(After(module, "configure_model", exchange))
         handles.append(After(module, "configure_optimizers", during=self._shaped))
@@ -217,6 +219,25 @@ class SparseStore(Store):
         return make_dense
 
     # ------------------------------------------------------------------ steps
+
+    def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        """Compare the module with the dense one on the first batch, if both are small enough."""
+        if self._compared:
+            return
+        self._compared = True
+        own = [*module.parameters(), *module.buffers()]
+        size = _dense_bytes(self._weights) + sum(x.numel() * x.element_size() for x in own)
+        if size > COMPARED_LIMIT:
+            return
+        found = difference(trainer, module, batch, index)
+        if not trainer.strategy.reduce_boolean_decision(found is None):
+            raise MisconfigurationException(
+                f"{self.method!r} must not change what {type(module).__name__} computes, but on the first batch "
+                f"{found or 'another process finds that something'} with sparse layers, compared with dense ones of "
+                "the same weights. Code that goes by type(layer) or by the number of a parameter's elements does so. "
+                "Ask isinstance(layer, nn.Linear) there, keep the layer dense with exclude=[...], or use "
+                "storage='masked'."
+            )
 
     def after_backward(self, trainer: Trainer) -> None:
         """Average the gradients that DDP leaves alone, whenever DDP has averaged the others."""

@@ -99,6 +99,9 @@ class Store(ABC):
 
     # ------------------------------------------------------------------ steps
 
+    def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        """See a training batch that is about to be computed with."""
+
     def after_backward(self, trainer: Trainer) -> None:
         """Complete the gradients of a micro-batch."""
 
@@ -247,6 +250,11 @@ class Stored(Verbs, Callback, ABC):
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
         """Raise unless all the weights are held as the store does."""
         self.store.refuse(choices)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let the store see the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.store.begin_batch(trainer, pl_module, batch, batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete the gradients of a micro-batch."""

@@ -322,6 +322,20 @@ def test_autocast_gives_what_it_gives_dense_layers(layer):
     assert layer.values.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backward_pass_may_run_within_autocast(layer, backend, monkeypatch):
+    monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
+    x, gradients = example(layer).requires_grad_(), []
+    for within in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = layer(x).float().sum()
+            if within:
+                gradients.append(torch.autograd.grad(loss, [layer.values, x]))
+        if not within:
+            gradients.append(torch.autograd.grad(loss, [layer.values, x]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_bfloat16_layers_train(layer):
     layer, x = layer.bfloat16(), example(layer).bfloat16().requires_grad_()
     y = layer(x)
