@@ -36,9 +36,9 @@ class Traffic(Callback):
         model: Any = trainer.strategy.model
         model.register_comm_hook(None, lambda state, bucket: self._averaged(bucket))  # DDP reads annotations
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Forget what was sent before the first step."""
-        if not self.steps:
+        if trainer.global_step == 0:
             self._bytes = 0
 
     def on_before_zero_grad(self, *args: Any) -> None:
