@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.compat.lightning import (
-    DDPStrategy,
     LightningModule,
     MisconfigurationException,
     Trainer,
+    is_a,
     rank_zero_info,
     rank_zero_warn,
 )
@@ -133,7 +133,7 @@ class SparseStore(Store):
         names = (*_INDICES, "weight") if self.method.resizes else _INDICES
         ignored = Ignored(module, [f"{_prefix(weight.name)}.{name}" for weight in weights for name in names])
         self.method._fit.handles.append(ignored)
-        if self.method.resizes and isinstance(trainer.strategy, DDPStrategy):
+        if self.method.resizes and is_a(trainer.strategy, "DDPStrategy"):
             ignored.refuse_nothing_left()
 
     # ------------------------------------------------------------------ a fit begins and ends

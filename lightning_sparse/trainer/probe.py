@@ -22,9 +22,11 @@ from lightning_sparse.compat.lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    is_a,
     is_overridden,
     is_param_in_hook_signature,
     isolate_rng,
+    parent,
 )
 from lightning_sparse.compat.lightning_private import training_loader
 
@@ -113,7 +115,8 @@ class Probe:
     def _hook(self, name: str) -> Callable[..., Any]:
         """Return a hook of the batch's transfer: the datamodule's if it has one, as in Lightning."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else self.module
+        base = parent(datamodule, "LightningDataModule")
+        owner = datamodule if base is not None and is_overridden(name, datamodule, base) else self.module
         hook: Callable[..., Any] = getattr(owner, name)
         return hook
 
@@ -167,7 +170,7 @@ def _own_module(module: LightningModule, trainer: Trainer) -> LightningModule:
         ) from error
     own.trainer = trainer
     for part in own.modules():
-        if isinstance(part, LightningModule):
+        if is_a(part, "LightningModule"):
             part.log = part.log_dict = _ignore  # type: ignore[method-assign, assignment]
             if not part.automatic_optimization:
                 _keep_still(part, trainer)
