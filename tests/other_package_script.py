@@ -1,51 +1,74 @@
-"""Run by compat/test_lightning.py in a fresh process: ``other_package_script.py mixed|alone|forced``."""
+"""Run by compat/test_lightning.py in a fresh process: ``other_package_script.py alone|both|later``.
+
+The program loads pytorch_lightning alone, both packages before this one, or the second one later.
+"""
 
 # ruff: noqa: E402
 import importlib
 import sys
 
 mode = sys.argv[1]
-if mode == "mixed":  # the user's other import
+if mode == "both":
     importlib.import_module("lightning.pytorch")
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_sparse
-
-
-class Module(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 4)
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch[0]).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-torch.manual_seed(0)
-callback = lightning_sparse.DST(alpha=0.05)
-trainer = pl.Trainer(
-    accelerator="cpu",
-    max_epochs=2,
-    logger=False,
-    enable_checkpointing=False,
-    enable_progress_bar=False,
-    enable_model_summary=False,
-    callbacks=[callback],
-)
-data = DataLoader(TensorDataset(torch.randn(40, 4)), batch_size=4)
-module = Module()
 try:
-    trainer.fit(module, data)
-except Exception as error:
-    print(f"{type(error).__name__}: {error}")
-else:
-    assert torch.equal(module.layer.weight != 0, callback.masks["layer.weight"])
+    import lightning_sparse
+except ImportError as error:
+    print(error)
+    sys.exit()
+
+early = lightning_sparse.SparsityMonitor()
+packages = [pl]
+if mode != "alone":
+    packages.append(importlib.import_module("lightning.pytorch"))
+
+
+def module(package):
+    class Module(package.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Module()
+
+
+class Data:
+    """The same datamodule in either package, with a hook of its own."""
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(40, 4)), batch_size=4)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] + 1]
+
+
+options = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False}
+quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+for package in packages:
+    torch.manual_seed(0)
+    exceptions = importlib.import_module(f"{package.__name__}.utilities.exceptions")
+    data = type("Data", (Data, package.LightningDataModule), {})()
+    for callback in (lightning_sparse.SNIP(0.5), lightning_sparse.RigL(0.5, update_every=3, storage="sparse")):
+        assert isinstance(callback, package.Callback)
+        network = module(package)
+        package.Trainer(callbacks=callback, **options, **quiet).fit(network, data)
+        assert torch.equal(network.layer.weight != 0, callback.masks["layer.weight"])
+    assert isinstance(early, package.Callback)
+    package.Trainer(callbacks=[lightning_sparse.DST(0.1), early], **options, **quiet).fit(module(package), data)
+    other = lightning_sparse.SET(0.5, exclude=["layer.weight"])
+    with pytest.raises(exceptions.MisconfigurationException, match="nothing to make sparse"):
+        package.Trainer(callbacks=[other], **options, **quiet).fit(module(package), data)
     print(f"sparsity {callback.sparsity}")
 if mode == "alone":
     assert not any(name.split(".")[0] == "lightning" for name in sys.modules), "the other package is not even imported"

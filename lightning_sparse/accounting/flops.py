@@ -98,7 +98,7 @@ def _sparse_layers(module: nn.Module) -> Iterator[dict[str, Flops]]:
     counts: dict[str, Flops] = {}
 
     def called(name: str, layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        x = args[0] if args else kwargs["x"]
+        x = args[0] if args else kwargs["input"]
         count, before = 2 * output.numel() * math.prod(layer.shape[1:]), counts.get(name, Flops())
         counts[name] = Flops(
             before.forward + count,

@@ -1,6 +1,7 @@
 """What processes send each other in a step."""
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, distributed
 from lightning_sparse import SET, MemoryEfficientDST
 from lightning_sparse.bench.networks import NETWORKS, batch_for
 from lightning_sparse.bench.trainers import Plain, fit_seconds
-from lightning_sparse.compat.lightning import Callback, DDPStrategy, LightningModule, Trainer
+from lightning_sparse.compat.lightning import PACKAGE, Callback, LightningModule, Trainer
 
 __all__ = ["Traffic", "traffic"]
 
@@ -35,6 +36,11 @@ class Traffic(Callback):
         distributed.all_reduce = self._counted
         model: Any = trainer.strategy.model
         model.register_comm_hook(None, lambda state, bucket: self._averaged(bucket))  # DDP reads annotations
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Forget what was sent before the first step."""
+        if trainer.global_step == 0:
+            self._bytes = 0
 
     def on_before_zero_grad(self, *args: Any) -> None:
         """Begin a step."""
@@ -64,6 +70,7 @@ class Traffic(Callback):
 
 def traffic(arguments: argparse.Namespace) -> None:
     """Print the bytes that each of two processes (gloo) hands over in a step, dense and with ``storage="sparse"``."""
+    DDPStrategy = import_module(f"{PACKAGE}.strategies").DDPStrategy
     build, batch = NETWORKS[arguments.network][0], batch_for(arguments.network, arguments.batch)
 
     def sent(callbacks: list[Callback]) -> list[int]:

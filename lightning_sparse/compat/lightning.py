@@ -1,29 +1,30 @@
-"""Which Lightning this process uses: ``lightning.pytorch`` or ``pytorch_lightning``.
+"""Lightning under its two names: ``lightning.pytorch`` and ``pytorch_lightning``.
 
-The two packages hold the same code under two names, and a callback of one does not belong in a Trainer of the other.
-Whichever the user imported first is taken; ``LIGHTNING_SPARSE_BACKEND`` overrides the choice.
+The two packages hold the same code, and a program may load both, as where it uses a library built on the other one.
+A callback of this package belongs in the Trainers of both: it is an instance of the ``Callback`` of each that is
+loaded, and asks what it is given by name (``is_a``). Helpers, and the base classes of the zoo, come from one of them,
+``PACKAGE``: the first that the program has imported; ``LIGHTNING_SPARSE_BACKEND`` overrides that. No package is
+imported beside one that is there.
 """
 
 import importlib
 import importlib.util
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "BaseFinetuning",
+    "PACKAGE",
     "Callback",
-    "DDPStrategy",
     "DummyLogger",
     "LightningModule",
     "MisconfigurationException",
-    "SingleDeviceStrategy",
-    "StochasticWeightAveraging",
     "Trainer",
-    "check_trainer",
+    "is_a",
     "is_overridden",
     "is_param_in_hook_signature",
     "isolate_rng",
+    "parent",
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
@@ -39,9 +40,9 @@ def _choose() -> str:
         if forced not in _PACKAGES:
             raise ImportError(f"LIGHTNING_SPARSE_BACKEND must be one of {_PACKAGES}, got {forced!r}.")
         return forced
-    for package in _PACKAGES:
-        if package in sys.modules:
-            return package
+    for name in sys.modules:  # in the order in which they were imported
+        if name in _PACKAGES:
+            return name
     return "lightning.pytorch" if importlib.util.find_spec("lightning") else "pytorch_lightning"
 
 
@@ -49,9 +50,7 @@ PACKAGE = _choose()
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
     from lightning.pytorch.loggers.logger import DummyLogger
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
     from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
@@ -63,13 +62,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 else:
     _pl = importlib.import_module(PACKAGE)
-    Callback, LightningModule, Trainer = _pl.Callback, _pl.LightningModule, _pl.Trainer
-    _callbacks = importlib.import_module(f"{PACKAGE}.callbacks")
-    BaseFinetuning, StochasticWeightAveraging = _callbacks.BaseFinetuning, _callbacks.StochasticWeightAveraging
+    LightningModule, Trainer = _pl.LightningModule, _pl.Trainer
     DummyLogger = importlib.import_module(f"{PACKAGE}.loggers.logger").DummyLogger
-    _strategies = importlib.import_module(f"{PACKAGE}.strategies")
-    DDPStrategy, SingleDeviceStrategy = _strategies.DDPStrategy, _strategies.SingleDeviceStrategy
-    MisconfigurationException = importlib.import_module(f"{PACKAGE}.utilities.exceptions").MisconfigurationException
+    _exceptions = importlib.import_module(f"{PACKAGE}.utilities.exceptions")
     _rank_zero = importlib.import_module(f"{PACKAGE}.utilities.rank_zero")
     rank_zero_info, rank_zero_warn = _rank_zero.rank_zero_info, _rank_zero.rank_zero_warn
     rank_zero_only = _rank_zero.rank_zero_only
@@ -78,14 +73,37 @@ else:
     _signatures = importlib.import_module(f"{PACKAGE}.utilities.signature_utils")
     is_param_in_hook_signature = _signatures.is_param_in_hook_signature
 
+    class MisconfigurationException(_exceptions.MisconfigurationException):
+        """The error of this name of each package that is loaded."""
 
-def check_trainer(trainer: object, callback: object) -> None:
-    """Raise if ``trainer`` comes from the package that ``callback`` was not built on."""
-    if isinstance(trainer, Trainer):
-        return
-    theirs = type(trainer).__module__.split(".trainer")[0]
-    raise MisconfigurationException(
-        f"{type(callback).__name__} is a callback of {PACKAGE!r}, but the Trainer comes from {theirs!r}: "
-        "the two packages cannot be mixed. Import only one of them in the program, or set the environment variable "
-        f"LIGHTNING_SPARSE_BACKEND={theirs} before lightning_sparse is imported."
-    )
+    class Callback(_pl.Callback):
+        """A callback of each package that is loaded."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            """Belong to a package that has been imported since."""
+            _join_loaded()
+            return super().__new__(cls)
+
+    def _join_loaded() -> None:
+        """Make the classes above those of all packages that are loaded."""
+        for package in [name for name in _PACKAGES if hasattr(sys.modules.get(name), "Callback")]:
+            exceptions = sys.modules[f"{package}.utilities.exceptions"]
+            for ours, theirs in (
+                (Callback, sys.modules[package].Callback),
+                (MisconfigurationException, exceptions.MisconfigurationException),
+            ):
+                if not issubclass(ours, theirs):
+                    ours.__bases__ = (*ours.__bases__, theirs)
+
+    _join_loaded()
+
+
+def is_a(thing: object, *names: str) -> bool:
+    """Tell whether an object is of a class of Lightning with one of these names, in either package."""
+    return parent(thing, *names) is not None
+
+
+def parent(thing: object, *names: str) -> type | None:
+    """Return the class of Lightning with one of these names that an object is of, in either package."""
+    kinds = [kind for kind in type(thing).__mro__ if kind.__name__ in names]
+    return next((kind for kind in kinds if kind.__module__.split(".")[0] in ("lightning", "pytorch_lightning")), None)

@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook  # of torch.
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, but not exported from a public place
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "SIDES",
@@ -49,7 +49,9 @@ __all__ = [
     "storage_identity",
     "stored_values",
     "takes_scaled_gradients",
+    "tensor_without_elements",
     "tree_leaves",
+    "tree_map",
     "weight_norm_hooks",
 ]
 
@@ -100,6 +102,16 @@ def stored_values(tensor: Tensor) -> Tensor:
     Relies on ``Tensor._values``; the public ``values`` first adds them up.
     """
     return tensor._values() if tensor.is_sparse else tensor
+
+
+def tensor_without_elements(kind: type[Tensor], shape: Sequence[int], like: Tensor) -> Any:
+    """Return a tensor of a subclass that has a shape, and the dtype and device of ``like``, but stores nothing.
+
+    Relies on ``Tensor._make_wrapper_subclass``. ``isinstance(x, nn.Parameter)`` relies on an attribute ``_is_param``.
+    """
+    return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        kind, tuple(shape), dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
+    )
 
 
 # ---------------------------------------------------------------------- modules

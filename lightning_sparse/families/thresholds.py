@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.lightning import BaseFinetuning, MisconfigurationException, Trainer
+from lightning_sparse.compat.lightning import MisconfigurationException, Trainer, is_a
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.compat.torch_private import complete_momentum, found_infinite
 from lightning_sparse.families.common import (
@@ -154,7 +154,7 @@ class Thresholded(Options, Readouts, Verbs, ABC):
         """Raise if a callback looks every parameter of the optimizer up in the module."""
         super().refuse_trainer(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
+        if any(is_a(callback, "BaseFinetuning") for callback in callbacks):
             raise MisconfigurationException(
                 f"{self!r} keeps thresholds in the optimizer, where BaseFinetuning cannot handle them. "
                 "Freeze weights with requires_grad_(False) and add them later with optimizer.add_param_group."

@@ -5,7 +5,8 @@ A weight is a vector of values and a ``Structure``. Products run in float32 at l
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ __all__ = [
 _CHUNK, _GPU_CHUNK = 1 << 19, 1 << 24
 
 Pair = tuple[int, int]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Geometry(NamedTuple):
@@ -202,6 +204,19 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
     return x, Geometry(conv.kernel_size, conv.stride, padding, conv.dilation)
 
 
+def _without_autocast(backward: F) -> F:
+    """Have a backward pass within autocast, as ``manual_backward`` runs it, compute in the dtypes that it chooses."""
+
+    @wraps(backward)
+    def exact(ctx: Any, gradient: Tensor) -> Any:
+        if not torch.is_autocast_enabled(gradient.device.type):
+            return backward(ctx, gradient)
+        with torch.autocast(gradient.device.type, enabled=False):
+            return backward(ctx, gradient)
+
+    return exact  # type: ignore[return-value]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure) -> Tensor:
@@ -215,6 +230,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @_without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
         weight, dtype = Structure.of(indices, ctx.backend), _exact(values.dtype)
@@ -247,6 +263,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @_without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
         weight, geometry, dtype = Structure.of(indices, ctx.backend), ctx.geometry, _exact(values.dtype)

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lightning_sparse.compat.compiled import plain_name
 from lightning_sparse.compat.torch_private import RunningNorm
 from lightning_sparse.layers import transforms
-from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
+from lightning_sparse.layers.sparse import SparseLayer
 from lightning_sparse.layers.transforms import Transform
 from lightning_sparse.rules.matrices import FIRST, Outputs
 
@@ -59,7 +59,8 @@ _ON_REQUEST = LayerKind(by_default=False)
 _TRANSPOSED = LayerKind(by_default=False, out_axis=1, grouped=True)
 
 #: layers with weights, by type, or by its full name where the package is not imported; those of other types are made
-#: sparse only on request. A subclass is as its nearest base. MultiheadAttention's out_proj is a Linear
+#: sparse only on request. A subclass is as its nearest base. MultiheadAttention's out_proj and
+#: sparse linear layers are Linear
 LAYERS: dict[type[nn.Module] | str, LayerKind] = {
     nn.Linear: LayerKind(),
     nn.Bilinear: LayerKind(),
@@ -67,8 +68,6 @@ LAYERS: dict[type[nn.Module] | str, LayerKind] = {
     nn.Conv2d: LayerKind(),
     nn.Conv3d: LayerKind(),
     nn.RNNBase: LayerKind(("weight_",)),
-    SparseLinear: LayerKind(),
-    SparseConv2d: LayerKind(),
     nn.RNNCellBase: LayerKind(("weight_",)),
     nn.MultiheadAttention: LayerKind(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
     nn.Embedding: _ON_REQUEST,
@@ -366,8 +365,6 @@ def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[Place]]]:
     found: dict[nn.Parameter, list[Place]] = {}
     for prefix, holder in module.named_modules():
         for local, parameter in holder.named_parameters(recurse=False):
-            if isinstance(holder, SparseLayer) and local == "values":
-                local = "weight"  # of the dense layer it stands for
             name = f"{prefix}.{local}" if prefix else local
             if isinstance(holder, ParametrizationList):  # LAYER.parametrizations.WEIGHT
                 owner, _, weight = prefix.rpartition(".")

@@ -1,7 +1,9 @@
-"""SparseLinear and SparseConv2d: layers whose one parameter is the vector of their nonzeros.
+"""SparseLinear and SparseConv2d: layers whose weight is the vector of its nonzeros.
 
-They take the place of ``nn.Linear`` and ``nn.Conv2d``. ``make_sparse_`` and ``make_dense_`` turn one into the other in
-place, so that hooks, names and other references to the layer stay what they are.
+They take the place of ``nn.Linear`` and ``nn.Conv2d``, and are subclasses of these: code that asks ``isinstance``, for
+attributes, or for the dtype, device or shape of ``layer.weight`` is answered as by a dense layer. ``make_sparse_`` and
+``make_dense_`` turn one into the other in place, so that hooks, names and other references to the layer stay what they
+are.
 """
 
 import copy
@@ -15,6 +17,7 @@ from torch import Generator, Tensor, nn
 from lightning_sparse.compat import torch_private
 from lightning_sparse.kernels.structure import Structure, flat_positions, structure
 from lightning_sparse.layers.functional import conv2d, linear, padded
+from lightning_sparse.layers.stand_in import StandIn
 from lightning_sparse.rules import sampling, select
 
 __all__ = [
@@ -38,16 +41,18 @@ Layer = TypeVar("Layer", bound="nn.Linear | nn.Conv2d | SparseLayer")
 class SparseLayer(nn.Module):
     """What the sparse layers have in common.
 
+    Among the parameters the nonzeros have the name of the dense weight, ``weight``; in a ``state_dict`` they are
+    ``values``.
+
     Attributes:
-        values: the nonzeros in the order of their positions, ``(nnz,)``: the parameter.
         crow: where each row of the weight begins among them, ``(out + 1,)``, int32.
         col: the columns, ``(nnz,)``, int32, counted over all groups.
         weight_shape: of the dense weight, int64; not read, but what a checkpoint needs to be made dense.
         plain: ``state_dict`` has the dense ``weight`` in the place of these.
         backend: who multiplies, see ``kernels.dispatch``; None: the one that is quicker as a rule.
+        full_name: of the weight in the module that is trained; None: not known.
     """
 
-    values: nn.Parameter
     bias: nn.Parameter | None
     crow: Tensor
     col: Tensor
@@ -56,6 +61,28 @@ class SparseLayer(nn.Module):
     permutation: Tensor
     plain: bool = False
     backend: str | None = None
+    full_name: str | None = None
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The nonzeros in the order of their positions, ``(nnz,)``: the parameter."""
+        values = torch_private.parameters(self)["weight"]
+        assert values is not None
+        return values
+
+    @property
+    def weight(self) -> Tensor:
+        """Stands in for the dense weight: it has its shape, dtype and device, but no elements.
+
+        Raises:
+            RuntimeError: elements are read or written.
+        """
+        name = self.full_name or f"weight of {type(self).__name__}({self.extra_repr()})"
+        return StandIn.of(self.values, self.shape, name)
+
+    @weight.setter
+    def weight(self, weight: Any) -> None:
+        self._refuse_exchange(weight)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,17 +153,25 @@ class SparseLayer(nn.Module):
         return make_dense_(_copy(self))
 
     def extra_repr(self) -> str:
-        """Show shape and density."""
-        size = math.prod(self.shape)
-        return f"{' x '.join(map(str, self.shape))}, nnz={self.nnz} ({self.nnz / max(size, 1):.3g})"
+        """Show what a dense layer shows, and the density."""
+        return f"{super().extra_repr()}, nnz={self.nnz} ({self.nnz / max(math.prod(self.shape), 1):.3g})"
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise AttributeError(
-                f"{type(self).__name__} has no dense weight: its nonzeros are `values`. Code that reads `weight` needs "
-                "a dense layer; keep this one dense with exclude=[...]."
-            )
-        return super().__getattr__(name)
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse another weight in the place of the nonzeros.
+
+        Raises:
+            RuntimeError: it is not a vector of as many values.
+        """
+        if name == "weight" and (param is None or param.shape != self.col.shape):
+            self._refuse_exchange(param)
+        super().register_parameter(name, param)
+
+    def _refuse_exchange(self, weight: Any) -> None:
+        raise RuntimeError(
+            f"{self.full_name or 'weight'} cannot be exchanged for {'None' if weight is None else 'another one'}: "
+            "its layer is sparse and holds the nonzeros alone. Exchange it before the fit, keep it dense with "
+            f"exclude=[{self.full_name or '...'!r}], or train with storage='masked'."
+        )
 
     def _set_structure(self, found: Structure) -> None:
         tensors = [_trainable(x) for x in found.tensors]
@@ -160,12 +195,14 @@ class SparseLayer(nn.Module):
         return x, self.values.dtype
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Write the dense weight instead, if ``plain``."""
-        entries: dict[str, Any] = {f"{prefix}weight": self.dense_weight()} if self.plain else {}
+        """Write the dense weight if ``plain``, else ``values`` and where they are."""
+        entries: dict[str, Any] = {}
         super()._save_to_state_dict(entries, prefix, keep_vars)
-        for name in _SAVED if self.plain else ():
+        values = entries.pop(f"{prefix}weight")
+        for name in _SAVED[1:] if self.plain else ():
             del entries[prefix + name]
-        destination.update(entries)
+        weight = {f"{prefix}weight": self.dense_weight()} if self.plain else {f"{prefix}values": values}
+        destination.update(weight | entries)
 
     def _load_from_state_dict(
         self,
@@ -197,6 +234,9 @@ class SparseLayer(nn.Module):
         if values is not None and col is not None and len(values) == len(col) != self.nnz:
             self._set_values(self.values.data.new_empty(len(values)))
             self.col = self.col.new_empty(len(col))
+        if values is not None:
+            state_dict = {key: x for key, x in state_dict.items() if key != f"{prefix}values"}
+            state_dict[f"{prefix}weight"] = values
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -204,7 +244,7 @@ class SparseLayer(nn.Module):
             self._set_structure(self.structure_at(self.positions))
 
 
-class SparseLinear(SparseLayer):
+class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # weight is no attribute
     """``nn.Linear`` with a sparse weight: memory and time in proportion to its nonzeros.
 
     Positions are drawn uniformly, exactly ``nnz`` of them, and values uniformly within one over the square root of the
@@ -224,9 +264,6 @@ class SparseLinear(SparseLayer):
         (torch.Size([8, 256]), torch.Size([1000]))
     """
 
-    in_features: int
-    out_features: int
-
     def __init__(
         self,
         in_features: int,
@@ -236,21 +273,21 @@ class SparseLinear(SparseLayer):
         generator: Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         _draw_into(self, nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype), nnz, generator)
 
     @property
     def shape(self) -> tuple[int, int]:  # noqa: D102  (inherited)
         return self.out_features, self.in_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x W.T + bias`` for ``(..., in_features)``."""
-        x, dtype = self._take(x)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as nn.Linear names it)
+        """Return ``x W.T + bias`` for ``x`` ``(..., in_features)``."""
+        x, dtype = self._take(input)
         with torch.autocast(x.device.type, enabled=False):
             return linear(x, self.values, self.bias, self.structure).to(dtype)
 
 
-class SparseConv2d(SparseLayer):
+class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc, override]  # weight is no attribute
     """``nn.Conv2d`` with a sparse weight: parameters, gradients and optimizer state in proportion to its nonzeros.
 
     The input is unfolded for some images at a time, so what this takes does not grow with the batch.
@@ -275,14 +312,8 @@ class SparseConv2d(SparseLayer):
         torch.Size([2, 32, 8, 8])
     """
 
-    in_channels: int
-    out_channels: int
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: str
 
     def __init__(
         self,
@@ -299,7 +330,7 @@ class SparseConv2d(SparseLayer):
         generator: Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         dense = nn.Conv2d(
             in_channels,
             out_channels,
@@ -319,9 +350,9 @@ class SparseConv2d(SparseLayer):
     def shape(self) -> tuple[int, int, int, int]:  # noqa: D102  (inherited)
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as nn.Conv2d names it)
         """Return the convolution of ``(batch, in_channels, height, width)``, or of one image."""
-        x, dtype = self._take(x)
+        x, dtype = self._take(input)
         images = x if x.ndim == 4 else x.unsqueeze(0)
         with torch.autocast(x.device.type, enabled=False):
             images, geometry = padded(self, images)
@@ -359,7 +390,7 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
     else:
         values = weight.reshape(-1)[positions.to(weight.device)]
     values = nn.Parameter(values.to(weight.dtype), weight.requires_grad)
-    torch_private.set_parameters(layer, {"values": values, "bias": bias})
+    torch_private.set_parameters(layer, {"weight": values, "bias": bias})
     layer.__class__ = _SPARSE[type(layer)]  # type: ignore[assignment]
     assert isinstance(layer, SparseLayer)
     layer.register_buffer("crow", found.matrix.crow)
@@ -377,7 +408,7 @@ def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
     weight = nn.Parameter(layer.dense_weight(), layer.values.requires_grad)
     for name in ("crow", "col", "weight_shape", *_DERIVED):
         delattr(layer, name)
-    for name in ("plain", "backend"):
+    for name in ("plain", "backend", "full_name"):
         vars(layer).pop(name, None)
     torch_private.set_parameters(layer, {"weight": weight, "bias": layer.bias})
     layer.__class__ = _DENSE[type(layer)]  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from lightning_sparse.compat.lightning_private import is_redirected
 from lightning_sparse.compat.nested import tensors
 from lightning_sparse.compat.torch_private import RunningNorm, padded_sides
 from lightning_sparse.layers.selection import NORMS
-from lightning_sparse.layers.sparse import SparseLayer, SparseLinear
+from lightning_sparse.layers.sparse import SparseLayer
 from lightning_sparse.rules.sampling import unit_sums
 
 __all__ = ["Activity", "GradientSketch", "Hooks", "SynapticFlow", "readable"]
@@ -95,12 +95,12 @@ class Activity(Hooks):
         if self._open and torch.is_grad_enabled() and _weight(layer).requires_grad and output.requires_grad:
             self.calls[name] += 1
             of_inputs, of_outputs = self._sums_of_call(layer, output)
-            self._add(name, 0, of_inputs, args[0] if args else kwargs.get("input", kwargs.get("x")))
+            self._add(name, 0, of_inputs, args[0] if args else kwargs["input"])
             output.register_hook(partial(self._add, name, 1, of_outputs))  # type: ignore[no-untyped-call]
 
     def _sums_of_call(self, layer: Any, output: Tensor) -> tuple[SumsOf, SumsOf]:
         """Return what makes sums of the input of a call, and of the gradient of its output."""
-        units = -1 if isinstance(layer, (nn.Linear, SparseLinear)) else -1 - len(layer.kernel_size)
+        units = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
         return (partial(unit_sums, dim=units),) * 2
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class GradientSketch(Activity):
         self._generator = torch.Generator().manual_seed(seed)
 
     def _sums_of_call(self, layer: Any, output: Tensor) -> tuple[SumsOf, SumsOf]:
-        if isinstance(layer, (nn.Linear, SparseLinear)):
+        if isinstance(layer, nn.Linear):
             return (partial(_signed_rows, self._signs(output.shape[:-1], output)),) * 2
         places = output.shape[-len(layer.kernel_size) :]
         images = output.numel() // math.prod((layer.out_channels, *places))

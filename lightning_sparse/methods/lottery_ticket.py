@@ -17,8 +17,8 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import (
     LightningModule,
     MisconfigurationException,
-    StochasticWeightAveraging,
     Trainer,
+    is_a,
     rank_zero_info,
 )
 from lightning_sparse.compat.options import fixed, option
@@ -150,7 +150,7 @@ class LotteryTicket(DenseOnly, MaskedCallback):
         """Raise if weights are averaged, and learning rates exchanged, before the last rewinding."""
         last = self._before_fit["epochs"] + self._trainings.last // self._epoch_steps
         for other in trainer.callbacks if self._trainings.rounds else ():  # type: ignore[attr-defined]
-            if isinstance(other, StochasticWeightAveraging) and other.swa_start <= last:
+            if is_a(other, "StochasticWeightAveraging") and other.swa_start <= last:
                 raise MisconfigurationException(
                     f"{self!r} rewinds weights and learning rates in epoch {last} for the last time, and "
                     "StochasticWeightAveraging must not begin before the one after, but it does in epoch "

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_sparse.accounting.memory import stored_bytes
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
-from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_warn
+from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_sparse.compat.lightning_private import steps_logged
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.monitor import record, run_file
@@ -76,7 +76,6 @@ class SparsityMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
-        check_trainer(trainer, self)
         if stage == "fit":
             self._forget()
 

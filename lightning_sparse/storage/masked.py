@@ -4,9 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lightning_sparse.kernels.structure import flat_positions
 from lightning_sparse.layers.selection import ParameterChoice
+from lightning_sparse.layers.sparse import dense_weight
 from lightning_sparse.rules import select
+from lightning_sparse.storage.checkpoint import take_sparse
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
 from lightning_sparse.weights.base import Weight
@@ -54,6 +58,30 @@ class MaskedStore(Store):
             )
             for choice in choices
         }
+
+    def take(self, states: dict[str, Any], module: dict[str, Any]) -> bool:
+        """Have what sparse layers have written loaded by dense ones."""
+        sparse = take_sparse(module)
+        module.update({name: dense_weight(*entries) for name, entries in sparse.items()})
+        others = {name: state for name, state in states.items() if "mask" not in state}
+        for name, state in others.items():
+            mask = torch.zeros(state["shape"].tolist(), dtype=torch.bool)
+            if "positions" in state:
+                mask.view(-1)[state["positions"].long()] = True
+            else:
+                _, crow, col, shape = sparse[name]
+                mask.view(-1)[flat_positions(crow, col, shape).cpu()] = True
+            states[name] = {"mask": mask, "buffers": {}}
+        return bool(others)
+
+    def carried(self, weight: Weight, x: Tensor) -> Tensor | None:
+        """Return a dense tensor that is 0 but at the connections."""
+        if tuple(x.shape) != (weight.num_active,):
+            return None
+        result = x.new_zeros(weight.size)
+        result[weight.active_indices.to(x.device)] = x
+        weight.forget_indices()
+        return result.view(weight.shape)
 
     def wrote(self, state: Mapping[str, Any]) -> bool:  # noqa: D102  (inherited)
         return "mask" in state

@@ -5,7 +5,8 @@ loaded nor its optimizer been made. Then a weight's only parameter is the vector
 state and what processes average have that size, too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,23 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.compat.lightning import (
-    DDPStrategy,
     LightningModule,
     MisconfigurationException,
     Trainer,
+    is_a,
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice, select_parameters
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_
+from lightning_sparse.layers.stand_in import shaped
 from lightning_sparse.layers.unit_activity import Hooks
-from lightning_sparse.storage.checkpoint import load_for, make_state_sparse, sparse_entries
+from lightning_sparse.rules import select
+from lightning_sparse.storage.checkpoint import make_state_sparse, sparse_entries
+from lightning_sparse.storage.compare import COMPARED_LIMIT, difference
 from lightning_sparse.storage.measure import DENSE, measure
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
-from lightning_sparse.trainer.guards import averaging, refuse_other_weights
+from lightning_sparse.trainer.after import After
+from lightning_sparse.trainer.guards import averaging, listed, refuse_other_weights
+from lightning_sparse.trainer.ownership import owned
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.captured import Capture
 from lightning_sparse.weights.sparse import SparseWeight, trim_after
@@ -51,6 +56,7 @@ class SparseStore(Store):
         super().__init__(method)
         self._plain = False  # checkpoints have dense weights
         self._backend: str | None = None
+        self._compared = False  # with the dense module, in this fit
 
     @property
     def _weights(self) -> list[SparseWeight]:
@@ -63,20 +69,26 @@ class SparseStore(Store):
         """Have the layers exchanged as soon as the module is whole, and checkpoints loaded into what is there."""
         for weight in self._weights:
             weight.detach()  # of a fit that an exception has ended
-        handles = self.method._fit.handles
+        super().setup(trainer, module, stage)
         if stage != "fit":
-            hook = partial(_load_hook, module)
-            handles.append(register_before_load(module, hook))
             return
+        handles = self.method._fit.handles
         _refuse_averages(self.method, trainer)
-        self._backend = None
+        self._backend, self._compared = None, False
         exchange = partial(self._exchange_layers, trainer, module)
-        handles.append(_After(module, "configure_model", exchange))
-        handles.append(_After(module, "on_load_checkpoint", self._take_checkpoint))
+        handles.append(After(module, "configure_model", exchange))
+        handles.append(After(module, "configure_optimizers", during=self._shaped))
 
     def abort(self) -> None:
         """Leave the module's own methods behind, also of a fit that has not come to its start."""
-        self.method._fit.remove(_After, Ignored)
+        super().abort()
+        self.method._fit.remove(Ignored)
+
+    @contextmanager
+    def _shaped(self) -> Iterator[None]:
+        """Let code that divides parameters by their dimensions find those of the dense weights."""
+        with shaped((weight.sparse.values, weight.shape) for weight in self._weights):
+            yield
 
     @torch.no_grad()
     def _exchange_layers(self, trainer: Trainer, module: LightningModule) -> None:
@@ -118,10 +130,10 @@ class SparseStore(Store):
         for weight in weights:
             weight.sparse.plain = self._plain
         # all processes make the same indices; values that change their length are averaged in after_backward
-        names = (*_INDICES, "values") if self.method.resizes else _INDICES
+        names = (*_INDICES, "weight") if self.method.resizes else _INDICES
         ignored = Ignored(module, [f"{_prefix(weight.name)}.{name}" for weight in weights for name in names])
         self.method._fit.handles.append(ignored)
-        if self.method.resizes and isinstance(trainer.strategy, DDPStrategy):
+        if self.method.resizes and is_a(trainer.strategy, "DDPStrategy"):
             ignored.refuse_nothing_left()
 
     # ------------------------------------------------------------------ a fit begins and ends
@@ -131,7 +143,8 @@ class SparseStore(Store):
 
     def begin_fit(self, trainer: Trainer) -> None:
         """Have all processes begin with the same layers."""
-        self.method._fit.remove(_After)  # no checkpoint was to be loaded
+        super().begin_fit(trainer)
+        _refuse_matrix_optimizers(self.method, trainer)
         if trainer.world_size > 1:
             layers = [weight.layer for weight in self._weights]
             copy_from_first([layer for layer in layers if isinstance(layer, SparseLayer)])  # none of a checkpoint's
@@ -163,6 +176,7 @@ class SparseStore(Store):
 
     def begin_training(self, trainer: Trainer) -> None:
         """Multiply as is quickest for the largest layer, or as the checkpoint says; tell, and warn if it is slow."""
+        super().begin_training(trainer)
         largest = max(self._weights, key=lambda weight: weight.size)
         seconds = trainer.strategy.broadcast(measure(largest.sparse) if trainer.is_global_zero else {})
         names = [name for name in seconds if name != DENSE]
@@ -205,6 +219,25 @@ class SparseStore(Store):
         return make_dense
 
     # ------------------------------------------------------------------ steps
+
+    def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        """Compare the module with the dense one on the first batch, if both are small enough."""
+        if self._compared:
+            return
+        self._compared = True
+        own = [*module.parameters(), *module.buffers()]
+        size = _dense_bytes(self._weights) + sum(x.numel() * x.element_size() for x in own)
+        if size > COMPARED_LIMIT:
+            return
+        found = difference(trainer, module, batch, index)
+        if not trainer.strategy.reduce_boolean_decision(found is None):
+            raise MisconfigurationException(
+                f"{self.method!r} must not change what {type(module).__name__} computes, but on the first batch "
+                f"{found or 'another process finds that something'} with sparse layers, compared with dense ones of "
+                "the same weights. Code that goes by type(layer) or by the number of a parameter's elements does so. "
+                "Ask isinstance(layer, nn.Linear) there, keep the layer dense with exclude=[...], or use "
+                "storage='masked'."
+            )
 
     def after_backward(self, trainer: Trainer) -> None:
         """Average the gradients that DDP leaves alone, whenever DDP has averaged the others."""
@@ -255,13 +288,21 @@ class SparseStore(Store):
         """Take up who multiplies."""
         self._backend = state_dict.get("backend") or None
 
-    def _take_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def take(self, states: dict[str, Any], module: dict[str, Any]) -> bool:
         """Have the dense weights of a checkpoint loaded by sparse layers."""
-        states = checkpoint.get("callbacks", {}).get(self.method.state_key, {}).get("weights", {})
+        masks = {name: states[name]["mask"] for name in states if "mask" in states[name]}
+        states.update({name: {"shape": torch.tensor(mask.shape)} for name, mask in masks.items()})
         for weight in self._weights:
             positions = states.get(weight.name, {}).get("positions")
-            if positions is not None and weight.name in checkpoint["state_dict"]:
-                make_state_sparse(checkpoint["state_dict"], _prefix(weight.name), weight.sparse, positions.long())
+            if weight.name in masks:
+                positions = select.positions(masks[weight.name].bool())
+            if positions is not None and weight.name in module and weight.layer is not None:
+                make_state_sparse(module, _prefix(weight.name), weight.sparse, positions.long())
+        return bool(masks)
+
+    def carried(self, weight: Weight, x: Tensor) -> Tensor | None:
+        """Return a dense tensor's elements at the connections."""
+        return x.reshape(-1)[weight.active_indices.to(x.device)] if tuple(x.shape) == weight.shape else None
 
     def on_save_checkpoint(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the nonzeros alone, if that is what checkpoints hold, also after the fit, when the module is dense."""
@@ -274,26 +315,6 @@ class SparseStore(Store):
                     state.update(sparse_entries(prefix, state.pop(weight.name), weight.active_indices, groups))
 
 
-class _After:
-    """Calls ``function``, with the same arguments, once, when the Trainer has called the module's ``method``."""
-
-    def __init__(self, module: LightningModule, method: str, function: Callable[..., None]) -> None:
-        own = getattr(module, method)
-
-        def hook(*args: Any) -> None:
-            self.remove()
-            own(*args)
-            function(*args)
-
-        self._module, self._method, self._hook = module, method, hook
-        setattr(module, method, hook)
-
-    def remove(self) -> None:
-        """Give the module its own method back."""
-        if vars(self._module).get(self._method) is self._hook:
-            delattr(self._module, self._method)
-
-
 def _refuse_averages(method: Stored, trainer: Trainer) -> None:
     """Raise if another callback averages weights over time: values whose places differ would be mixed."""
     for other in averaging(trainer):
@@ -301,6 +322,18 @@ def _refuse_averages(method: Stored, trainer: Trainer) -> None:
             f"{method!r} holds values whose places change, which {type(other).__name__} would "
             "average as if they did not. Use storage='masked', or leave it out."
         )
+
+
+def _refuse_matrix_optimizers(method: Stored, trainer: Trainer) -> None:
+    """Raise if an optimizer multiplies matrices, which vectors of nonzeros are not."""
+    ours = {id(weight.parameter): name for name, weight in method._weights.items()}
+    for optimizer in trainer.optimizers:
+        names = [ours[i] for i in owned(optimizer) if i in ours]
+        if names and any("Muon" in kind.__name__ for kind in type(optimizer).__mro__):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} trains matrices, but {method!r} holds {listed(sorted(names))} as vectors "
+                "of nonzeros. Give them to another optimizer such as AdamW, or use storage='masked'."
+            )
 
 
 def _refuse_layers(method: Stored, module: nn.Module, choices: Sequence[ParameterChoice]) -> None:
@@ -318,11 +351,6 @@ def _refuse_layers(method: Stored, module: nn.Module, choices: Sequence[Paramete
             f"{method!r} can exchange plain nn.Linear and nn.Conv2d layers only, not "
             f"{', '.join(problems)}. Leave them dense with exclude=[...], or use storage='masked'."
         )
-
-
-def _load_hook(module: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
-    """Let any layers load any checkpoint's."""
-    load_for(module, state_dict)
 
 
 def _prefix(name: str) -> str:

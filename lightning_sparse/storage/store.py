@@ -2,14 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from lightning_sparse.compat.lightning import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.unit_activity import Hooks
+from lightning_sparse.storage.checkpoint import load_for
+from lightning_sparse.storage.optimizers import carry_over
 from lightning_sparse.trainer.adopt import Adoption
+from lightning_sparse.trainer.after import After
 from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroups
@@ -30,20 +35,31 @@ class Store(ABC):
 
     def __init__(self, method: "Stored") -> None:
         self.method = method
+        self._from_other = False  # the checkpoint was written with the other storage
 
     # ------------------------------------------------------------------ a fit begins and ends
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Get ready before the module is configured and a checkpoint is loaded."""
+        self._from_other = False
+        handles = self.method._fit.handles
+        handles.append(After(module, "on_load_checkpoint", self._take_checkpoint))
+        if stage != "fit":  # layers may be of either kind
+            handles.append(register_before_load(module, lambda state_dict, *_: load_for(module, state_dict)))
 
     def begin_fit(self, trainer: Trainer) -> None:
         """See that a fit begins; its weights have not been chosen yet."""
+        self.method._fit.remove(After)  # no checkpoint was to be loaded
 
     def begin_training(self, trainer: Trainer) -> None:
-        """See that the weights have been taken over."""
+        """See that the weights have been taken over; optimizers load their states after that."""
+        for optimizer in trainer.optimizers if self._from_other else ():
+            hook = partial(carry_over, [*self.method._weights.values()], self.carried)
+            self.method._fit.handles.append(optimizer.register_load_state_dict_pre_hook(hook))
 
     def abort(self) -> None:
         """Leave nothing behind in the module after an exception."""
+        self.method._fit.remove(After)
 
     def end(self, stage: str) -> Callable[[], None]:
         """Return what is left to do when the method has let go of its weights."""
@@ -83,6 +99,9 @@ class Store(ABC):
 
     # ------------------------------------------------------------------ steps
 
+    def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        """See a training batch that is about to be computed with."""
+
     def after_backward(self, trainer: Trainer) -> None:
         """Complete the gradients of a micro-batch."""
 
@@ -120,6 +139,24 @@ class Store(ABC):
     @abstractmethod
     def restore(self, weight: Weight, saved: Weight) -> None:
         """Give a weight in use the state of a loaded one; raise if that cannot be, now that the fit has started."""
+
+    def _take_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint one of this store's, in place, before the module loads its part."""
+        states = checkpoint.get("callbacks", {}).get(self.method.state_key, {}).get("weights", {})
+        self._from_other = self.take(states, checkpoint["state_dict"])
+
+    @abstractmethod
+    def take(self, states: dict[str, Any], module: dict[str, Any]) -> bool:
+        """Make a checkpoint one of this store's, in place, and tell whether another store has written it.
+
+        Args:
+            states: of the weights, by name.
+            module: its ``state_dict``.
+        """
+
+    @abstractmethod
+    def carried(self, weight: Weight, x: Tensor) -> Tensor | None:
+        """Return what a tensor of an optimizer's state becomes that the other store's weight had; None: nothing."""
 
     def state_dict(self, weights: Mapping[str, Weight]) -> dict[str, Any]:
         """Return what a checkpoint keeps: the weights' state, and the store's own."""
@@ -213,6 +250,11 @@ class Stored(Verbs, Callback, ABC):
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
         """Raise unless all the weights are held as the store does."""
         self.store.refuse(choices)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let the store see the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.store.begin_batch(trainer, pl_module, batch, batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete the gradients of a micro-batch."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks, lightning_private
-from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, check_trainer, rank_zero_info
+from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.layers.selection import select_parameters, table
 from lightning_sparse.trainer import guards
@@ -69,8 +69,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         return lightning_private.state_key(self, include=self.include, exclude=self.exclude)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a Trainer of the other Lightning package; forget an earlier fit, which an exception may have ended."""
-        check_trainer(trainer, self)
+        """Forget an earlier fit, which an exception may have ended."""
         self._release()
         if stage == "fit":
             self._restored = False

@@ -8,10 +8,9 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_sparse.compat.lightning import (
     Callback,
-    DDPStrategy,
     MisconfigurationException,
-    SingleDeviceStrategy,
     Trainer,
+    is_a,
     rank_zero_warn,
 )
 from lightning_sparse.compat.lightning_private import averaged_module, averages_now_and_then
@@ -55,7 +54,7 @@ def listed(names: Sequence[str]) -> str:
 
 def refuse_trainer(method: Verbs, trainer: Trainer) -> None:
     """Raise if the strategy or an optimizer cannot train sparse."""
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise MisconfigurationException(
             f"{method!r} needs whole weights on every process; {type(trainer.strategy).__name__} may split them. "
             "Use a single device or strategy='ddp'."

@@ -22,9 +22,11 @@ from lightning_sparse.compat.lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    is_a,
     is_overridden,
     is_param_in_hook_signature,
     isolate_rng,
+    parent,
 )
 from lightning_sparse.compat.lightning_private import training_loader
 
@@ -69,6 +71,17 @@ class Probe:
                 yield self.loss(batch, index)
 
     def loss(self, batch: Any, index: int) -> Tensor:
+        """Return the loss that the copy's ``training_step`` returns for a batch that is on the device."""
+        output = self.output(batch, index)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise MisconfigurationException(
+                f"training_step must return a loss that depends on the weights, or a dict with one, got {loss!r} "
+                f"for batch {index} before training."
+            )
+        return loss
+
+    def output(self, batch: Any, index: int) -> Any:
         """Return what the copy's ``training_step`` returns for a batch that is on the device."""
         step: Callable[..., Any] = self.module.training_step
         if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
@@ -77,14 +90,7 @@ class Probe:
                 "Write training_step(self, batch, batch_idx)."
             )
         with self._precision():
-            output = step(batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise MisconfigurationException(
-                f"training_step must return a loss that depends on the weights, or a dict with one, got {loss!r} "
-                f"for batch {index} before training."
-            )
-        return loss
+            return step(batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
 
     def gradient(self, count: int) -> list[Tensor]:
         """Return the gradient of the mean loss of ``count`` batches of every process, at least in single precision."""
@@ -109,7 +115,8 @@ class Probe:
     def _hook(self, name: str) -> Callable[..., Any]:
         """Return a hook of the batch's transfer: the datamodule's if it has one, as in Lightning."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else self.module
+        base = parent(datamodule, "LightningDataModule")
+        owner = datamodule if base is not None and is_overridden(name, datamodule, base) else self.module
         hook: Callable[..., Any] = getattr(owner, name)
         return hook
 
@@ -163,13 +170,46 @@ def _own_module(module: LightningModule, trainer: Trainer) -> LightningModule:
         ) from error
     own.trainer = trainer
     for part in own.modules():
-        if isinstance(part, LightningModule):
+        if is_a(part, "LightningModule"):
             part.log = part.log_dict = _ignore  # type: ignore[method-assign, assignment]
+            if not part.automatic_optimization:
+                _keep_still(part, trainer)
     return own
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+class _Still:
+    """An optimizer or a learning-rate schedule that makes no step; all else is that of the real one."""
+
+    zero_grad = _ignore
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def step(self, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate an optimizer's closure alone."""
+        return closure() if callable(closure) else None
+
+    @contextmanager
+    def toggle_model(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Leave alone which parameters need gradients."""
+        yield
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def _keep_still(own: Any, trainer: Trainer) -> None:
+    """Let a copy that optimizes manually compute its losses, and update nothing."""
+    schedulers = [_Still(config.scheduler) for config in trainer.lr_scheduler_configs]
+    optimizers = [_Still(optimizer) for optimizer in trainer.optimizers]
+    own.optimizers = lambda *_, **__: optimizers[0] if len(optimizers) == 1 else optimizers
+    own.lr_schedulers = lambda: (schedulers[0] if len(schedulers) == 1 else schedulers) or None
+    for name in ("manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"):
+        setattr(own, name, _ignore)
 
 
 def _draw(trainer: Trainer, count: int) -> list[Any]:

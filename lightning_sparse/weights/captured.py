@@ -116,7 +116,7 @@ class Capture(Hooks):
             self._pending[name] = []
             self._handles.append(values.register_hook(partial(self._begin, name, values)))
             self._handles.append(values.register_post_accumulate_grad_hook(partial(self._accept, name)))
-        h = (args[0] if args else kwargs["x"]).detach()
+        h = (args[0] if args else kwargs["input"]).detach()
         output.register_hook(lambda delta: self._keep(name, h, delta))  # type: ignore[no-untyped-call]
 
     def _keep(self, name: str, h: Tensor, delta: Tensor) -> None:

@@ -32,6 +32,8 @@ class SparseWeight(Weight):
     def __init__(self, name: str, shape: Sequence[int], layer: nn.Module | None = None) -> None:
         super().__init__(name, layer.values if isinstance(layer, SparseLayer) else None, {})
         self.layer = layer
+        if isinstance(layer, SparseLayer):
+            layer.full_name = name
         self.gradient = CapturedGradient()
         self._drawn = False
         self._shape = tuple(shape)
@@ -83,6 +85,7 @@ class SparseWeight(Weight):
     @property
     def given(self) -> Tensor:  # noqa: D102  (inherited)
         assert isinstance(self.layer, (nn.Linear, nn.Conv2d))
+        assert not isinstance(self.layer, SparseLayer)
         return self.layer.weight.detach()
 
     @property
@@ -116,9 +119,10 @@ class SparseWeight(Weight):
 
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Make the layer sparse, with its own values at ``positions``; one on the meta device has them drawn."""
+        self._drawn = self.given.is_meta
         assert isinstance(self.layer, (nn.Linear, nn.Conv2d))
-        self._drawn = self.layer.weight.is_meta
         self.layer = make_sparse_(self.layer, positions, generator)
+        self.layer.full_name = self.name
         self.parameter, self.mask_version = self.layer.values, new_version()
         trim_after(self)
 

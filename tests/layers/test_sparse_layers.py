@@ -322,6 +322,20 @@ def test_autocast_gives_what_it_gives_dense_layers(layer):
     assert layer.values.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backward_pass_may_run_within_autocast(layer, backend, monkeypatch):
+    monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
+    x, gradients = example(layer).requires_grad_(), []
+    for within in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = layer(x).float().sum()
+            if within:
+                gradients.append(torch.autograd.grad(loss, [layer.values, x]))
+        if not within:
+            gradients.append(torch.autograd.grad(loss, [layer.values, x]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_bfloat16_layers_train(layer):
     layer, x = layer.bfloat16(), example(layer).bfloat16().requires_grad_()
     y = layer(x)
@@ -349,11 +363,6 @@ def test_gradients_that_nobody_asked_for_are_not_computed(layer, monkeypatch):
     layer(example(layer)).sum().backward()
     assert layer.values.grad is None
     assert layer.bias.grad is not None
-
-
-def test_weight_of_a_sparse_layer_cannot_be_read(layer):
-    with pytest.raises(AttributeError, match="has no dense weight: its nonzeros are `values`"):
-        _ = layer.weight
 
 
 def test_other_layers_have_no_sparse_form():

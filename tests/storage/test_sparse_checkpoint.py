@@ -184,10 +184,3 @@ def test_a_plain_checkpoint_is_evaluated_without_the_callback(tmp_path):
     other = Lit()
     trainer([]).test(other, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert all(torch.equal(x, module.state_dict()[name]) for name, x in other.state_dict().items())
-
-
-def test_storages_are_not_mixed_up(tmp_path):
-    _, masked = fit(METHODS["SET"](), max_epochs=1)
-    masked.save_checkpoint(tmp_path / "masked.ckpt")
-    with pytest.raises(RuntimeError, match=r"net\.0\.weight is dense, the layer sparse: load it before"):
-        trainer(METHODS["SET"](storage="sparse")).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "masked.ckpt")

@@ -108,7 +108,7 @@ def test_after_a_fit_ddp_has_all_parameters_again(ends, monkeypatch):
 
     class Looks(pl.Callback):
         def on_train_start(self, run, module):
-            assert {"mine", "net.0.values", "net.0.crow"} <= set(module._ddp_params_and_buffers_to_ignore)
+            assert {"mine", "net.0.weight", "net.0.crow"} <= set(module._ddp_params_and_buffers_to_ignore)
             if ends == "error":
                 raise RuntimeError("stop")
 

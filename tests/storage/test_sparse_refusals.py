@@ -48,15 +48,6 @@ def test_layers_that_have_no_sparse_form_are_named(network, named, exclude):
         fit(RandomPruning(0.5, storage="sparse", exclude=exclude), Lit(network()))
 
 
-def test_code_that_reads_the_dense_weight_is_told_what_to_do():
-    class Reads(Lit):
-        def forward(self, x):
-            return nn.functional.linear(x, self.net[0].weight)
-
-    with pytest.raises(AttributeError, match="has no dense weight"):
-        fit(RandomPruning(0.5, storage="sparse"), Reads())
-
-
 def test_weights_that_no_optimizer_owns_are_named():
     module = Lit()
     module.make_optimizer = lambda p: torch.optim.SGD(module.net[0].parameters(), lr=0.1)

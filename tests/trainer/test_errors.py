@@ -10,7 +10,6 @@ from helpers import REPRESENTATIVES, SETTINGS, THRESHOLDS, Lit, effective, fit, 
 from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from processes import TESTS, run_python
 from torch import nn
 
 from lightning_sparse import DFBST, DST, GMP, SET, SNIP, STR, AutoSparse, RandomPruning
@@ -373,25 +372,3 @@ def test_a_layer_that_collapsed_and_was_reset_is_told_of_by_name_once(build):
         (message,) = told(caught, f"{name} collapsed: over 99% of it was masked")
         assert "smaller alpha" in message
     assert all(density > 0.01 for density in callback.layer_density.values())
-
-
-# ---------------------------------------------------------------------- the other Lightning
-
-
-def run_script(mode, **variables):
-    pytest.importorskip("pytorch_lightning")
-    return run_python(TESTS / "other_package_script.py", mode, **variables)
-
-
-def test_a_trainer_of_the_other_package_is_refused_by_name():
-    output = run_script("mixed")
-    assert "DST is a callback of 'lightning.pytorch', but the Trainer comes from 'pytorch_lightning'" in output
-    assert "LIGHTNING_SPARSE_BACKEND=pytorch_lightning" in output
-
-
-def test_pytorch_lightning_alone_works():
-    assert "sparsity 0." in run_script("alone")
-
-
-def test_the_environment_variable_decides_between_the_two():
-    assert "sparsity 0." in run_script("mixed", LIGHTNING_SPARSE_BACKEND="pytorch_lightning")
