@@ -27,6 +27,7 @@ __all__ = [
     "RunningNorm",
     "TorchDispatchMode",
     "backward_pass",
+    "calls_step_hooks",
     "children",
     "complete_momentum",
     "found_infinite",
@@ -193,6 +194,15 @@ def schedules_within(scheduler: Any) -> list[tuple[int, Any]]:
     if isinstance(scheduler, ChainedScheduler):
         return [(0, part) for part in scheduler._schedulers]
     return [(0, scheduler)]
+
+
+def calls_step_hooks(optimizer: Any) -> bool:
+    """Tell whether hooks that are registered on an optimizer will be called in its step.
+
+    Relies on ``Optimizer.__init__`` giving each instance ``_optimizer_step_pre_hooks``, and on
+    ``Optimizer.profile_hook_step`` marking a step that calls them with ``hooked``, also below a scheduler's wrapper.
+    """
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and bool(getattr(optimizer.step, "hooked", False))
 
 
 def gradient_scale(optimizer: Optimizer) -> Tensor | float:

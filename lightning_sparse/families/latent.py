@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_sparse.compat.optimizers import wrapped
 from lightning_sparse.families.target import Target
 from lightning_sparse.families.thresholds import Thresholds
 from lightning_sparse.layers.selection import ParameterChoice
@@ -142,11 +143,20 @@ class LatentCallback(SparseCallback):
     # ------------------------------------------------------------------ a fit begins
 
     def refuse_trainer(self, trainer: Trainer) -> None:  # noqa: D102  (inherited)
-        for optimizer in trainer.optimizers:
+        for optimizer in (each for one in trainer.optimizers for each in wrapped(one)):
+            kind = type(optimizer).__name__
             if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
                 raise MisconfigurationException(
-                    f"{self!r} cannot train with {type(optimizer).__name__}, which changes weights "
+                    f"{self!r} cannot train with {kind}, which changes weights "
                     "outside of its steps, where they must stay sparse. Use an optimizer without train() and eval()."
+                )
+            by_hand = not trainer.lightning_module.automatic_optimization
+            if callable(getattr(optimizer, "first_step", None)) and not by_hand:
+                raise MisconfigurationException(
+                    f"{self!r} cannot train with {kind}, which puts back, within its step, weights that it noted "
+                    "before the loss was evaluated: the sparse ones, in the place of the dense that are trained. Use a "
+                    "first-order optimizer such as SGD or AdamW, or call first_step and second_step yourself, with "
+                    "automatic_optimization=False."
                 )
 
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:  # noqa: D102  (inherited)
@@ -202,11 +212,12 @@ class LatentCallback(SparseCallback):
         """Note which of the weights ``optimizer`` updates, and let it update their thresholds as well."""
         of = {id(weight.parameter): weight for weight in weights}
         ours = self._groups[id(optimizer)]
-        for group in optimizer.param_groups:
-            members = [of[id(parameter)] for parameter in group["params"] if id(parameter) in of]
-            ours.weights += members
-            if members and self._thresholds is not None:
-                self._thresholds.join(optimizer, group, members)
+        for each in wrapped(optimizer):
+            for group in each.param_groups:
+                members = [of[id(parameter)] for parameter in group["params"] if id(parameter) in of]
+                ours.weights += members if each is optimizer else []
+                if members and self._thresholds is not None:
+                    self._thresholds.join(each, group, members)
         if self._thresholds:
             ours.weights = self._thresholds.lay_out(optimizer, ours.weights)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.optimizers import states
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.annealing import Annealed
 from lightning_sparse.families.latent import LatentWeight
@@ -20,7 +21,7 @@ from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import apportion, budget
 from lightning_sparse.rules.matrices import write_matrix
-from lightning_sparse.weights.fresh import SCALES, mean_of_others
+from lightning_sparse.weights.fresh import COPIES, SCALES, mean_of_others
 
 __all__ = ["TopKAST"]
 
@@ -180,8 +181,9 @@ class TopKAST(Annealed, TopKCallback):
             if B is before[weight.name]:
                 continue
             assert weight.parameter is not None
-            for key, state in optimizer.state.get(weight.parameter, {}).items():
-                if isinstance(state, Tensor) and state.shape == B.shape:
+            kept = [item for state in states(optimizer, weight.parameter) for item in state.items()]
+            for key, state in kept:
+                if isinstance(state, Tensor) and state.shape == B.shape and key not in COPIES:
                     select.zero_outside_(state, before[weight.name] | ~B)
                     if key in SCALES:
                         _fill_with_means(weight, state, before[weight.name])

@@ -180,7 +180,8 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log every so many steps, if asked for."""
+        """Make sure that the update was seen; log every so many steps, if asked for."""
+        guards.refuse_unseen_update(self, self._update_hooks.unseen, trainer)
         every, step = self.log_every_n_steps, trainer.global_step
         if every is not None and trainer.loggers and step // every > self._fit.logged_step // every:
             self._fit.logged_step = step

@@ -15,6 +15,7 @@ from lightning_sparse.compat.lightning import (
     rank_zero_warn,
 )
 from lightning_sparse.compat.lightning_private import averaged_module, averages_now_and_then
+from lightning_sparse.compat.optimizers import wrapped
 from lightning_sparse.layers.selection import ParameterChoice, table
 from lightning_sparse.trainer.verbs import Verbs
 
@@ -33,6 +34,7 @@ __all__ = [
     "refuse_unknown_length",
     "refuse_unowned",
     "refuse_unread_checkpoint",
+    "refuse_unseen_update",
     "warn_of_averages",
     "warn_of_divergence",
     "warn_of_equal_scores",
@@ -59,12 +61,13 @@ def refuse_trainer(method: Verbs, trainer: Trainer) -> None:
             f"{method!r} needs whole weights on every process; {type(trainer.strategy).__name__} may split them. "
             "Use a single device or strategy='ddp'."
         )
-    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+    optimizers = [each for optimizer in trainer.optimizers for each in wrapped(optimizer)]
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise MisconfigurationException(
             f"{method!r} cannot train with LBFGS, which evaluates the loss several times within a step. "
             "Use a first-order optimizer such as SGD or AdamW."
         )
-    kinds = {kind.__name__ for optimizer in trainer.optimizers for kind in type(optimizer).__mro__}
+    kinds = {kind.__name__ for optimizer in optimizers for kind in type(optimizer).__mro__}
     if "ZeroRedundancyOptimizer" in kinds or averages_now_and_then(trainer):
         raise MisconfigurationException(
             f"{method!r} needs every process to make the same update: ZeroRedundancyOptimizer and model averaging "
@@ -132,6 +135,18 @@ def refuse_exchanged_optimizers(method: Verbs, trainer: Trainer) -> None:
             f"The Trainer's optimizers have been exchanged since the fit started: {method!r} acts in "
             "the steps of the earlier ones, and under others weights would train dense. Change learning rates and "
             "param groups of the same optimizers, or begin another fit."
+        )
+
+
+def refuse_unseen_update(method: Verbs, unseen: bool, trainer: Trainer) -> None:
+    """Raise if an update has passed the hooks on the optimizers by; ``unseen``: one was announced, and none seen."""
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which may have skipped it
+    if unseen and not scaled:
+        kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
+        raise MisconfigurationException(
+            f"{method!r} acts around the step of {kinds}, but an update was made without it, or its step was "
+            "exchanged since the fit started: weights would train dense. Call optimizer.step() of the optimizer that "
+            "configure_optimizers returns."
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sparse.compat.optimizers import states, stepping
 from lightning_sparse.rules import select, ties
 
 __all__ = ["Weight", "all_finite", "finite", "new_version", "optimizer_state", "param_group"]
@@ -198,17 +199,21 @@ def new_version() -> int:
 def param_group(weight: Weight) -> dict[str, Any]:
     """Return the param group that trains a weight."""
     assert weight.optimizer is not None
-    groups = weight.optimizer.param_groups
+    groups = (group for each in stepping(weight.optimizer) for group in each.param_groups)
     return next(group for group in groups if any(p is weight.parameter for p in group["params"]))
 
 
-def optimizer_state(weight: Weight) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the optimizer keeps for each element of the parameter, by name: momentum, moments."""
+def optimizer_state(weight: Weight) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield what the optimizer, and each of those within it, keeps for each element of the parameter.
+
+    With its name, such as that of a momentum, and the dictionary that holds it.
+    """
     assert weight.optimizer is not None
     assert weight.parameter is not None
-    for key, state in [*weight.optimizer.state.get(weight.parameter, {}).items()]:
-        if isinstance(state, Tensor) and state.shape == weight.parameter.shape:
-            yield key, state
+    for kept in states(weight.optimizer, weight.parameter):
+        for key, state in [*kept.items()]:
+            if isinstance(state, Tensor) and state.shape == weight.parameter.shape:
+                yield kept, key, state
 
 
 def all_finite(x: Tensor) -> bool:

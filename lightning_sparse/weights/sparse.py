@@ -134,7 +134,6 @@ class SparseWeight(Weight):
         if not (len(dropped) or len(grown)):
             return
         assert self.parameter is not None
-        assert self.optimizer is not None
         fresh, old = self.values.new_zeros(len(grown)), self.parameter.grad
         grown, new = grown.cpu(), fresh + value
         if (grown[1:] < grown[:-1]).any():  # seldom, and sorting takes long
@@ -153,11 +152,11 @@ class SparseWeight(Weight):
         values = moved(self.values, new)
         rows, lengths = rows_of(grown, self.shape).to(fresh.device), found.matrix.crow.diff()
         others = lengths - torch.bincount(rows, minlength=len(lengths))
-        for key, state in optimizer_state(self):
+        for kept, key, state in optimizer_state(self):
             new = fresh + fresh_value(self, key)
             if key in SCALES and len(grown):
                 new = mean_of_others(row_sums(moved(state, fresh), lengths), others, rows, fresh_value(self, key))
-            self.optimizer.state[self.parameter][key] = moved(state, new)
+            kept[key] = moved(state, new)
         self.sparse.set_structure(found, values)
         self.mask_version = new_version()
         self.parameter.grad = gradient
