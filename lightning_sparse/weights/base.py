@@ -5,7 +5,7 @@ A connection is its flat position in the dense weight.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -16,7 +16,16 @@ from torch.optim import Optimizer
 from lightning_sparse.compat.optimizers import states, stepping
 from lightning_sparse.rules import select, ties
 
-__all__ = ["Weight", "all_finite", "finite", "new_version", "optimizer_state", "param_group"]
+__all__ = [
+    "Weight",
+    "all_finite",
+    "elementwise",
+    "finite",
+    "new_version",
+    "optimizer_state",
+    "optimizer_states",
+    "param_group",
+]
 
 _versions = count(1)
 
@@ -203,17 +212,25 @@ def param_group(weight: Weight) -> dict[str, Any]:
     return next(group for group in groups if any(p is weight.parameter for p in group["params"]))
 
 
-def optimizer_state(weight: Weight) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Yield what the optimizer, and each of those within it, keeps for each element of the parameter.
+def optimizer_state(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the optimizer, and each of those within it, keeps for each element of the parameter, by name."""
+    for kept in optimizer_states(weight):
+        yield from elementwise(kept, weight)
 
-    With its name, such as that of a momentum, and the dictionary that holds it.
-    """
+
+def optimizer_states(weight: Weight) -> list[dict[str, Any]]:
+    """Return what the optimizer, and each of those within it, keeps for the parameter."""
     assert weight.optimizer is not None
     assert weight.parameter is not None
-    for kept in states(weight.optimizer, weight.parameter):
-        for key, state in [*kept.items()]:
-            if isinstance(state, Tensor) and state.shape == weight.parameter.shape:
-                yield kept, key, state
+    return states(weight.optimizer, weight.parameter)
+
+
+def elementwise(kept: Mapping[str, Any], weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """Yield what has a number for each element of the parameter: momentum, moments."""
+    assert weight.parameter is not None
+    for key, state in [*kept.items()]:
+        if isinstance(state, Tensor) and state.shape == weight.parameter.shape:
+            yield key, state
 
 
 def all_finite(x: Tensor) -> bool:

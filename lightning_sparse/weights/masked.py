@@ -144,7 +144,7 @@ class MaskedWeight(Weight):
         dropped, grown = dropped.to(self.mask.device), grown.to(self.mask.device)
         self.mask = self.mask.clone()
         select.put_(self.mask, dropped, False)
-        for _, key, state in optimizer_state(self):
+        for key, state in optimizer_state(self):
             select.put_(state, dropped, 0.0)
             select.put_(state, grown, self._fresh(key, state, grown))
         self.forget_indices()  # those that stay
@@ -204,7 +204,7 @@ class MaskedWeight(Weight):
 
 def keep_zero_state(weight: MaskedWeight) -> None:
     """Set to 0 the optimizer's state of what is not active."""
-    for _, _, state in optimizer_state(weight):
+    for _, state in optimizer_state(weight):
         select.zero_outside_(state, weight.mask)
 
 

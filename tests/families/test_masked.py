@@ -140,7 +140,7 @@ def test_connections_exchanged_by_position_have_fresh_optimizer_state_and_others
     module = by_hand(callback, OPTIMIZERS[name], 5, seeded(cnn).to(memory_format=layout))
     weight = callback._weights["4.weight"]
     assert module[4].weight.is_contiguous(memory_format=layout)
-    before = {key: state.clone() for _, key, state in optimizer_state(weight)}
+    before = {key: state.clone() for key, state in optimizer_state(weight)}
     values, mask = weight.W.clone(), weight.mask.clone()
     dropped = mask.reshape(-1).nonzero()[3:10, 0]
     grown = (~mask).reshape(-1).nonzero()[5:14, 0]
@@ -180,7 +180,7 @@ def test_what_a_method_grows_has_no_momentum_and_the_scale_of_its_neuron(method,
         changed = weight.mask ^ before[weight.name]
         assert changed.any() or weight.name != "4.weight"
         grown, others = changed & weight.mask, weight.mask & ~changed
-        for _, key, state in optimizer_state(weight):
+        for key, state in optimizer_state(weight):
             assert state[others].any()
             assert not state[changed & ~grown].any()
             if key not in SCALES:
