@@ -45,6 +45,7 @@ __all__ = [
     "storage_identity",
     "stored_values",
     "takes_scaled_gradients",
+    "trace",
     "tree_leaves",
 ]
 
@@ -87,6 +88,15 @@ def in_forward_mode() -> bool:
     Relies on ``torch.autograd.forward_ad._current_level``: -1 outside.
     """
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def trace(tensor: Tensor) -> tuple[int, int]:
+    """Return what differs once other code has written into a tensor in place, or given it another storage.
+
+    Relies on ``Tensor._version``, which each operation in place counts up. Writes through ``.data`` and in inference
+    mode leave no trace there.
+    """
+    return tensor._version, tensor.data_ptr()
 
 
 def stored_values(tensor: Tensor) -> Tensor:

@@ -144,6 +144,9 @@ class OptG(TopKCallback):
         """Return the scores S."""
         return weight.buffers["S"]
 
+    def written(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Nothing: the scores are what they were."""
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
         refuse_older_state(self, all("S" in state["buffers"] for state in state_dict["weights"].values()))

@@ -5,7 +5,7 @@ weights outside of B do not move at all, whatever the optimizer's momentum and w
 with fresh optimizer state; annealing scales the loss's gradient, not the penalty's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -113,7 +113,11 @@ class TopKAST(Annealed, TopKCallback):
     def begin(self, weight: LatentWeight) -> None:
         """Find the ``v`` of powerpropagation whose weight is the given one."""
         if self.power != 1:
-            weight.latent = weight.latent.sign() * weight.latent.abs().pow(1 / self.power)
+            weight.latent = self.latent(weight, weight.latent)
+
+    def latent(self, weight: LatentWeight, P: Tensor) -> Tensor:
+        """``v = sign(P) |P|^(1/power)``."""
+        return P if self.power == 1 else P.sign() * P.abs().pow(1 / self.power)
 
     def scale(self, weight: LatentWeight, factor: float) -> None:
         """Multiply ``P = v |v|^(power-1)`` by a factor."""
@@ -169,13 +173,25 @@ class TopKAST(Annealed, TopKCallback):
         if not self.backward_sparsity:
             super().updated(optimizer, weights)
             return
-        before = {weight.name: weight.buffers["B"] for weight in self._weights.values()}
+        before = self._sets_of_updated()
         for weight in weights:
             assert weight.parameter is not None
             weight.latent.copy_(torch.where(weight.buffers["B"], weight.latent, weight.parameter.data))
         super().updated(optimizer, weights)
-        if optimizer is None:
-            return
+        if optimizer is not None:
+            self._make_fresh(optimizer, before)
+
+    def written(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Find the sets anew; what enters B has a fresh state."""
+        before = self._sets_of_updated()
+        super().written(optimizer, weights)
+        self._make_fresh(optimizer, before)
+
+    def _sets_of_updated(self) -> dict[str, Tensor]:
+        return {weight.name: weight.buffers["B"] for weight in self._weights.values()}
+
+    def _make_fresh(self, optimizer: Optimizer, before: Mapping[str, Tensor]) -> None:
+        """Give what has entered B since ``before`` a fresh state of the optimizer."""
         for weight in self._groups[id(optimizer)].weights:
             B = weight.buffers["B"]
             if B is before[weight.name]:

@@ -121,15 +121,22 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Anneal and redistribute; keep an average sparse that takes the network's place in an epoch of its own."""
+        self._fit.looks.soon()
         mask_averages(self, trainer, pl_module)
         self.begin_epoch(trainer.current_epoch, epochs(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep averages sparse, one of which may be about to be validated."""
+        """Keep averages sparse, one of which may be about to be validated, and the network."""
+        self._take_writes_between(by_value=True)
         mask_averages(self, trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look out for what other code writes after a validation."""
+        self._fit.looks.soon()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep an average sparse that takes the network's place."""
+        """Keep an average sparse that takes the network's place, and the network."""
+        self._take_writes_between(by_value=True)
         mask_averages(self, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,9 +154,10 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     # ------------------------------------------------------------------ steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Forget updates that an exception has broken off; raise if the optimizers are others than at fit start."""
+        """Go on with what other code wrote between batches; raise if the optimizers are others than at fit start."""
         self._update_hooks.forget_broken_off()
         guards.refuse_exchanged_optimizers(self, trainer)
+        self._take_writes_between(by_value=self._fit.looks.fresh)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note that the penalty counts for this micro-batch.
@@ -201,6 +209,11 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
             self.attach_added(added, optimizer)
             rank_zero_info(table(f"{self!r} of lightning_sparse: new in training", added, self.planned_density))
         self._ownership.note(optimizer, choices)
+
+    def _take_writes_between(self, by_value: bool) -> None:
+        """Go on with what other code has written between updates, unless it may be an average that someone keeps."""
+        if self._fit.trainer is not None and not guards.averaging(self._fit.trainer):
+            self.take_writes(by_value)
 
     # ------------------------------------------------------------------ state
 

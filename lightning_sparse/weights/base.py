@@ -135,6 +135,11 @@ class Weight(ABC):
         """
 
     @property
+    def strays(self) -> int:
+        """Number of values other than 0 where there is no connection, which only other code can have written."""
+        return 0
+
+    @property
     def alike(self) -> bool:
         """There are several active connections, and ``|W|`` is the same for all."""
         return select.all_equal(self.magnitudes)
