@@ -85,6 +85,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         guards.refuse_unowned(self, choices, trainer.optimizers)
         guards.refuse_overlap(self, choices, trainer)
         selected = [choice for choice in choices if choice.reason is None]
+        guards.refuse_pruned(self, selected, pl_module)
         self.refuse_choices(selected)
         guards.warn_of_averages(self, trainer)
         self.run_seed = trainer.strategy.broadcast(torch.initial_seed())

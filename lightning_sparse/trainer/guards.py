@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_sparse.compat.lightning import (
@@ -29,6 +30,7 @@ __all__ = [
     "refuse_other_sparsity",
     "refuse_other_weights",
     "refuse_overlap",
+    "refuse_pruned",
     "refuse_replaced",
     "refuse_trainer",
     "refuse_unknown_length",
@@ -114,6 +116,21 @@ def refuse_overlap(method: Verbs, choices: Sequence[ParameterChoice], trainer: T
                 raise MisconfigurationException(
                     f"{other!r} and {method!r} both claim {both}. Divide the weights with include and exclude."
                 )
+
+
+def refuse_pruned(method: Verbs, choices: Sequence[ParameterChoice], module: nn.Module) -> None:
+    """Raise if ``torch.nn.utils.prune`` masks one of the weights, whose layer computes with fewer than it holds."""
+    buffers = {name for name, _ in module.named_buffers()}
+    for choice in choices:
+        plain = choice.name.removesuffix("_orig")
+        if plain != choice.name and f"{plain}_mask" in buffers:
+            layer, _, local = plain.rpartition(".")
+            raise MisconfigurationException(
+                f"torch.nn.utils.prune masks {plain}, so {method!r} would train {choice.name}, of which the layer "
+                "computes with a part, and say less sparsity than there is. Call torch.nn.utils.prune.remove("
+                f"module.get_submodule({layer!r}), {local!r}) before the fit, which writes the zeros into the weight; "
+                "methods with initial='zeros' keep them."
+            )
 
 
 def refuse_replaced(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
