@@ -32,6 +32,7 @@ __all__ = [
     "TorchDispatchMode",
     "WeightNorm",
     "backward_pass",
+    "calls_step_hooks",
     "children",
     "complete_momentum",
     "found_infinite",
@@ -50,6 +51,7 @@ __all__ = [
     "stored_values",
     "takes_scaled_gradients",
     "tensor_without_elements",
+    "trace",
     "tree_leaves",
     "tree_map",
     "weight_norm_hooks",
@@ -94,6 +96,15 @@ def in_forward_mode() -> bool:
     Relies on ``torch.autograd.forward_ad._current_level``: -1 outside.
     """
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def trace(tensor: Tensor) -> tuple[int, int]:
+    """Return what differs once other code has written into a tensor in place, or given it another storage.
+
+    Relies on ``Tensor._version``, which each operation in place counts up. Writes through ``.data`` and in inference
+    mode leave no trace there.
+    """
+    return tensor._version, tensor.data_ptr()
 
 
 def stored_values(tensor: Tensor) -> Tensor:
@@ -211,6 +222,15 @@ def schedules_within(scheduler: Any) -> list[tuple[int, Any]]:
     if isinstance(scheduler, ChainedScheduler):
         return [(0, part) for part in scheduler._schedulers]
     return [(0, scheduler)]
+
+
+def calls_step_hooks(optimizer: Any) -> bool:
+    """Tell whether hooks that are registered on an optimizer will be called in its step.
+
+    Relies on ``Optimizer.__init__`` giving each instance ``_optimizer_step_pre_hooks``, and on
+    ``Optimizer.profile_hook_step`` marking a step that calls them with ``hooked``, also below a scheduler's wrapper.
+    """
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and bool(getattr(optimizer.step, "hooked", False))
 
 
 def gradient_scale(optimizer: Optimizer) -> Tensor | float:

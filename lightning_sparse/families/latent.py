@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_sparse.compat.optimizers import wrapped
 from lightning_sparse.families.target import Target
 from lightning_sparse.families.thresholds import Thresholds
 from lightning_sparse.layers.selection import ParameterChoice
@@ -73,6 +74,16 @@ class LatentCallback(SparseCallback):
         """Return further tensors of a weight's state, of its shape."""
         return {}
 
+    def latent(self, weight: LatentWeight, P: Tensor) -> Tensor:
+        """Return the ``W`` that ``P`` would be made of where it is not 0, both of the parameter's shape.
+
+        It is asked of what other code has written, after ``effective`` has been called.
+        """
+        return P
+
+    def written(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """See latent weights that other code has written where ``P`` was 0, before ``P`` is made."""
+
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """See the latent weights after an update of ``optimizer``, before ``P`` is made; None: it was broken off."""
 
@@ -102,6 +113,7 @@ class LatentCallback(SparseCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return latents, thresholds and buffers: tensors and plain values only."""
+        self._take_writes_between(by_value=True)
         return {
             **super().state_dict(),
             **({"target": self._target.state(), "begun": dict(self._before_fit)} if self._target else {}),
@@ -142,11 +154,20 @@ class LatentCallback(SparseCallback):
     # ------------------------------------------------------------------ a fit begins
 
     def refuse_trainer(self, trainer: Trainer) -> None:  # noqa: D102  (inherited)
-        for optimizer in trainer.optimizers:
+        for optimizer in (each for one in trainer.optimizers for each in wrapped(one)):
+            kind = type(optimizer).__name__
             if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
                 raise MisconfigurationException(
-                    f"{self!r} cannot train with {type(optimizer).__name__}, which changes weights "
+                    f"{self!r} cannot train with {kind}, which changes weights "
                     "outside of its steps, where they must stay sparse. Use an optimizer without train() and eval()."
+                )
+            by_hand = not trainer.lightning_module.automatic_optimization
+            if callable(getattr(optimizer, "first_step", None)) and not by_hand:
+                raise MisconfigurationException(
+                    f"{self!r} cannot train with {kind}, which puts back, within its step, weights that it noted "
+                    "before the loss was evaluated: the sparse ones, in the place of the dense that are trained. Use a "
+                    "first-order optimizer such as SGD or AdamW, or call first_step and second_step yourself, with "
+                    "automatic_optimization=False."
                 )
 
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:  # noqa: D102  (inherited)
@@ -206,11 +227,12 @@ class LatentCallback(SparseCallback):
         """Note which of the weights ``optimizer`` updates, and let it update their thresholds as well."""
         of = {id(weight.parameter): weight for weight in weights}
         ours = self._groups[id(optimizer)]
-        for group in optimizer.param_groups:
-            members = [of[id(parameter)] for parameter in group["params"] if id(parameter) in of]
-            ours.weights += members
-            if members and self._thresholds is not None:
-                self._thresholds.join(optimizer, group, members)
+        for each in wrapped(optimizer):
+            for group in each.param_groups:
+                members = [of[id(parameter)] for parameter in group["params"] if id(parameter) in of]
+                ours.weights += members if each is optimizer else []
+                if members and self._thresholds is not None:
+                    self._thresholds.join(each, group, members)
         if self._thresholds:
             ours.weights = self._thresholds.lay_out(optimizer, ours.weights)
 
@@ -232,7 +254,22 @@ class LatentCallback(SparseCallback):
         pass
 
     @torch.no_grad()
+    def take_writes(self, by_value: bool, optimizer: Optimizer | None = None) -> None:
+        """Make ``W`` what ``P`` would be made of, where other code has written; a 0 written over a 0 says nothing."""
+        for each in self._fit.optimizers if optimizer is None else [optimizer]:
+            weights = [weight for weight in self._groups[id(each)].weights if weight.effective is None]
+            looked_at = [w for w in weights if by_value or self._fit.traces.differs(_parameter(w))]
+            changed = {weight: where for weight in looked_at if (where := self._changed(weight)) is not None}
+            added = [weight for weight, where in changed.items() if self._take_over(weight, where)]
+            if added:
+                self.written(each, added)
+            for weight in changed:
+                self._project(weight)
+
+    @torch.no_grad()
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+        if share:
+            self.take_writes(self._fit.looks.due(), optimizer)
         weights = self._groups[id(optimizer)].weights
         for weight in weights:
             assert weight.parameter is not None
@@ -270,12 +307,36 @@ class LatentCallback(SparseCallback):
             if weight.parameter is not None:
                 self._project(weight)
 
+    def _changed(self, weight: LatentWeight) -> Tensor | None:
+        """Return where a parameter is not the ``P`` of its ``W``: boolean, of its shape; None: nowhere."""
+        X, P = _parameter(weight).data, _effective(self, weight)
+        if torch.equal(X, P) or not (where := (X != P).logical_and_(~(X.isnan() & P.isnan()))).any():
+            self._fit.traces.note(_parameter(weight))
+            return None
+        if not self._fit.traces.differs(_parameter(weight)):  # through .data, as may be done at every step
+            self._fit.looks.always()
+        return where
+
+    def _take_over(self, weight: LatentWeight, where: Tensor) -> bool:
+        """Take what was written ``where``; tell whether there are values where there was 0."""
+        X, P = _parameter(weight).data, _effective(self, weight)
+        added = where & (P == 0) & (X != 0)
+        weight.latent.copy_(torch.where(where, self.latent(weight, X), weight.latent))
+        self._fit.tell_once(f"{self!r} goes on with what other code wrote into {weight.name}.")
+        if weight.frozen is not None and (lost := int(torch.gt(added, weight.frozen).count_nonzero())):
+            self.warn_once(
+                f"{self!r} has set {lost} values to 0 that other code wrote into {weight.name} outside of its mask, "
+                "which stays since sparsity was reached: load weights before the fit, or before that."
+            )
+        return bool(added.any())
+
     def _project(self, weight: LatentWeight) -> None:
         """Write ``P`` into the parameter, after the collapse guard."""
         assert weight.parameter is not None
         passing = self._write(weight, weight.parameter.data)
         if self._thresholds and self._thresholds.reset_collapsed(weight, passing):
             self._write(weight, weight.parameter.data)
+        self._fit.traces.note(weight.parameter)
 
     def _write(self, weight: LatentWeight, P: Tensor) -> int | Tensor | None:
         """Write ``P``; return how many weights pass, if the method counts them."""
@@ -284,6 +345,11 @@ class LatentCallback(SparseCallback):
         if self._thresholds:
             self._thresholds.set_levels(weight)
         return weight.write(P, partial(self.effective, weight))
+
+
+def _parameter(weight: LatentWeight) -> nn.Parameter:
+    assert weight.parameter is not None
+    return weight.parameter
 
 
 def _masked(weight: LatentWeight, W: Tensor, out: Tensor) -> None:

@@ -215,7 +215,27 @@ class MaskedCallback(Stored, SparseCallback):
         self._epoch = epoch
 
     @torch.no_grad()
+    def take_writes(self, by_value: bool, optimizer: Optimizer | None = None) -> None:
+        """Keep what was written into connections, and nothing else: they stay as they are."""
+        weights = self._weights.values() if optimizer is None else self._groups.of(optimizer).weights
+        for weight in weights:
+            parameter = weight.parameter
+            if parameter is None or not (by_value or self._fit.traces.differs(parameter)):
+                continue
+            strays = weight.strays
+            if strays:
+                weight.keep_zeros()
+                self.warn_once(
+                    f"{self!r} has set {strays} values to 0 that other code wrote into {weight.name} where it has no "
+                    "connections: these stay. To train other weights with connections of their own, load them before "
+                    "the fit, with initial='zeros' or 'magnitude' where the method takes it."
+                )
+            self._fit.traces.note(parameter)
+
+    @torch.no_grad()
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+        if share:
+            self.take_writes(self._fit.looks.due(), optimizer)
         group = self._groups.of(optimizer)
         group.moved = False  # in a step that AMP has skipped
         weights = [w for w in group.weights if w.parameter is not None and w.parameter.grad is not None]
@@ -248,6 +268,8 @@ class MaskedCallback(Stored, SparseCallback):
         self.updated(weights)
         for weight in weights:
             weight.keep_zeros()
+            if weight.parameter is not None:
+                self._fit.traces.note(weight.parameter)
 
     @torch.no_grad()
     def abort_update(self) -> None:  # noqa: D102

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_sparse.compat.options import fixed
 from lightning_sparse.families.thresholds import ThresholdBuffer, Thresholded
+from lightning_sparse.rules.matrices import write_matrix
 from lightning_sparse.weights.latent import LatentWeight
 
 __all__ = ["SoftThresholded"]
@@ -30,6 +31,16 @@ class SoftThresholded(Thresholded):
     def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
         """Write ``sign(W) max(|W| - T, 0)``."""
         weight.kernels.soft_project(W, weight.thresholds.tau, out)
+
+    def latent(self, weight: LatentWeight, P: Tensor) -> Tensor:
+        """``P + sign(P) T``, which shrinks to ``P``; a weight whose mask is frozen does not shrink."""
+        if weight.frozen is not None:
+            return P
+        W = torch.empty_like(weight.latent).copy_(P)
+        rows = weight.matrix(W)
+        rows.addcmul_(rows.sign(), weight.thresholds.tau.to(rows.dtype))
+        write_matrix(W, rows, weight.transposed_groups)
+        return W
 
     def settle(self, weight: LatentWeight) -> None:
         """Make ``W`` what it has shrunk to."""

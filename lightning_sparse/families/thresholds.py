@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import MisconfigurationException, Trainer, is_a
+from lightning_sparse.compat.optimizers import stepping, wrapped
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.compat.torch_private import complete_momentum, found_infinite
 from lightning_sparse.families.common import (
@@ -215,6 +216,9 @@ class Thresholds:
         theirs = [(weight, key) for weight in weights for key in weight.thresholds.values]
         for weight, key in sorted(theirs, key=lambda of: of[0].thresholds.places.get(of[1], math.inf)):
             _place(weight, key, group)
+        known = any(weight.parameter in optimizer.state for weight in weights)
+        if known and len(wrapped(optimizer)) > 1 and callable(prepare := getattr(optimizer, "init_group", None)):
+            prepare(group)  # Lookahead of pytorch_optimizer makes its state of each parameter before the first step
 
     def _refuse_vectors(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Raise if thresholds cannot join the optimizer of their weights, which takes matrices alone."""
@@ -269,7 +273,8 @@ class Thresholds:
         own = self.method.threshold_weight_decay
         if own is not None:
             decay_apart(optimizer, thresholds, own)
-        complete_momentum(optimizer, thresholds)
+        for each in stepping(optimizer):
+            complete_momentum(each, thresholds)
 
     def make_finite(self, optimizer: Optimizer) -> None:
         """Write 0 where gradients are not finite; only right before the update, as clipping by norm spreads them."""

@@ -176,6 +176,13 @@ class TopKCallback(LatentCallback):
         out.copy_(W)
         select.zero_outside_(out, weight.matrix(weight.buffers["A"]))
 
+    def written(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Find the sets anew, which may be others now."""
+        group = self._groups[id(optimizer)]
+        self.choose(group.weights, group.updates)
+        for weight in group.weights:
+            self._project(weight)
+
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """Count the update, and find the sets anew if it is time."""
         if optimizer is None or not self._stepping or skips(optimizer):

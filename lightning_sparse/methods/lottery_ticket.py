@@ -129,11 +129,22 @@ class LotteryTicket(DenseOnly, MaskedCallback):
                 "limit_train_batches if the data have no known length, but rewind_step counts its steps."
             )
         left = self._rounds - self._earlier
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # '"Trainer" has no attribute'
+            return self._few(int(total), left if self._rounds else gentle_rounds(self.sparsity_target))
         choices = range(left, left + 1) if self._rounds else range(1, gentle_rounds(self.sparsity_target) + 1)
         trainings = settled(int(total), self.rewind_step, choices, self._epoch_steps)
         if trainings is None:
             raise MisconfigurationException(self._indivisible(int(total), choices))
         return trainings
+
+    def _few(self, total: int, rounds: int) -> Trainings:
+        """Return trainings of the few steps of ``fast_dev_run``: as many rounds as there can be, maybe none."""
+        steps = total - self.rewind_step
+        rounds = max(0, min(rounds, steps - 1))
+        rank_zero_info(
+            f"{self!r}: fast_dev_run makes {rounds} rounds, each after {max(steps, 1) // (rounds + 1)} steps."
+        )
+        return Trainings(rounds, self.rewind_step, max(steps, 1) // (rounds + 1))
 
     def _indivisible(self, total: int, rounds: range) -> str:
         """Say which lengths of the fit can be divided."""

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import LightningModule, Trainer
+from lightning_sparse.compat.optimizers import stepping
 from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families.common import FINAL_SPARSITY
 from lightning_sparse.families.latent import LatentGroup, LatentWeight
@@ -143,6 +144,9 @@ class OptG(TopKCallback):
         """Return the scores S."""
         return weight.buffers["S"]
 
+    def written(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Nothing: the scores are what they were."""
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
         refuse_older_state(self, all("S" in state["buffers"] for state in state_dict["weights"].values()))
@@ -167,7 +171,7 @@ class OptG(TopKCallback):
     def stepped(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """``S <- S - lr dS``, with the learning rate of the update that was made."""
         of = {id(weight.parameter): weight for weight in weights}
-        for group in optimizer.param_groups:
+        for group in (group for each in stepping(optimizer) for group in each.param_groups):
             for weight in (of[id(p)] for p in group["params"] if id(p) in of):
                 lr = -group["lr"] if group.get("maximize") else group["lr"]
                 weight.buffers["S"].sub_(self._dS.pop(weight.name).mul_(lr))

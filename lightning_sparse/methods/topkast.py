@@ -5,7 +5,7 @@ weights outside of B do not move at all, whatever the optimizer's momentum and w
 with fresh optimizer state; annealing scales the loss's gradient, not the penalty's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.optimizers import states
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.annealing import Annealed
 from lightning_sparse.families.latent import LatentWeight
@@ -20,7 +21,7 @@ from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import apportion, budget
 from lightning_sparse.rules.matrices import write_matrix
-from lightning_sparse.weights.fresh import SCALES, mean_of_others
+from lightning_sparse.weights.fresh import COPIES, SCALES, mean_of_others
 
 __all__ = ["TopKAST"]
 
@@ -112,7 +113,11 @@ class TopKAST(Annealed, TopKCallback):
     def begin(self, weight: LatentWeight) -> None:
         """Find the ``v`` of powerpropagation whose weight is the given one."""
         if self.power != 1:
-            weight.latent = weight.latent.sign() * weight.latent.abs().pow(1 / self.power)
+            weight.latent = self.latent(weight, weight.latent)
+
+    def latent(self, weight: LatentWeight, P: Tensor) -> Tensor:
+        """``v = sign(P) |P|^(1/power)``."""
+        return P if self.power == 1 else P.sign() * P.abs().pow(1 / self.power)
 
     def scale(self, weight: LatentWeight, factor: float) -> None:
         """Multiply ``P = v |v|^(power-1)`` by a factor."""
@@ -168,20 +173,33 @@ class TopKAST(Annealed, TopKCallback):
         if not self.backward_sparsity:
             super().updated(optimizer, weights)
             return
-        before = {weight.name: weight.buffers["B"] for weight in self._weights.values()}
+        before = self._sets_of_updated()
         for weight in weights:
             assert weight.parameter is not None
             weight.latent.copy_(torch.where(weight.buffers["B"], weight.latent, weight.parameter.data))
         super().updated(optimizer, weights)
-        if optimizer is None:
-            return
+        if optimizer is not None:
+            self._make_fresh(optimizer, before)
+
+    def written(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Find the sets anew; what enters B has a fresh state."""
+        before = self._sets_of_updated()
+        super().written(optimizer, weights)
+        self._make_fresh(optimizer, before)
+
+    def _sets_of_updated(self) -> dict[str, Tensor]:
+        return {weight.name: weight.buffers["B"] for weight in self._weights.values()}
+
+    def _make_fresh(self, optimizer: Optimizer, before: Mapping[str, Tensor]) -> None:
+        """Give what has entered B since ``before`` a fresh state of the optimizer."""
         for weight in self._groups[id(optimizer)].weights:
             B = weight.buffers["B"]
             if B is before[weight.name]:
                 continue
             assert weight.parameter is not None
-            for key, state in optimizer.state.get(weight.parameter, {}).items():
-                if isinstance(state, Tensor) and state.shape == B.shape:
+            kept = [item for state in states(optimizer, weight.parameter) for item in state.items()]
+            for key, state in kept:
+                if isinstance(state, Tensor) and state.shape == B.shape and key not in COPIES:
                     select.zero_outside_(state, before[weight.name] | ~B)
                     if key in SCALES:
                         _fill_with_means(weight, state, before[weight.name])

@@ -87,6 +87,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         if self.include is None and not self.exclude:
             guards.warn_of_few(self, choices)
         selected = [choice for choice in choices if choice.reason is None]
+        guards.refuse_pruned(self, selected, pl_module)
         self.refuse_choices(selected)
         guards.warn_of_averages(self, trainer)
         self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
@@ -124,15 +125,22 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Anneal and redistribute; keep an average sparse that takes the network's place in an epoch of its own."""
+        self._fit.looks.soon()
         mask_averages(self, trainer, pl_module)
         self.begin_epoch(trainer.current_epoch, epochs(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep averages sparse, one of which may be about to be validated."""
+        """Keep averages sparse, one of which may be about to be validated, and the network."""
+        self._take_writes_between(by_value=True)
         mask_averages(self, trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look out for what other code writes after a validation."""
+        self._fit.looks.soon()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep an average sparse that takes the network's place."""
+        """Keep an average sparse that takes the network's place, and the network."""
+        self._take_writes_between(by_value=True)
         mask_averages(self, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,9 +158,10 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     # ------------------------------------------------------------------ steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Forget updates that an exception has broken off; raise if the optimizers are others than at fit start."""
+        """Go on with what other code wrote between batches; raise if the optimizers are others than at fit start."""
         self._update_hooks.forget_broken_off()
         guards.refuse_exchanged_optimizers(self, trainer)
+        self._take_writes_between(by_value=self._fit.looks.fresh)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note that the penalty counts for this micro-batch.
@@ -183,7 +192,8 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log every so many steps, if asked for."""
+        """Make sure that the update was seen; log every so many steps, if asked for."""
+        guards.refuse_unseen_update(self, self._update_hooks.unseen, trainer)
         every, step = self.log_every_n_steps, trainer.global_step
         if every is not None and trainer.loggers and step // every > self._fit.logged_step // every:
             self._fit.logged_step = step
@@ -205,6 +215,11 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
             rank_zero_info(table(title, added, self.planned_density, whole=False))
             self._fit.module_size = sum(choice.size for choice in choices)
         self._ownership.note(optimizer, choices)
+
+    def _take_writes_between(self, by_value: bool) -> None:
+        """Go on with what other code has written between updates, unless it may be an average that someone keeps."""
+        if self._fit.trainer is not None and not guards.averaging(self._fit.trainer):
+            self.take_writes(by_value)
 
     # ------------------------------------------------------------------ state
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_info, rank_zero_warn
+from lightning_sparse.trainer.written import Looks, Traces
 
 __all__ = ["Fit", "epochs", "steps"]
 
@@ -25,6 +26,8 @@ class Fit:
         logged_step: the latest step that was logged.
         warned: the warnings that were given, which are given once.
         module_size: number of parameters of the module, weights of sparse layers counted as dense ones.
+        traces: what the method's parameters looked like when it had written them last.
+        looks: when their values are compared as well.
         drawn: whether weights look trained whose connections have been drawn at random for this fit, by name.
     """
 
@@ -36,6 +39,8 @@ class Fit:
     logged_step: int = 0
     warned: set[str] = field(default_factory=set)
     module_size: int = 0
+    traces: Traces = field(default_factory=Traces)
+    looks: Looks = field(default_factory=Looks)
     drawn: dict[str, bool] = field(default_factory=dict)
 
     def release(self) -> None:
@@ -48,6 +53,12 @@ class Fit:
         for handle in self.handles:
             if isinstance(handle, kinds):
                 handle.remove()
+
+    def tell_once(self, message: str) -> None:
+        """Give a notice unless it was given."""
+        if message not in self.warned:
+            self.warned.add(message)
+            rank_zero_info(message)
 
     def warn_once(self, key: str, message: str) -> None:
         """Give a warning unless one of the same key was given."""

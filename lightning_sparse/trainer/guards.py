@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_sparse.compat.lightning import (
@@ -14,6 +15,7 @@ from lightning_sparse.compat.lightning import (
     rank_zero_warn,
 )
 from lightning_sparse.compat.lightning_private import averaged_module, averages_now_and_then
+from lightning_sparse.compat.optimizers import wrapped
 from lightning_sparse.layers.selection import ParameterChoice, patterns, table
 from lightning_sparse.trainer.verbs import Verbs
 
@@ -27,11 +29,13 @@ __all__ = [
     "refuse_other_sparsity",
     "refuse_other_weights",
     "refuse_overlap",
+    "refuse_pruned",
     "refuse_replaced",
     "refuse_trainer",
     "refuse_unknown_length",
     "refuse_unowned",
     "refuse_unread_checkpoint",
+    "refuse_unseen_update",
     "warn_of_averages",
     "warn_of_divergence",
     "warn_of_equal_scores",
@@ -59,12 +63,13 @@ def refuse_trainer(method: Verbs, trainer: Trainer) -> None:
             f"{method!r} needs whole weights on every process; {type(trainer.strategy).__name__} may split them. "
             "Use a single device or strategy='ddp'."
         )
-    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+    optimizers = [each for optimizer in trainer.optimizers for each in wrapped(optimizer)]
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise MisconfigurationException(
             f"{method!r} cannot train with LBFGS, which evaluates the loss several times within a step. "
             "Use a first-order optimizer such as SGD or AdamW."
         )
-    kinds = {kind.__name__ for optimizer in trainer.optimizers for kind in type(optimizer).__mro__}
+    kinds = {kind.__name__ for optimizer in optimizers for kind in type(optimizer).__mro__}
     if "ZeroRedundancyOptimizer" in kinds or averages_now_and_then(trainer):
         raise MisconfigurationException(
             f"{method!r} needs every process to make the same update: ZeroRedundancyOptimizer and model averaging "
@@ -132,6 +137,21 @@ def refuse_overlap(method: Verbs, choices: Sequence[ParameterChoice], trainer: T
                 )
 
 
+def refuse_pruned(method: Verbs, choices: Sequence[ParameterChoice], module: nn.Module) -> None:
+    """Raise if ``torch.nn.utils.prune`` masks one of the weights, whose layer computes with fewer than it holds."""
+    buffers = {name for name, _ in module.named_buffers()}
+    for choice in choices:
+        plain = choice.name.removesuffix("_orig")
+        if plain != choice.name and f"{plain}_mask" in buffers:
+            layer, _, local = plain.rpartition(".")
+            raise MisconfigurationException(
+                f"torch.nn.utils.prune masks {plain}, so {method!r} would train {choice.name}, of which the layer "
+                "computes with a part, and say less sparsity than there is. Call torch.nn.utils.prune.remove("
+                f"module.get_submodule({layer!r}), {local!r}) before the fit, which writes the zeros into the weight; "
+                "methods with initial='zeros' keep them."
+            )
+
+
 def refuse_replaced(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
     """Raise if a weight of the method is another parameter of the module now."""
     weights = method._weights
@@ -151,6 +171,18 @@ def refuse_exchanged_optimizers(method: Verbs, trainer: Trainer) -> None:
             f"The Trainer's optimizers have been exchanged since the fit started: {method!r} acts in "
             "the steps of the earlier ones, and under others weights would train dense. Change learning rates and "
             "param groups of the same optimizers, or begin another fit."
+        )
+
+
+def refuse_unseen_update(method: Verbs, unseen: bool, trainer: Trainer) -> None:
+    """Raise if an update has passed the hooks on the optimizers by; ``unseen``: one was announced, and none seen."""
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which may have skipped it
+    if unseen and not scaled:
+        kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
+        raise MisconfigurationException(
+            f"{method!r} acts around the step of {kinds}, but an update was made without it, or its step was "
+            "exchanged since the fit started: weights would train dense. Call optimizer.step() of the optimizer that "
+            "configure_optimizers returns."
         )
 
 

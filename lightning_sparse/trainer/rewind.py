@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse.compat.lightning import LightningModule, Trainer
+from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
 
 __all__ = ["restore", "snapshot"]
 
 
 def snapshot(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Return what a training depends on: tensors on the CPU and plain values."""
+    """Return what a training depends on: tensors on the CPU and plain values.
+
+    Raises:
+        MisconfigurationException: an optimizer cannot tell its state.
+    """
     return {
         "tensors": {name: tensor.detach().cpu().clone() for name, tensor in _tensors(module).items()},
-        "optimizers": {str(i): copy.deepcopy(o.state_dict()) for i, o in enumerate(trainer.optimizers)},
+        "optimizers": {str(i): copy.deepcopy(_state(o)) for i, o in enumerate(trainer.optimizers)},
         "schedulers": {
             str(i): copy.deepcopy(config.scheduler.state_dict())
             for i, config in enumerate(trainer.lr_scheduler_configs)
@@ -41,8 +45,21 @@ def _tensors(module: LightningModule) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def _state(optimizer: Optimizer) -> dict[str, Any]:
+    try:
+        return optimizer.state_dict()
+    except AttributeError as error:
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} cannot be rewound, nor saved in a checkpoint: its state_dict() fails "
+            f"({error}). An optimizer must call super().__init__(params, defaults) of torch.optim.Optimizer."
+        ) from error
+
+
 def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Bring an optimizer's state back; groups and weights that joined it since then stay, without state."""
+    if "param_groups" not in saved:  # of an optimizer that wraps another, in a form of its own
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        return
     now = optimizer.state_dict()["param_groups"]
     then = saved["param_groups"]
     groups = [{**group, "params": now[i]["params"]} for i, group in enumerate(then)] + now[len(then) :]

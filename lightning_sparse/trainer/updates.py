@@ -1,11 +1,13 @@
 """UpdateHooks: a method's verbs around each update of an optimizer, however it is stepped."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.compat.optimizers import hook_step, wrapped
 from lightning_sparse.compat.torch_private import found_infinite, takes_scaled_gradients
 from lightning_sparse.trainer.verbs import Verbs
 
@@ -25,9 +27,21 @@ class UpdateHooks:
         self._depth: dict[int, int] = {}  # of steps within each other
 
     def register(self, optimizer: Optimizer) -> list[Any]:
-        """Put the hooks on ``optimizer``; return what takes them away."""
-        before = optimizer.register_step_pre_hook(self._before)
-        return [before, optimizer.register_step_post_hook(self._after)]
+        """Put the hooks on ``optimizer`` and on those that it hands its step to; return what takes them away.
+
+        Whichever is stepped first makes the update of ``optimizer``: what an outer one does beside the step of an inner
+        one, as Lookahead does, is a part of the update.
+        """
+        handles: list[Any] = []
+        for each in wrapped(optimizer):
+            try:
+                handles += hook_step(each, partial(self._before, optimizer), partial(self._after, optimizer))
+            except AttributeError as error:
+                raise MisconfigurationException(
+                    f"{self.method!r} acts around the step of {type(each).__name__}, which calls no hooks and takes "
+                    f"none ({error}). Derive it from torch.optim.Optimizer and call super().__init__(params, defaults)."
+                ) from error
+        return handles
 
     def prepare(self, optimizer: Optimizer, share: float, scale: float) -> None:
         """Make the gradients the method's, ahead of the update."""
@@ -38,14 +52,26 @@ class UpdateHooks:
         """Forget gradients that were made ready for an update which AMP has skipped."""
         self._prepared.clear()
 
+    @property
+    def unseen(self) -> bool:
+        """Gradients were made ready for an update that no hook has seen, if it was made."""
+        return bool(self._prepared)
+
     def forget_broken_off(self) -> None:
         """Forget updates that an exception has broken off."""
         self._depth.clear()
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Enter right before the update, which is after the closure (forward and backward) if there is one."""
+    def _before(self, optimizer: Optimizer, stepped: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Enter right before the update, which is after the closure (forward and backward) if there is one.
+
+        Args:
+            optimizer: the Trainer's.
+            stepped: it, or one within it.
+            args: of its step; the first is ``stepped``.
+            kwargs: of its step.
+        """
         self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
-        if self._depth[id(optimizer)] > 1:  # a step that calls that of its base class, which has the hooks, too
+        if self._depth[id(optimizer)] > 1:  # a step that calls that of its base class, or of an inner optimizer
             return None
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -75,7 +101,7 @@ class UpdateHooks:
             self.method.before_step(optimizer, 1.0, 1.0)
         self.method.before_update(optimizer)
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, stepped: Any, args: Any, kwargs: Any) -> None:
         self._depth[id(optimizer)] -= 1
         if self._depth[id(optimizer)] > 0:
             return

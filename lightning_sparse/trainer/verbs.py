@@ -18,6 +18,7 @@ class Verbs(ABC):
     - ``attach``: fit start: take the chosen weights over, from a checkpoint's state if there is one
     - ``attach_added``: the same for weights that join an optimizer later
     - ``begin_epoch``: set what changes from epoch to epoch
+    - ``take_writes``: other code may have written into the parameters: go on with what it wrote
     - ``before_step``: once a step, when gradients are whole: make them the gradients of the method
     - ``before_update``: the optimizer's update is about to run
     - ``after_update``: the update has run: bring back exact zeros
@@ -63,6 +64,14 @@ class Verbs(ABC):
     @abstractmethod
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:
         """Set what changes from epoch to epoch; ``epochs`` is their number, None if it is not known."""
+
+    def take_writes(self, by_value: bool, optimizer: Optimizer | None = None) -> None:  # noqa: B027  (not all keep any)
+        """Go on with what other code has written into the parameters since the method did.
+
+        Args:
+            by_value: compare the values as well, which finds writes that leave no trace.
+            optimizer: whose weights are looked at; None: all.
+        """
 
     @abstractmethod
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:

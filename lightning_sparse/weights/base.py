@@ -5,7 +5,7 @@ A connection is its flat position in the dense weight.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -13,10 +13,20 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sparse.compat.optimizers import states, stepping
 from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.matrices import FIRST, Outputs
 
-__all__ = ["Weight", "all_finite", "finite", "new_version", "optimizer_state", "param_group"]
+__all__ = [
+    "Weight",
+    "all_finite",
+    "elementwise",
+    "finite",
+    "new_version",
+    "optimizer_state",
+    "optimizer_states",
+    "param_group",
+]
 
 _versions = count(1)
 
@@ -131,6 +141,11 @@ class Weight(ABC):
         """
 
     @property
+    def strays(self) -> int:
+        """Number of values other than 0 where there is no connection, which only other code can have written."""
+        return 0
+
+    @property
     def alike(self) -> bool:
         """There are several active connections, and ``|W|`` is the same for all."""
         return select.all_equal(self.magnitudes)
@@ -204,15 +219,27 @@ def new_version() -> int:
 def param_group(weight: Weight) -> dict[str, Any]:
     """Return the param group that trains a weight."""
     assert weight.optimizer is not None
-    groups = weight.optimizer.param_groups
+    groups = (group for each in stepping(weight.optimizer) for group in each.param_groups)
     return next(group for group in groups if any(p is weight.parameter for p in group["params"]))
 
 
 def optimizer_state(weight: Weight) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the optimizer keeps for each element of the parameter, by name: momentum, moments."""
+    """Yield what the optimizer, and each of those within it, keeps for each element of the parameter, by name."""
+    for kept in optimizer_states(weight):
+        yield from elementwise(kept, weight)
+
+
+def optimizer_states(weight: Weight) -> list[dict[str, Any]]:
+    """Return what the optimizer, and each of those within it, keeps for the parameter."""
     assert weight.optimizer is not None
     assert weight.parameter is not None
-    for key, state in [*weight.optimizer.state.get(weight.parameter, {}).items()]:
+    return states(weight.optimizer, weight.parameter)
+
+
+def elementwise(kept: Mapping[str, Any], weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """Yield what has a number for each element of the parameter: momentum, moments."""
+    assert weight.parameter is not None
+    for key, state in [*kept.items()]:
         if isinstance(state, Tensor) and state.shape == weight.parameter.shape:
             yield key, state
 

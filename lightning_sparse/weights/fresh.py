@@ -11,10 +11,13 @@ from torch import Tensor
 
 from lightning_sparse.weights.base import Weight, param_group
 
-__all__ = ["SCALES", "fresh_value", "mean_of_others"]
+__all__ = ["COPIES", "SCALES", "fresh_value", "mean_of_others"]
 
 #: states that gradients or steps are measured by: means, sums and maxima of their squares or magnitudes
 SCALES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", "sum"})
+
+#: states that are weights themselves: the slow ones of Lookahead in timm, pytorch_optimizer and torch_optimizer
+COPIES = frozenset({"lookahead_slow_buff", "slow_params", "slow_param", "slow_buffer"})
 
 #: settings of a param group that states begin at, if not at 0: of Rprop and of Adagrad
 _BEGINS_AT = {"step_size": "lr", "sum": "initial_accumulator_value"}

@@ -100,6 +100,10 @@ class MaskedWeight(Weight):
         return self.dP.reshape(-1).index_select(0, self.active_indices).abs_()
 
     @property
+    def strays(self) -> int:  # noqa: D102  (inherited)
+        return select.count(torch.gt(self.W != 0, self.mask))
+
+    @property
     def alike(self) -> bool:  # noqa: D102  (inherited)
         return _may_be_alike(self.W, self.mask) and super().alike
 

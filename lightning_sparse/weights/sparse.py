@@ -11,7 +11,7 @@ from lightning_sparse.compat.heap import trim_heap
 from lightning_sparse.layers.sparse import SparseLayer, make_sparse_
 from lightning_sparse.rules import select
 from lightning_sparse.rules.matrices import row_sums, rows_of
-from lightning_sparse.weights.base import Weight, all_finite, new_version, optimizer_state
+from lightning_sparse.weights.base import Weight, all_finite, elementwise, new_version, optimizer_states
 from lightning_sparse.weights.captured import CapturedGradient
 from lightning_sparse.weights.fresh import SCALES, fresh_value, mean_of_others
 
@@ -138,7 +138,6 @@ class SparseWeight(Weight):
         if not (len(dropped) or len(grown)):
             return
         assert self.parameter is not None
-        assert self.optimizer is not None
         fresh, old = self.values.new_zeros(len(grown)), self.parameter.grad
         grown, new = grown.cpu(), fresh + value
         if (grown[1:] < grown[:-1]).any():  # seldom, and sorting takes long
@@ -157,11 +156,13 @@ class SparseWeight(Weight):
         values = moved(self.values, new)
         rows, lengths = rows_of(grown, self.shape).to(fresh.device), found.matrix.crow.diff()
         others = lengths - torch.bincount(rows, minlength=len(lengths))
-        for key, state in optimizer_state(self):
-            new = fresh + fresh_value(self, key)
-            if key in SCALES and len(grown):
-                new = mean_of_others(row_sums(moved(state, fresh), lengths), others, rows, fresh_value(self, key))
-            self.optimizer.state[self.parameter][key] = moved(state, new)
+        for kept in optimizer_states(self):
+            for key, state in elementwise(kept, self):
+                new = fresh + fresh_value(self, key)
+                if key in SCALES and len(grown):
+                    sums = row_sums(moved(state, fresh), lengths)
+                    new = mean_of_others(sums, others, rows, fresh_value(self, key))
+                kept[key] = moved(state, new)
         self.sparse.set_structure(found, values)
         self.mask_version = new_version()
         self.parameter.grad = gradient

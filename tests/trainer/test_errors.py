@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import REPRESENTATIVES, SETTINGS, THRESHOLDS, Lit, effective, fit, seeded
+from helpers import REPRESENTATIVES, SETTINGS, THRESHOLDS, Lit, Recurrent, effective, fit, seeded
 from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_sparse import DFBST, DST, GMP, SET, SNIP, STR, AutoSparse, RandomPruning
 from lightning_sparse.trainer import guards
@@ -181,6 +182,25 @@ def test_a_weight_that_is_replaced_during_the_fit_is_refused(method):
 
     with pytest.raises(MisconfigurationException, match=rf"net\.2\.weight became another parameter .*{method}.* would"):
         fit(SETTINGS[method](), seeded(Replaces))
+
+
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, "FixedMask"])
+def test_a_weight_that_torch_prunes_is_refused_with_the_remedy(method):
+    module = seeded(Lit)
+    prune.l1_unstructured(module.net[2], "weight", 0.5)
+    with pytest.raises(MisconfigurationException, match=r"masks net\.2\.weight, .*remove\(.*'net\.2'\), 'weight'\)"):
+        fit(SETTINGS[method](), module)
+    if method != "SNIP":  # its probe is a copy, which a weight that was computed cannot have
+        fit(SETTINGS[method](exclude=["net.2.weight_orig"]), module, max_steps=2, max_epochs=1)
+    prune.remove(module.net[2], "weight")
+    fit(SETTINGS[method](), module, max_steps=2, max_epochs=1)
+
+
+def test_a_recurrent_weight_that_torch_prunes_is_refused():
+    module = seeded(lambda: Lit(Recurrent()))
+    prune.random_unstructured(module.net.lstm, "weight_hh_l1", 0.5)
+    with pytest.raises(MisconfigurationException, match=r"masks net\.lstm\.weight_hh_l1, .*'weight_hh_l1'\)"):
+        fit(SETTINGS["RigL"](), module)
 
 
 class OutOfReach(pl.Callback):

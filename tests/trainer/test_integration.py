@@ -3,13 +3,13 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, fit, loader, saved, seeded, trainer
+from helpers import ROUNDS, SETTINGS, Lit, effective, fit, loader, saved, seeded, trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sparse import DFBST, GMP, SET, GraNet, OptG, RigL, TopKAST
+from lightning_sparse import DFBST, GMP, SET, GraNet, LotteryTicket, OptG, RigL, TopKAST
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.rules.budgets import budget
 
@@ -135,3 +135,30 @@ def test_optimizers_that_change_weights_outside_of_their_steps_are_refused():
     with pytest.raises(MisconfigurationException, match="Averaging, which changes weights outside of its steps"):
         fit(TopKAST(0.8, 0.5), module())
     fit(SET(0.8), module(), max_epochs=1)
+
+
+@pytest.mark.parametrize("steps", [True, 3])
+@pytest.mark.parametrize("method", [*SETTINGS, *ROUNDS])
+def test_fast_dev_run_works_with_every_method(method, steps):
+    callback = {**SETTINGS, **ROUNDS}[method]()
+    run = pl.Trainer(
+        fast_dev_run=steps,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+    module = seeded(Lit)
+    run.fit(module, loader())
+    assert run.global_step == int(steps)
+    assert effective(module, callback)
+    if method in ROUNDS:
+        assert callback.sparsity == pytest.approx(0.8 if steps == 3 else 0.0, abs=0.01)
+
+
+def test_lottery_tickets_of_a_late_rewinding_have_no_round_in_fast_dev_run():
+    callback = LotteryTicket(0.8, rounds=2, rewind_step=5)
+    pl.Trainer(fast_dev_run=3, accelerator="cpu", enable_progress_bar=False, callbacks=[callback]).fit(
+        seeded(Lit), loader()
+    )
+    assert callback.density == 1
