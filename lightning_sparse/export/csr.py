@@ -12,13 +12,14 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.torch_private import SIDES, children, has_forward_hooks, in_forward_mode
 from lightning_sparse.export._modules import check_module
 from lightning_sparse.kernels.products import matmul
-from lightning_sparse.kernels.structure import CSR
+from lightning_sparse.kernels.structure import CSR, check_csr
 from lightning_sparse.layers.functional import convolve, padded
 from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
 
 __all__ = ["CSRConv2d", "CSRLinear", "to_csr"]
 
 _DTYPES = (torch.float32, torch.float64)
+_VECTORS = ("crow_indices", "col_indices", "values")
 _MANY = 16  # columns from which compiled loops, if there are any, are the quicker ones
 # these compute with their children's weights themselves
 _READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -33,7 +34,8 @@ class _CSR(nn.Module):
     """Holds a weight as the three vectors of a CSR matrix, and multiplies with it.
 
     The vectors are buffers, so they move with the module and stand in its ``state_dict``; a state with another number
-    of nonzeros loads, too.
+    of nonzeros loads, too. One whose indices are not those of such a weight is an error of ``load_state_dict``, and
+    leaves the layer as it is.
     """
 
     crow_indices: Tensor
@@ -73,12 +75,22 @@ class _CSR(nn.Module):
             product = matmul(where, self.values, columns.contiguous())
         return product if self.bias is None else product.add_(self.bias[:, None])
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("col_indices", "values"):
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.ndim == 1:
-                setattr(self, name, getattr(self, name).new_empty(given.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        given = {name: state_dict[prefix + name] for name in _VECTORS if prefix + name in state_dict}
+        groups = getattr(self, "groups", 1)
+        try:
+            entries = {prefix + name: given.get(name, getattr(self, name)) for name in _VECTORS}
+            check_csr(entries, (self.shape[0], self.shape[1] // groups), groups)
+        except ValueError as error:
+            lists[-1].append(str(error))
+            return
+        for name in given:
+            if given[name].shape != getattr(self, name).shape:
+                setattr(self, name, getattr(self, name).new_zeros(given[name].shape))
+        indices = {prefix + name: given[name].int() for name in _VECTORS[:2] if name in given}
+        super()._load_from_state_dict({**state_dict, **indices}, prefix, local_metadata, strict, *lists)
 
 
 class CSRLinear(_CSR):

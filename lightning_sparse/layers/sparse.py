@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat import torch_private
-from lightning_sparse.kernels.structure import Structure, flat_positions, structure
+from lightning_sparse.kernels.structure import Structure, check_csr, check_positions, flat_positions, structure
 from lightning_sparse.layers.functional import conv2d, linear, padded
 from lightning_sparse.rules import sampling, select
 
@@ -30,6 +30,7 @@ __all__ = [
 
 _DERIVED = ("transposed_crow", "transposed_col", "permutation")
 _SAVED = ("values", "crow", "col", "weight_shape")
+_CSR = ("crow", "col", "values")
 
 Self = TypeVar("Self", bound="SparseLayer")
 Layer = TypeVar("Layer", bound="nn.Linear | nn.Conv2d | SparseLayer")
@@ -84,7 +85,17 @@ class SparseLayer(nn.Module):
         Args:
             positions: flat ones in the dense weight, ascending and different.
             values: theirs.
+
+        Raises:
+            ValueError: the positions are others, or there is another number of values.
         """
+        check_positions(positions, self.shape)
+        if not isinstance(values, Tensor) or values.shape != positions.shape:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"values must have one element for each of {len(positions)} positions, got {got}. "
+                "Give weight.flatten()[positions]."
+            )
         self.set_structure(self.structure_at(positions), values)
 
     def structure_at(self, positions: Tensor) -> Structure:
@@ -177,9 +188,12 @@ class SparseLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take up another number of nonzeros, too, and a dense weight that is 0 where there is no connection."""
+        """Take up another number of nonzeros, too, and a dense weight that is 0 where there is no connection.
+
+        What is not a weight of this shape is an error of ``load_state_dict``, and leaves the layer as it is.
+        """
         weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and f"{prefix}values" not in state_dict:
+        if isinstance(weight, Tensor) and f"{prefix}values" not in state_dict:
             values = weight.reshape(-1)[self.positions.to(weight.device)] if weight.shape == self.shape else None
             if values is None or values.count_nonzero() != weight.count_nonzero():
                 error_msgs.append(
@@ -190,17 +204,25 @@ class SparseLayer(nn.Module):
             entries = values, self.crow, self.col, self.weight_shape
             state_dict = {key: x for key, x in state_dict.items() if key != f"{prefix}weight"}
             state_dict.update({prefix + name: entry for name, entry in zip(_SAVED, entries, strict=True)})
-        values, col, shape = (state_dict.get(prefix + name) for name in ("values", "col", "weight_shape"))
-        if shape is not None and tuple(shape.tolist()) != self.shape:
-            error_msgs.append(f"{prefix}values belong to a weight of shape {shape.tolist()}, not {list(self.shape)}.")
+        given = {name: state_dict[prefix + name] for name in _CSR if prefix + name in state_dict}
+        shape = state_dict.get(prefix + "weight_shape", self.weight_shape)
+        try:
+            held = shape.tolist() if isinstance(shape, Tensor) and not shape.is_meta else shape
+            if held != list(self.shape):
+                raise ValueError(f"{prefix}values belong to a weight of shape {held}, not {list(self.shape)}.")
+            vectors = {prefix + name: given.get(name, getattr(self, name).detach()) for name in _CSR}
+            check_csr(vectors, self.shape, getattr(self, "groups", 1))
+        except ValueError as error:
+            error_msgs.append(str(error))
             return
-        if values is not None and col is not None and len(values) == len(col) != self.nnz:
-            self._set_values(self.values.data.new_empty(len(values)))
-            self.col = self.col.new_empty(len(col))
+        if given.keys() >= {"values", "col"} and len(given["values"]) != self.nnz:
+            self._set_values(self.values.data.new_empty(len(given["values"])))
+            self.col = self.col.new_zeros(len(given["col"]))
+        indices = {prefix + name: given[name].int() for name in _CSR[:2] if name in given}
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            {**state_dict, **indices}, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if col is not None and not error_msgs:
+        if indices:
             self._set_structure(self.structure_at(self.positions))
 
 
@@ -343,12 +365,17 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
         layer: exactly of type ``nn.Linear`` or ``nn.Conv2d``.
         positions: flat ones of the connections to keep, ascending and different.
         generator: for values of layers on the meta device; on the CPU.
+
+    Raises:
+        TypeError: the layer is of another type.
+        ValueError: the positions are not in the weight, ascending and different.
     """
     if type(layer) not in _SPARSE:
         raise TypeError(f"Only nn.Linear and nn.Conv2d have a sparse form, not {type(layer).__name__}.")
     weight = layer.weight
     bias = torch_private.parameters(layer)["bias"]
     shape = tuple(weight.shape)
+    check_positions(positions, shape)
     found = structure(positions.to("cpu" if weight.is_meta else weight.device), shape, getattr(layer, "groups", 1))
     if weight.is_meta:
         fan_in = found.matrix.crow.diff()
