@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,10 @@ class _CSR(nn.Module):
     def _times(self, columns: Tensor) -> Tensor:
         """Return weight times ``columns`` ``(in, n)`` plus bias: ``(out, n)``."""
         n = columns.shape[1]
-        if n == 1:  # a vector is faster than a matrix of one column
+        product: Tensor
+        if _is_exported():
+            product = _csr_product(self.crow_indices, self.col_indices, self.values, self.shape[0], columns)
+        elif n == 1:  # a vector is faster than a matrix of one column
             product = (self.weight @ columns[:, 0])[:, None]
         elif n < _MANY or columns.requires_grad or self.values.requires_grad or _is_recorded():
             product = self.weight @ columns
@@ -97,7 +100,10 @@ class CSRLinear(_CSR):
     """A linear layer for inference, whose time and memory are in proportion to the weights that are not zero.
 
     Args:
-        linear: the layer to convert; it is not changed.
+        linear: the layer to convert, in float32 or float64; it is not changed.
+
+    Raises:
+        ValueError: it is another layer, or in another dtype.
 
     Example:
         >>> import torch
@@ -110,6 +116,7 @@ class CSRLinear(_CSR):
     """
 
     def __init__(self, linear: nn.Linear | SparseLinear) -> None:
+        _check(linear, (nn.Linear, SparseLinear), "linear")
         super().__init__(linear if isinstance(linear, SparseLinear) else SparseLinear.from_dense(linear))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +134,11 @@ class CSRConv2d(_CSR):
     """A convolution for inference with a CSR weight; its input is unfolded for some images at a time.
 
     Args:
-        conv: the layer to convert, of any kernel, stride, padding, dilation and groups; it is not changed.
+        conv: the layer to convert, of any kernel, stride, padding, dilation and groups, in float32 or float64; it is
+            not changed.
+
+    Raises:
+        ValueError: it is another layer, or in another dtype.
 
     Example:
         >>> import torch
@@ -137,6 +148,7 @@ class CSRConv2d(_CSR):
     """
 
     def __init__(self, conv: nn.Conv2d | SparseConv2d) -> None:
+        _check(conv, (nn.Conv2d, SparseConv2d), "conv")
         super().__init__(conv if isinstance(conv, SparseConv2d) else SparseConv2d.from_dense(conv))
         for name in _OF_CONV2D:
             setattr(self, name, getattr(conv, name))
@@ -160,7 +172,8 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
     These are ``Linear`` and ``Conv2d`` layers in float32 or float64; others stay as they are, as do layers inside
     ``MultiheadAttention`` and ``TransformerEncoderLayer``, which use their children's weights by themselves.
     ``SparseLinear`` and ``SparseConv2d`` are converted whatever their sparsity, without making their weights dense.
-    Weights get no gradient. ``module`` is not changed.
+    Weights get no gradient. ``module`` is not changed. ``torch.export`` takes the result, from torch 2.7 on; a program
+    that loads what it saves imports ``lightning_sparse.export`` before. ONNX has no such layers.
 
     Args:
         module: with exact zeros in its weights, or with sparse layers.
@@ -204,12 +217,43 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
     return result["root"].eval()
 
 
+@torch.library.custom_op("lightning_sparse::csr_product", mutates_args=())
+def _csr_product(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: Tensor) -> Tensor:
+    """Return a CSR matrix of ``rows`` rows times ``columns``: one operation, whatever multiplies in the end."""
+    where = CSR(crow, col, (rows, len(columns)))
+    if columns.shape[1] >= _MANY:
+        return matmul(where, values, columns.contiguous())
+    return torch.sparse_csr_tensor(crow, col, values, where.shape, check_invariants=False) @ columns
+
+
+@_csr_product.register_fake
+def _(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: Tensor) -> Tensor:
+    return columns.new_empty(rows, columns.shape[1])
+
+
 _CONVERTED: dict[type[nn.Module], Any] = {
     nn.Linear: CSRLinear,
     SparseLinear: CSRLinear,
     nn.Conv2d: CSRConv2d,
     SparseConv2d: CSRConv2d,
 }
+
+
+def _check(layer: object, kinds: Sequence[type[nn.Module]], name: str) -> None:
+    """Raise unless a layer is of these types, in a dtype that there are products for."""
+    if type(layer) not in kinds:
+        known = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be a layer of type {known}, got one of type {type(layer).__name__}.")
+    given: Any = layer
+    dtype = given.values.dtype if isinstance(layer, SparseLayer) else given.weight.dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} must be in float32 or float64, got {dtype}. Give {name}.float().")
+
+
+def _is_exported() -> bool:
+    """Tell whether ``torch.export`` traces, which knows no sparse tensors."""
+    asked = getattr(torch.compiler, "is_exporting", None)  # not in the oldest torch
+    return bool(asked and asked())
 
 
 def _is_recorded() -> bool:

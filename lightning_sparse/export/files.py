@@ -43,7 +43,8 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
 
     Raises:
         ValueError: an entry is not a dense tensor (of a Lightning checkpoint, give ``checkpoint["state_dict"]``), or
-            names collide.
+            names collide, or ``path`` is no path of a file.
+        FileNotFoundError: the folder of the file does not exist.
 
     Example:
         >>> import os, tempfile, torch
@@ -59,7 +60,10 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
     """
     if not isinstance(state, (Mapping, nn.Module)):
         raise ValueError(f"state must be a state dict or a module, got one of type {type(state).__name__}.")
+    checks.folder_of(path=path)
     state = dict(state.state_dict() if isinstance(state, nn.Module) else state)
+    if others := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(f"state must hold tensors by name, got the keys {others[:3]}. Give module.state_dict().")
     layers = take_sparse(state)
     state.update({name: values for name, (values, *_) in layers.items()})
     parts: dict[str, Tensor] = {}
@@ -117,8 +121,12 @@ def load_sparse(
         <All keys matched successfully>
     """
     safetensors = extra("safetensors", "export")
-    checks.file("Give one that save_sparse has written.", path=path)
     check_limit(limit)
+    checks.file("Give one that save_sparse has written.", path=path)
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be one of torch, such as 'cpu' or 'cuda:0', got {device!r}.") from error
     try:
         opened = safetensors.safe_open(os.fspath(path), framework="pt", device=str(device))
     except safetensors.SafetensorError as error:
