@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.compiled import plain_name
 from lightning_sparse.compat.torch_private import RunningNorm
 from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
@@ -106,8 +107,11 @@ def select_parameters(
     A weight that stands in several places (tied) appears once, under its first name.
 
     Raises:
-        ValueError: a pattern matches no weight, a lazy layer has no shape yet, or an embedding has sparse gradients.
+        ValueError: a pattern matches no weight, a lazy layer has no shape yet, or an embedding has sparse gradients;
+            an argument is of another type.
     """
+    checks.module(module=module)
+    include, exclude = checks.patterns(include=include), checks.patterns(exclude=exclude) or []
     choices = []
     unused = {*(include or ()), *exclude}
     for parameter, places in _places(module):
@@ -270,8 +274,9 @@ def _refuse_sparse_gradients(candidate: Candidate) -> None:
 def _refuse_unused(patterns: set[str], choices: Sequence[ParameterChoice]) -> None:
     if patterns:
         weights = [choice.name for choice in choices if len(choice.shape) >= 2]
+        near = "".join(checks.did_you_mean(pattern, weights) for pattern in sorted(patterns))
         raise ValueError(
-            f"include and exclude must match the names of weights, but {sorted(patterns)} match none. "
+            f"include and exclude must match the names of weights, but {sorted(patterns)} match none. {near}"
             f"Biases and norms are never made sparse. The weights are: {weights}."
         )
 

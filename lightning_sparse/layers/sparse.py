@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_sparse.compat import torch_private
+from lightning_sparse.compat import checks, torch_private
 from lightning_sparse.kernels.structure import Structure, check_csr, check_positions, flat_positions, structure
 from lightning_sparse.layers.functional import conv2d, linear, padded
 from lightning_sparse.rules import sampling, select
@@ -122,12 +122,12 @@ class SparseLayer(nn.Module):
             layer: stays as it is.
             positions: flat ones of the connections to keep, ascending; default: where the weight is not 0.
         """
-        if positions is None:
-            positions = select.positions(layer.weight.detach() != 0)
         if _SPARSE.get(type(layer)) is not cls:
             raise TypeError(
                 f"layer must be an nn.{_DENSE[cls].__name__} for {cls.__name__}, got {type(layer).__name__}."
             )
+        if positions is None:
+            positions = select.positions(layer.weight.detach() != 0)
         sparse = make_sparse_(_copy(layer), positions)
         assert isinstance(sparse, cls)
         return sparse
@@ -240,6 +240,9 @@ class SparseLinear(SparseLayer):
         generator: for all draws, on the CPU; default: torch's.
         dtype: of values and bias.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Example:
         >>> layer = SparseLinear(512, 256, nnz=1000)
         >>> layer(torch.ones(8, 512)).shape, layer.values.shape
@@ -259,6 +262,9 @@ class SparseLinear(SparseLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checks.integer(1, "It is the size of the input's last dimension.", in_features=in_features)
+        checks.integer(1, "It is the size of the output's last dimension.", out_features=out_features)
+        _check_drawn(nnz, bias, generator, dtype)
         _draw_into(self, nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype), nnz, generator)
 
     @property
@@ -291,6 +297,9 @@ class SparseConv2d(SparseLayer):
         generator: for all draws, on the CPU; default: torch's.
         dtype: of values and bias.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Example:
         >>> layer = SparseConv2d(16, 32, 3, nnz=500, padding=1)
         >>> layer(torch.ones(2, 16, 8, 8)).shape
@@ -322,6 +331,20 @@ class SparseConv2d(SparseLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checks.integer(1, "It is the number of channels of the input.", in_channels=in_channels)
+        checks.integer(1, "It is the number of channels of the output.", out_channels=out_channels)
+        checks.integer(1, "1 lets each output read all channels.", groups=groups)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels={in_channels} and out_channels={out_channels}, got {groups}. Give 1."
+            )
+        checks.pair(1, "3 is usual.", kernel_size=kernel_size)
+        checks.pair(1, "1 reads at every place.", stride=stride)
+        checks.pair(1, "1 reads neighbours.", dilation=dilation)
+        if padding not in ("valid", "same"):
+            checks.pair(0, "Also 'same' and 'valid' are known.", padding=padding)  # type: ignore[arg-type]
+        checks.one_of(("zeros", "reflect", "replicate", "circular"), padding_mode=padding_mode)
+        _check_drawn(nnz, bias, generator, dtype)
         dense = nn.Conv2d(
             in_channels,
             out_channels,
@@ -368,11 +391,13 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
 
     Raises:
         TypeError: the layer is of another type.
-        ValueError: the positions are not in the weight, ascending and different.
+        ValueError: the positions are not in the weight, ascending and different; the weight is complex.
     """
     if type(layer) not in _SPARSE:
         raise TypeError(f"Only nn.Linear and nn.Conv2d have a sparse form, not {type(layer).__name__}.")
     weight = layer.weight
+    if not weight.is_floating_point():
+        raise ValueError(f"layer must have a floating-point weight, got one of {weight.dtype}. Leave it dense.")
     bias = torch_private.parameters(layer)["bias"]
     shape = tuple(weight.shape)
     check_positions(positions, shape)
@@ -401,6 +426,8 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
 @torch.no_grad()
 def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
     """Turn a sparse layer into the dense one, in place."""
+    if not isinstance(layer, SparseLayer):
+        raise TypeError(f"layer must be a SparseLinear or SparseConv2d, got one of type {type(layer).__name__}.")
     weight = nn.Parameter(layer.dense_weight(), layer.values.requires_grad)
     for name in ("crow", "col", "weight_shape", *_DERIVED):
         delattr(layer, name)
@@ -419,6 +446,7 @@ def sparse_layers(module: nn.Module) -> dict[str, SparseLayer]:
 
 def to_dense(module: nn.Module) -> nn.Module:
     """Turn all sparse layers in ``module`` into dense ones, in place, and return it."""
+    checks.module(module=module)
     for layer in sparse_layers(module).values():
         make_dense_(layer)
     return module
@@ -446,6 +474,16 @@ def _copy(layer: Layer) -> Layer:
     if layer.bias is not None:
         twin.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     return twin
+
+
+def _check_drawn(nnz: object, bias: object, generator: object, dtype: object) -> None:
+    """Raise unless a sparse layer can be drawn with these arguments; how many nonzeros fit, ``_draw_into`` knows."""
+    checks.integer(0, "It is the number of nonzeros.", nnz=nnz)  # type: ignore[arg-type]  # may be anything
+    checks.flag(bias=bias)  # type: ignore[arg-type]
+    if generator is not None and not (isinstance(generator, Generator) and generator.device.type == "cpu"):
+        raise ValueError(f"generator must be a torch.Generator on the CPU, or None, got {generator!r}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point dtype, or None, got {dtype!r}. torch.float32 is usual.")
 
 
 def _draw_into(sparse: SparseLayer, dense: nn.Linear | nn.Conv2d, nnz: int, generator: Generator | None) -> None:
