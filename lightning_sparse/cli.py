@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_sparse.zoo import recipes
 __all__ = ["main"]
 
 _EXTRAS = "cli,examples"
+_COMMANDS = ("fit", "validate", "test", "predict", "recipes", "demo", "compare", "report")
 
 _HELP = """Sparse training from the command line.
 
@@ -44,6 +46,16 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command with the arguments given, by default those of the process."""
     args = list(sys.argv[1:] if args is None else args)
     try:
+        _run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python's last flush fail
+        raise SystemExit(1) from None
+
+
+def _run(args: list[str]) -> None:
+    """Run the command that is named first."""
+    try:
         if args in ([], ["-h"], ["--help"]):
             print(_HELP)
             raise SystemExit(0)
@@ -64,6 +76,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
             report.main(args[1:])
         else:
+            _refuse_unknown(args)
             if os.getcwd() not in sys.path:
                 sys.path.insert(0, os.getcwd())  # for class_path: mymodel.Net
             _tell(run(args))
@@ -71,6 +84,16 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(error, ValueError) and not _ours(error):
             raise
         raise SystemExit(f"lightning-sparse: {error}") from error
+
+
+def _refuse_unknown(args: Sequence[str]) -> None:
+    """Raise if the first argument is a word, but no command."""
+    if args[0] not in _COMMANDS and not args[0].startswith("-"):
+        near = "".join(f"Did you mean {name!r}? " for name in get_close_matches(args[0], _COMMANDS, n=1))
+        raise ValueError(
+            f"the command must be one of {', '.join(_COMMANDS)}, got {args[0]!r}. {near}lightning-sparse --help says "
+            "what they do."
+        )
 
 
 def _ours(error: Exception) -> bool:
@@ -144,9 +167,20 @@ def _expand(args: Sequence[str]) -> tuple[str | None, list[str]]:
             else:
                 name += f"+{file.stem}"
             value = str(file)
+        _refuse_binary(value)
         name = name or Path(value).stem
         expanded += ["--config", value]
     return name, expanded
+
+
+def _refuse_binary(file: str) -> None:
+    """Raise if a file of options is no text; what else is wrong with it, its parser says."""
+    try:
+        Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config must be a YAML file, got {file}, which is not text ({error}).") from error
+    except OSError:
+        return
 
 
 def _recipes(args: Sequence[str]) -> None:

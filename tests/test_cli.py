@@ -2,11 +2,14 @@ import csv
 import inspect
 import json
 import os
+import re
+import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from processes import PATIENCE, environment
 
 import lightning_sparse
 from lightning_sparse import DST, RigL, SparsityMonitor, cli
@@ -279,3 +282,26 @@ def test_what_cannot_be_trained_is_told_in_a_line():
     fit = ["fit", "--recipe", "dst-lenet300-digits", *SHORT, "--trainer.callbacks.exclude=['fc9*']"]
     with pytest.raises(SystemExit, match=r"lightning-sparse: .*fc9"):
         cli.main(fit)
+
+
+@pytest.mark.parametrize(("command", "near"), [("bench", ""), ("reprot", "Did you mean 'report'? ")])
+def test_an_unknown_command_is_answered_with_all_there_are(command, near):
+    message = rf"must be one of fit, .*, recipes, demo, compare, report, got '{command}'\. {re.escape(near)}light"
+    with pytest.raises(SystemExit, match=message):
+        cli.main([command])
+
+
+def test_a_binary_file_of_options_is_told_in_a_line(elsewhere):
+    (elsewhere / "own.yaml").write_bytes(b"\xd8\x00\xff")
+    for args in (["fit", "-c", "own.yaml"], ["fit", "--recipe", "dst-lenet300-digits", "--config=own.yaml"]):
+        with pytest.raises(SystemExit, match=r"--config must be a YAML file, got own\.yaml, which is not text"):
+            cli.main(args)
+
+
+def test_who_reads_a_list_may_stop_before_its_end():
+    read, write = os.pipe()
+    os.close(read)  # as head does when it has its lines
+    command = [sys.executable, "-c", "from lightning_sparse import cli; cli.main(['recipes'])"]
+    with os.fdopen(write, "w") as pipe:
+        ended = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, env=environment(), timeout=PATIENCE)
+    assert (ended.returncode, ended.stderr) == (1, b"")

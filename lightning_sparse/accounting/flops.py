@@ -7,7 +7,7 @@ zeros, which masked training does not.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,9 +44,11 @@ class Flops:
 def dense_flops(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Flops]:
     """Count the operations of one forward and backward pass of a dense ``module``, by name of weight.
 
-    What really runs is counted, with the formulas of torch's ``FlopCounterMode``: so the first layer has no input
-    gradient. Sparse layers count as the dense ones that they stand for. Gradients are left alone; buffers, such as
-    batch statistics, move as in any training step.
+    What really runs is counted, with the formulas of torch's ``FlopCounterMode`` and some that it lacks: so the first
+    layer has no input gradient. Fused attention counts the products of the plain one: two forward, four backward. A
+    bilinear layer counts two operations for each weight and example, an embedding bag of sums or means two for each
+    number that it adds up. Sparse layers count as the dense ones that they stand for. Gradients are left alone;
+    buffers, such as batch statistics, move as in any training step.
 
     Args:
         module: the module that ``loss`` calls, not compiled.
@@ -54,7 +56,8 @@ def dense_flops(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Flop
             device, where nothing is computed or stored.
 
     Returns:
-        the operations of each parameter that a product or convolution reads; under ``OTHER``, those of no parameter.
+        the operations of each parameter that a product, convolution or bag reads; under ``OTHER``, those of no
+        parameter.
 
     Example:
         >>> import torch
@@ -76,7 +79,8 @@ def dense_flops(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Flop
         if name != OTHER:
             result[name] = Flops(count, backward.counts[name], count if weights[name].requires_grad else 0)
     # a product that makes a weight's gradient has no weight among its operands: the rest is of activations alone
-    own = sum(f.weight_gradient for n, f in result.items() if n not in backward.convolved and n not in sparse)
+    made = {name for name in forward.counts if name != OTHER and weights[name].requires_grad}
+    own = sum(forward.counts[name] - forward.apart[name] for name in made)
     rest = backward.counts[OTHER] - own
     if forward.counts[OTHER] or rest:
         result[OTHER] = Flops(forward.counts[OTHER], rest)
@@ -85,11 +89,16 @@ def dense_flops(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Flop
 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """Switch off fused kernels: those of recurrent layers hide their products from the counter."""
+    """Switch off fused kernels: those of recurrent and of whole transformer layers hide their products."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TF32 acceleration")
         with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-            yield
+            try:
+                torch.backends.mha.set_fastpath_enabled(False)
+                yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextmanager
@@ -140,31 +149,102 @@ class _Operands:
         return next(found, None)
 
 
-_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    """``Q K.T`` and the product with ``V``; the heads of the query count."""
+    batch, heads, length, width = query.shape
+    return 2 * batch * heads * length * key.shape[-2] * (width + value.shape[-1])
+
+
+def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Two products for each one forward; those that a kernel repeats to save memory do not count."""
+    return 2 * _attention(query, key, value)
+
+
+def _trilinear(
+    first: Tensor,
+    weight: Tensor,
+    second: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """A multiplication and an addition for each element of the three tensors' product before it is summed."""
+    shapes = []
+    for x, expand in ((first, expand1), (weight, expand2), (second, expand3)):
+        shape = list(x.shape)
+        for dim in sorted(expand):
+            shape.insert(dim, 1)
+        shapes.append(shape)
+    sizes: list[int] = [max(dims) for dims in zip(*shapes, strict=True)]
+    return 2 * math.prod(sizes)
+
+
+def _bag(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> int:
+    """A multiplication and an addition for each number read; the largest, mode 2, is found without."""
+    mode = args[2] if len(args) > 2 else kwargs.get("mode", 0)  # after offsets and scale_grad_by_freq
+    return 0 if mode == 2 else 2 * indices.numel() * weight.shape[1]
+
+
+def _vectors(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+    """A matrix, or a vector, times a vector."""
+    return 2 * a.numel()
+
+
+_ATEN = torch.ops.aten
+_FUSED = "_scaled_dot_product"
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    getattr(_ATEN, name + suffix): formula
+    for name in (
+        *(f"{_FUSED}_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
+        f"{_FUSED}_flash_attention_for_cpu",
+        f"{_FUSED}_fused_attention_overrideable",
+    )
+    for suffix, formula in (("", _attention), ("_backward", _attention_backward))
+    if hasattr(_ATEN, name + suffix)
+} | {
+    _ATEN._trilinear: _trilinear,
+    _ATEN._embedding_bag: _bag,
+    _ATEN._embedding_bag_forward_only: _bag,
+    _ATEN.mv: _vectors,
+    _ATEN.dot: _vectors,
+    _ATEN.addmv: lambda bias, *args, **kwargs: _vectors(*args, **kwargs),
+    _ATEN._addmm_activation: flop_registry[_ATEN.addmm],
+}
+_COPIES = (_ATEN._to_copy, _ATEN.clone)
+# makes the gradients of all operands in one operation, or by something else than a product
+_APART = (_ATEN.convolution, _ATEN._embedding_bag, _ATEN._embedding_bag_forward_only)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # __init_subclass__
-    """Counts operations under the weight that is among the operands, or under ``OTHER``."""
+    """Counts operations under the weight that is among the operands, or under ``OTHER``.
+
+    Attributes:
+        counts: by name.
+        apart: those of them whose gradients of weights are not counted among ``OTHER`` in the backward pass.
+    """
 
     def __init__(self, operands: _Operands) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operands = operands
         self.counts: Counter[str] = Counter()
-        self.convolved: set[str] = set()
+        self.apart: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         called = operation(func)
-        formula = flop_registry.get(called)
+        formula = _FORMULAS.get(called) or flop_registry.get(called)
         sparse = any(isinstance(arg, Tensor) and arg.layout != torch.strided for arg in args)  # see _sparse_layers
         if formula is not None and not sparse:
             name = next((found for arg in args if (found := self.operands.name(arg)) is not None), OTHER)
             counted = args
-            if called is torch.ops.aten.convolution_backward:
+            if called is _ATEN.convolution_backward:
                 counted = (*args[:-1], (args[-1][0], False, False))  # of its outputs, the input gradient alone
-                self.convolved.add(name)
-            self.counts[name] += formula(*counted, **kwargs, out_val=out)
+            count = formula(*counted, **kwargs, out_val=out)
+            self.counts[name] += count
+            self.apart[name] += count * (called in _APART)
         elif called in _COPIES and not sparse and (copied := self.operands.name(args[0])) is not None:
             self.operands.add(copied, out)
         return out

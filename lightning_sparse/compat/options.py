@@ -53,7 +53,7 @@ class Option:
         return inspect.Parameter(self.name, kind, default=self.default, annotation=self.annotation)
 
     def refuse(self, value: Any) -> None:
-        """Raise unless ``value`` is one of the names that the type lists, and passes the check."""
+        """Raise unless ``value`` is one of the names that the type lists, or the flag it is, and passes the check."""
         union = get_origin(self.annotation) in (Union, UnionType)
         kinds = get_args(self.annotation) if union else (self.annotation,)
         if value is None and type(None) in kinds:
@@ -61,6 +61,8 @@ class Option:
         first, *others = (kind for kind in kinds if kind is not type(None))
         if get_origin(first) is Literal and not others:
             checks.one_of(get_args(first), **{self.name: value})
+        if first is bool:
+            checks.flag(**{self.name: value})
         if self.check is not None:
             self.check(**{self.name: value})
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.torch_private import tree_leaves
 from lightning_sparse.layers.sparse import sparse_layers
 
@@ -17,6 +18,7 @@ __all__ = [
     "check_dense",
     "check_equal",
     "check_module",
+    "check_tolerance",
     "dense_bytes",
     "evaluating",
     "results",
@@ -86,11 +88,7 @@ def check_module(module: nn.Module) -> None:
     Raises:
         ValueError: it is something else.
     """
-    if not isinstance(module, nn.Module):
-        raise ValueError(
-            f"module must be an nn.Module, got one of type {type(module).__name__}. Of a checkpoint, give "
-            "MyModule.load_from_checkpoint(path)."
-        )
+    checks.module(module=module)
 
 
 def check_dense(module: nn.Module, what: str) -> None:
@@ -107,6 +105,16 @@ def check_dense(module: nn.Module, what: str) -> None:
             "lightning_sparse.storage.to_dense(copy.deepcopy(module)), whose dense weights of these layers take "
             f"{dense_bytes(module) / 2**20:,.1f} MiB; to_csr and save_sparse do without."
         )
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Refuse what is no tolerance: with NaN nothing would be equal, with infinity everything.
+
+    Raises:
+        ValueError: it is neither a finite number from 0 nor None.
+    """
+    if tolerance is not None:
+        checks.at_least(0, "Leave it out for one by the outputs' dtype, 1e-5 for float32.", tolerance=tolerance)
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -8,8 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.compiled import original
-from lightning_sparse.export._modules import Example, arguments, check_dense, check_equal, evaluating, results
+from lightning_sparse.export._modules import (
+    Example,
+    arguments,
+    check_dense,
+    check_equal,
+    check_tolerance,
+    evaluating,
+    results,
+)
 from lightning_sparse.export.channels import Channels, Mixer
 from lightning_sparse.export.rules import RULES, contribution
 from lightning_sparse.layers.sparse import SparseLayer
@@ -150,10 +159,16 @@ def compact(
     """
     module = original(module)
     check_dense(module, "compact")
+    checks.flag(select=select)
+    check_tolerance(tolerance)
     expected = results(module, example_input)
     small = trace(module)
+    try:
+        with torch.no_grad():
+            _Shapes(small).run(*arguments(example_input))
+    except Exception as error:  # of what stands for *args and **kwargs in the graph
+        raise ValueError(_cannot_trace(module, error)) from error
     with torch.no_grad():
-        _Shapes(small).run(*arguments(example_input))
         channels = Channels(small, RULES)
         before = _size(small)
         layers = [_shrink(small, channels, mixer, select) for mixer in channels.mixers]
@@ -179,13 +194,18 @@ def trace(module: nn.Module) -> fx.GraphModule:
             graph = tracer.trace(module)
             traced = fx.GraphModule(tracer.root, graph, type(module).__name__)
     except Exception as error:
-        raise ValueError(
-            f"torch.fx cannot trace {type(module).__name__}: {error}\n"
-            "Its forward may branch on values of tensors or call what cannot be followed. Export a part that can be "
-            "traced, say module.backbone = compact(module.backbone, example)[0], or take the branch out of forward "
-            "(torch.fx.wrap keeps a function whole)."
-        ) from error
+        raise ValueError(_cannot_trace(module, error)) from error
     return copy.deepcopy(traced).eval()
+
+
+def _cannot_trace(module: nn.Module, error: Exception) -> str:
+    reason = str(error).partition("\n")[0]
+    return (
+        f"torch.fx cannot trace {type(module).__name__}: {reason}\n"
+        "Its forward may branch on values of tensors, take *args or **kwargs, or call what cannot be followed. Export "
+        "a part that can be traced, say module.backbone = compact(module.backbone, example)[0], name the arguments of "
+        "forward, or take the branch out of it (torch.fx.wrap keeps a function whole)."
+    )
 
 
 class _Tracer(fx.Tracer):

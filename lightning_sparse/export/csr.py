@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.torch_private import SIDES, children, has_forward_hooks, in_forward_mode
 from lightning_sparse.export._modules import check_module
 from lightning_sparse.kernels.products import matmul
-from lightning_sparse.kernels.structure import CSR
+from lightning_sparse.kernels.structure import CSR, check_csr
 from lightning_sparse.layers.functional import convolve, padded
 from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
 
 __all__ = ["CSRConv2d", "CSRLinear", "to_csr"]
 
 _DTYPES = (torch.float32, torch.float64)
+_VECTORS = ("crow_indices", "col_indices", "values")
 _MANY = 16  # columns from which compiled loops, if there are any, are the quicker ones
 # these compute with their children's weights themselves
 _READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -33,7 +34,8 @@ class _CSR(nn.Module):
     """Holds a weight as the three vectors of a CSR matrix, and multiplies with it.
 
     The vectors are buffers, so they move with the module and stand in its ``state_dict``; a state with another number
-    of nonzeros loads, too.
+    of nonzeros loads, too. One whose indices are not those of such a weight is an error of ``load_state_dict``, and
+    leaves the layer as it is.
     """
 
     crow_indices: Tensor
@@ -64,7 +66,10 @@ class _CSR(nn.Module):
     def _times(self, columns: Tensor) -> Tensor:
         """Return weight times ``columns`` ``(in, n)`` plus bias: ``(out, n)``."""
         n = columns.shape[1]
-        if n == 1:  # a vector is faster than a matrix of one column
+        product: Tensor
+        if _is_exported():
+            product = _csr_product(self.crow_indices, self.col_indices, self.values, self.shape[0], columns)
+        elif n == 1:  # a vector is faster than a matrix of one column
             product = (self.weight @ columns[:, 0])[:, None]
         elif n < _MANY or columns.requires_grad or self.values.requires_grad or _is_recorded():
             product = self.weight @ columns
@@ -73,19 +78,32 @@ class _CSR(nn.Module):
             product = matmul(where, self.values, columns.contiguous())
         return product if self.bias is None else product.add_(self.bias[:, None])
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("col_indices", "values"):
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.ndim == 1:
-                setattr(self, name, getattr(self, name).new_empty(given.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        given = {name: state_dict[prefix + name] for name in _VECTORS if prefix + name in state_dict}
+        groups = getattr(self, "groups", 1)
+        try:
+            entries = {prefix + name: given.get(name, getattr(self, name)) for name in _VECTORS}
+            check_csr(entries, (self.shape[0], self.shape[1] // groups), groups)
+        except ValueError as error:
+            lists[-1].append(str(error))
+            return
+        for name in given:
+            if given[name].shape != getattr(self, name).shape:
+                setattr(self, name, getattr(self, name).new_zeros(given[name].shape))
+        indices = {prefix + name: given[name].int() for name in _VECTORS[:2] if name in given}
+        super()._load_from_state_dict({**state_dict, **indices}, prefix, local_metadata, strict, *lists)
 
 
 class CSRLinear(_CSR):
     """A linear layer for inference, whose time and memory are in proportion to the weights that are not zero.
 
     Args:
-        linear: the layer to convert; it is not changed.
+        linear: the layer to convert, in float32 or float64; it is not changed.
+
+    Raises:
+        ValueError: it is another layer, or in another dtype.
 
     Example:
         >>> import torch
@@ -98,6 +116,7 @@ class CSRLinear(_CSR):
     """
 
     def __init__(self, linear: nn.Linear | SparseLinear) -> None:
+        _check(linear, (nn.Linear, SparseLinear), "linear")
         super().__init__(linear if isinstance(linear, SparseLinear) else SparseLinear.from_dense(linear))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +134,11 @@ class CSRConv2d(_CSR):
     """A convolution for inference with a CSR weight; its input is unfolded for some images at a time.
 
     Args:
-        conv: the layer to convert, of any kernel, stride, padding, dilation and groups; it is not changed.
+        conv: the layer to convert, of any kernel, stride, padding, dilation and groups, in float32 or float64; it is
+            not changed.
+
+    Raises:
+        ValueError: it is another layer, or in another dtype.
 
     Example:
         >>> import torch
@@ -125,6 +148,7 @@ class CSRConv2d(_CSR):
     """
 
     def __init__(self, conv: nn.Conv2d | SparseConv2d) -> None:
+        _check(conv, (nn.Conv2d, SparseConv2d), "conv")
         super().__init__(conv if isinstance(conv, SparseConv2d) else SparseConv2d.from_dense(conv))
         for name in _OF_CONV2D:
             setattr(self, name, getattr(conv, name))
@@ -148,7 +172,8 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
     These are ``Linear`` and ``Conv2d`` layers in float32 or float64; others stay as they are, as do layers inside
     ``MultiheadAttention`` and ``TransformerEncoderLayer``, which use their children's weights by themselves.
     ``SparseLinear`` and ``SparseConv2d`` are converted whatever their sparsity, without making their weights dense.
-    Weights get no gradient. ``module`` is not changed.
+    Weights get no gradient. ``module`` is not changed. ``torch.export`` takes the result, from torch 2.7 on; a program
+    that loads what it saves imports ``lightning_sparse.export`` before. ONNX has no such layers.
 
     Args:
         module: with exact zeros in its weights, or with sparse layers.
@@ -192,12 +217,43 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
     return result["root"].eval()
 
 
+@torch.library.custom_op("lightning_sparse::csr_product", mutates_args=())
+def _csr_product(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: Tensor) -> Tensor:
+    """Return a CSR matrix of ``rows`` rows times ``columns``: one operation, whatever multiplies in the end."""
+    where = CSR(crow, col, (rows, len(columns)))
+    if columns.shape[1] >= _MANY:
+        return matmul(where, values, columns.contiguous())
+    return torch.sparse_csr_tensor(crow, col, values, where.shape, check_invariants=False) @ columns
+
+
+@_csr_product.register_fake
+def _(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: Tensor) -> Tensor:
+    return columns.new_empty(rows, columns.shape[1])
+
+
 _CONVERTED: dict[type[nn.Module], Any] = {
     nn.Linear: CSRLinear,
     SparseLinear: CSRLinear,
     nn.Conv2d: CSRConv2d,
     SparseConv2d: CSRConv2d,
 }
+
+
+def _check(layer: object, kinds: Sequence[type[nn.Module]], name: str) -> None:
+    """Raise unless a layer is of these types, in a dtype that there are products for."""
+    if type(layer) not in kinds:
+        known = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be a layer of type {known}, got one of type {type(layer).__name__}.")
+    given: Any = layer
+    dtype = given.values.dtype if isinstance(layer, SparseLayer) else given.weight.dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} must be in float32 or float64, got {dtype}. Give {name}.float().")
+
+
+def _is_exported() -> bool:
+    """Tell whether ``torch.export`` traces, which knows no sparse tensors."""
+    asked = getattr(torch.compiler, "is_exporting", None)  # not in the oldest torch
+    return bool(asked and asked())
 
 
 def _is_recorded() -> bool:

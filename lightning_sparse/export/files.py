@@ -4,14 +4,15 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
-from lightning_sparse.kernels.structure import flat_positions
-from lightning_sparse.storage.checkpoint import take_sparse
+from lightning_sparse.kernels.structure import check_positions, flat_positions
+from lightning_sparse.storage.checkpoint import check_bytes, check_limit, check_shape, take_sparse
 
 __all__ = ["load_sparse", "save_sparse"]
 
@@ -42,7 +43,8 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
 
     Raises:
         ValueError: an entry is not a dense tensor (of a Lightning checkpoint, give ``checkpoint["state_dict"]``), or
-            names collide.
+            names collide, or ``path`` is no path of a file.
+        FileNotFoundError: the folder of the file does not exist.
 
     Example:
         >>> import os, tempfile, torch
@@ -58,7 +60,10 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
     """
     if not isinstance(state, (Mapping, nn.Module)):
         raise ValueError(f"state must be a state dict or a module, got one of type {type(state).__name__}.")
+    checks.folder_of(path=path)
     state = dict(state.state_dict() if isinstance(state, nn.Module) else state)
+    if others := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(f"state must hold tensors by name, got the keys {others[:3]}. Give module.state_dict().")
     layers = take_sparse(state)
     state.update({name: values for name, (values, *_) in layers.items()})
     parts: dict[str, Tensor] = {}
@@ -91,16 +96,20 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
     extra("safetensors.torch", "export").save_file(parts, os.fspath(path), metadata=metadata)
 
 
-def load_sparse(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def load_sparse(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, limit: int | None = None
+) -> dict[str, Tensor]:
     """Return the plain state dict that ``save_sparse`` wrote; tied tensors are one tensor again.
 
     Args:
         path: of the file.
         device: where the tensors go.
+        limit: bytes that the tensors that are written sparsely may take together; default: 1 GiB, or 4096 times what
+            they take in the file if that is more. A broken file may ask for any size.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not one of ``save_sparse``.
+        ValueError: the file is not one of ``save_sparse``, is broken, or its tensors take more than ``limit``.
 
     Example:
         >>> import os, tempfile, torch
@@ -112,7 +121,12 @@ def load_sparse(path: str | os.PathLike[str], device: str | torch.device = "cpu"
         <All keys matched successfully>
     """
     safetensors = extra("safetensors", "export")
+    check_limit(limit)
     checks.file("Give one that save_sparse has written.", path=path)
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be one of torch, such as 'cpu' or 'cuda:0', got {device!r}.") from error
     try:
         opened = safetensors.safe_open(os.fspath(path), framework="pt", device=str(device))
     except safetensors.SafetensorError as error:
@@ -121,21 +135,52 @@ def load_sparse(path: str | os.PathLike[str], device: str | torch.device = "cpu"
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise ValueError(_other(path, f"its format is {metadata.get('format')!r}"))
-        shapes: dict[str, list[int]] = json.loads(metadata["sparse"])
-        parts = {f"{name}.{part}" for name in shapes for part in ("indices", "values")}
-        state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys() if name not in parts}  # noqa: SIM118
-        for name, shape in shapes.items():
-            values = file.get_tensor(f"{name}.values")
-            tensor = torch.zeros(shape, dtype=values.dtype, device=values.device)
-            tensor.view(-1)[file.get_tensor(f"{name}.indices")] = values
-            state[name] = tensor
-    state.update({name: state[other] for name, other in json.loads(metadata["tied"]).items()})
-    return state
+        try:
+            return _state(file, _names(metadata, "sparse"), _names(metadata, "tied"), limit)
+        except ValueError as error:
+            raise ValueError(_other(path, str(error))) from error
+
+
+def _names(metadata: Mapping[str, str], entry: str) -> dict[str, Any]:
+    """Return what the header says of tensors by their names."""
+    try:
+        found = json.loads(metadata.get(entry, ""))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is broken, the entry {entry!r} is no JSON ({type(error).__name__})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"its header is broken, the entry {entry!r} holds {type(found).__name__} instead of names")
+    return found
+
+
+def _state(file: Any, sparse: Mapping[str, Any], tied: Mapping[str, Any], limit: int | None) -> dict[str, Tensor]:
+    """Put the tensors of an open file together."""
+    stored = set(file.keys())
+    codes = {name: (f"{name}.indices", f"{name}.values") for name in sparse}
+    parts = {part for both in codes.values() for part in both}
+    if missing := sorted(parts - stored):
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if twice := sorted((stored - parts) & sparse.keys() | (stored | sparse.keys()) & tied.keys()):
+        raise ValueError(f"it has {', '.join(twice)} more than once")
+    shapes = {name: check_shape(name, shape) for name, shape in sparse.items()}
+    tensors = {name: (file.get_tensor(indices), file.get_tensor(values)) for name, (indices, values) in codes.items()}
+    sizes = {name: math.prod(max(n, 1) for n in shape) for name, shape in shapes.items()}
+    dense = sum(sizes[name] * values.itemsize for name, (_, values) in tensors.items())
+    check_bytes(dense, sum(x.nbytes for both in tensors.values() for x in both), limit)
+    state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys() if name not in parts}  # noqa: SIM118
+    for name, (indices, values) in tensors.items():
+        check_positions(indices, shapes[name], f"{name}.indices")
+        if values.shape != indices.shape or values.dtype not in _CODED:
+            raise ValueError(f"{name}.values are {_describe(values)}, for {len(indices)} indices")
+        state[name] = torch.zeros(shapes[name], dtype=values.dtype, device=values.device)
+        state[name].view(-1)[indices] = values
+    if wrong := [name for name, other in tied.items() if not isinstance(other, str) or other not in state]:
+        raise ValueError(f"it ties {', '.join(wrong)} to what it does not have")
+    return {**state, **{name: state[other] for name, other in tied.items()}}
 
 
 def _other(path: str | os.PathLike[str], reason: str) -> str:
     return (
-        f"path must be a file of save_sparse, got {os.fspath(path)!r}: {reason}. "
+        f"path must be a file of save_sparse, got {os.fspath(path)!r}: {reason.removesuffix('.')}. "
         "A checkpoint is read by lightning_sparse.load_dense."
     )
 
@@ -163,4 +208,8 @@ def _width(size: int) -> torch.dtype:
 
 
 def _describe(value: object) -> str:
-    return f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    if value.layout != torch.strided:
+        return f"a tensor of layout {value.layout}"
+    return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lightning_sparse.accounting.memory import peak_memory, resident_memory
 from lightning_sparse.accounting.timing import seconds
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.export._modules import (
     Example,
@@ -154,8 +155,13 @@ def benchmark(
         >>> table.rows["compacted"].file_bytes < table.rows["dense"].file_bytes
         True
     """
-    if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"rounds and batch_sizes must be at least 1, got rounds={rounds}, batch_sizes={batch_sizes}.")
+    checks.integer(1, "15 is enough for a stable median.", rounds=rounds)
+    if not isinstance(batch_sizes, Sequence) or isinstance(batch_sizes, (str, bytes)) or not batch_sizes:
+        raise ValueError(f"batch_sizes must be a list of sizes such as (1, 128), got {batch_sizes!r}.")
+    for size in batch_sizes:
+        checks.integer(1, "It is a number of examples.", batch_sizes=size)
+    checks.fraction("0.9 is about where CSR begins to pay.", min_sparsity=min_sparsity)
+    checks.flag(memory=memory)
     check_module(module)
     device = _device(module, example_input)
     batches = {size: tuple(_repeat(x, size) for x in tensor_arguments(example_input)) for size in batch_sizes}

@@ -1,5 +1,6 @@
 """ONNX files that are checked with onnxruntime when they are written."""
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
-from lightning_sparse.export._modules import Example, check_dense, check_equal, evaluating, results, tensor_arguments
+from lightning_sparse.export._modules import (
+    Example,
+    check_dense,
+    check_equal,
+    check_tolerance,
+    evaluating,
+    results,
+    tensor_arguments,
+)
 
 __all__ = ["onnx_session", "to_onnx"]
 
@@ -38,7 +48,7 @@ def to_onnx(
             None: by dtype, 1e-5 for float32.
 
     Raises:
-        ValueError: an argument is of another type, or the module has sparse layers.
+        ValueError: an argument is of another type, the module has sparse layers, or torch cannot trace it.
         FileNotFoundError: the folder of the file does not exist.
         RuntimeError: onnxruntime computes something else; no file is left then.
         ModuleNotFoundError: the extra ``export`` is not installed.
@@ -53,24 +63,32 @@ def to_onnx(
     """
     check_dense(module, "to_onnx")
     given = tensor_arguments(example_input)
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(
-            f"path must be in a folder that exists, got {os.fspath(path)!r}. Make the folder first."
-        )
+    checks.folder_of(path=path)
+    checks.flag(dynamic_batch=dynamic_batch)
+    check_tolerance(tolerance)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         extra(package, "export")
     more = tuple(torch.cat([x, x[:1]]) for x in given) if dynamic_batch else given  # a batch of one would be a constant
     size = sum(tensor.nbytes for tensor in module.state_dict().values() if isinstance(tensor, Tensor))
-    with evaluating(module):
-        torch.onnx.export(
-            module,
-            more,
-            os.fspath(path),
-            dynamo=True,
-            verbose=False,
-            external_data=size > _ONE_FILE,
-            dynamic_shapes=tuple({0: torch.export.Dim.AUTO} for _ in more) if dynamic_batch else None,
-        )
+    try:
+        with evaluating(module):
+            torch.onnx.export(
+                module,
+                more,
+                os.fspath(path),
+                dynamo=True,
+                verbose=False,
+                external_data=size > _ONE_FILE,
+                dynamic_shapes=_free_batch(module, more) if dynamic_batch else None,
+            )
+    except Exception as error:  # whatever torch does not know
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(
+            f"torch.export cannot trace {type(module).__name__}: {reason}\n"
+            "Its forward may branch on values of tensors, take *args or **kwargs, or compute what ONNX does not have. "
+            "Export a part that can be traced, name the arguments of forward, or take the branch out of it; with "
+            "dynamic_batch=False it may fix the size of the batch."
+        ) from error
     try:
         session = onnx_session(path)
         for example in (given, more):
@@ -93,6 +111,13 @@ def onnx_session(path: str | os.PathLike[str]) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+
+def _free_batch(module: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Return for ``torch.export`` that the first dimension of each tensor may have any size, by argument."""
+    free: dict[int, Any] = {0: torch.export.Dim.AUTO}
+    given = inspect.signature(module.forward).bind(*example).arguments
+    return {name: tuple(free for _ in x) if isinstance(x, tuple) else free for name, x in given.items()}
 
 
 def _run(session: Any, example: tuple[Any, ...]) -> list[Tensor]:

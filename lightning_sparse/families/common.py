@@ -58,5 +58,10 @@ def check_distribution(distribution: Distribution | Mapping[str, float]) -> None
     if isinstance(distribution, str):
         checks.one_of(DISTRIBUTIONS, distribution=distribution)
         return
+    if not isinstance(distribution, Mapping) or not all(isinstance(pattern, str) for pattern in distribution):
+        raise ValueError(
+            f"distribution must be one of {sorted(DISTRIBUTIONS)}, or a density for each glob pattern such as "
+            f'{{"*.head.weight": 0.5}}, got {distribution!r}.'
+        )
     for pattern, density in distribution.items():
         checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)

@@ -55,7 +55,7 @@ class MaskedCallback(Stored, SparseCallback):
     )
     seed: int | None = option(
         default=None,
-        check=partial(checks.integer, 0, "Leave it out to use the run's seed."),
+        check=partial(checks.seed, "Leave it out to use the run's seed."),
         doc="of the method's own random generator; default: the seed of the run (``seed_everything``).",
     )
     storage: Storage = option(

@@ -39,7 +39,7 @@ class SoftThresholded(Thresholded):
         W = torch.empty_like(weight.latent).copy_(P)
         rows = weight.matrix(W)
         rows.addcmul_(rows.sign(), weight.thresholds.tau.to(rows.dtype))
-        write_matrix(W, rows, weight.transposed_groups)
+        write_matrix(W, rows, weight.outputs)
         return W
 
     def settle(self, weight: LatentWeight) -> None:

@@ -33,9 +33,18 @@ def candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def backend(x: Tensor, name: str | None = None) -> Products:
-    """Return the products of the backend of this name, or of the first of the candidates if it is none of them."""
+    """Return the products of the backend of this name, or of the first of the candidates if it is none of them.
+
+    Raises:
+        ValueError: there is no backend of this name anywhere.
+    """
     found = dispatch.candidates("products", x.device, x.dtype)
-    products: Products = found[name if name in found else next(iter(found))]
+    if name not in found:
+        known = ["torch", *(backend.name for backend in dispatch.BACKENDS["products"])]
+        if name is not None and name not in known:
+            raise ValueError(f"backend must be one of {known}, or None for the quicker one, got {name!r}.")
+        name = next(iter(found))
+    products: Products = found[name]
     return products
 
 

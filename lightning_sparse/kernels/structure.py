@@ -1,16 +1,22 @@
-"""Where the nonzeros of a matrix are: CSR with int32 indices, and the same for its transpose."""
+"""Where the nonzeros of a matrix are: CSR with int32 indices, and the same for its transpose.
+
+Products read and write where indices point to, and check nothing: indices that a program has not made itself go
+through ``check_positions`` or ``check_csr`` first.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["CSR", "Structure", "csr", "flat_positions", "structure"]
+__all__ = ["CSR", "Structure", "check_csr", "check_positions", "csr", "flat_positions", "structure"]
 
 _INT16, _INT32 = 2**15 - 1, 2**31 - 1
+_INDICES = torch.int32, torch.int64
+_OTHER_FILE = "The file is broken, or of another network: give the one that belongs to this."
 _CHUNK = 1 << 17  # nonzeros to sort at once on the CPU: sorting takes several times the memory of the result
 
 
@@ -112,6 +118,91 @@ def flat_positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
     for some, part in _together(positions, col):
         some += part % n  # groups have shifted the columns of a block diagonal matrix
     return positions
+
+
+def check_positions(positions: Tensor, shape: Sequence[int], name: str = "positions") -> None:
+    """Raise unless these are flat positions in a weight of this shape, ascending and different.
+
+    >>> check_positions(torch.tensor([0, 6]), (2, 3))
+    Traceback (most recent call last):
+    ValueError: positions must be from 0 to 5 in a weight of shape (2, 3), got 0 to 6. Give mask.flatten().nonzero().
+    """
+    remedy = "Give mask.flatten().nonzero()."
+    _check_vector(positions, _INDICES, remedy, name)
+    if not len(positions):
+        return
+    if not all(bool((left < right).all()) for left, right in _together(positions[:-1], positions[1:])):
+        raise ValueError(f"{name} must be ascending and different, got {_few(positions)}. {remedy}")
+    first, last, size = int(positions[0]), int(positions[-1]), math.prod(shape)
+    if first < 0 or last >= size:
+        raise ValueError(
+            f"{name} must be from 0 to {size - 1} in a weight of shape {tuple(shape)}, got {first} to {last}. {remedy}"
+        )
+
+
+def check_csr(entries: Mapping[str, Tensor], shape: Sequence[int], groups: int | None = 1) -> None:
+    """Raise unless three vectors are a weight's nonzeros as ``csr`` makes them; nothing is computed with them before.
+
+    Args:
+        entries: by their names, in this order: where each row begins, the columns, the values.
+        shape: of the weight.
+        groups: of a convolution; None: any number that the columns fit.
+
+    Raises:
+        ValueError: they are no vectors of one weight, or point out of it.
+    """
+    (rows, crow), (columns, col), (held, values) = entries.items()
+    for name in rows, columns:
+        _check_vector(entries[name], _INDICES, _OTHER_FILE, name)
+    _check_vector(values, (), _OTHER_FILE, held)
+    crow, out, n = crow.to(col.device), shape[0], math.prod(shape[1:])
+    if max(out, n) > _INT32:
+        raise ValueError(
+            f"A sparse weight must have at most {_INT32} rows and columns, got {tuple(shape)}. {_OTHER_FILE}"
+        )
+    if len(crow) != out + 1:
+        raise ValueError(f"{rows} must have {out + 1} elements, one more than rows, got {len(crow)}. {_OTHER_FILE}")
+    if len(col) != len(values):
+        raise ValueError(
+            f"{columns} must have an element for each of {len(values)} values, got {len(col)}. {_OTHER_FILE}"
+        )
+    if crow[0] != 0 or crow[-1] != len(col) or (crow[1:] < crow[:-1]).any():
+        raise ValueError(f"{rows} must ascend from 0 to the {len(col)} nonzeros, got {_few(crow)}. {_OTHER_FILE}")
+    if not len(col):
+        return
+    ascends = col[1:] > col[:-1]
+    begins = crow[1:-1].long()
+    ascends[begins[(begins > 0) & (begins < len(col))] - 1] = True
+    if not ascends.all():
+        raise ValueError(f"{columns} must ascend within each row, each different, got {_few(col)}. {_OTHER_FILE}")
+    filled = (crow[1:] > crow[:-1]).nonzero().flatten()
+    first, last = col[crow[filled].long()].long(), col[crow[filled + 1].long() - 1].long()
+    most = out if len(shape) > 2 else 1
+    possible = (g for g in range(1, most + 1) if out % g == 0) if groups is None else (groups,)
+    lows = (filled.div(out // g, rounding_mode="floor") * n for g in possible)
+    if not any(bool(((low <= first) & (last < low + n)).all()) for low in lows):
+        raise ValueError(
+            f"{columns} must be columns of a weight of shape {tuple(shape)}, from 0 to {n - 1} in each group, got "
+            f"{int(first.min())} to {int(last.max())}. {_OTHER_FILE}"
+        )
+
+
+def _check_vector(x: Tensor, dtypes: Sequence[torch.dtype], remedy: str, name: str) -> None:
+    """Raise unless ``x`` is a vector of these dtypes; of none: of floating-point or complex numbers."""
+    if not isinstance(x, Tensor):
+        got = f"one of type {type(x).__name__}"
+    elif x.ndim != 1 or x.is_meta or x.layout != torch.strided:
+        got = f"a tensor of shape {tuple(x.shape)}, {x.layout}, on the device {x.device}"
+    elif not (x.dtype in dtypes if dtypes else x.is_floating_point() or x.is_complex()):
+        got = f"one of {x.dtype}"
+    else:
+        return
+    kinds = " or ".join(map(str, dtypes)) or "a floating-point dtype"
+    raise ValueError(f"{name} must be a vector of {kinds}, got {got}. {remedy}")
+
+
+def _few(x: Tensor) -> str:
+    return f"[{', '.join(map(str, x[:6].tolist()))}{', ...' if len(x) > 6 else ''}]"
 
 
 def _together(a: Tensor, b: Tensor, at_least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.compiled import plain_name
 from lightning_sparse.compat.torch_private import RunningNorm
 from lightning_sparse.layers import transforms
@@ -202,8 +203,11 @@ def select_parameters(
     weight that stands in several places (tied) appears once, under its first name.
 
     Raises:
-        ValueError: a pattern matches no weight, a lazy layer has no shape yet, or an embedding has sparse gradients.
+        ValueError: a pattern matches no weight, a lazy layer has no shape yet, or an embedding has sparse gradients;
+            an argument is of another type.
     """
+    checks.module(module=module)
+    include, exclude = checks.patterns(include=include), checks.patterns(exclude=exclude) or []
     choices = []
     unused = {*(include or ()), *exclude}
     for parameter, places in _places(module):
@@ -484,11 +488,12 @@ def _refuse_sparse_gradients(candidate: Candidate) -> None:
 def _refuse_unused(patterns: set[str], choices: Sequence[ParameterChoice]) -> None:
     if patterns:
         weights = [choice.name for choice in choices if choice.is_weight]
+        near = "".join(checks.did_you_mean(pattern, weights) for pattern in sorted(patterns))
         matched = [choice for choice in choices if any(_matches(pattern, [choice.name]) for pattern in patterns)]
-        others = [f" {c.name} cannot be: {c.reason}." for c in matched if c.is_weight and c.reason is not None]
+        others = "".join(f"{c.name} cannot be: {c.reason}. " for c in matched if c.is_weight and c.reason is not None)
         raise ValueError(
-            f"include and exclude must match the names of weights, but {sorted(patterns)} match none. "
-            f"Biases, norms and gains are never made sparse.{''.join(others)} The weights are: {weights}."
+            f"include and exclude must match the names of weights, but {sorted(patterns)} match none. {near}"
+            f"Biases, norms and gains are never made sparse. {others}The weights are: {weights}."
         )
 
 

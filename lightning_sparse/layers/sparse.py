@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_sparse.compat import torch_private
-from lightning_sparse.kernels.structure import Structure, flat_positions, structure
+from lightning_sparse.compat import checks, torch_private
+from lightning_sparse.kernels.structure import Structure, check_csr, check_positions, flat_positions, structure
 from lightning_sparse.layers.functional import conv2d, linear, padded
 from lightning_sparse.layers.stand_in import StandIn
 from lightning_sparse.rules import sampling, select
@@ -33,6 +33,7 @@ __all__ = [
 
 _DERIVED = ("transposed_crow", "transposed_col", "permutation")
 _SAVED = ("values", "crow", "col", "weight_shape")
+_CSR = ("crow", "col", "values")
 
 Self = TypeVar("Self", bound="SparseLayer")
 Layer = TypeVar("Layer", bound="nn.Linear | nn.Conv2d | SparseLayer")
@@ -111,7 +112,17 @@ class SparseLayer(nn.Module):
         Args:
             positions: flat ones in the dense weight, ascending and different.
             values: theirs.
+
+        Raises:
+            ValueError: the positions are others, or there is another number of values.
         """
+        check_positions(positions, self.shape)
+        if not isinstance(values, Tensor) or values.shape != positions.shape:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"values must have one element for each of {len(positions)} positions, got {got}. "
+                "Give weight.flatten()[positions]."
+            )
         self.set_structure(self.structure_at(positions), values)
 
     def structure_at(self, positions: Tensor) -> Structure:
@@ -138,12 +149,12 @@ class SparseLayer(nn.Module):
             layer: stays as it is.
             positions: flat ones of the connections to keep, ascending; default: where the weight is not 0.
         """
-        if positions is None:
-            positions = select.positions(layer.weight.detach() != 0)
         if _SPARSE.get(type(layer)) is not cls:
             raise TypeError(
                 f"layer must be an nn.{_DENSE[cls].__name__} for {cls.__name__}, got {type(layer).__name__}."
             )
+        if positions is None:
+            positions = select.positions(layer.weight.detach() != 0)
         sparse = make_sparse_(_copy(layer), positions)
         assert isinstance(sparse, cls)
         return sparse
@@ -214,9 +225,12 @@ class SparseLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take up another number of nonzeros, too, and a dense weight that is 0 where there is no connection."""
+        """Take up another number of nonzeros, too, and a dense weight that is 0 where there is no connection.
+
+        What is not a weight of this shape is an error of ``load_state_dict``, and leaves the layer as it is.
+        """
         weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and f"{prefix}values" not in state_dict:
+        if isinstance(weight, Tensor) and f"{prefix}values" not in state_dict:
             values = weight.reshape(-1)[self.positions.to(weight.device)] if weight.shape == self.shape else None
             if values is None or values.count_nonzero() != weight.count_nonzero():
                 error_msgs.append(
@@ -227,20 +241,28 @@ class SparseLayer(nn.Module):
             entries = values, self.crow, self.col, self.weight_shape
             state_dict = {key: x for key, x in state_dict.items() if key != f"{prefix}weight"}
             state_dict.update({prefix + name: entry for name, entry in zip(_SAVED, entries, strict=True)})
-        values, col, shape = (state_dict.get(prefix + name) for name in ("values", "col", "weight_shape"))
-        if shape is not None and tuple(shape.tolist()) != self.shape:
-            error_msgs.append(f"{prefix}values belong to a weight of shape {shape.tolist()}, not {list(self.shape)}.")
+        given = {name: state_dict[prefix + name] for name in _CSR if prefix + name in state_dict}
+        shape = state_dict.get(prefix + "weight_shape", self.weight_shape)
+        try:
+            held = shape.tolist() if isinstance(shape, Tensor) and not shape.is_meta else shape
+            if held != list(self.shape):
+                raise ValueError(f"{prefix}values belong to a weight of shape {held}, not {list(self.shape)}.")
+            vectors = {prefix + name: given.get(name, getattr(self, name).detach()) for name in _CSR}
+            check_csr(vectors, self.shape, getattr(self, "groups", 1))
+        except ValueError as error:
+            error_msgs.append(str(error))
             return
-        if values is not None and col is not None and len(values) == len(col) != self.nnz:
-            self._set_values(self.values.data.new_empty(len(values)))
-            self.col = self.col.new_empty(len(col))
-        if values is not None:
+        if given.keys() >= {"values", "col"} and len(given["values"]) != self.nnz:
+            self._set_values(self.values.data.new_empty(len(given["values"])))
+            self.col = self.col.new_zeros(len(given["col"]))
+        indices = {prefix + name: given[name].int() for name in _CSR[:2] if name in given}
+        if "values" in given:
             state_dict = {key: x for key, x in state_dict.items() if key != f"{prefix}values"}
-            state_dict[f"{prefix}weight"] = values
+            state_dict[f"{prefix}weight"] = given["values"]
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            {**state_dict, **indices}, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if col is not None and not error_msgs:
+        if indices:
             self._set_structure(self.structure_at(self.positions))
 
 
@@ -258,6 +280,9 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # w
         generator: for all draws, on the CPU; default: torch's.
         dtype: of values and bias.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Example:
         >>> layer = SparseLinear(512, 256, nnz=1000)
         >>> layer(torch.ones(8, 512)).shape, layer.values.shape
@@ -274,6 +299,9 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # w
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        checks.integer(1, "It is the size of the input's last dimension.", in_features=in_features)
+        checks.integer(1, "It is the size of the output's last dimension.", out_features=out_features)
+        _check_drawn(nnz, bias, generator, dtype)
         _draw_into(self, nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype), nnz, generator)
 
     @property
@@ -306,6 +334,9 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc, override]  # w
         generator: for all draws, on the CPU; default: torch's.
         dtype: of values and bias.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Example:
         >>> layer = SparseConv2d(16, 32, 3, nnz=500, padding=1)
         >>> layer(torch.ones(2, 16, 8, 8)).shape
@@ -331,6 +362,20 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc, override]  # w
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        checks.integer(1, "It is the number of channels of the input.", in_channels=in_channels)
+        checks.integer(1, "It is the number of channels of the output.", out_channels=out_channels)
+        checks.integer(1, "1 lets each output read all channels.", groups=groups)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels={in_channels} and out_channels={out_channels}, got {groups}. Give 1."
+            )
+        checks.pair(1, "3 is usual.", kernel_size=kernel_size)
+        checks.pair(1, "1 reads at every place.", stride=stride)
+        checks.pair(1, "1 reads neighbours.", dilation=dilation)
+        if padding not in ("valid", "same"):
+            checks.pair(0, "Also 'same' and 'valid' are known.", padding=padding)  # type: ignore[arg-type]
+        checks.one_of(("zeros", "reflect", "replicate", "circular"), padding_mode=padding_mode)
+        _check_drawn(nnz, bias, generator, dtype)
         dense = nn.Conv2d(
             in_channels,
             out_channels,
@@ -374,12 +419,19 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
         layer: exactly of type ``nn.Linear`` or ``nn.Conv2d``.
         positions: flat ones of the connections to keep, ascending and different.
         generator: for values of layers on the meta device; on the CPU.
+
+    Raises:
+        TypeError: the layer is of another type.
+        ValueError: the positions are not in the weight, ascending and different; the weight is complex.
     """
     if type(layer) not in _SPARSE:
         raise TypeError(f"Only nn.Linear and nn.Conv2d have a sparse form, not {type(layer).__name__}.")
     weight = layer.weight
+    if not weight.is_floating_point():
+        raise ValueError(f"layer must have a floating-point weight, got one of {weight.dtype}. Leave it dense.")
     bias = torch_private.parameters(layer)["bias"]
     shape = tuple(weight.shape)
+    check_positions(positions, shape)
     found = structure(positions.to("cpu" if weight.is_meta else weight.device), shape, getattr(layer, "groups", 1))
     if weight.is_meta:
         fan_in = found.matrix.crow.diff()
@@ -405,6 +457,8 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
 @torch.no_grad()
 def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
     """Turn a sparse layer into the dense one, in place."""
+    if not isinstance(layer, SparseLayer):
+        raise TypeError(f"layer must be a SparseLinear or SparseConv2d, got one of type {type(layer).__name__}.")
     weight = nn.Parameter(layer.dense_weight(), layer.values.requires_grad)
     for name in ("crow", "col", "weight_shape", *_DERIVED):
         delattr(layer, name)
@@ -423,6 +477,7 @@ def sparse_layers(module: nn.Module) -> dict[str, SparseLayer]:
 
 def to_dense(module: nn.Module) -> nn.Module:
     """Turn all sparse layers in ``module`` into dense ones, in place, and return it."""
+    checks.module(module=module)
     for layer in sparse_layers(module).values():
         make_dense_(layer)
     return module
@@ -450,6 +505,16 @@ def _copy(layer: Layer) -> Layer:
     if layer.bias is not None:
         twin.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     return twin
+
+
+def _check_drawn(nnz: object, bias: object, generator: object, dtype: object) -> None:
+    """Raise unless a sparse layer can be drawn with these arguments; how many nonzeros fit, ``_draw_into`` knows."""
+    checks.integer(0, "It is the number of nonzeros.", nnz=nnz)  # type: ignore[arg-type]  # may be anything
+    checks.flag(bias=bias)  # type: ignore[arg-type]
+    if generator is not None and not (isinstance(generator, Generator) and generator.device.type == "cpu"):
+        raise ValueError(f"generator must be a torch.Generator on the CPU, or None, got {generator!r}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point dtype, or None, got {dtype!r}. torch.float32 is usual.")
 
 
 def _draw_into(sparse: SparseLayer, dense: nn.Linear | nn.Conv2d, nnz: int, generator: Generator | None) -> None:

@@ -45,6 +45,7 @@ class GraSP(BeforeTraining):
     )
     logits: str | None = option(
         default=None,
+        check=partial(checks.text, "It is the name of a submodule, such as 'net.head'."),
         doc='name of the submodule that returns the logits, such as ``"net.head"``; default: the module\'s own '
         "``forward``, which ``training_step`` then has to call as ``self(x)``.",
     )

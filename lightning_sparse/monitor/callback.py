@@ -55,6 +55,8 @@ class SparsityMonitor(Callback):
         checks.integer(1, "Looks cost time: 200 is a good start.", every_n_batches=every_n_batches)
         if collapse_below is not None:
             checks.fraction("None warns of fewer weights than output neurons.", collapse_below=collapse_below)
+        checks.flag(flops=flops)
+        checks.flag(figures=figures)
         if figures:
             extra("matplotlib", "report")
         self.every_n_batches = every_n_batches

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.monitor import run_file
 from lightning_sparse.report.runs import read
@@ -27,9 +28,14 @@ def write(
 
     Raises:
         FileNotFoundError: a directory has no ``sparsity.json``.
-        ValueError: a file is broken, the dense run has a method, or no epoch has the metric.
+        ValueError: a file is broken, the dense run has a method, no epoch has the metric, or ``output`` is a folder.
         ModuleNotFoundError: the extra ``report`` is not installed.
     """
+    checks.path("It is a run's log directory, such as runs/NAME/version_0.", run=run)
+    if dense is not None:
+        checks.path("It is the log directory of the dense run.", dense=dense)
+    if output is not None:
+        checks.path("It is the file to write.", output=output)
     environment = extra("jinja2", "report").Environment(
         loader=extra("jinja2", "report").PackageLoader("lightning_sparse.report", ""),
         autoescape=True,
@@ -39,10 +45,19 @@ def write(
     )
     from lightning_sparse.report.view import view  # draws, with packages of the extra
 
-    sparse = read(run)
-    values = view(sparse, None if dense is None else read(dense), metric)
+    sparse, twin = read(run), None if dense is None else read(dense)
     path = Path(output) if output is not None else sparse.folder / "report.html"
-    run_file.write(path, environment.get_template("page.html").render(values))
+    if path.is_dir():
+        raise ValueError(f"output must be a file, got the folder {path}. Give {path / 'report.html'}.")
+    try:
+        page = environment.get_template("page.html").render(view(sparse, twin, metric))
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        files = " or ".join(str(one.folder / run_file.FILE) for one in (sparse, twin) if one is not None)
+        raise ValueError(
+            f"{files} must be as SparsityMonitor writes it, but holds something else ({type(error).__name__}: {error})."
+            " Copy it again from where the run wrote it."
+        ) from error
+    run_file.write(path, page)
     return path
 
 
@@ -56,5 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser.parse_args(args)
     try:
         print(write(given.run, given.dense, given.output, given.metric))
-    except ValueError as error:
+    except FileNotFoundError:  # says all in words
+        raise
+    except (ValueError, OSError) as error:
         raise SystemExit(f"lightning-sparse report: {error}") from error

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def read(folder: str | Path) -> Run:
         raise FileNotFoundError(_missing(folder))
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}). Copy it again from where the run wrote it.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
@@ -91,14 +91,21 @@ def read(folder: str | Path) -> Run:
     missing = [key for key in _REQUIRED if key not in record]
     if missing:
         raise ValueError(f"{path} must have {', '.join(missing)}. Is it a file of SparsityMonitor?")
+    if not isinstance(record["epochs"], list) or not all(isinstance(epoch, dict) for epoch in record["epochs"]):
+        raise ValueError(f"{path} must have a list of epochs. Copy it again from where the run wrote it.")
     config = folder / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else None
+    try:
+        text = config.read_text(encoding="utf-8") if config.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config} is not text ({error}). Remove it: the page does without.") from error
     return Run(folder, record, text, _tests(folder / "metrics.csv"))
 
 
 def number(value: Any) -> float | None:
     """Return ``value`` if it is a finite number, else None."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        return None
+    return float(value)
 
 
 def last(values: Values) -> float | None:
@@ -128,7 +135,12 @@ def _tests(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     found = {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            found.update({name: float(value) for name, value in row.items() if name and name[:4] == "test" and value})
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                found.update(
+                    {name: float(value) for name, value in row.items() if name and name[:4] == "test" and value}
+                )
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a table of numbers ({error}). Remove it: the page does without.") from error
     return found

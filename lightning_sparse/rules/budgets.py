@@ -10,6 +10,8 @@ from fractions import Fraction
 from functools import cache
 from typing import Literal
 
+from lightning_sparse.compat.checks import did_you_mean
+
 __all__ = [
     "DISTRIBUTIONS",
     "Distribution",
@@ -241,7 +243,8 @@ def _by_pattern(densities: Mapping[str, float], sizes: Mapping[str, int], total:
     for pattern, density in densities.items():
         matched = [name for name in sizes if fnmatchcase(name, pattern) or fnmatchcase(f".{name}", pattern)]
         if not matched:
-            raise ValueError(f"distribution: the pattern {pattern!r} matches none of {list(sizes)}.")
+            near = did_you_mean(pattern, sizes)
+            raise ValueError(f"distribution: the pattern {pattern!r} matches none of {list(sizes)}. {near}".rstrip())
         given |= dict.fromkeys(matched, density)
     counts = {name: round(density * sizes[name]) for name, density in given.items()}
     others = [name for name in sizes if name not in given]

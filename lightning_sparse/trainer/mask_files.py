@@ -26,7 +26,7 @@ def read_masks(path: str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, or holds other tensors.
+        ValueError: it is no safetensors file, or holds other tensors, or other bytes than 0 and 1.
     """
     checks.file("Give a file that callback.save_masks has written.", initial=path)
     safetensors = extra("safetensors", "masks")
@@ -42,5 +42,10 @@ def read_masks(path: str) -> dict[str, Tensor]:
             raise ValueError(
                 f"initial must be a file of boolean masks, got {path!r}, whose {name!r} is of {mask.dtype}. "
                 "callback.save_masks(path) writes one; of weights, write {name: weight != 0}."
+            )
+        if mask.numel() and int(mask.view(torch.uint8).max()) > 1:
+            raise ValueError(
+                f"initial must be a file of boolean masks, got {path!r}, whose {name!r} holds other bytes than 0 and "
+                "1: the file is broken. callback.save_masks(path) writes one."
             )
     return masks

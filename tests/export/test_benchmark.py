@@ -92,7 +92,7 @@ def test_memory_that_cannot_be_measured_is_left_out_with_the_reason(tmp_path, mo
 
 
 def test_the_benchmark_refuses_wrong_arguments():
-    with pytest.raises(ValueError, match="rounds and batch_sizes must be at least 1, got rounds=0"):
+    with pytest.raises(ValueError, match="rounds must be an integer of at least 1, got 0"):
         benchmark(nn.Linear(2, 2), torch.ones(1, 2), rounds=0)
     with pytest.raises(ValueError, match="one device, the CPU or a CUDA GPU, got tensors on cpu, meta"):
         benchmark(nn.Linear(2, 2, device="meta"), torch.ones(1, 2))

@@ -169,3 +169,30 @@ def test_csr_warns_if_nothing_is_sparse_enough_and_refuses_a_wrong_share():
         to_csr(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"min_sparsity must be a number from 0 to 1, got 90"):
         to_csr(nn.Linear(4, 4), min_sparsity=90)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="of torch 2.7 and newer")
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [
+        (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(20, 6)),
+        (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(75, 4)), torch.randn(3, 2, 5, 5)),
+    ],
+)
+def test_csr_layers_go_through_torch_export_and_a_file(net, x):
+    csr = to_csr(net(), min_sparsity=0.0)
+    assert any(isinstance(layer, (CSRLinear, CSRConv2d)) for layer in csr)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(csr, (x,)), file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert torch.allclose(loaded.module()(x), csr(x), atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="of torch 2.7 and newer")
+def test_an_exported_csr_layer_takes_any_number_of_examples():
+    csr = to_csr(nn.Sequential(nn.Linear(6, 5)), min_sparsity=0.0)
+    program = torch.export.export(csr, (torch.randn(4, 6),), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    for n in (2, 4, 33):
+        x = torch.randn(n, 6)
+        assert torch.allclose(program.module()(x), csr(x), atol=1e-6)

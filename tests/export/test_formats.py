@@ -8,6 +8,7 @@ from torch import nn
 from lightning_sparse.export import (
     compact,
     fits_2_4,
+    to_csr,
     to_onnx,
     to_semi_structured,
 )
@@ -79,3 +80,53 @@ def test_semi_structured_refuses_to_work_without_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match=r"weight is torch.float32 on cpu. Call module.cuda\(\).half\(\)"):
         to_semi_structured(nn.Sequential(linear))
+
+
+class Variadic(nn.Module):
+    """A forward that names no argument of its own."""
+
+    def __init__(self, follow=True):
+        super().__init__()
+        self.linear, self.follow = nn.Linear(4, 3), follow
+
+    def forward(self, *args, **kwargs):
+        return self.linear(args[0]) if self.follow else self.linear(args[0] * kwargs.get("scale", 1.0))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, *args):
+        return self.linear(args[0]) if float(args[0].sum()) > 0 else args[0][:, :3]
+
+
+def test_a_forward_with_any_arguments_is_exported_if_it_can_be_followed(tmp_path):
+    pytest.importorskip("onnxruntime")
+    module, x = Variadic(), torch.randn(2, 4)
+    small, _ = compact(module, x)
+    assert torch.allclose(small(x), module(x), atol=1e-6)
+    to_onnx(module, tmp_path / "net.onnx", x)
+
+
+def test_a_forward_with_any_arguments_that_cannot_be_followed_is_refused_with_the_remedy(tmp_path):
+    x = torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"(?s)torch\.fx cannot trace Variadic: .*take \*args or \*\*kwargs.* name"):
+        compact(Variadic(follow=False), x)
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ValueError, match=r"(?s)torch\.export cannot trace Branching: .*take \*args.* name"):
+        to_onnx(Branching(), tmp_path / "net.onnx", x)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"torch\.export cannot trace Sequential: .*"):
+        to_onnx(to_csr(nn.Sequential(nn.Linear(4, 3)), min_sparsity=0.0), tmp_path / "net.onnx", x)
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), -1.0, float("inf"), "1e-4"])
+def test_a_tolerance_that_compares_nothing_is_refused(tolerance, tmp_path):
+    for export in (
+        lambda: to_onnx(nn.Linear(4, 3), tmp_path / "net.onnx", torch.randn(2, 4), tolerance=tolerance),
+        lambda: compact(nn.Linear(4, 3), torch.randn(2, 4), tolerance=tolerance),
+    ):
+        with pytest.raises(ValueError, match=r"tolerance must be a finite number of at least 0, got .* Leave it out"):
+            export()

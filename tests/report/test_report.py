@@ -239,6 +239,52 @@ def test_a_broken_file_is_refused(tmp_path, content, message):
         report.write(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": [{"epoch": 0}]},
+        {"epochs": [{"epoch": "first", "layers": {}}]},
+        {"epochs": [{"epoch": 0, "layers": {}, "metrics": ["val_acc"]}]},
+        {"epochs": {"0": {}}},
+        {"epochs": ["first"]},
+        {"layers": [{"name": "net.fc1.weight"}]},
+        {"layers": {"net.fc1.weight": 0.5}},
+        {"method": "RigL"},
+        {"module": 3},
+    ],
+    ids=str,
+)
+def test_a_file_that_is_broken_within_is_refused_by_its_path(tmp_path, change):
+    folder = save(tmp_path / "run", {**record(epochs=1), **change})
+    with pytest.raises(ValueError, match=r"run/sparsity\.json must (have|be as SparsityMonitor writes it).* again"):
+        report.write(folder)
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.yaml", b"\xd8\x00"), ("metrics.csv", b"test_acc\n\xd8"), ("metrics.csv", b"test_acc\nhigh\n")],
+)
+def test_a_broken_file_beside_it_is_refused_by_its_path(run, name, content):
+    (run / name).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"{name} is not (text|a table of numbers) .* Remove it: the page does without"
+    ):
+        report.write(run)
+
+
+def test_a_number_too_large_for_a_computer_is_not_known(tmp_path):
+    whole = record(epochs=1)
+    whole["epochs"][0]["step_time_s"] = 10**400
+    assert "measured step times" in text(report.write(save(tmp_path / "run", whole)))
+
+
+def test_a_page_is_not_written_over_a_folder(run, tmp_path):
+    (tmp_path / "pages").mkdir()
+    with pytest.raises(SystemExit, match=r"report: output must be a file, got the folder .*pages\. Give .*report"):
+        cli.main(["report", str(run), "--output", str(tmp_path / "pages")])
+
+
 def test_a_twin_with_a_method_is_refused(run, dense):
     with pytest.raises(ValueError, match="dense must be a run without a method, got one with DFBST"):
         report.write(dense, run)

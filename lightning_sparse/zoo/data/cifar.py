@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.zoo.data.images import Batch, ByteImageDataModule
 
@@ -29,6 +30,8 @@ class _CIFARDataModule(ByteImageDataModule):
         eval_batch_size: int = 1000,
     ) -> None:
         super().__init__(batch_size, padding, flip, rotation, val_from_train, seed, eval_batch_size)
+        checks.path("It is the folder of the files.", data_dir=data_dir)
+        checks.flag(download=download)
         self.data_dir = data_dir
         self.download = download
 

@@ -205,6 +205,7 @@ class ByteImageDataModule(ImageDataModule):
         checks.integer(0, "The papers' value for images of 32 x 32 is 4; 0 switches it off.", padding=padding)
         checks.at_least(0, "15 turns by up to 15 degrees either way; 0 switches it off.", rotation=rotation)
         checks.integer(0, "0 validates on the test images.", val_from_train=val_from_train)
+        checks.flag(flip=flip)
         super().__init__(batch_size, seed, eval_batch_size)
         self.padding = padding
         self.flip = flip

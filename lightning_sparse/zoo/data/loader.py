@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import PACKAGE
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class DataModule(LightningDataModule):
         self, batch_size: int | None, eval_batch_size: int | None, seed: int | None = None, workers: int = 0
     ) -> None:
         super().__init__()
+        if seed is not None:
+            checks.seed("Leave it out to use the run's seed.", seed=seed)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed

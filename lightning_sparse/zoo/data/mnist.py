@@ -56,6 +56,9 @@ class MNISTDataModule(ImageDataModule):
         checks.integer(0, "0 validates on the test images.", val_from_train=val_from_train)
         if val_from_train >= 60_000:
             raise ValueError(f"val_from_train must leave images to train on: below 60000, got {val_from_train}.")
+        checks.path("It is the folder of the files.", data_dir=data_dir)
+        checks.flag(download=download)
+        checks.flag(normalise=normalise)
         self.data_dir = data_dir
         self.download = download
         self.normalise = normalise

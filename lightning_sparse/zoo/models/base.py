@@ -47,7 +47,12 @@ class NetworkModule(LightningModule):
         decay_norm_and_bias: bool = True,
     ) -> None:
         super().__init__()
+        if not callable(optimizer):
+            raise ValueError(f"optimizer must make an optimizer of parameters, got {optimizer!r}. Give a function.")
+        if lr_scheduler is not None and not callable(lr_scheduler):
+            raise ValueError(f"lr_scheduler must make a scheduler of an optimizer, got {lr_scheduler!r}. Give None.")
         checks.one_of(("epoch", "step"), lr_interval=lr_interval)
+        checks.flag(decay_norm_and_bias=decay_norm_and_bias)
         checks.fraction("The papers' value is 0.1; 0 is none.", label_smoothing=label_smoothing)
         # Callables would tie checkpoints to code. Those who go on training after load_from_checkpoint give them anew.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])

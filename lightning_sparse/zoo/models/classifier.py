@@ -30,6 +30,7 @@ class Classifier(NetworkModule, ABC):
     def __init__(self, classes: int, top5: bool = False, **training: Any) -> None:
         super().__init__(**training)
         checks.integer(2, "It is the number of logits of the network.", classes=classes)
+        checks.flag(top5=top5)
         if top5 and classes <= 5:
             raise ValueError(f"top5 needs more than five classes, got classes={classes!r}. Leave top5 out.")
         self.top5 = top5

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, channels_last, nn
 from torch.nn.functional import max_pool2d, relu
 
+from lightning_sparse.compat import checks
 from lightning_sparse.zoo.models.classifier import Classifier
 
 __all__ = ["LeNet5Caffe", "LeNet300"]
@@ -34,6 +35,9 @@ class LeNet300(Classifier):
         **training: Any,
     ) -> None:
         super().__init__(classes, **training)
+        checks.integer(1, "Images of 28 x 28 have 784.", inputs=inputs)
+        checks.vector("LeNet-300-100 has (300, 100).", hidden=hidden)
+        checks.pair(1, "LeNet-300-100 has (300, 100).", hidden=hidden)
         first, second = hidden
         self.fc1 = nn.Linear(inputs, first)
         self.fc2 = nn.Linear(first, second)

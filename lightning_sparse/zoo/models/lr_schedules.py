@@ -81,6 +81,7 @@ class WarmupMultiStepLR(EpochLR):
         self, optimizer: Optimizer, milestones: Sequence[float], gamma: float = 0.1, warmup: float = 0.0
     ) -> None:
         checks.at_least(0, "The papers' values are 0.1 and 0.2.", gamma=gamma)
+        checks.vector("They are epochs.", milestones=milestones)
         if list(milestones) != sorted(set(milestones)):
             raise ValueError(f"milestones must be increasing epochs, got {list(milestones)}.")
         self.milestones = list(milestones)
@@ -108,6 +109,7 @@ class WarmupCosineLR(EpochLR):
 
     def __init__(self, optimizer: Optimizer, epochs: float, warmup: float = 0.0) -> None:
         checks.at_least(0, "It counts epochs; 0 is none.", warmup=warmup)
+        checks.above(0, "It is the length of the training.", epochs=epochs)
         if epochs <= warmup:
             raise ValueError(f"epochs must be greater than warmup, {warmup!r}, got {epochs!r}.")
         self.epochs = epochs

@@ -35,6 +35,8 @@ def path(name: str) -> Path:
     Traceback (most recent call last):
     ValueError: no recipe is named 'dst-lenet300-minst'. Near: dst-lenet300-mnist, dfbst-lenet300-mnist, ...
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name must be that of a recipe, got {name!r}. List them all with: lightning-sparse recipes")
     if name not in names():
         near = get_close_matches(name, names(), n=3) or names()
         raise ValueError(
