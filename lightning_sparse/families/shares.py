@@ -64,7 +64,7 @@ def droppable(weights: Sequence[Weight], wanted: Sequence[int], min_layer_densit
     be empty. A dense one may lose some.
     """
     loss = [
-        min(n, weight.size - least(weight, min_layer_density), weight.num_active - _rows(weight))
+        min(n, weight.size - least(weight, min_layer_density), max(0, weight.num_active - _rows(weight)))
         for weight, n in zip(weights, wanted, strict=True)
     ]
     return apportion(min(sum(loss), sum(weight.num_inactive for weight in weights)), loss, loss)

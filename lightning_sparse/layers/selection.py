@@ -203,8 +203,8 @@ def select_parameters(
     weight that stands in several places (tied) appears once, under its first name.
 
     Raises:
-        ValueError: a pattern matches no weight, a lazy layer has no shape yet, or an embedding has sparse gradients;
-            an argument is of another type.
+        ValueError: a pattern matches no weight, a lazy layer has no shape yet, an embedding has sparse gradients, a layer
+            was registered with an axis that its weight does not have, or an argument is of another type.
     """
     checks.module(module=module)
     include, exclude = checks.patterns(include=include), checks.patterns(exclude=exclude) or []
@@ -217,6 +217,7 @@ def select_parameters(
         choices.append(choice)
         if choice.reason is None:
             _refuse_sparse_gradients(candidate)
+            _refuse_other_dimensions(candidate)
         if candidate.verdict[0] not in _NEVER:
             unused -= candidate.matched
     _refuse_unused(unused, choices)
@@ -267,19 +268,10 @@ class Place(NamedTuple):
         return transforms.of_layer(self.layer, self.local)
 
     def outputs(self, shape: Sequence[int]) -> Outputs:
-        """Return where the outputs lie in a weight of this ``shape``.
-
-        Raises:
-            ValueError: the layer type was registered for another number of dimensions.
-        """
+        """Return where the outputs lie in a weight of this ``shape``."""
         kind = self.weight_of
-        if kind is None:
+        if kind is None or not -len(shape) <= kind.out_axis < len(shape):
             return FIRST
-        if not -len(shape) <= kind.out_axis < len(shape):
-            raise ValueError(
-                f"{self.name} ({_kind(self.layer)}) must have the dimension out_axis={kind.out_axis} that "
-                f"register_layer was given, but its shape is {tuple(shape)}. Name other weights, or another out_axis."
-            )
         axis, stacked = kind.out_axis % len(shape), kind.stacked and len(shape) > 2
         groups: Any = shape[0] if stacked else getattr(self.layer, "groups", 1) if kind.grouped else 1
         return Outputs(axis, int(groups), stacked)
@@ -356,7 +348,7 @@ class Candidate:
             parameter=self.parameter,
             reason=reason,
             tied=tuple(place.name for place in others),
-            outputs=self.outputs if reason is None else FIRST,
+            outputs=self.outputs,
             nonempty=self.transform.nonempty if reason is None else None,
             sparse=self.sparse,
             is_weight=rule not in (_no_weight, _gain),
@@ -483,6 +475,16 @@ def _refuse_sparse_gradients(candidate: Candidate) -> None:
             f"{first.name} ({_kind(first.layer)}) must have dense gradients to be made sparse, but its layer has "
             f"sparse=True. Make the layer with sparse=False, or leave it out with exclude=[{first.name!r}]."
         )
+
+
+def _refuse_other_dimensions(candidate: Candidate) -> None:
+    for place in candidate.places:
+        axis, dimensions = place.weight_of.out_axis if place.weight_of else 0, len(candidate.shape)
+        if not -dimensions <= axis < dimensions:
+            raise ValueError(
+                f"{place.name} ({_kind(place.layer)}) must have the dimension out_axis={axis} that register_layer was "
+                f"given, but its shape is {candidate.shape}. Name other weights, or another out_axis."
+            )
 
 
 def _refuse_unused(patterns: set[str], choices: Sequence[ParameterChoice]) -> None:

@@ -50,7 +50,7 @@ def as_matrix(x: Tensor, outputs: Outputs = FIRST) -> Tensor:
     ``n`` runs over what one output neuron or filter reads, in the order of memory: two tensors pair up if their
     strides are equal.
     """
-    if outputs != FIRST:
+    if outputs is not FIRST and outputs != FIRST:
         return _parts(x, outputs).reshape(outputs.rows(x.shape), -1)
     if x.ndim == 2:
         return x

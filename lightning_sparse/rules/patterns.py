@@ -51,7 +51,7 @@ class Unstructured:
         """Return the number of free places, so that none that is dropped has to come back; or what rows can spare."""
         if weight.nonempty is None:
             return weight.num_inactive
-        return min(weight.num_inactive, weight.num_active - weight.nonempty.rows(weight.shape))
+        return max(0, min(weight.num_inactive, weight.num_active - weight.nonempty.rows(weight.shape)))
 
     def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
         """Return the ``n`` of least score, but not the largest of a row that must not be empty."""

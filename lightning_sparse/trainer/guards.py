@@ -44,6 +44,9 @@ __all__ = [
     "warn_of_other_weights",
 ]
 
+#: reason of a weight that no optimizer trains
+_UNOWNED = "in no optimizer"
+
 #: what helps a training whose weights or gradients are not finite
 REMEDY = (
     "Lower the learning rate, set Trainer(gradient_clip_val=1.0), look at the inputs and the loss, or train in float32 "
@@ -93,7 +96,7 @@ def refuse_unowned(method: Verbs, choices: Sequence[ParameterChoice], optimizers
     for choice in selected:
         count = owners.get(id(choice.parameter), 0)
         if count == 0:
-            choice.reason = "in no optimizer"
+            choice.reason = _UNOWNED
         elif count > 1:
             raise MisconfigurationException(
                 f"{choice.name} is in {count} optimizers or param groups; {method!r} needs it in one. "
@@ -109,7 +112,7 @@ def refuse_unowned(method: Verbs, choices: Sequence[ParameterChoice], optimizers
 def warn_of_few(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
     """Warn if less than half of the weights are made sparse by default."""
     weights = [choice for choice in choices if choice.is_weight and choice.parameter.requires_grad]
-    weights = [choice for choice in weights if choice.can_be_added or not choice.on_request]
+    weights = [c for c in weights if c.reason != _UNOWNED and (c.can_be_added or not c.on_request)]
     sparse, total = (sum(c.size for c in some) for some in ([c for c in weights if not c.reason], weights))
     if 2 * sparse >= total:
         return

@@ -133,6 +133,18 @@ def test_looks_of_a_monitor_go_by_the_outputs():
     assert (look["empty_neurons"], look["empty_inputs"], look["shrunk_size"]) == (1, 2, 1 + 6)
 
 
+def test_looks_of_a_monitor_go_by_the_outputs_of_weights_that_were_asked_for():
+    net = seeded(lambda: nn.Sequential(nn.Unflatten(1, (4, 3)), nn.ConvTranspose1d(4, 6, 2, groups=2), nn.Flatten()))
+    callback = RandomPruning(0.5, include=["*.weight"])
+    module, _ = fit(callback, Lit(nn.Sequential(net, nn.Linear(24, 4))), max_steps=1)
+    layer, _ = layers_of(module, [callback])
+    assert (layer.neurons, layer.inputs, layer.groups) == (6, 4, 2)
+    mask = torch.zeros(4, 3, 2, dtype=torch.bool)
+    mask[0, 1], mask[3, 0] = True, True
+    look = picture(layer, mask)
+    assert (look["empty_neurons"], look["empty_inputs"], look["shrunk_size"]) == (4, 2, 4)
+
+
 def test_a_batch_norm_counts_the_outputs_of_a_transposed_convolution():
     with torch.no_grad():
         net = seeded(lambda: nn.Sequential(nn.Unflatten(1, (2, 6)), nn.ConvTranspose1d(2, 5, 2), nn.BatchNorm1d(5)))
