@@ -7,7 +7,7 @@ import copy
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Uncompiled", "can_pause", "copied", "is_compiled", "original", "plain_name"]
 
@@ -71,10 +71,15 @@ def plain_name(name: str) -> str:
 def copied(thing: T, root: nn.Module) -> T:
     """Return a deep copy of ``thing``, in which LightningModules among ``root`` and its parts are not compiled.
 
-    Else the copy's ``forward`` would be the original's.
+    Else the copy's ``forward`` would be the original's. Attributes of modules that are results of computations, as
+    weight_norm keeps, have their values in the copy without what they were computed from.
     """
     compiled: list[Any] = [part for part in root.modules() if vars(part).get("_compiler_ctx") is not None]
     memo: dict[int, Any] = {id(part._compiler_ctx): {} for part in compiled}
+    for part in root.modules():
+        for held in vars(part).values():
+            if isinstance(held, Tensor) and not held.is_leaf:
+                memo[id(held)] = held.detach().clone()
     own = copy.deepcopy(thing, memo)
     for part in compiled:
         twin = memo[id(part)]

@@ -5,9 +5,10 @@ biases and batch-norm statistics among them, take their magnitudes, as in the au
 infinite entries (attention masks); for integer inputs the ones enter at the embeddings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from lightning_sparse.compat.lightning import MisconfigurationException
 from lightning_sparse.compat.nested import tensors
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.before_training import BeforeTraining
-from lightning_sparse.trainer.probe import Probe
+from lightning_sparse.trainer.ones import EMBEDDINGS, Way, ways
+from lightning_sparse.trainer.probe import Probe, quantizes
 
 __all__ = ["SynFlow"]
-
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class SynFlow(BeforeTraining):
@@ -31,7 +31,8 @@ class SynFlow(BeforeTraining):
     In round r of n the largest ``|W * dR/dW|`` stay, ``density^(r/n)`` of the weights; ``R`` is the sum of the outputs
     of the masked network, all its parameters replaced by their magnitudes, for one input of ones, in double precision
     and evaluation mode. The input has the shape of the module's ``example_input_array``, or else of the first tensor of
-    a training batch, with one sample along the first dimension.
+    a training batch, with one sample along the first dimension. Where ``forward`` takes neither, ``training_step`` is
+    called with a batch of ones, whatever its structure.
 
     Example:
         >>> from lightning_sparse import SynFlow
@@ -61,31 +62,54 @@ class SynFlow(BeforeTraining):
 
     def choose_masks(self, probe: Probe) -> list[Tensor]:
         """Make the network positive once, then prune round by round."""
-        self._inputs = ones_like_inputs(probe)
-        refuse_embeddings(probe, self._inputs)
+        found = ways(probe)
+        first = next(found)  # of the batch as it is
         make_positive_(probe.module.double().eval(), self.biases)
+        self._way = passable(probe, chain([first], found))
         try:
             return super().choose_masks(probe)
         finally:
-            del self._inputs
+            del self._way
 
     def scores(self, probe: Probe) -> list[Tensor]:
         """Return ``|W * dR/dW|``."""
-        R = total_output(probe.module, *self._inputs)
+        R = total_output(probe.module, self._way)
         gradients = torch.autograd.grad(R, probe.weights, materialize_grads=True)
         return [(probe.over_ranks(dR) * W.detach()).abs() for dR, W in zip(gradients, probe.weights, strict=True)]
 
 
-def refuse_embeddings(probe: Probe, inputs: tuple[list[Any], dict[str, Any]]) -> None:
+def passable(probe: Probe, found: Iterable[Way]) -> Way:
+    """Return the first way by which ones flow through the network.
+
+    Raises:
+        MisconfigurationException: there is none, or a weight to be scored lies before the place where the ones enter.
+    """
+    failed = []
+    for way in found:
+        refuse_embeddings(probe, way)
+        try:
+            total_output(probe.module, way)
+        except Exception as error:  # of foreign code
+            failed.append(f"SynFlow could not call {way.name} in double precision: {error}.")
+        else:
+            return way
+    remedy = "Define forward, and set example_input_array to what it takes, or use SNIP or RandomPruning."
+    if quantizes(probe.module):
+        remedy = (
+            "Under quantization-aware training, use SNIP. Or prune before: train with SynFlow, prepare the module for "
+            "quantization, and train it with FixedMask(sparsity=None, initial='zeros')."
+        )
+    raise MisconfigurationException(" ".join([*failed, remedy]))
+
+
+def refuse_embeddings(probe: Probe, way: Way) -> None:
     """Raise if a weight to be scored lies before the place where the ones enter."""
-    if all(x.is_floating_point() for x in tensors(inputs)):
-        return
-    tables = {id(part.weight) for part in probe.module.modules() if isinstance(part, _EMBEDDINGS)}
+    tables = {id(part.weight) for part in probe.module.modules() if isinstance(part, EMBEDDINGS)}
     chosen = [name for name, W in zip(probe.names, probe.weights, strict=True) if id(W) in tables]
-    if chosen or not tables:
+    if chosen and way.has_tokens:
         raise MisconfigurationException(
             "The inputs are integers, for which SynFlow's ones enter after the embeddings: "
-            + (f"it cannot score {chosen}. Leave them dense with exclude." if chosen else "there are none.")
+            f"it cannot score {chosen}. Leave them dense with exclude."
         )
 
 
@@ -98,52 +122,22 @@ def make_positive_(module: nn.Module, biases: bool) -> None:
             x.data.abs_()
 
 
-def total_output(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the sum of all that ``forward`` returns; for integer inputs the ones enter after the embeddings."""
-    tokens = [x for x in tensors((list(args), dict(kwargs))) if not x.is_floating_point()]
+def total_output(module: nn.Module, way: Way) -> Tensor:
+    """Return the sum of all that ``module`` returns; for integer inputs the ones enter after the embeddings."""
+    embeddings = [part for part in module.modules() if isinstance(part, EMBEDDINGS)]
+    if not way.has_ones and not embeddings:
+        raise TypeError("the inputs are integers, for which SynFlow's ones enter after the embeddings: there are none")
     with ExitStack() as stack:
-        for part in module.modules():
-            if tokens and isinstance(part, _EMBEDDINGS):
-                stack.enter_context(part.register_forward_hook(_ones))
-        try:
-            outputs = module(*args, **kwargs)
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            shapes = [tuple(x.shape) for x in tensors((list(args), dict(kwargs)))]
-            raise MisconfigurationException(
-                f"SynFlow could not call {type(module).__name__}.forward with inputs of shapes {shapes} in double "
-                f"precision: {error}. Define forward, and set example_input_array to what it takes."
-            ) from error
+        for part in embeddings if way.has_tokens else ():
+            stack.enter_context(part.register_forward_hook(_ones))
+        outputs = way.call()
     R = sum((x.sum() for x in tensors(outputs) if x.is_floating_point()), torch.zeros(()))
     if not R.requires_grad:
-        raise MisconfigurationException(
-            f"SynFlow found no output of forward that depends on the weights: it returned {type(outputs).__name__}. "
-            "Return tensors, a list, a tuple or a dict."
+        raise TypeError(
+            f"SynFlow found no output of forward that depends on the weights: it returned {type(outputs).__name__}, "
+            "not tensors, a list, a tuple or a dict of some"
         )
     return R
-
-
-def ones_like_inputs(probe: Probe) -> tuple[list[Any], dict[str, Any]]:
-    """Return the positional and keyword arguments of ``forward``, filled with ones; integers become zeros."""
-    given: Any = probe.module.example_input_array
-    if given is None:
-        given = next(tensors(next(probe.batches(1))), None)
-        if given is None:
-            raise MisconfigurationException(
-                "SynFlow found no tensor in the training batch. Set the module's example_input_array to an input."
-            )
-    args = list(given) if isinstance(given, (tuple, list)) else [] if isinstance(given, Mapping) else [given]
-    kwargs = dict(given) if isinstance(given, Mapping) else {}
-    device = probe.trainer.strategy.root_device
-    return [_filled(x, device) for x in args], {name: _filled(x, device) for name, x in kwargs.items()}
-
-
-def _filled(x: Any, device: torch.device) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    shape = (1, *x.shape[1:])
-    if x.is_floating_point():
-        return torch.ones(shape, dtype=torch.float64, device=device)
-    return torch.zeros(shape, dtype=x.dtype, device=device)
 
 
 def _ones(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

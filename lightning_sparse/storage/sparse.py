@@ -41,7 +41,7 @@ from lightning_sparse.weights.sparse import SparseWeight, trim_after
 
 __all__ = ["DENSE_LIMIT", "SparseStore"]
 
-#: bytes of dense weights up to which checkpoints hold them, and a module is made dense again when the fit ends
+#: bytes of dense weights up to which they are made: for checkpoints, to compare with the dense module, at the fit's end
 DENSE_LIMIT = 2 << 30
 
 _INDICES = ("crow", "col", "weight_shape", "transposed_crow", "transposed_col", "permutation")
@@ -227,7 +227,7 @@ class SparseStore(Store):
         self._compared = True
         own = [*module.parameters(), *module.buffers()]
         size = _dense_bytes(self._weights) + sum(x.numel() * x.element_size() for x in own)
-        if size > COMPARED_LIMIT:
+        if size > min(COMPARED_LIMIT, DENSE_LIMIT):
             return
         found = difference(trainer, module, batch, index)
         if not trainer.strategy.reduce_boolean_decision(found is None):

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_sparse.compat.lightning import MisconfigurationException
-from lightning_sparse.trainer.probe import Probe
+from lightning_sparse.trainer.probe import Probe, quantizes
 
 __all__ = ["differentiable_twice", "dividing_logits", "hessian_product"]
+
+_WITHOUT = "Use SNIP or SynFlow, or write the operation with ones that have them."
 
 
 def hessian_product(probe: Probe, count: int, vectors: list[Tensor]) -> list[Tensor]:
@@ -28,7 +30,7 @@ def hessian_product(probe: Probe, count: int, vectors: list[Tensor]) -> list[Ten
         except RuntimeError as error:
             raise MisconfigurationException(
                 f"GraSP needs second derivatives, which an operation of the module does not have: {error}. "
-                "Use SNIP or SynFlow, or write the operation with ones that have them."
+                + ("Under quantization-aware training, use SNIP." if quantizes(probe.module) else _WITHOUT)
             ) from error
         for total, W in zip(sums, probe.weights, strict=True):
             if W.grad is not None:

@@ -30,7 +30,7 @@ from lightning_sparse.compat.lightning import (
 )
 from lightning_sparse.compat.lightning_private import training_loader
 
-__all__ = ["Probe", "probing"]
+__all__ = ["Probe", "probing", "quantizes"]
 
 
 class Probe:
@@ -72,7 +72,17 @@ class Probe:
 
     def loss(self, batch: Any, index: int) -> Tensor:
         """Return the loss that the copy's ``training_step`` returns for a batch that is on the device."""
-        output = self.output(batch, index)
+        try:
+            output = self.output(batch, index)
+        except MisconfigurationException:
+            raise
+        except Exception as error:  # of foreign code
+            raise MisconfigurationException(
+                f"The loss before training is that of {type(self.module).__name__}.training_step for batch {index} on "
+                f"a copy of the module, which failed with {type(error).__name__}: {error}. What training_step needs "
+                "must be there before, so make it in __init__, setup or on_fit_start, not in hooks that the Trainer "
+                "calls later. Or use SynFlow or RandomPruning, which ask for no loss."
+            ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise MisconfigurationException(
@@ -83,14 +93,18 @@ class Probe:
 
     def output(self, batch: Any, index: int) -> Any:
         """Return what the copy's ``training_step`` returns for a batch that is on the device."""
+        with self._precision():
+            return self.step(batch, index)
+
+    def step(self, batch: Any, index: int) -> Any:
+        """Do as ``output``, in no other precision than that of the copy."""
         step: Callable[..., Any] = self.module.training_step
         if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
             raise MisconfigurationException(
                 "The loss before training cannot be computed by a training_step with the argument dataloader_iter. "
                 "Write training_step(self, batch, batch_idx)."
             )
-        with self._precision():
-            return step(batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+        return step(batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
 
     def gradient(self, count: int) -> list[Tensor]:
         """Return the gradient of the mean loss of ``count`` batches of every process, at least in single precision."""
@@ -154,6 +168,11 @@ def probing(trainer: Trainer, module: LightningModule, names: list[str]) -> Iter
 def whole(x: Tensor) -> Tensor:
     """Return ``x`` without its graph in single precision, or in double if it is so."""
     return x.detach() if x.dtype is torch.float64 else x.detach().float()
+
+
+def quantizes(module: nn.Module) -> bool:
+    """Tell whether a module is under quantization-aware training."""
+    return any("FakeQuantize" in kind.__name__ for part in module.modules() for kind in type(part).__mro__)
 
 
 # ---------------------------------------------------------------------- copies

@@ -237,7 +237,15 @@ class Iterated(Lit):
 class Keeps(Lit):
     def __init__(self):
         super().__init__()
-        self.last = self.net[0].weight * 2
+        self.last = [self.net[0].weight * 2]
+
+
+class Begins(Lit):
+    def on_train_epoch_start(self):
+        self.factor = 1.0
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factor
 
 
 @pytest.mark.parametrize("method", LOSS)
@@ -246,12 +254,23 @@ class Keeps(Lit):
     [
         (Silent, "training_step must return a loss that depends on the weights"),
         (Iterated, "argument dataloader_iter"),
+        (Begins, r"Begins\.training_step for batch 0 on a copy.* AttributeError: .*not in hooks that .* use SynFlow"),
         (Keeps, r"Keeps cannot be copied.*x\.detach\(\) can be copied"),
     ],
 )
 def test_modules_without_a_loss_to_ask_for_are_refused(method, kind, message):
     with pytest.raises(Exception, match=f"(?s){message}"):
         fit(LOSS[method](0.9), seeded(kind))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_module_may_keep_a_result_as_an_attribute(method):
+    class KeepsOne(Lit):
+        def __init__(self):
+            super().__init__()
+            self.last = self.net[0].weight * 2
+
+    assert same(pruned(METHODS[method](0.9), seeded(KeepsOne)), pruned(METHODS[method](0.9), seeded(Lit)))
 
 
 def test_more_batches_than_there_are_are_refused():

@@ -1,5 +1,7 @@
 """Gradients of sparse layers: clipped, scaled and read as with masks, never of the size of the dense weight."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from helpers import (
@@ -55,6 +57,7 @@ def test_growth_does_not_depend_on_how_many_rows_are_looked_at_at_once(method, n
 def test_no_tensor_is_near_the_size_of_the_dense_weight(method, monkeypatch):
     """Nor of its gradient, in the whole of a fit with updates; ITOP has a bit for each weight."""
     monkeypatch.setattr(training, "measure", lambda layer: {"numba": 0.5, "dense": 1.0})  # Largest sees no CSR tensor
+    import_module("lightning_sparse.kernels.products_torch")  # which makes one
     monkeypatch.setattr(training, "DENSE_LIMIT", 0)
     monkeypatch.setattr("lightning_sparse.weights.captured._CHUNK", 1 << 14)
 
