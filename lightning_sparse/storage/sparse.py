@@ -29,6 +29,7 @@ from lightning_sparse.storage.measure import DENSE, measure
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
+from lightning_sparse.trainer.agreement import refuse_broken_positions
 from lightning_sparse.trainer.guards import averaging, refuse_other_weights
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.captured import Capture
@@ -261,6 +262,7 @@ class SparseStore(Store):
         for weight in self._weights:
             positions = states.get(weight.name, {}).get("positions")
             if positions is not None and weight.name in checkpoint["state_dict"]:
+                refuse_broken_positions(weight.name, positions, weight.size)
                 make_state_sparse(checkpoint["state_dict"], _prefix(weight.name), weight.sparse, positions.long())
 
     def on_save_checkpoint(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
