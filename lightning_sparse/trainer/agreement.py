@@ -1,5 +1,6 @@
 """Agreement: a checkpoint, or another process, has the arguments and the state that this callback can go on with."""
 
+import ast
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,25 +12,25 @@ from lightning_sparse.compat.lightning import MisconfigurationException, rank_ze
 __all__ = [
     "Saved",
     "compare_arguments",
-    "plain_arguments",
     "refuse_broken_clock",
     "refuse_broken_positions",
     "refuse_other_counts",
     "refuse_other_ranks",
     "saved",
+    "written_arguments",
 ]
 
 #: arguments that change no result, and those that have an error of their own where they differ
 _FREE = {"include", "exclude", "log_every_n_steps", "plain_checkpoints", "storage", "sparsity", "granularity"}
 
 
-def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments as a checkpoint keeps them: numbers, strings, lists and dictionaries alone.
+def written_arguments(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return arguments as a checkpoint keeps them: as they are written in a program.
 
-    >>> plain_arguments({"alpha": 0.5, "at": (0.1, 0.2), "exclude": [], "distribution": {"net.*": 0.5}, "other": dict})
-    {'alpha': 0.5, 'at': [0.1, 0.2], 'exclude': [], 'distribution': {'net.*': 0.5}, 'other': "<class 'dict'>"}
+    >>> written_arguments({"alpha": 0.5, "at": (0.1, 0.2), "exclude": [], "initial": "zeros", "seed": None})
+    {'alpha': '0.5', 'at': '[0.1, 0.2]', 'exclude': '[]', 'initial': "'zeros'", 'seed': 'None'}
     """
-    return {name: _plain(value) for name, value in arguments.items()}
+    return {name: repr(_plain(value)) for name, value in arguments.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -42,10 +43,15 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else repr(value)
 
 
+def _same(one: str, other: str) -> bool:
+    """Tell whether two written values are equal, as 1 and 1.0 are."""
+    return one == other or bool(ast.literal_eval(one) == ast.literal_eval(other))
+
+
 # ---------------------------------------------------------------------- a checkpoint
 
 
-def compare_arguments(method: Any, there: Mapping[str, Any] | None, must_stay: Collection[str]) -> None:
+def compare_arguments(method: Any, there: Mapping[str, str] | None, must_stay: Collection[str]) -> None:
     """Warn of arguments that shape the result and are others than those of a checkpoint.
 
     Args:
@@ -58,16 +64,16 @@ def compare_arguments(method: Any, there: Mapping[str, Any] | None, must_stay: C
     """
     if there is None:
         return
-    here = plain_arguments(method.arguments)
-    differing = [name for name in here if name in there and name not in _FREE and there[name] != here[name]]
+    here = written_arguments(method.arguments)
+    differing = [name for name in here if name in there and name not in _FREE and not _same(there[name], here[name])]
     for name in differing:
         if name in must_stay:
             raise MisconfigurationException(
-                f"The checkpoint was written with {name}={there[name]!r}, this {method!r} has {here[name]!r}: give it "
+                f"The checkpoint was written with {name}={there[name]}, this {method!r} has {here[name]}: give it "
                 "the same."
             )
     if differing:
-        others = [f"{name}={here[name]!r}, not {there[name]!r}" for name in differing]
+        others = [f"{name}={here[name]}, not {there[name]}" for name in differing]
         rank_zero_warn(
             f"{method!r} goes on with other arguments than those of the checkpoint: {'; '.join(others)}. What they "
             "decide at the start of a fit stays as it was. Give the same for a run that goes on as if never stopped."
@@ -145,7 +151,7 @@ def refuse_other_ranks(method: Any) -> None:
     """Raise, on all processes, if one has other arguments than the first: they would not make the same network."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
-    mine = type(method).__name__, plain_arguments(method.arguments)
+    mine = type(method).__name__, written_arguments(method.arguments)
     everyone: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, mine)
     kind, first = everyone[0]
@@ -155,10 +161,10 @@ def refuse_other_ranks(method: Any) -> None:
                 f"All processes must have the same methods in the same order, but rank 0 has {kind} where rank {rank} "
                 f"has {other}. Make callbacks without asking for the rank."
             )
-        differing = [name for name in first if arguments.get(name) != first[name]]
+        differing = [name for name in first if arguments[name] != first[name]]
         if differing:
             raise MisconfigurationException(
                 f"{differing[0]} must be the same on all processes, but {kind} has {differing[0]}="
-                f"{first[differing[0]]!r} on rank 0 and {arguments.get(differing[0])!r} on rank {rank}. Make callbacks "
+                f"{first[differing[0]]} on rank 0 and {arguments[differing[0]]} on rank {rank}. Make callbacks "
                 "without asking for the rank; a seed that is left out is that of the first process."
             )

@@ -231,7 +231,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         return {
             "lightning_sparse": type(self).__name__,
             "method": repr(self),
-            "arguments": agreement.plain_arguments(self.arguments),
+            "arguments": agreement.written_arguments(self.arguments),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
