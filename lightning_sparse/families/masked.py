@@ -217,7 +217,6 @@ class MaskedCallback(Stored, SparseCallback):
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:  # noqa: D102
         self._epoch = epoch
 
-    @torch.no_grad()
     def take_writes(self, by_value: bool, optimizer: Optimizer | None = None) -> None:
         """Keep what was written into connections, and nothing else: they stay as they are."""
         weights = self._weights.values() if optimizer is None else self._groups.of(optimizer).weights

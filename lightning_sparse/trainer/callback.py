@@ -162,7 +162,8 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         """Go on with what other code wrote between batches; raise if the optimizers are others than at fit start."""
         self._update_hooks.forget_broken_off()
         guards.refuse_exchanged_optimizers(self, trainer)
-        self._take_writes_between(by_value=self._fit.looks.fresh)
+        if self._fit.looks.fresh:
+            self._take_writes_between(by_value=True)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note that the penalty counts for this micro-batch.
