@@ -253,18 +253,25 @@ class LatentCallback(SparseCallback):
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:  # noqa: D102
         pass
 
-    @torch.no_grad()
     def take_writes(self, by_value: bool, optimizer: Optimizer | None = None) -> None:
         """Make ``W`` what ``P`` would be made of, where other code has written; a 0 written over a 0 says nothing."""
+        differs = self._fit.traces.differs
         for each in self._fit.optimizers if optimizer is None else [optimizer]:
-            weights = [weight for weight in self._groups[id(each)].weights if weight.effective is None]
-            looked_at = [w for w in weights if by_value or self._fit.traces.differs(_parameter(w))]
-            changed = {weight: where for weight in looked_at if (where := self._changed(weight)) is not None}
-            added = [weight for weight, where in changed.items() if self._take_over(weight, where)]
-            if added:
-                self.written(each, added)
-            for weight in changed:
-                self._project(weight)
+            weights = self._groups[id(each)].weights
+            looked_at = [weight for weight in weights if by_value or differs(_parameter(weight))]
+            if looked_at:
+                self._take(each, looked_at)
+
+    @torch.no_grad()
+    def _take(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Take what other code has written into some weights of ``optimizer``, if it has."""
+        between = [weight for weight in weights if weight.effective is None]
+        changed = {weight: where for weight in between if (where := self._changed(weight)) is not None}
+        added = [weight for weight, where in changed.items() if self._take_over(weight, where)]
+        if added:
+            self.written(optimizer, added)
+        for weight in changed:
+            self._project(weight)
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102

@@ -33,6 +33,7 @@ from lightning_sparse.rules.budgets import Distribution
 from lightning_sparse.rules.patterns import UNSTRUCTURED
 from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
+from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.guards import REMEDY, listed, refuse_other_sparsity, warn_of_equal_scores
 from lightning_sparse.weights.base import Weight, all_finite
@@ -143,6 +144,8 @@ class MaskedCallback(Stored, SparseCallback):
         """Take up a state; into the weights in use if fit has begun."""
         refuse_other_sparsity(self, state_dict.get("sparsity"), self.sparsity_target)
         self._epoch = state_dict["epoch"]
+        for clock in state_dict["clocks"].values():
+            refuse_broken_clock(self, clock, ["step"])
         self._groups.clocks = list(state_dict["clocks"].values())
         self.generator.set_state(state_dict["generator"].cpu())
         loaded = {n: self.store.load_weight(n, state, self._weights) for n, state in state_dict["weights"].items()}
@@ -214,7 +217,6 @@ class MaskedCallback(Stored, SparseCallback):
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:  # noqa: D102
         self._epoch = epoch
 
-    @torch.no_grad()
     def take_writes(self, by_value: bool, optimizer: Optimizer | None = None) -> None:
         """Keep what was written into connections, and nothing else: they stay as they are."""
         weights = self._weights.values() if optimizer is None else self._groups.of(optimizer).weights

@@ -21,6 +21,7 @@ from lightning_sparse.rules.level import Cut, Look, Near, cuts, evenly
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
 from lightning_sparse.rules.schedules import cubic
 from lightning_sparse.rules.select import positions, top_k
+from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.guards import refuse_unknown_length
 from lightning_sparse.trainer.updates import skips
 from lightning_sparse.weights.latent import LatentGroup, LatentWeight
@@ -246,6 +247,8 @@ class Target:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a state; into the plans in use if fit has begun."""
+        for clock in state["plans"].values():
+            refuse_broken_clock(self.method, clock, ["updates"])
         self._clocks = list(state["plans"].values())
         self.begin({key: plan.group for key, plan in self._plans.items()}, resumed=True)
 

@@ -17,6 +17,7 @@ from lightning_sparse.families.shares import floors, layer_counts
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, shrunk
+from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.guards import refuse_other_sparsity, warn_of_equal_scores
 from lightning_sparse.trainer.updates import skips
 
@@ -215,6 +216,7 @@ class TopKCallback(LatentCallback):
         """Take up a state."""
         refuse_other_sparsity(self, state_dict["sparsity"], self.sparsity_target)
         super().load_state_dict(state_dict)
+        refuse_broken_clock(self, state_dict["updates"], state_dict["updates"].keys())
         self._load_update_counts(state_dict["updates"])
 
     def _load_update_counts(self, updates: Mapping[str, int]) -> None:

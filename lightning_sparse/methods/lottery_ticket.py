@@ -30,6 +30,7 @@ from lightning_sparse.families.shares import floors
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution, Scope, budget
 from lightning_sparse.rules.trainings import Trainings, gentle_rounds, good_totals, settled
+from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.fit import epochs
 from lightning_sparse.trainer.guards import refuse_older_state, warn_of_equal_scores
 from lightning_sparse.trainer.horizon import horizon
@@ -76,6 +77,8 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     )
     scope: Scope = option(default="global", doc=PRUNING_SCOPE)
     distribution: Distribution | Mapping[str, float] = "uniform"
+
+    must_stay = ("rewind_step",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,5 +261,11 @@ class LotteryTicket(DenseOnly, MaskedCallback):
         """Take up a state."""
         refuse_older_state(self, "rounds" in state_dict)
         super().load_state_dict(state_dict)
+        refuse_broken_clock(self, state_dict, ("pruned", "earlier", "rounds"))
+        if self.rounds not in (None, state_dict["rounds"]) and state_dict["rounds"]:
+            raise MisconfigurationException(
+                f"The checkpoint was written by a fit of {state_dict['rounds']} rounds, this {self!r} has "
+                f"rounds={self.rounds}: give it the same, or leave rounds out."
+            )
         self._pruned, self._earlier, self._rounds = (state_dict[key] for key in ("pruned", "earlier", "rounds"))
         self._rewind_point = state_dict["rewind_point"]

@@ -69,6 +69,8 @@ class TopKAST(Annealed, TopKCallback):
         doc="weight of the penalty, at least 0. It takes the place of the optimizer's weight decay.",
     )
 
+    must_stay = ("power",)
+
     def __post_init__(self) -> None:
         """Check that B can hold A."""
         super().__post_init__()

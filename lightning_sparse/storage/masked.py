@@ -13,6 +13,7 @@ from lightning_sparse.rules import select
 from lightning_sparse.storage.checkpoint import take_sparse
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
+from lightning_sparse.trainer.agreement import refuse_other_counts
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import MaskedWeight
 
@@ -88,6 +89,15 @@ class MaskedStore(Store):
 
     def _load(self, name: str, state: Mapping[str, Any], held: Mapping[str, Weight]) -> Weight:
         return MaskedWeight(name, state["mask"].bool(), buffers=dict(state["buffers"]))
+
+    def state_dict(self, weights: Mapping[str, Weight]) -> dict[str, Any]:
+        """Return the weights' state, and how many connections each has."""
+        return {**super().state_dict(weights), "active": {name: each.num_active for name, each in weights.items()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Make sure that masks are as they were written."""
+        counts = {name: select.count(state["mask"].bool()) for name, state in state_dict["weights"].items()}
+        refuse_other_counts(self.method, state_dict.get("active"), counts)
 
     def restore(self, weight: Weight, saved: Weight) -> None:  # noqa: D102  (inherited)
         assert isinstance(weight, MaskedWeight)

@@ -33,6 +33,7 @@ from lightning_sparse.storage.processes import Ignored, average_gradients, copy_
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
 from lightning_sparse.trainer.after import After
+from lightning_sparse.trainer.agreement import refuse_broken_positions
 from lightning_sparse.trainer.guards import averaging, listed, refuse_other_weights
 from lightning_sparse.trainer.ownership import owned
 from lightning_sparse.weights.base import Weight
@@ -294,6 +295,8 @@ class SparseStore(Store):
         states.update({name: {"shape": torch.tensor(mask.shape)} for name, mask in masks.items()})
         for weight in self._weights:
             positions = states.get(weight.name, {}).get("positions")
+            if positions is not None:
+                refuse_broken_positions(weight.name, positions, weight.size)
             if weight.name in masks:
                 positions = select.positions(masks[weight.name].bool())
             if positions is not None and weight.name in module and weight.layer is not None:

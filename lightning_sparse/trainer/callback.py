@@ -3,7 +3,7 @@
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_sparse.compat import checks, lightning_private
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.layers.selection import select_parameters, table
-from lightning_sparse.trainer import guards
+from lightning_sparse.trainer import agreement, guards
 from lightning_sparse.trainer.averages import mask_averages
 from lightning_sparse.trainer.fit import Fit, epochs, steps
 from lightning_sparse.trainer.ownership import Ownership, owned
@@ -43,6 +43,9 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         "step values at every ``Trainer(log_every_n_steps)``-th step only: give that number, or a multiple of it, "
         "between which the Trainer repeats the latest values.",
     )
+
+    #: names of arguments without which the state of a checkpoint means something else
+    must_stay: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         """Make the state of a callback that no fit is using."""
@@ -78,6 +81,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the weights, take them over, and show which they are."""
+        agreement.refuse_other_ranks(self)
         guards.refuse_trainer(self, trainer)
         guards.refuse_unread_checkpoint(self, trainer, self._restored)
         self.refuse_trainer(trainer)
@@ -161,7 +165,8 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         """Go on with what other code wrote between batches; raise if the optimizers are others than at fit start."""
         self._update_hooks.forget_broken_off()
         guards.refuse_exchanged_optimizers(self, trainer)
-        self._take_writes_between(by_value=self._fit.looks.fresh)
+        if self._fit.looks.fresh:
+            self._take_writes_between(by_value=True)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note that the penalty counts for this micro-batch.
@@ -229,15 +234,22 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors and plain values only."""
-        return {"lightning_sparse": type(self).__name__, "method": repr(self)}
+        return {
+            "lightning_sparse": type(self).__name__,
+            "method": repr(self),
+            "arguments": agreement.written_arguments(self.arguments),
+        }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to continue from a checkpoint that does not hold this method's state."""
         if trainer.state.fn == "fit":
-            guards.refuse_missing_state(self, self.state_key, checkpoint["callbacks"])
+            states = checkpoint["callbacks"]
+            guards.refuse_missing_state(self, self.state_key, states)
+            states[self.state_key] = agreement.saved(self, states[self.state_key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
+        agreement.compare_arguments(self, state_dict.get("arguments"), self.must_stay)
         self._restored = True
         self._before_fit = dict(state_dict.get("begun", {"epochs": 0, "steps": 0}))  # earlier versions wrote none
 

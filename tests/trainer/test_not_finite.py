@@ -8,6 +8,8 @@ import pytest
 from helpers import MASKED, ROUNDS, SETTINGS, Lit, fit, loader, seeded
 from stored import METHODS as STORED
 
+from lightning_sparse import STR, LotteryTicket
+
 ALL = {**SETTINGS, **ROUNDS}
 SCORED = ("SNIP", "GraSP", "SynFlow")
 GRADUAL = ("GMP", "GraNet")
@@ -114,3 +116,35 @@ def test_weights_that_are_no_number_rank_first():
     module.net[0].weight.data[1, 2] = math.nan
     fit(callback, module, loader(8), max_epochs=1)
     assert callback.masks["net.0.weight"][1, 2]
+
+
+class Diverges(Lit):
+    """Its loss is not finite from a step on."""
+
+    since, value = 0, math.nan
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.value if self.global_step >= self.since else loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("since", [0, 15])
+@pytest.mark.parametrize("name", ["LotteryTicket", "LotteryTicket by layer", "DST", "STR with a target"])
+def test_a_training_of_which_nothing_is_finite_ends_and_names_weights_and_remedy_and_no_collapse(name, since, value):
+    build = {
+        "LotteryTicket by layer": lambda: LotteryTicket(0.8, rounds=2, scope="layer", min_layer_density=0.01),
+        "STR with a target": lambda: STR(sparsity=0.8),
+    }
+    module = seeded(Diverges)
+    module.since, module.value = since, value
+    callback = {**ALL, **build}[name]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(callback, module, loader(80), max_epochs=3)
+    messages = [str(w.message) for w in caught]
+    assert about(messages, "has weights that are not finite", "net.0.weight", "Lower the learning rate")
+    assert not about(messages, "collapsed")
+    assert not about(messages, "has no weight left")
+    if name != "DST":
+        assert sum(callback.layer_count.values()) == callback.size - round(0.8 * callback.size)
