@@ -2,6 +2,7 @@
 
 import torch
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.zoo.data.images import ImageDataModule, TensorImages
 
@@ -31,6 +32,7 @@ class DigitsDataModule(ImageDataModule):
         self, batch_size: int = 64, seed: int | None = None, split_seed: int = 0, eval_batch_size: int = 1000
     ) -> None:
         super().__init__(batch_size, seed, eval_batch_size)
+        checks.integer(0, "0 is the usual split.", high=2**32 - 1, split_seed=split_seed)
         self.split_seed = split_seed
 
     def setup(self, stage: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.zoo.data.images import Batch, ByteImageDataModule, mean_and_std
 
@@ -81,6 +82,13 @@ class ImageFolderDataModule(ByteImageDataModule):
         eval_batch_size: int = 1000,
     ) -> None:
         super().__init__(batch_size, padding, flip, rotation, val_from_train, seed, eval_batch_size)
+        checks.path("It is the folder of the files.", data_dir=data_dir)
+        checks.text("It is the name of a folder.", train=train)
+        checks.text("It is the name of a folder.", test=test)
+        if mean is not None:
+            checks.vector("Leave it out to take that of the images.", mean=mean)
+        if std is not None:
+            checks.vector("Leave it out to take that of the images.", std=std)
         self.data_dir = data_dir
         self.folders = train, test
         self.mean = mean

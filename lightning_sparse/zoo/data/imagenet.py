@@ -83,6 +83,7 @@ class ImageNetDataModule(ImageDataModule):
         super().__init__(batch_size, seed, eval_batch_size, workers)
         checks.integer(1, "The papers' value is 224.", size=size)
         checks.integer(size, "It cannot be below size, which is cut out of it.", resize=resize)
+        checks.path("It is the folder of the files.", data_dir=data_dir)
         self.data_dir = data_dir
         self.size = size
         self.resize = resize

@@ -165,6 +165,11 @@ class ParallelTextDataModule(DataModule):
         checks.integer(5, "Four tokens are special. The Transformer's value is 37000.", vocabulary_size=vocabulary_size)
         checks.integer(3, "A target has two marks beside its tokens.", max_length=max_length)
         checks.integer(max_length, "A batch must have room for a pair of max_length.", max_tokens=max_tokens)
+        checks.path("It is the folder of the files.", data_dir=data_dir)
+        for name, value in {"source": source, "target": target, "train": train, "val": val, "test": test}.items():
+            checks.text("It is a part of the names of the files.", **{name: value})
+        if vocabulary is not None:
+            checks.path("It is a file of SentencePiece.", vocabulary=vocabulary)
         self.data_dir = data_dir
         self.languages = source, target
         self.splits = train, val, test

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_sparse.compat import checks
 from lightning_sparse.zoo.models.classifier import Classifier
 
 __all__ = ["SequenceLSTM"]
@@ -35,6 +36,8 @@ class SequenceLSTM(Classifier):
         **training: Any,
     ) -> None:
         super().__init__(classes, **training)
+        for name, value in {"inputs": inputs, "hidden": hidden, "layers": layers}.items():
+            checks.integer(1, "See the docstring for the paper's value.", high=1 << 20, **{name: value})
         self.inputs = inputs
         self.lstm = nn.LSTM(inputs, hidden, layers, batch_first=True)
         self.fc = nn.Linear(hidden, classes)

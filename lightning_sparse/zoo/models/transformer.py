@@ -79,7 +79,10 @@ class Transformer(NetworkModule):
             checks.integer(1, "See the docstring for the base model's value.", **{name: value})
         checks.integer(4, "Three tokens are special.", vocabulary=vocabulary)
         checks.fraction("The paper's value is 0.1.", dropout=dropout)
-        if width < 1 or width % heads or width % 2:
+        checks.integer(2, "The base model's value is 512.", width=width)
+        for name, value in {"padding": padding, "begin": begin, "end": end}.items():
+            checks.integer(0, "It is the number of a token.", **{name: value})
+        if width % heads or width % 2:
             raise ValueError(f"width must be an even multiple of heads, {heads}, got {width}.")
         if len({padding, begin, end}) < 3 or not all(0 <= token < vocabulary for token in (padding, begin, end)):
             raise ValueError(
