@@ -51,10 +51,10 @@ class Recipe:
             raise ValueError(f"there is no file {name}. Give a YAML file or a name of: lightning-sparse recipes")
         if not is_file and recipes.is_addition(name):
             raise ValueError(f"{name} is not a training but adds to one. See lightning-sparse recipes.")
-        text = file.read_text(encoding="utf-8")
         try:
+            text = file.read_text(encoding="utf-8")
             content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is not YAML: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(

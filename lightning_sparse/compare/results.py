@@ -5,6 +5,7 @@ import json
 import operator
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def history(folder: Path) -> list[Epoch]:
     for attempt in _attempts(folder):
         found: dict[int, Epoch] = {}
         if (attempt / "metrics.csv").exists():
-            with open(attempt / "metrics.csv", newline="", encoding="utf-8") as lines:
+            with (
+                _as_written(attempt / "metrics.csv"),
+                open(attempt / "metrics.csv", newline="", encoding="utf-8") as lines,
+            ):
                 for row in csv.DictReader(lines):
                     if row.get("epoch"):
                         values = {key: float(value) for key, value in row.items() if value}
@@ -57,9 +61,22 @@ def _monitored(folder: Path) -> list[dict[str, Any]]:
     epochs: dict[int, dict[str, Any]] = {}
     for attempt in _attempts(folder):
         if (attempt / FILE).exists():
-            written = json.loads((attempt / FILE).read_text(encoding="utf-8"))
-            epochs.update((epoch["epoch"], epoch) for epoch in written["epochs"])
+            with _as_written(attempt / FILE):
+                written = json.loads((attempt / FILE).read_text(encoding="utf-8"))
+                epochs.update((epoch["epoch"], epoch) for epoch in written["epochs"])
     return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+@contextmanager
+def _as_written(file: Path) -> Iterator[None]:
+    """Turn what fails within, since a file is broken, into an error that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
+        raise ValueError(
+            f"{file} must be as a run writes it, but is broken ({type(error).__name__}: {error}). Remove its folder to "
+            "train again."
+        ) from error
 
 
 def _attempts(folder: Path) -> list[Path]:

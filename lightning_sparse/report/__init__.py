@@ -1,13 +1,14 @@
 """The report: one self-contained HTML page on a run, beside its dense twin where there is one."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.monitor import run_file
-from lightning_sparse.report.runs import read
+from lightning_sparse.report.runs import Run, read
 
 __all__ = ["main", "write"]
 
@@ -43,22 +44,32 @@ def write(
         lstrip_blocks=True,
         undefined=extra("jinja2", "report").StrictUndefined,
     )
-    from lightning_sparse.report.view import view  # draws, with packages of the extra
+    from lightning_sparse.report.view import refuse, view  # draws, with packages of the extra
 
     sparse, twin = read(run), None if dense is None else read(dense)
     path = Path(output) if output is not None else sparse.folder / "report.html"
     if path.is_dir():
         raise ValueError(f"output must be a file, got the folder {path}. Give {path / 'report.html'}.")
-    try:
+    with _as_written(sparse, twin):
+        refuse(sparse, twin, metric)
+    with _as_written(sparse, twin, ValueError):
         page = environment.get_template("page.html").render(view(sparse, twin, metric))
-    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        files = " or ".join(str(one.folder / run_file.FILE) for one in (sparse, twin) if one is not None)
+    run_file.write(path, page)
+    return path
+
+
+@contextmanager
+def _as_written(run: Run, dense: Run | None, *more: type[Exception]) -> Iterator[None]:
+    """Turn what fails within, since a file holds something else than it should, into an error that names the file."""
+    kinds: tuple[type[Exception], ...] = (TypeError, LookupError, AttributeError, ArithmeticError, *more)
+    try:
+        yield
+    except kinds as error:
+        files = " or ".join(str(one.folder / run_file.FILE) for one in (run, dense) if one is not None)
         raise ValueError(
             f"{files} must be as SparsityMonitor writes it, but holds something else ({type(error).__name__}: {error})."
             " Copy it again from where the run wrote it."
         ) from error
-    run_file.write(path, page)
-    return path
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from lightning_sparse.report import figures
 from lightning_sparse.report.runs import Run, Values, known, last, number
 from lightning_sparse.report.text import count, is_share, memory, metric_text, moment, operations, seconds, share
 
-__all__ = ["headline", "view"]
+__all__ = ["headline", "refuse", "view"]
 
 _STATUS = {
     "finished": "The training ended as planned.",
@@ -220,14 +220,19 @@ def missing_parts(run: Run, metric: str | None) -> list[str]:
     return found
 
 
-def view(run: Run, dense: Run | None, metric: str | None) -> dict[str, Any]:
-    """Return what the template shows.
+def refuse(run: Run, dense: Run | None, metric: str | None) -> None:
+    """Raise if a page on these runs cannot show what is asked for.
 
     Raises:
         ValueError: the run given as dense has a method, or no epoch has the metric.
     """
     if dense is not None and dense.method is not None:
         raise ValueError(f"dense must be a run without a method, got one with {dense.method} in {dense.folder}.")
+    choose_metric(run, metric)
+
+
+def view(run: Run, dense: Run | None, metric: str | None) -> dict[str, Any]:
+    """Return what the template shows of runs that ``refuse`` has let pass."""
     metric = choose_metric(run, metric)
     status = run.record["status"]
     module = (run.record.get("module") or "an unnamed module").rsplit(".", 1)[-1]

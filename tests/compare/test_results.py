@@ -142,3 +142,11 @@ def test_the_plot_puts_a_curve_for_each_method_and_a_line_for_dense(tmp_path):
     text = (tmp_path / "new" / "plot.svg").read_text()
     for words in ("<!-- title -->", "<!-- dense -->", "<!-- RigL -->", "<!-- DST -->", "<!-- val_acc, % -->"):
         assert words in text
+
+
+@pytest.mark.parametrize("content", [b"epoch,a\n0,high\n", b"\xd8"])
+def test_a_broken_log_is_refused_by_its_path(tmp_path, content):
+    (tmp_path / "version_0").mkdir()
+    (tmp_path / "version_0" / "metrics.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"version_0/metrics\.csv must be as a run writes it, but is broken .* Remove"):
+        results.history(tmp_path)

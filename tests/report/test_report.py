@@ -250,6 +250,7 @@ def test_a_broken_file_is_refused(tmp_path, content, message):
         {"layers": [{"name": "net.fc1.weight"}]},
         {"layers": {"net.fc1.weight": 0.5}},
         {"method": "RigL"},
+        {"masks": {"net.fc1.weight": {**record()["masks"]["net.fc1.weight"], "density": "high"}}},
         {"module": 3},
     ],
     ids=str,
