@@ -51,7 +51,7 @@ class Plan:
     @property
     def clock(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"updates": self.updates, "start": self.start, "look": list(self.look)}
+        return {"updates": self.updates, "start": self.start, **self.look._asdict()}
 
     @property
     def size(self) -> int:
@@ -90,7 +90,7 @@ class Target:
         self._plans, self._span = {key: Plan(group) for key, group in groups.items()}, None
         for plan, clock in zip(self._plans.values(), clocks, strict=False):
             plan.updates, plan.start = clock["updates"], clock["start"]
-            plan.look = Look(*clock.get("look", ()))  # earlier versions looked elsewhere, for the same result
+            plan.look = Look(clock.get("centre", 0.0), clock["width"])  # earlier versions wrote no centre
 
     def check(self) -> None:
         """Make sure that the plan has an end, and that its target can be met."""

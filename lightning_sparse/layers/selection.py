@@ -203,8 +203,8 @@ def select_parameters(
     weight that stands in several places (tied) appears once, under its first name.
 
     Raises:
-        ValueError: a pattern matches no weight, a lazy layer has no shape yet, an embedding has sparse gradients, a layer
-            was registered with an axis that its weight does not have, or an argument is of another type.
+        ValueError: a pattern matches no weight, a lazy layer has no shape yet, an embedding has sparse gradients, a
+            layer was registered with an axis that its weight does not have, or an argument is of another type.
     """
     checks.module(module=module)
     include, exclude = checks.patterns(include=include), checks.patterns(exclude=exclude) or []
