@@ -6,6 +6,7 @@ The program loads pytorch_lightning alone, both packages before this one, or the
 # ruff: noqa: E402
 import importlib
 import sys
+import tempfile
 
 mode = sys.argv[1]
 if mode == "both":
@@ -54,7 +55,8 @@ class Data:
 
 
 options = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False}
-quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+folder = tempfile.TemporaryDirectory()
+quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder.name}
 for package in packages:
     torch.manual_seed(0)
     exceptions = importlib.import_module(f"{package.__name__}.utilities.exceptions")
