@@ -89,6 +89,9 @@ LAYERS: dict[type[nn.Module] | str, LayerKind] = {
 NORMS = (RunningNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
+#: packages whose classes are named without them
+_OWN = ("torch", "lightning_sparse")
+
 #: reason of a parameter that does not train
 FROZEN = "frozen"
 _NO_WEIGHT = "bias, norm or scalar"
@@ -291,9 +294,9 @@ def _full_name(type_: type) -> str:
 
 
 def _kind(layer: nn.Module) -> str:
-    """Return the name of a layer's type, with its package if that is not torch."""
+    """Return the name of a layer's type, with its package if that is neither torch nor this one."""
     kind = type(layer)
-    return kind.__name__ if kind.__module__.partition(".")[0] == "torch" else _full_name(kind)
+    return kind.__name__ if kind.__module__.partition(".")[0] in _OWN else _full_name(kind)
 
 
 @dataclass(frozen=True)
