@@ -124,11 +124,19 @@ def timm_vit(callbacks):
     return fit(Wrapped(net, classify), images(), callbacks)
 
 
-def timm_nfnet(callbacks):
-    """A normaliser-free network, whose convolutions standardise their weights."""
+def timm_resnet(callbacks):
+    """A small ResNet."""
     import timm
 
     return fit(Wrapped(timm.create_model("test_resnet.r160_in1k", num_classes=4), classify), images(), callbacks)
+
+
+def timm_nfnet(callbacks):
+    """A normaliser-free ResNet, whose convolutions standardise their weights: they stay dense, with a warning."""
+    import timm
+
+    net = timm.create_model("nf_resnet26", num_classes=4, channels=(16, 32, 64, 64), stem_chs=16)
+    return fit(Wrapped(net, classify), images(), callbacks)
 
 
 def torch_geometric_gcn(callbacks):
@@ -248,7 +256,8 @@ PACKAGES = {
     "transformers (BERT)": ("transformers", transformers_bert),
     "transformers (T5)": ("transformers", transformers_t5),
     "timm (ViT)": ("timm", timm_vit),
-    "timm (ResNet)": ("timm", timm_nfnet),
+    "timm (ResNet)": ("timm", timm_resnet),
+    "timm (NF-ResNet)": ("timm", timm_nfnet),
     "torch_geometric (GCN)": ("torch_geometric", torch_geometric_gcn),
     "pytorch-forecasting (TFT)": ("pytorch_forecasting", pytorch_forecasting_tft),
     "segmentation-models-pytorch (U-Net)": ("segmentation_models_pytorch", segmentation_models_unet),

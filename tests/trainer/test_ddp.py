@@ -5,12 +5,15 @@ import csv
 import pytest
 import several_processes
 import torch
+from helpers import HOOKED, REPRESENTATIVES
 from processes import run_fresh_ranks
 
 
 @pytest.mark.xdist_group("ddp")
-@pytest.mark.parametrize("world", several_processes.CASES)
-@pytest.mark.parametrize("method", several_processes.METHODS)
+@pytest.mark.parametrize(
+    ("method", "world"),
+    [*((method, 2) for method in several_processes.METHODS), *((method, 3) for method in (*REPRESENTATIVES, *HOOKED))],
+)
 def test_processes_train_as_one_agree_to_the_last_bit_and_log_what_holds(method, world, tmp_path):
     run_fresh_ranks(several_processes.run_all, world, tmp_path, method)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]

@@ -5,7 +5,7 @@ import warnings
 
 import lightning.pytorch as pl
 import pytest
-from helpers import MASKED, ROUNDS, SETTINGS, Lit, fit, loader, seeded
+from helpers import HOOKED, MASKED, REPRESENTATIVES, ROUNDS, SETTINGS, Lit, fit, loader, seeded
 from stored import METHODS as STORED
 
 from lightning_sparse import STR, LotteryTicket
@@ -48,8 +48,13 @@ def about(messages, *parts):
     return [message for message in messages if all(part in message for part in parts)]
 
 
-@pytest.mark.parametrize(("where", "value"), [("weight", math.nan), ("gradient", math.nan), ("gradient", math.inf)])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "where", "value"),
+    [
+        *((name, "weight", math.nan) for name in ALL),
+        *((name, "gradient", value) for name in (*REPRESENTATIVES, *HOOKED) for value in (math.nan, math.inf)),
+    ],
+)
 def test_a_training_that_is_not_finite_is_told_of_by_weight_and_remedy_and_nothing_else_is_blamed(name, where, value):
     callback = ALL[name]()
     messages = told(callback, where, value)

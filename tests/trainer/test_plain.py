@@ -203,7 +203,10 @@ class Spy(pl.Callback):
 
 @pytest.mark.parametrize(
     ("method", "first", "accumulate"),
-    [*((method, "spy", 3) for method in SETTINGS), *((method, "method", 1) for method in REPRESENTATIVES)],
+    [
+        *((method, "spy", 3) for method in (*REPRESENTATIVES, *HOOKED)),
+        *((method, "method", 1) for method in REPRESENTATIVES),
+    ],
 )
 def test_other_callbacks_find_the_effective_weights_in_every_hook(callback, first, accumulate, tmp_path):
     spy = Spy(callback)
@@ -216,6 +219,7 @@ def test_other_callbacks_find_the_effective_weights_in_every_hook(callback, firs
     assert {hook for hook, results in spy.seen.items() if not all(results)} == set()
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
 def test_model_checkpoint_saves_the_effective_weights_and_the_state_of_the_same_moment(callback, tmp_path):
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="{step}")
     fit([callback, keep], enable_checkpointing=True)

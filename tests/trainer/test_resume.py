@@ -6,6 +6,7 @@ import pytest
 import resumed
 import torch
 from helpers import (
+    HOOKED,
     REPRESENTATIVES,
     SETTINGS,
     THRESHOLDS,
@@ -72,6 +73,7 @@ def test_checkpoint_is_loaded_with_weights_only(method, tmp_path):
     )
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
 def test_training_goes_on_with_a_larger_number_of_epochs_from_a_checkpoint_of_the_end(method, tmp_path):
     callback = SETTINGS[method]()
     _, run = fit(callback, max_epochs=1)
@@ -83,6 +85,7 @@ def test_training_goes_on_with_a_larger_number_of_epochs_from_a_checkpoint_of_th
     assert again.sparsity > 0
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
 def test_same_callback_and_module_can_resume_in_the_same_process(method, tmp_path):
     """Also after an exception, which leaves the callback without teardown."""
     callback = SETTINGS[method]()

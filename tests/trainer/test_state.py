@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import (
+    HOOKED,
     LATENT,
     MASKED,
     REPRESENTATIVES,
@@ -97,7 +98,10 @@ def other_names():
 
 @pytest.mark.parametrize(
     ("method", "build"),
-    [*((method, other_names) for method in SETTINGS), *((method, Lit) for method in REPRESENTATIVES)],
+    [
+        *((method, other_names) for method in (*REPRESENTATIVES, *HOOKED)),
+        *((method, Lit) for method in REPRESENTATIVES),
+    ],
 )
 def test_fit_of_another_module_starts_afresh_and_says_so(method, build):
     callback, new = SETTINGS[method](), SETTINGS[method]()
@@ -225,7 +229,10 @@ def test_weights_that_join_later_are_not_taken_from_another_method():
 
 @pytest.mark.parametrize(
     ("method", "how"),
-    [*((method, "callback") for method in SETTINGS), *((method, "tuner") for method in REPRESENTATIVES)],
+    [
+        *((method, "callback") for method in (*REPRESENTATIVES, *HOOKED)),
+        *((method, "tuner") for method in REPRESENTATIVES),
+    ],
 )
 def test_the_learning_rate_finder_leaves_no_trace(method, how, tmp_path):
     class Rate(Lit):
@@ -249,6 +256,7 @@ def test_the_learning_rate_finder_leaves_no_trace(method, how, tmp_path):
     assert same(module.state_dict(), other.state_dict())
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
 def test_a_failed_fit_leaves_a_callback_that_can_be_used_again(method):
     class Fails(Lit):
         def training_step(self, batch, batch_idx):

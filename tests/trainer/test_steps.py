@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import (
+    HOOKED,
+    REPRESENTATIVES,
     SETTINGS,
     THRESHOLDS,
     TOP_K,
@@ -124,6 +126,7 @@ class Gan(pl.LightningModule):
         self.untoggle_optimizer(optimizer_g)
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
 def test_a_gan_with_two_optimizers_trains_sparse_in_both(method):
     callback = SETTINGS[method]()
     if getattr(callback, "needs_loss", False):
@@ -141,6 +144,7 @@ def test_a_gan_with_two_optimizers_trains_sparse_in_both(method):
     assert 0 < callback.sparsity < 1
 
 
+@pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
 def test_batches_without_a_loss_change_nothing(method):
     class Skips(Lit):
         def training_step(self, batch, batch_idx):
