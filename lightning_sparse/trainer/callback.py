@@ -60,9 +60,10 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
 
     @property
     def total_steps(self) -> float:
-        """Number of optimizer steps of the whole fit; infinite if nothing tells how many."""
+        """Number of optimizer steps of the whole fit, on the first process; infinite if nothing tells how many."""
         assert self._fit.trainer is not None
-        return steps(self._fit.trainer, self._before_fit)
+        own = steps(self._fit.trainer, self._before_fit)
+        return self._fit.first_steps.get(own, own)
 
     # ------------------------------------------------------------------ a fit begins and ends
 
@@ -123,7 +124,9 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     # ------------------------------------------------------------------ epochs
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the epoch that a resumed run may be in the middle of."""
+        """Begin the epoch that a resumed run may be in the middle of; with uneven batches, all by one schedule."""
+        own = steps(trainer, self._before_fit)
+        self._fit.first_steps = {own: trainer.strategy.broadcast(own)}
         self._fit.logged_step = trainer.global_step
         self.begin_epoch(trainer.current_epoch, epochs(trainer))
 

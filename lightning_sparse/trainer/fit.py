@@ -24,6 +24,7 @@ class Fit:
         handles: what is removed at the fit's end: hooks, and other things with ``remove``.
         backwards: number of micro-batches whose gradients are in the weights.
         logged_step: the latest step that was logged.
+        first_steps: number of optimizer steps of the whole fit, here and on the first process.
         warned: the warnings that were given, which are given once.
         module_size: number of parameters of the module, weights of sparse layers counted as dense ones.
         traces: what the method's parameters looked like when it had written them last.
@@ -37,6 +38,7 @@ class Fit:
     handles: list[Any] = field(default_factory=list)
     backwards: int = 0
     logged_step: int = 0
+    first_steps: dict[float, float] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
     module_size: int = 0
     traces: Traces = field(default_factory=Traces)
