@@ -233,6 +233,7 @@ def neuralforecast_nhits(callbacks):
     model = NHITS(h=4, input_size=8, max_steps=STEPS, mlp_units=[[32, 32]] * 3, callbacks=callbacks, **TRAINER)
     forecast = NeuralForecast(models=[model], freq="D")
     forecast.fit(frame)
+    callbacks[:] = forecast.models[0].trainer_kwargs["callbacks"]  # it trains a copy
     return forecast.models[0]
 
 
@@ -275,14 +276,14 @@ def cell(package: str, method: str) -> dict[str, object]:
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    callback = METHODS[method]()
+    callbacks = [METHODS[method]()]
     try:
-        module = PACKAGES[package][1]([callback])
+        module = PACKAGES[package][1](callbacks)
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
     matrices = [p for p in module.parameters() if p.ndim > 1]
     zeros = sum(int((p == 0).sum()) for p in matrices)
-    return {"chosen": callback.sparsity, "matrices": zeros / sum(p.numel() for p in matrices)}
+    return {"chosen": callbacks[0].sparsity, "matrices": zeros / sum(p.numel() for p in matrices)}
 
 
 def main() -> None:

@@ -17,11 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-try:
-    import lightning_sparse
-except ImportError as error:
-    print(error)
-    sys.exit()
+import lightning_sparse
 
 early = lightning_sparse.SparsityMonitor()
 packages = [pl]

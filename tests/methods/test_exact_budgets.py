@@ -4,6 +4,8 @@ Those that prune and grow are tested in ``test_prune_and_grow``, after more freq
 ``test_gradual``.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from helpers import MASKED, NETS, ROUNDS, TOP_K, watched
@@ -24,8 +26,7 @@ for heuristic in ("random", "grabo", "synflow"):
     )
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("net", "sparsity"), [*product(NETS, [0.9]), *product(["cnn", "lstm"], [0.5, 0.99])])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:.*has no weight left")
 @pytest.mark.filterwarnings("ignore:.*draws the endpoints of some weights uniformly")
