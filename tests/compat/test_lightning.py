@@ -19,5 +19,5 @@ def test_the_trainer_of_either_package_trains(mode, backend):
 
 def test_another_backend_is_refused(monkeypatch):
     monkeypatch.setenv("LIGHTNING_SPARSE_BACKEND", "jax")
-    with pytest.raises(ImportError, match="LIGHTNING_SPARSE_BACKEND must be one of.*got 'jax'"):
+    with pytest.raises(ImportError, match=r"LIGHTNING_SPARSE_BACKEND must be one of .*got 'jax'"):
         lightning._choose()

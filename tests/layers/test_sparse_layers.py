@@ -246,9 +246,11 @@ def test_a_new_layer_has_exactly_the_nonzeros_asked_for_scaled_by_the_fan_in_tha
     assert largest.max() > 0.5 * fan_in.max().rsqrt()
 
 
-@pytest.mark.parametrize("nnz", [-1, 31])
-def test_more_nonzeros_than_there_are_places_are_refused(nnz):
-    with pytest.raises(ValueError, match=f"nnz must be from 0 to 30, the size of the dense weight, got {nnz}"):
+@pytest.mark.parametrize(
+    ("nnz", "rule"), [(-1, "an integer of at least 0"), (31, "from 0 to 30, the size of the dense weight")]
+)
+def test_more_nonzeros_than_there_are_places_are_refused(nnz, rule):
+    with pytest.raises(ValueError, match=f"nnz must be {rule}, got {nnz}"):
         SparseLinear(6, 5, nnz)
 
 
