@@ -22,6 +22,7 @@ from lightning_sparse.compat.torch_private import (
     WeightNorm,
     weight_norm_hooks,
 )
+from lightning_sparse.layers.sparse import SparseLayer
 from lightning_sparse.rules.matrices import Outputs
 
 __all__ = ["Transform", "is_factor", "is_gain", "of_layer", "of_parametrization"]
@@ -140,8 +141,8 @@ def _parametrized(parametrized: ParametrizationList, local: str, values: Tensor)
 
 
 def _has_own_forward(layer: nn.Module) -> bool:
-    """Tell whether a linear layer or convolution computes by code of its own."""
-    if not isinstance(layer, (nn.Linear, Convolution)) or isinstance(layer, AttentionOutput):
+    """Tell whether a linear layer or convolution computes by code that is neither torch's nor this package's."""
+    if not isinstance(layer, (nn.Linear, Convolution)) or isinstance(layer, (AttentionOutput, SparseLayer)):
         return False
     functions = (getattr(type(layer), name, None) for name in ("forward", "_conv_forward"))
     return any(not getattr(function, "__module__", "torch.").startswith("torch.") for function in functions if function)
