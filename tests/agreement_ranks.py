@@ -2,6 +2,7 @@
 
 import os
 
+import lightning.pytorch as pl
 import torch
 from helpers import Lit, loader, mlp, trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -19,6 +20,14 @@ CASES = {
 }
 
 
+class Stops(pl.Callback):
+    """Ends the fit before a process runs out of batches, and notes how long it was to be."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps = trainer.callbacks[0].total_steps
+        trainer.should_stop = trainer.global_step == 8
+
+
 def run_all(folder):
     rank, found = int(os.environ["LOCAL_RANK"]), {}
     for name, build in CASES.items():
@@ -30,5 +39,13 @@ def run_all(folder):
             found[name] = callback.masks
         except MisconfigurationException as error:
             found[name] = str(error)
+    stops = Stops()
+    callbacks, strategy = (
+        [RigL(0.8, update_every=3, storage="sparse"), stops],
+        DDPStrategy(process_group_backend="gloo"),
+    )
+    uneven = trainer(callbacks, max_epochs=1, devices=2, strategy=strategy, use_distributed_sampler=False)
+    uneven.fit(Lit(mlp()), loader(64 if rank else 80))
+    found["uneven"] = stops.steps, uneven.num_training_batches
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

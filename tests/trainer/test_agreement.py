@@ -191,3 +191,4 @@ def test_callbacks_that_differ_between_processes_are_refused_on_all_of_them(tmp_
         assert message in first[name]
     for name, mask in first["none"].items():
         assert torch.equal(mask, second["none"][name]), "without a seed, that of the first process"
+    assert (first["uneven"], second["uneven"]) == ((10, 10), (10, 8)), "one schedule, whatever each has to train on"
