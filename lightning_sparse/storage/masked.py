@@ -13,7 +13,7 @@ from lightning_sparse.rules import select
 from lightning_sparse.storage.checkpoint import take_sparse
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
-from lightning_sparse.trainer.agreement import refuse_other_counts
+from lightning_sparse.trainer.agreement import refuse_broken_positions, refuse_other_counts
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import MaskedWeight
 
@@ -64,14 +64,17 @@ class MaskedStore(Store):
         """Have what sparse layers have written loaded by dense ones."""
         sparse = take_sparse(module)
         module.update({name: dense_weight(*entries) for name, entries in sparse.items()})
-        others = {name: state for name, state in states.items() if "mask" not in state}
+        others = {name: state for name, state in states.items() if "shape" in state and "mask" not in state}
         for name, state in others.items():
             mask = torch.zeros(state["shape"].tolist(), dtype=torch.bool)
             if "positions" in state:
+                refuse_broken_positions(name, state["positions"], mask.numel())
                 mask.view(-1)[state["positions"].long()] = True
-            else:
+            elif name in sparse:
                 _, crow, col, shape = sparse[name]
                 mask.view(-1)[flat_positions(crow, col, shape).cpu()] = True
+            else:
+                continue  # it will be missed
             states[name] = {"mask": mask, "buffers": {}}
         return bool(others)
 
