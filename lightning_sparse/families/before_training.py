@@ -73,7 +73,8 @@ class BeforeTraining(DenseOnly, MaskedCallback):
             for name, score in zip(probe.names, scores, strict=True):
                 if not score.isfinite().all():
                     raise MisconfigurationException(
-                        f"{self!r} got scores of {name} that are NaN or infinite. {_remedy(probe.names)}"
+                        f"{self!r} got scores of {name} that are NaN or infinite. Check that the loss and its "
+                        "gradients are finite at the start: input values, initial weights, precision."
                     )
             alike = [name for name, score in zip(probe.names, scores, strict=True) if select.all_equal(score)]
             warn_of_equal_scores(self, alike)
@@ -137,17 +138,6 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         """Take up a state."""
         super().load_state_dict(state_dict)
         self._scored = state_dict["scored"]
-
-
-def _remedy(names: Sequence[str]) -> str:
-    """Return what helps if scores of weights of these names are not finite."""
-    if any(name.endswith((".weight_v", "weight.original1")) for name in names):
-        return (
-            "Weight normalization divides by the norm of each output's weights, which is 0 where all of them are "
-            "pruned. Take it away before the fit, with torch.nn.utils.remove_weight_norm(layer) or "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or lower the sparsity."
-        )
-    return "Check that the loss and its gradients are finite at the start: input values, initial weights, precision."
 
 
 def budgets(size: int, k: int, rounds: int) -> list[int]:
