@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat.torch_private import calls_step_hooks
 
-__all__ = ["StepHook", "hook_step", "states", "stepping", "wrapped"]
+__all__ = ["StepHook", "hook_step", "states", "stepping", "takes_matrices_alone", "wrapped"]
 
 Before = Callable[[Any, Any, Any], tuple[Any, Any] | None]
 After = Callable[[Any, Any, Any], None]
@@ -49,6 +49,11 @@ def states(optimizer: Any, parameter: nn.Parameter) -> list[dict[str, Any]]:
     kept = {id(each.state): each.state for each in wrapped(optimizer)}
     found = (state.get(parameter) for state in kept.values())
     return [*{id(state): state for state in found if state is not None}.values()]
+
+
+def takes_matrices_alone(optimizer: Any) -> bool:
+    """Tell whether an optimizer, or one within it, trains matrices and refuses vectors, as Muon does."""
+    return any("Muon" in kind.__name__ for each in wrapped(optimizer) for kind in type(each).__mro__)
 
 
 def hook_step(optimizer: Any, before: Before, after: After) -> list[Any]:

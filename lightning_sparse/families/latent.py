@@ -265,9 +265,12 @@ class LatentCallback(SparseCallback):
     @torch.no_grad()
     def _take(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Take what other code has written into some weights of ``optimizer``, if it has."""
-        between = [weight for weight in weights if weight.effective is None]
-        changed = {weight: where for weight in between if (where := self._changed(weight)) is not None}
-        added = [weight for weight, where in changed.items() if self._take_over(weight, where)]
+        changed, added = [], []
+        for weight in weights:
+            found = self._changed(weight) if weight.effective is None else None
+            if found is not None:
+                changed.append(weight)
+                added += [weight] if self._take_over(weight, *found) else []
         if added:
             self.written(optimizer, added)
         for weight in changed:
@@ -314,19 +317,19 @@ class LatentCallback(SparseCallback):
             if weight.parameter is not None:
                 self._project(weight)
 
-    def _changed(self, weight: LatentWeight) -> Tensor | None:
-        """Return where a parameter is not the ``P`` of its ``W``: boolean, of its shape; None: nowhere."""
+    def _changed(self, weight: LatentWeight) -> tuple[Tensor, Tensor] | None:
+        """Return the ``P`` of a weight's ``W``, and where its parameter is another, a boolean tensor; None: nowhere."""
         X, P = _parameter(weight).data, _effective(self, weight)
         if torch.equal(X, P) or not (where := (X != P).logical_and_(~(X.isnan() & P.isnan()))).any():
             self._fit.traces.note(_parameter(weight))
             return None
         if not self._fit.traces.differs(_parameter(weight)):  # through .data, as may be done at every step
             self._fit.looks.always()
-        return where
+        return P, where
 
-    def _take_over(self, weight: LatentWeight, where: Tensor) -> bool:
-        """Take what was written ``where``; tell whether there are values where there was 0."""
-        X, P = _parameter(weight).data, _effective(self, weight)
+    def _take_over(self, weight: LatentWeight, P: Tensor, where: Tensor) -> bool:
+        """Take what was written over ``P`` ``where``; tell whether there are values where there was 0."""
+        X = _parameter(weight).data
         added = where & (P == 0) & (X != 0)
         weight.latent.copy_(torch.where(where, self.latent(weight, X), weight.latent))
         self._fit.tell_once(f"{self!r} goes on with what other code wrote into {weight.name}.")

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import MisconfigurationException, Trainer, is_a
-from lightning_sparse.compat.optimizers import stepping, wrapped
+from lightning_sparse.compat.optimizers import stepping, takes_matrices_alone, wrapped
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.compat.torch_private import complete_momentum, found_infinite
 from lightning_sparse.families.common import (
@@ -223,7 +223,7 @@ class Thresholds:
     def _refuse_vectors(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Raise if thresholds cannot join the optimizer of their weights, which takes matrices alone."""
         names = [weight.name for weight in weights if any(t.ndim != 2 for t in weight.thresholds.values.values())]
-        if names and "Muon" in {kind.__name__ for kind in type(optimizer).__mro__}:
+        if names and takes_matrices_alone(optimizer):
             raise MisconfigurationException(
                 f"{self.method!r} trains thresholds, which are vectors, in the optimizer of their weights, but "
                 f"{type(optimizer).__name__} takes matrices alone: give {', '.join(names)} another, such as SGD or "

@@ -21,6 +21,7 @@ from lightning_sparse.compat.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_sparse.compat.optimizers import takes_matrices_alone
 from lightning_sparse.layers.selection import ParameterChoice, select_parameters
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_
 from lightning_sparse.layers.stand_in import shaped
@@ -332,7 +333,7 @@ def _refuse_matrix_optimizers(method: Stored, trainer: Trainer) -> None:
     ours = {id(weight.parameter): name for name, weight in method._weights.items()}
     for optimizer in trainer.optimizers:
         names = [ours[i] for i in owned(optimizer) if i in ours]
-        if names and any("Muon" in kind.__name__ for kind in type(optimizer).__mro__):
+        if names and takes_matrices_alone(optimizer):
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} trains matrices, but {method!r} holds {listed(sorted(names))} as vectors "
                 "of nonzeros. Give them to another optimizer such as AdamW, or use storage='masked'."

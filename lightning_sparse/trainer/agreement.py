@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, distributed
 
 from lightning_sparse.compat.lightning import MisconfigurationException, rank_zero_warn
+from lightning_sparse.kernels.structure import check_positions
 
 __all__ = [
     "Saved",
@@ -137,11 +138,13 @@ def refuse_other_counts(method: Any, there: Mapping[str, int] | None, here: Mapp
 
 def refuse_broken_positions(name: str, positions: Tensor, size: int) -> None:
     """Raise unless positions of connections are ascending, each there once, and below ``size``."""
-    if len(positions) and (bool((positions.diff() <= 0).any()) or positions[0] < 0 or positions[-1] >= size):
+    try:
+        check_positions(positions, (size,))
+    except ValueError as error:
         raise MisconfigurationException(
             f"The checkpoint's positions of {name} must be ascending, different and from 0 to {size - 1}: they were "
             "changed after they were written. Take another checkpoint."
-        )
+        ) from error
 
 
 # ---------------------------------------------------------------------- other processes

@@ -179,8 +179,7 @@ def refuse_exchanged_optimizers(method: Verbs, trainer: Trainer) -> None:
 
 def refuse_unseen_update(method: Verbs, unseen: bool, trainer: Trainer) -> None:
     """Raise if an update has passed the hooks on the optimizers by; ``unseen``: one was announced, and none seen."""
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which may have skipped it
-    if unseen and not scaled:
+    if unseen and getattr(trainer.precision_plugin, "scaler", None) is None:  # which may have skipped it
         kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
         raise MisconfigurationException(
             f"{method!r} acts around the step of {kinds}, but an update was made without it, or its step was "
