@@ -9,7 +9,7 @@ OUT ?= runs/notebooks
 .PHONY: help demo test lint docs notebooks clean
 
 help:
-	@echo "make demo   train DFBST and its dense twin on scikit-learn's digits, and compare (ARGS='--epochs 1' passes options)"
+	@echo "make demo   train DFBST and a dense baseline on scikit-learn's digits, and compare (ARGS='--epochs 1' passes options)"
 	@echo "make test   run the tests and the examples in docstrings (JOBS=$(JOBS) at a time)"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   build the documentation into site/; warnings are errors"

@@ -21,21 +21,21 @@ from lightning_sparse.compat.extras import extra
 
 __all__ = ["main"]
 
-_DESCRIPTION = f"""Train methods under one recipe, several seeds each; print one table and draw one plot.
+_DESCRIPTION = f"""Train several methods with one recipe, several seeds each; print one table and draw one plot.
 
   lightning-sparse compare --recipe dense-lenet300-digits --methods dense,dst,rigl,ggr:update_every=50 --seeds 3
 
 Methods: {SYNTAX}, separated by commas:
 {textwrap.fill(f"dense, {', '.join(methods())}.", 120)}
-Upper and lower case are alike. Values are YAML; put what holds brackets or quotes into quotes for your shell. An
-argument with a dot is an option of fit for this method alone (dst:model.init_args.optimizer.init_args.lr=0.05).
-What is not written comes from the recipe, if it is the method's, else from the method's own recipe of this package for
-the same network and data. TopKAST's backward density is twice its density unless backward_sparsity is given.
+Upper and lower case are alike. Values are YAML; quote values with brackets or quotes for your shell. An argument with
+a dot is an option of fit, only for this method (dst:model.init_args.optimizer.init_args.lr=0.05). Arguments that you do
+not give come from the recipe, if it has this method, else from the method's own recipe of this package for the same
+network and data. TopKAST's backward density is twice its density unless backward_sparsity is given.
 
 Options --trainer.KEY=VALUE, --model.KEY=VALUE and --data.KEY=VALUE, such as --data.data_dir=DIR, go to every run.
 
-Runs that have finished are kept: repeat the command to go on after an interruption, or add methods, sparsities and
-seeds. Each run is one lightning-sparse fit in a process of its own; its folder holds log.txt, run.yaml and version_N.
+Runs that have finished are kept: repeat the command to continue after an interruption, or to add methods, sparsities
+and seeds. Each run is one lightning-sparse fit in a separate process; its folder holds log.txt, run.yaml and version_N.
 """
 
 
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sparsities",
         type=_sparsities,
         help="for methods that take one, such as 0.9,0.95,0.98 (default: the recipe's, else 0.9); "
-        "other methods find a density of their own and run once",
+        "other methods find their density themselves and run once",
     )
     parser.add_argument(
         "--seeds", type=_seeds, default="3", help="their number N, for 0 to N-1, or a list such as 0,5 (default: 3)"
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", default="val_acc", help="the logged value to compare (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for runs and results (default: runs/compare-RECIPE)")
     parser.add_argument("--plot", type=Path, help="PNG file; an SVG is put beside it (default: OUT/pareto.png)")
-    parser.add_argument("--no-plot", action="store_true", help="draw nothing, which needs no matplotlib")
+    parser.add_argument("--no-plot", action="store_true", help="draw nothing; matplotlib is then not needed")
     return parser
 
 
@@ -199,7 +199,7 @@ def _look_for(metric: str) -> Callable[[Run], None]:
         try:
             results.measured(run.folder, results.history(run.folder), metric)
         except ValueError as error:
-            say(f"NO METRIC  {error} The runs go on and are kept; the same command with that makes the table.")
+            say(f"NO METRIC  {error} The runs continue. For the table, repeat the command with one of these.")
 
     return look
 

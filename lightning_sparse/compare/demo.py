@@ -1,4 +1,4 @@
-"""The demo: a sparse method and its dense twin, trained side by side from the recipes, and compared.
+"""The demo: a sparse method and its dense baseline, trained side by side from the recipes, and compared.
 
 Each training is a process of its own with one thread, so that its peak memory is its own and both meet the same load.
 """
@@ -35,7 +35,7 @@ def compare(
     seed: int = 0,
     out: str | None = None,
 ) -> str:
-    """Train a method and its dense twin; write checkpoints, CSV and figure; return the table.
+    """Train a method and its dense baseline; write checkpoints, CSV and figure; return the table.
 
     Args:
         method: "dst", "dfbst", "autosparse" or "str".
@@ -98,10 +98,10 @@ def table(sparse: Result, dense: Result) -> str:
     lines.insert(1, "-" * len(lines[0]))
     lines += [
         "",
-        f"Masked training is not faster: {sparse.method} multiplies the same dense matrices, zeros included, and its",
-        "own work comes on top. The theoretical FLOPs are what a machine that skips zeros would do. Times are the",
-        "clock's: both train at once, and on a busy machine their ratio says little. Most of the memory of so small a",
-        "training is that of Python's packages (numba, where installed, is loaded by the method alone).",
+        f"Masked training is not faster: {sparse.method} multiplies the same dense matrices, zeros included, and adds",
+        "its own work. The theoretical FLOPs are those of a machine that skips zeros. Times are wall-clock times: both",
+        "train at once, and on a busy machine their ratio says little. In so small a training, Python's packages take",
+        "most of the memory (only the method loads numba, if it is installed).",
     ]
     return "\n".join(lines).replace("\u2212", "-")  # a minus that every terminal has
 
@@ -125,7 +125,7 @@ def figure(sparse: Result, dense: Result, title: str, file: Path) -> None:
     lowest = min(known([value for line in densities.legend for value in line.values]))
     limits, _ = settled([list(line.values) for line in accuracies.legend])
     drawing, (left, right) = charts.panels(2, (10.5, 4.2))
-    drawing.suptitle(f"{sparse.method} beside its dense twin: {title}", fontsize=13, fontweight="bold")
+    drawing.suptitle(f"{sparse.method} beside its dense baseline: {title}", fontsize=13, fontweight="bold")
     charts.draw_lines(left, numbers(sparse), densities.legend, ylabel="weights not masked", log=lowest < 0.2)
     charts.draw_lines(right, numbers(sparse), accuracies.legend, ylabel="accuracy", limits=limits)
     left.set_title(densities.title)

@@ -159,7 +159,7 @@ def module(**argument: nn.Module) -> None:
     ((name, value),) = argument.items()
     if not isinstance(value, nn.Module):
         raise ValueError(
-            f"{name} must be an nn.Module, got one of type {type(value).__name__}. Of a checkpoint, give "
+            f"{name} must be an nn.Module, got one of type {type(value).__name__}. For a checkpoint, give "
             "MyModule.load_from_checkpoint(path)."
         )
 

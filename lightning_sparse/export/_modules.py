@@ -103,7 +103,7 @@ def check_dense(module: nn.Module, what: str) -> None:
         raise ValueError(
             f"{what} needs dense weights, but these layers are sparse: {', '.join(layers)}. Give it "
             "lightning_sparse.storage.to_dense(copy.deepcopy(module)), whose dense weights of these layers take "
-            f"{dense_bytes(module) / 2**20:,.1f} MiB; to_csr and save_sparse do without."
+            f"{dense_bytes(module) / 2**20:,.1f} MiB; to_csr and save_sparse do not need them."
         )
 
 

@@ -89,7 +89,7 @@ class CompactReport:
         kept = [f"  {layer.name}: {reason}" for layer in self.layers for reason in layer.kept]
         lines += ["Without weights, but kept:", *kept] if kept else []
         stopped = [f"  {name}: {reason}" for name, reason in self.not_followed.items()]
-        lines += ["Not followed, so that what flows into it stays as it is:", *stopped] if stopped else []
+        lines += ["Not followed, so its inputs stay unchanged:", *stopped] if stopped else []
         return "\n".join(lines)
 
 

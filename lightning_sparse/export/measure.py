@@ -70,8 +70,8 @@ class Benchmark:
 
     Attributes:
         rows: measurements by name. The first, with which the others are compared, is the module itself, "dense". Of a
-            module with sparse layers it is its dense twin, and the module itself is "sparse layers", which comes first
-            if there is no twin.
+            module with sparse layers it is a copy with dense weights, and the module itself is "sparse layers", which
+            comes first if there is no such copy.
         skipped: by name of what could not be made, why.
         sparse_file_bytes: of the module's state dict as ``save_sparse`` writes it; None: safetensors is not installed.
     """
@@ -125,12 +125,12 @@ def benchmark(
     all. Memory is that of a process of its own for each. Progress is shown on standard error, if it is a terminal.
 
     Where the module is on a GPU, so are its exports: with 2:4 sparsity if it fits, and without ONNX, which is measured
-    on the CPU alone. Times include the wait for the GPU at the end. Memory is that of the GPU, in this process: the
+    only on the CPU. Times include the wait for the GPU at the end. Memory is that of the GPU, in this process: the
     bytes of the variant's parameters and buffers, plus what a run of the largest batch allocates at its peak.
 
-    A module with sparse layers is measured as it is, and beside it a dense twin, of which the exports are made, if the
-    twin's weights take no more than ``lightning_sparse.storage.sparse.DENSE_LIMIT`` bytes. Above, rows that need
-    dense weights are left out.
+    A module with sparse layers is measured as it is. A copy with dense weights, from which the exports are made, is
+    measured beside it if its weights take no more than ``lightning_sparse.storage.sparse.DENSE_LIMIT`` bytes. If they
+    take more, rows that need dense weights are left out.
 
     Args:
         module: on the CPU or a CUDA GPU, with exact zeros in its weights, or with sparse layers; it is not changed.
@@ -253,7 +253,7 @@ def _variants(
 
     def onnx(source: nn.Module, name: str) -> Any:
         if device.type != "cpu":
-            raise ValueError("ONNX is measured on the CPU alone")
+            raise ValueError("ONNX is measured only on the CPU")
         to_onnx(source, folder / name, example_input)
         return onnx_session(folder / name)
 

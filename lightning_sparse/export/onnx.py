@@ -36,8 +36,8 @@ def to_onnx(
 ) -> None:
     """Write ``module`` in eval mode as ONNX, and check with onnxruntime that it computes the same.
 
-    Zeros are written as zeros: ONNX has no sparse matrix products, so such a file gains nothing by sparsity alone.
-    Export the result of ``compact`` to gain.
+    Zeros are written as zeros. ONNX has no sparse matrix products, so sparsity makes such a file neither smaller nor
+    faster. Export the result of ``compact`` for a smaller and faster one.
 
     Args:
         module: to export; it is not changed.

@@ -32,7 +32,7 @@ NEW = 1e-12
 
 
 class DeepR(DenseOnly, MaskedCallback):
-    r"""Deep Rewiring: every position has a fixed sign, and a connection that would change it moves elsewhere.
+    r"""Deep Rewiring: every weight has a fixed sign; a connection that would change it is dropped, and another grows.
 
     With ``theta = sign W`` of active connections, after each update of the optimizer ``theta -= lr l1``,
     ``theta += sqrt(2 lr T) nu`` with standard normal ``nu``; where ``theta < 0`` the connection is dropped, and as many

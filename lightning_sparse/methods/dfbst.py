@@ -26,8 +26,8 @@ class DFBST(HardThresholded, LatentCallback):
 
     Forward, as :class:`DST` with ``|t_f|`` for ``t``. Backward, with ``G`` the gradient of ``W``: the contribution
     score ``CS = G / sum_j |G|`` of each row gives the mask ``M_b = 1[|CS| >= |t_b|]``, and ``W`` is updated with
-    ``G~ = G * M_b``. The loss gains ``alpha * sum exp(-t_f) + beta * std(G~ of the whole model)``; the second term
-    reaches ``t_b`` alone. With ``sparsity`` in place of ``alpha``, all ``t_f`` are shifted together to meet it.
+    ``G~ = G * M_b``. ``alpha * sum exp(-t_f) + beta * std(G~ of the whole model)`` is added to the loss; the second
+    term acts only on ``t_b``. With ``sparsity`` instead of ``alpha``, all ``t_f`` are shifted together to meet it.
 
     Example:
         >>> from lightning_sparse import DFBST

@@ -35,9 +35,10 @@ def _check_shares(**argument: Sequence[float]) -> None:
 
 
 class DSR(PruneAndGrow):
-    """Dynamic Sparse Reparameterization: one adaptive threshold for all layers; who keeps more gets more.
+    """Dynamic Sparse Reparameterization: one adaptive threshold; layers that keep more connections get more new ones.
 
-    All connections with ``|W| < H`` are dropped, and as many are grown at random, shared out by the layers' survivors.
+    All connections with ``|W| < H`` are dropped, and as many are grown at random: each layer gets new ones in
+    proportion to those that it keeps.
     H is doubled if fewer than ``1 - tolerance`` of the target were dropped, and halved if more than ``1 + tolerance``.
 
     Example:

@@ -16,10 +16,10 @@ __all__ = ["DST"]
 class DST(HardThresholded, LatentCallback):
     r"""Dynamic Sparse Training: trainable magnitude thresholds, pushed up by a regulariser.
 
-    With ``Q = |W| - t``, the layer computes with ``P = W * 1[Q > 0]``, and the loss gains
-    ``alpha * sum_layers sum_i exp(-t_i)``. The derivative of the step is taken to be the long-tailed
-    ``H(x) = 2 - 4|x|`` up to ``|x| = 0.4``, ``0.4`` up to 1, and 0 beyond, so that masked weights keep learning. With
-    ``sparsity`` in place of ``alpha``, there is no regulariser and all thresholds are shifted together to meet it.
+    With ``Q = |W| - t``, the layer computes with ``P = W * 1[Q > 0]``, and ``alpha * sum_layers sum_i exp(-t_i)`` is
+    added to the loss. ``H`` replaces the derivative of the step: ``H(x) = 2 - 4|x|`` up to ``|x| = 0.4``, ``0.4`` up to
+    1, and 0 beyond, so that masked weights keep learning. With ``sparsity`` instead of ``alpha``, there is no
+    regulariser and all thresholds are shifted together to meet it.
 
     Example:
         >>> from lightning_sparse import DST

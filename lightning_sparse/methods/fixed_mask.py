@@ -12,7 +12,7 @@ __all__ = ["FixedMask"]
 
 
 class FixedMask(MaskedCallback):
-    """A mask that never moves, of a network that is there already: by default its zeros stay, and no other is made.
+    """Train a sparse network further with a fixed mask: by default its zeros stay, and no new ones are made.
 
     Example:
         >>> from lightning_sparse import FixedMask
@@ -23,7 +23,7 @@ class FixedMask(MaskedCallback):
     """
 
     sparsity_target: float | None = option(
-        alias="sparsity", default=None, kw_only=False, doc=f"{SPARSITY[:-1]}; None: what the zeros or the file have."
+        alias="sparsity", default=None, kw_only=False, doc=f"{SPARSITY[:-1]}; None: that of the network or file."
     )
     initial: str = "zeros"
 

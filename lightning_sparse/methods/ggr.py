@@ -22,7 +22,7 @@ __all__ = ["GGR"]
 
 
 class GGR(PruneAndGrow):
-    """Global Gradient-based Redistribution: layers get new connections as they win in a ranking of all gradients.
+    """Global Gradient-based Redistribution: a ranking of all gradients decides which layers get new connections.
 
     With ``storage="sparse"`` an update computes the gradient of some rows at a time.
 

@@ -23,10 +23,10 @@ __all__ = ["GraNet"]
 
 
 class GraNet(GradualPruning):
-    """Gradual pruning with regrowth: fall to the target by global magnitude, and rewire some of each layer meanwhile.
+    """Gradual pruning with regrowth: prune by global magnitude; each update also moves connections within layers.
 
-    Regeneration goes on after the schedule's end. ``scope="layer", distribution="uniform"`` is the authors'
-    GraNet_uniform: every layer falls to the same sparsity.
+    Regeneration continues after the schedule's end. ``scope="layer", distribution="uniform"`` is the authors'
+    GraNet_uniform: every layer reaches the same sparsity.
 
     Example:
         >>> from lightning_sparse import GraNet

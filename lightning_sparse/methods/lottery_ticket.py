@@ -42,12 +42,12 @@ __all__ = ["LotteryTicket"]
 
 
 class LotteryTicket(DenseOnly, MaskedCallback):
-    """Lottery tickets: train, prune the smallest weights, rewind the others, and so on; then train what is left.
+    """Lottery tickets: train, prune the smallest weights, rewind the others, repeat; at last train the rest.
 
     The fit is divided into ``rounds + 1`` trainings of equal length. After each but the last, weights are pruned by
     magnitude, down to ``size (1 - sparsity)^(j / rounds)`` in round j. Then all parameters and buffers of the module,
-    optimizers and learning-rate schedulers go back to where they were when the fit began (or after ``rewind_step``
-    steps), so each training runs like the first, with fewer weights.
+    optimizers and learning-rate schedulers get back the state that they had when the fit began (or after
+    ``rewind_step`` steps), so each training runs like the first, with fewer weights.
 
     Raises:
         MisconfigurationException: at fit start, if the fit cannot be divided into the trainings.
@@ -181,7 +181,7 @@ class LotteryTicket(DenseOnly, MaskedCallback):
                 self.warn_once(
                     f"{self!r}: the learning-rate schedule {type(config.scheduler).__name__} ends after {end:g} "
                     f"{config.interval}s, a training after {training:g}: it begins anew with each training and never "
-                    "comes to its end. Make it as long as one training."
+                    "reaches its end. Make it as long as one training."
                 )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -87,7 +87,7 @@ class MemoryEfficientDST(PruneAndGrow):
         if self.subset == "size" and self.multiplier < 1:
             raise ValueError(
                 f'subset_multiplier must be at least 1 with subset="size", got {self.subset_multiplier!r}: it is the '
-                "number of connections sampled for each one that moves. With 1 all that is sampled is grown."
+                "number of connections sampled for each one that moves. With 1 all sampled connections are grown."
             )
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}  # what goes and what comes, by layer, within an update
 
@@ -178,8 +178,8 @@ class MemoryEfficientDST(PruneAndGrow):
         if unseen:
             self.warn_once(
                 f"{self!r} draws the endpoints of some weights uniformly: heuristic={self.heuristic!r} "
-                f"can tell them only where training_step calls a linear layer or a convolution as a module that alone "
-                f"holds the weight, not for {unseen}."
+                f"needs a linear layer or a convolution that training_step calls as a module, and whose weight no "
+                f"other layer shares. That is not so for {unseen}."
             )
         if sums:
             of_units = [end for pair in sums.values() for end in pair]

@@ -28,9 +28,9 @@ __all__ = ["MEST"]
 class MEST(PruneAndGrow):
     """Memory-Economic Sparse Training: drop the smallest ``|W| + lambda |dP|`` of each layer, grow at random.
 
-    With ``soft_bound`` new connections come before old ones go: between two updates a layer has up to
+    With ``soft_bound`` new connections grow before old ones are dropped: between two updates a layer has up to
     ``drop_fraction`` more connections than its budget, and the next update drops as many, old or new, by importance.
-    The sparsity asked for is then that of the end.
+    ``sparsity`` is then reached at the end.
 
     Example:
         >>> from lightning_sparse import MEST
@@ -46,7 +46,7 @@ class MEST(PruneAndGrow):
     """
 
     gradient_weight: float = option(
-        default=0.5, check=partial(checks.at_least, 0, "0 looks at magnitudes alone."), doc="lambda, at least 0."
+        default=0.5, check=partial(checks.at_least, 0, "0 uses only magnitudes."), doc="lambda, at least 0."
     )
     soft_bound: bool = option(default=False, doc="grow first and drop at the next update (the paper's EM&S).")
 

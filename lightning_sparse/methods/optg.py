@@ -52,11 +52,11 @@ class OptG(TopKCallback):
     steepness: float = option(
         default=10.0,
         check=partial(checks.above, 0, "10 is near 0 and 1 at the ends."),
-        doc="of the logistic curve, above 0: the larger, the later and faster sparsity comes.",
+        doc="of the logistic curve, above 0: with a larger value sparsity rises later and faster.",
     )
     end_at: float = option(
         default=0.6,
-        check=partial(checks.fraction, "0.6 leaves what is left time to train on.", above_0=True),
+        check=partial(checks.fraction, "0.6 leaves time to train the final network.", above_0=True),
         doc="share of the training after which the target is reached, in (0, 1].",
     )
     begin_at: float = fixed(default=0.0)

@@ -46,7 +46,7 @@ class SNFS(DenseOnly, PruneAndGrow):
     smoothing: float = option(
         default=0.9,
         check=partial(checks.fraction, "The paper's value is 0.9.", below_1=True),
-        doc="the average keeps so much of its past at each step, in [0, 1).",
+        doc="share of its past that the average keeps at each step, in [0, 1).",
     )
     stop_at: float = 1.0
 

@@ -26,7 +26,7 @@ __all__ = ["SynFlow"]
 
 
 class SynFlow(BeforeTraining):
-    """Synaptic Flow: prune in many rounds what carries least of an all-ones input through ``|W|``; no data are used.
+    """Synaptic Flow: prune in many rounds the weights with the least flow from an input of ones; no data are used.
 
     In round r of n the largest ``|W * dR/dW|`` stay, ``density^(r/n)`` of the weights; ``R`` is the sum of the outputs
     of the masked network, all its parameters replaced by their magnitudes, for one input of ones, in double precision
@@ -45,12 +45,12 @@ class SynFlow(BeforeTraining):
     rounds: int = option(
         default=100,
         check=partial(checks.integer, 1, "The paper's value is 100."),
-        doc="number of rounds n, 1 or more; with few, layers may be lost as a whole.",
+        doc="number of rounds n, 1 or more; with few, whole layers may be lost.",
     )
     biases: bool = option(
         default=True,
-        doc="let biases, by magnitude, take part in the flow. They carry some past layers that have lost all, so the "
-        "paper's guarantee that no layer is lost holds for False alone.",
+        doc="let the magnitudes of biases take part in the flow. They feed the layers after an empty one, so the "
+        "paper's guarantee that no layer is lost holds only for False.",
     )
 
     needs_loss = False

@@ -31,8 +31,8 @@ class TopKAST(Annealed, TopKCallback):
 
     With D the density, A the D largest ``|W|`` and B the ``1 - backward_sparsity`` largest, which hold A, the layer
     computes with ``P = W * 1_A``. Backward, ``dW = dP`` on A, ``alpha_i dP`` on the rest of B, and 0 outside, where
-    ``W`` does not move; ``alpha_i = alpha * decay(i)`` in epoch i. The loss gains
-    ``l2 / 2 (sum_A W^2 + sum_{B - A} W^2 / D)``, so that only what learns fast enough gets into A.
+    ``W`` does not move; ``alpha_i = alpha * decay(i)`` in epoch i. The penalty
+    ``l2 / 2 (sum_A W^2 + sum_{B - A} W^2 / D)`` is added to the loss, so only weights that learn fast enough enter A.
 
     Raises:
         MisconfigurationException: at fit start, if the decay needs the number of epochs and nothing bounds it.
@@ -61,12 +61,12 @@ class TopKAST(Annealed, TopKCallback):
     power: float = option(
         default=1.0,
         check=partial(checks.at_least, 1, "1 trains the weights themselves."),
-        doc="powerpropagation's exponent, at least 1: trained is v, and ``W = v |v|^(power-1)``. The paper's: 2 to 4.",
+        doc="powerpropagation's exponent, at least 1: v is trained, and ``W = v |v|^(power-1)``. The paper's: 2 to 4.",
     )
     l2: float = option(
         default=1e-4,
         check=partial(checks.at_least, 0, "The paper's value for ResNet-50 is 1e-4."),
-        doc="weight of the penalty, at least 0. It takes the place of the optimizer's weight decay.",
+        doc="weight of the penalty, at least 0. It replaces the optimizer's weight decay.",
     )
 
     must_stay = ("power",)

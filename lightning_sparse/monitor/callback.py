@@ -27,7 +27,7 @@ __all__ = ["SparsityMonitor"]
 class SparsityMonitor(Callback):
     """Logs density, theoretical operations, bytes, memory, time and the life of the masks; warns of collapsing layers.
 
-    It stands beside any sparse callbacks, in any order, or alone in a dense run, whose densities are 1. Once an epoch
+    Use it beside any sparse callbacks, in any order, or in a dense run, whose densities are 1. Once an epoch
     it logs through ``pl_module.log`` and writes ``sparsity.json`` into the log directory. Training is the same bit for
     bit with it and without it.
 

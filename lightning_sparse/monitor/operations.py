@@ -23,7 +23,7 @@ def counted(trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, 
             reason = f"{type(error).__name__}: {error}"
     rank_zero_warn(
         f"SparsityMonitor could not count the operations of {type(module).__name__} on a copy of it ({reason}): "
-        "it reports densities, time and memory alone. SparsityMonitor(flops=False) does so without a warning."
+        "it reports only densities, time and memory. SparsityMonitor(flops=False) does so without a warning."
     )
     return {}
 

@@ -63,7 +63,7 @@ class RunFile:
         try:
             write(self.path, text)
         except OSError as error:
-            rank_zero_warn(f"SparsityMonitor cannot write {self.path}: {error}. The run goes on without the file.")
+            rank_zero_warn(f"SparsityMonitor cannot write {self.path}: {error}. The run continues without the file.")
             self.path = None
 
     def state_dict(self) -> dict[str, Any]:

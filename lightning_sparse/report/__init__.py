@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page on a run, beside its dense twin where there is one."""
+"""The report: one self-contained HTML page on a run, compared with its dense baseline if there is one."""
 
 import argparse
 from collections.abc import Iterator, Sequence

@@ -52,7 +52,7 @@ def density_chart(run: Run) -> Part:
         order = sorted(names, key=lambda name: last(values[name]) or 0.0, reverse=True)
         named = order[: _COLOURED // 2] + order[-(_COLOURED // 2) :]
         drawn = [charts.Line("", values[name], charts.OTHERS) for name in names if name not in named]
-        caption = f"The three densest and the three sparsest of {len(names)} layers are named, the others thin lines."
+        caption = f"The three densest and three sparsest of {len(names)} layers are named; the others are thin lines."
     else:
         named, caption = names, ""
     legend = [
@@ -124,7 +124,7 @@ def tradeoff_chart(run: Run, dense: Run | None, metric: str | None) -> Part:
         legend.append(charts.Line("dense, at the end", [], charts.DENSE, metric_text(metric, level)))
     start = f"{metric_text(metric, first_y)} at density {share(first_x)}"
     end = f"{metric_text(metric, y)} at density {share(x)}"
-    alt = f"{metric} against density, an epoch a dot: from {start} to {end}."
+    alt = f"{metric} against density, one dot per epoch: from {start} to {end}."
     xs, ys = zip(*both, strict=True)
     limits, caption = settled([list(ys), [level] * len(ys)])
     svg = charts.paths(
@@ -136,7 +136,7 @@ def tradeoff_chart(run: Run, dense: Run | None, metric: str | None) -> Part:
         percent=is_share(metric),
         limits=limits,
     )
-    return Part(title, svg, legend, f"A dot an epoch; the diamond is the last. {caption}".rstrip())
+    return Part(title, svg, legend, f"One dot per epoch; the diamond is the last epoch. {caption}".rstrip())
 
 
 def movement_chart(run: Run) -> Part | None:

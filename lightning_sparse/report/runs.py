@@ -97,7 +97,7 @@ def read(folder: str | Path) -> Run:
     try:
         text = config.read_text(encoding="utf-8") if config.is_file() else None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{config} is not text ({error}). Remove it: the page does without.") from error
+        raise ValueError(f"{config} is not text ({error}). Remove it: the page does not need it.") from error
     return Run(folder, record, text, _tests(folder / "metrics.csv"))
 
 
@@ -142,5 +142,7 @@ def _tests(path: Path) -> dict[str, float]:
                     {name: float(value) for name, value in row.items() if name and name[:4] == "test" and value}
                 )
     except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a table of numbers ({error}). Remove it: the page does without.") from error
+        raise ValueError(
+            f"{path} is not a table of numbers ({error}). Remove it: the page does not need it."
+        ) from error
     return found

@@ -16,7 +16,7 @@ _STATUS = {
     "running": "When this page was written the training had not ended: numbers are those of the last whole epoch. "
     "A process that was killed also stays in this state.",
     "interrupted": "The training was interrupted: numbers are those of the last whole epoch before.",
-    "failed": "The training broke off with an error: numbers are those of the last whole epoch before.",
+    "failed": "The training stopped with an error: numbers are those of the last whole epoch before.",
 }
 #: masks or histograms that show before one asks for more
 _SHOWN = 12

@@ -15,7 +15,7 @@ from lightning_sparse.zoo.models import LeNet300
 
 @pytest.fixture
 def results(tmp_path):
-    """Return a sparse run and its dense twin of some epochs."""
+    """Return a sparse run and its dense baseline of some epochs."""
     return lambda epochs=8: [read(save(tmp_path / str(method), record(epochs, method))) for method in ("DFBST", None)]
 
 

@@ -147,7 +147,7 @@ def test_a_run_that_did_not_finish_says_so(run, status):
     words = {
         "running": "the training had not ended",
         "interrupted": "The training was interrupted",
-        "failed": "The training broke off with an error",
+        "failed": "The training stopped with an error",
         "unheard of": "'unheard of', which this version does not know",
     }
     assert words[status] in page
@@ -200,7 +200,7 @@ def test_a_dense_run_alone_has_a_page(dense):
 
 def test_of_many_layers_the_densest_and_the_sparsest_are_named(run):
     page = text(report.write(save(run, record(shapes=DEEP))))
-    assert "The three densest and the three sparsest of 15 layers are named" in page
+    assert "The three densest and three sparsest of 15 layers are named" in page
     assert "3 more masks" in page
 
 
@@ -269,7 +269,7 @@ def test_a_file_that_is_broken_within_is_refused_by_its_path(tmp_path, change):
 def test_a_broken_file_beside_it_is_refused_by_its_path(run, name, content):
     (run / name).write_bytes(content)
     with pytest.raises(
-        ValueError, match=rf"{name} is not (text|a table of numbers) .* Remove it: the page does without"
+        ValueError, match=rf"{name} is not (text|a table of numbers) .* Remove it: the page does not need it"
     ):
         report.write(run)
 
