@@ -27,7 +27,9 @@ from lightning_sparse.methods.synflow import SynFlow
 from lightning_sparse.methods.topkast import TopKAST
 from lightning_sparse.monitor import SparsityMonitor
 from lightning_sparse.storage.checkpoint import load_dense
+from lightning_sparse.trainer.allreduce import MaskedAllreduce
 from lightning_sparse.trainer.callback import SparseCallback
+from lightning_sparse.trainer.loop import Attached, attach
 
 __all__ = [
     "DFBST",
@@ -43,12 +45,14 @@ __all__ = [
     "SNIP",
     "STR",
     "SWAT",
+    "Attached",
     "AutoSparse",
     "DeepR",
     "FixedMask",
     "GraNet",
     "GraSP",
     "LotteryTicket",
+    "MaskedAllreduce",
     "MemoryEfficientDST",
     "OptG",
     "RandomPruning",
@@ -58,6 +62,7 @@ __all__ = [
     "SynFlow",
     "TopKAST",
     "__version__",
+    "attach",
     "load_dense",
     "register_layer",
 ]

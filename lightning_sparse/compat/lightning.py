@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "PACKAGE",
     "Callback",
+    "CombinedLoader",
     "DummyLogger",
     "LightningModule",
     "MisconfigurationException",
@@ -51,6 +52,7 @@ PACKAGE = _choose()
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.utilities import CombinedLoader
     from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
     from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
@@ -65,6 +67,7 @@ else:
     LightningModule, Trainer = _pl.LightningModule, _pl.Trainer
     DummyLogger = importlib.import_module(f"{PACKAGE}.loggers.logger").DummyLogger
     _exceptions = importlib.import_module(f"{PACKAGE}.utilities.exceptions")
+    CombinedLoader = importlib.import_module(f"{PACKAGE}.utilities").CombinedLoader
     _rank_zero = importlib.import_module(f"{PACKAGE}.utilities.rank_zero")
     rank_zero_info, rank_zero_warn = _rank_zero.rank_zero_info, _rank_zero.rank_zero_warn
     rank_zero_only = _rank_zero.rank_zero_only

@@ -76,6 +76,8 @@ class MaskedCallback(Stored, SparseCallback):
     #: the step at which connections are moved applies no update of the optimizer
     skips_update = False
 
+    needs_whole_gradients = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.initial = os.fspath(self.initial)
@@ -213,6 +215,13 @@ class MaskedCallback(Stored, SparseCallback):
         for weight in weights:
             weight.buffers = self.new_buffers(weight)
             weight.keep_zeros()
+
+    def gradient_positions(self, name: str) -> Tensor | None:
+        """Return the active positions, unless the next step moves connections or the method uses all gradients."""
+        weight = self._weights[name]
+        assert weight.optimizer is not None
+        group = self._groups.of(weight.optimizer)
+        return None if self.needs_whole_gradients or group.due or self.is_due(group) else weight.active_indices
 
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:  # noqa: D102
         self._epoch = epoch

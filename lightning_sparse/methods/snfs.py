@@ -52,6 +52,8 @@ class SNFS(DenseOnly, PruneAndGrow):
 
     paper_update_every = None
 
+    needs_whole_gradients = True
+
     @property
     def layer_gradient_density(self) -> dict[str, float]:
         """Share of each layer's weights whose gradient is used: all."""

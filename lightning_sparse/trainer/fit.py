@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import distributed
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_sparse.trainer.written import Looks, Traces
 
-__all__ = ["Fit", "epochs", "steps"]
+__all__ = ["Fit", "Processes", "epochs", "steps"]
 
 
 @dataclass
@@ -98,3 +100,42 @@ def steps(trainer: Trainer, before: Mapping[str, int]) -> float:
         return by_steps
     an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     return min(float(an_epoch * (last_epoch - before["epochs"])), by_steps)
+
+
+class Processes:
+    """The processes of a training without a strategy of Lightning: each has all weights, and torch connects them.
+
+    Args:
+        root_device: of the module's parameters.
+    """
+
+    model = None
+    restore_checkpoint_after_setup = False
+
+    def __init__(self, root_device: torch.device) -> None:
+        self.root_device = root_device
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """Return the value that process ``src`` has."""
+        values = [value]
+        if _several():
+            distributed.broadcast_object_list(values, src)
+        return values[0]
+
+    def reduce(self, x: Any, reduce_op: str = "mean") -> Any:
+        """Return the mean or sum of a tensor over the processes, in place."""
+        if _several():
+            distributed.all_reduce(x)
+            if reduce_op == "mean":
+                x /= distributed.get_world_size()
+        return x
+
+    def reduce_boolean_decision(self, decision: bool) -> bool:
+        """Tell whether all processes say so."""
+        count = self.reduce(torch.tensor(int(decision), device=self.root_device), "sum")
+        return int(count) == (distributed.get_world_size() if _several() else 1)
+
+
+def _several() -> bool:
+    """Tell whether torch connects several processes."""
+    return distributed.is_available() and distributed.is_initialized()

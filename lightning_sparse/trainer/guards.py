@@ -17,6 +17,7 @@ from lightning_sparse.compat.lightning import (
 from lightning_sparse.compat.lightning_private import averaged_module, averages_now_and_then
 from lightning_sparse.compat.optimizers import wrapped
 from lightning_sparse.layers.selection import ParameterChoice, patterns, table
+from lightning_sparse.trainer.fit import Processes
 from lightning_sparse.trainer.verbs import Verbs
 
 __all__ = [
@@ -61,7 +62,8 @@ def listed(names: Sequence[str]) -> str:
 
 def refuse_trainer(method: Verbs, trainer: Trainer) -> None:
     """Raise if the strategy or an optimizer cannot train sparse."""
-    if not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
+    whole = isinstance(trainer.strategy, Processes)
+    if not whole and not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise MisconfigurationException(
             f"{method!r} needs whole weights on every process; {type(trainer.strategy).__name__} may split them. "
             "Use a single device or strategy='ddp'."

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.layers.selection import ParameterChoice
@@ -36,6 +37,13 @@ class Verbs(ABC):
 
     #: the step that moves connections computes the gradients of all weights
     dense_gradient_to_move: bool = False
+
+    #: each step, not only one that moves connections, uses the gradients of all weights
+    needs_whole_gradients: bool = True
+
+    def gradient_positions(self, name: str) -> Tensor | None:
+        """Return the flat positions of a weight whose gradients the next step uses, ascending; None: it uses all."""
+        return None
 
     @property
     def planned_density(self) -> dict[str, float]:
