@@ -29,11 +29,11 @@ _HELP = """Sparse training from the command line.
 
   lightning-sparse recipes [NAME]                              list the recipes of this package, or print one
   lightning-sparse fit --recipe NAME [...]                     train one
-  lightning-sparse fit --recipe NAME --recipe ADDITION [...]   train one with a method added
+  lightning-sparse fit --recipe NAME --recipe ADD_ON [...]     train one with a method added
   lightning-sparse fit -c FILE.yaml [...]                      train your own
-  lightning-sparse demo [...]                                  train DFBST and its dense twin, and compare
+  lightning-sparse demo [...]                                  train DFBST and its dense baseline, and compare
   lightning-sparse compare --recipe NAME --methods A,B [...]   train methods, several seeds each: one table, one plot
-  lightning-sparse report RUN_DIR [--dense DIR]                write a page on a run, beside its dense twin
+  lightning-sparse report RUN_DIR [--dense DIR]                write a page on a run, beside its dense baseline
 
 --recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
 --data.data_dir=DIR, --trainer.callbacks.sparsity=0.95 (of the method), --trainer.max_epochs=5 or --seed_everything=1.
@@ -160,7 +160,7 @@ def _expand(args: Sequence[str]) -> tuple[str | None, list[str]]:
             raise ValueError(f"{option} needs a value.")
         if option == "--recipe":
             file = recipes.path(value)
-            if not recipes.is_addition(value):
+            if not recipes.is_add_on(value):
                 name = name or value.replace("/", "-")
             elif name is None:
                 raise ValueError(f"{value} adds to a training: name one before it (see lightning-sparse recipes).")
@@ -197,12 +197,12 @@ def _recipes(args: Sequence[str]) -> None:
 
 
 def _list_recipes() -> None:
-    trainings = [name for name in recipes.names() if not recipes.is_addition(name)]
-    additions = [name for name in recipes.names() if recipes.is_addition(name)]
+    trainings = [name for name in recipes.names() if not recipes.is_add_on(name)]
+    add_ons = [name for name in recipes.names() if recipes.is_add_on(name)]
     width = max(map(len, recipes.names()))
     for title, some in (
         ("Trainings: lightning-sparse fit --recipe TRAINING", trainings),
-        ("Additions: lightning-sparse fit --recipe TRAINING --recipe ADDITION", additions),
+        ("Add-ons: lightning-sparse fit --recipe TRAINING --recipe ADD_ON", add_ons),
     ):
         print(title)
         for name in some:

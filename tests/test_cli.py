@@ -147,8 +147,8 @@ def test_recipes_are_listed_with_what_they_are(capsys):
             lines[name] = text
         else:
             titles.append((line.split(":")[0], len(lines)))
-    trainings = sum(not recipes.is_addition(name) for name in recipes.names())
-    assert titles == [("Trainings", 0), ("Additions", trainings)]
+    trainings = sum(not recipes.is_add_on(name) for name in recipes.names())
+    assert titles == [("Trainings", 0), ("Add-ons", trainings)]
     assert sorted(lines) == recipes.names()
     assert "ICLR 2020" in lines["dst-lenet300-mnist"]
 

@@ -49,7 +49,7 @@ class Recipe:
         file = Path(name) if is_file else recipes.path(name)
         if not file.is_file():
             raise ValueError(f"there is no file {name}. Give a YAML file or a name of: lightning-sparse recipes")
-        if not is_file and recipes.is_addition(name):
+        if not is_file and recipes.is_add_on(name):
             raise ValueError(f"{name} is not a training but adds to one. See lightning-sparse recipes.")
         try:
             text = file.read_text(encoding="utf-8")

@@ -18,8 +18,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 NETS = ["lenet300-mnist", "lenet5-mnist", "lenet300-digits"]
 WHOLE = [f"{method}-{net}" for method in ("dense", "dst", "dfbst", "autosparse", "str") for net in NETS]
 WHOLE += [f"{method}-lstm-{size}-mnist" for method in ("dense", "dst") for size in "ab"]
-NETWORKS = [name for name in recipes.names() if "/" in name and not recipes.is_addition(name)]
-METHODS = [name for name in recipes.names() if "/" in name and recipes.is_addition(name)]
+NETWORKS = [name for name in recipes.names() if "/" in name and not recipes.is_add_on(name)]
+METHODS = [name for name in recipes.names() if "/" in name and recipes.is_add_on(name)]
 
 # One core trains these in seconds: narrow networks, and small images where the network takes any size.
 REDUCED = {
@@ -60,7 +60,7 @@ def read(name):
 
 
 def method_of(name):
-    """The settings that an addition gives its method."""
+    """The settings that an add-on gives its method."""
     (callback,) = read(name)["trainer"]["callbacks+"]
     return callback["class_path"], callback.get("init_args", {})
 
@@ -111,8 +111,8 @@ def small(name):
 
 
 def host(name):
-    """The training that is named before this recipe, if it is an addition."""
-    if not recipes.is_addition(name) or name == "cifar10-jpeg":
+    """The training that is named before this recipe, if it is an add-on."""
+    if not recipes.is_add_on(name) or name == "cifar10-jpeg":
         return []
     return ["autosparse/transformer-wmt14" if name.endswith("transformer") else HOST[name.split("/")[0]]]
 

@@ -1,7 +1,7 @@
 """Recipes: YAML files for the rows of the papers' tables.
 
 A *training* is whole: network, data, optimizer and schedule, dense or with a method (``METHOD-NET-DATA``). An
-*addition* puts a method, with a paper's settings, into a training, or changes its data. So a row is one recipe or two:
+*add-on* puts a method, with a paper's settings, into a training, or changes its data. So a row is one recipe or two:
 ``PAPER/NET-DATA`` and ``PAPER/METHOD``.
 """
 
@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["is_addition", "names", "path", "summary"]
+__all__ = ["is_add_on", "names", "path", "summary"]
 
 
 def _folder() -> Path:
@@ -45,10 +45,10 @@ def path(name: str) -> Path:
     return _folder() / f"{name}.yaml"
 
 
-def is_addition(name: str) -> bool:
+def is_add_on(name: str) -> bool:
     """Tell whether a recipe has no network of its own, so that it needs a training before it.
 
-    >>> is_addition("medst/rigl"), is_addition("medst/resnet56-cifar10")
+    >>> is_add_on("medst/rigl"), is_add_on("medst/resnet56-cifar10")
     (True, False)
     """
     return "\nmodel:\n  class_path:" not in path(name).read_text(encoding="utf-8")
