@@ -2,7 +2,7 @@
 # Finding: most ONNX tools lose or refuse the weights of a valid model that stores them in sparse form.
 #
 # Packages:  onnx 1.23.2, onnxruntime 1.32.0, onnx_ir 1.1.0, onnxscript 0.7.2, openvino 2026.4.1.
-# Guessed:   `GraphProto.sparse_initializer` is part of the format since 2019 (IR version 5), the checker takes it and
+# Guessed:   `GraphProto.sparse_initializer` is part of the format since 2019 (IR version 6), the checker takes it and
 #            onnxruntime runs it; so what rewrites, prints, converts or loads models takes it along like other weights.
 # Found:     onnxruntime alone computes with it. Text form and onnx_ir (and with it onnxscript's optimizer and rewriter)
 #            return without an error a model that has no weight any more. The version converter, the reference
