@@ -62,6 +62,12 @@ def mlp4096() -> nn.Module:
     return nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096))
 
 
+def mlp(width: int) -> nn.Module:
+    """Five layers of ``width`` x ``width``."""
+    layers = [layer for _ in range(5) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
 #: by name: how the network is built, and the shape of one input
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lenet300": (LeNet300, (1, 28, 28)),
@@ -69,6 +75,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear4096": (linear4096, (4096,)),
     "mlp4096": (mlp4096, (4096,)),
     "resnet18": (ResNet18, (3, 32, 32)),
+    "mlp8m": (partial(mlp, 1280), (1280,)),
+    "mlp83m": (partial(mlp, 4096), (4096,)),
+    "mlp300m": (partial(mlp, 7744), (7744,)),
 }
 
 
@@ -95,7 +104,11 @@ def attach(callback: SparseCallback, module: nn.Module, optimizer: torch.optim.O
 
     A target is met halfway: its plan is in the middle of the training.
     """
-    callback._fit.trainer = cast(Any, SimpleNamespace(estimated_stepping_batches=NEVER))
+    strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
+    callback._fit.trainer = cast(
+        Any,
+        SimpleNamespace(estimated_stepping_batches=NEVER, precision_plugin=None, strategy=strategy, global_rank=0),
+    )
     callback.attach([choice for choice in select_parameters(module) if choice.reason is None], [optimizer], False)
     if isinstance(callback, LatentCallback) and callback._target:
         callback._target.skip(NEVER // 2)

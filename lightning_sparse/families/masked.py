@@ -291,11 +291,13 @@ class MaskedCallback(Stored, SparseCallback):
     def _not_finite(self, weights: Sequence[Weight], optimizer: Optimizer) -> list[str]:
         """Return the names of the parameters of ``optimizer``, ``weights`` first, whose gradients are not finite."""
         names = [weight.name for weight in weights if not weight.finite]
-        broken = {id(p) for group in optimizer.param_groups for p in group["params"] if not _finite_gradient(p)}
+        seen = {id(weight.parameter) for weight in weights}
+        others = (p for group in optimizer.param_groups for p in group["params"] if id(p) not in seen)
+        broken = {id(p) for p in others if not _finite_gradient(p)}
         if names or not broken:
             return names
-        others = self._fit.module.named_parameters() if self._fit.module else ()
-        return [name for name, parameter in others if id(parameter) in broken] or ["another parameter"]
+        named = self._fit.module.named_parameters() if self._fit.module else ()
+        return [name for name, parameter in named if id(parameter) in broken] or ["another parameter"]
 
     def warn_at_epoch_end(self) -> None:
         """Warn of connections that could not move for gradients that are not finite."""

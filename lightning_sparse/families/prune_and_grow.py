@@ -111,6 +111,7 @@ class PruneAndGrow(MaskedCallback):
         """Drop so many connections of each layer, and grow as many in all."""
         grows = self.grow_counts(weights, drops)
         for weight, fewer, more in zip(weights, drops, grows, strict=True):
+            weight.hold_indices()
             dropped = self.drop(weight, fewer, scale)
             weight.rewire(dropped, self.grow(weight, more, dropped), self.new_value)
 

@@ -14,7 +14,7 @@ __all__ = ["BACKENDS", "Backend", "candidates", "module", "wanted"]
 
 
 class Backend(NamedTuple):
-    """Code beside torch's, in the modules ``thresholds_NAME`` and ``products_NAME``.
+    """Code beside torch's, in the modules ``thresholds_NAME``, ``products_NAME`` and ``positions_NAME``.
 
     Attributes:
         name: of it, also in the environment.
@@ -41,6 +41,7 @@ _NUMBA = Backend("numba", "cpu", (torch.float32, torch.float64), package="numba"
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "thresholds": (_NUMBA,),
     "products": (_NUMBA,),
+    "positions": (_NUMBA._replace(dtypes=(torch.int32, torch.int64)),),
 }
 
 
@@ -48,7 +49,7 @@ def candidates(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str,
     """Return the modules that compute on such tensors, by name; the first is the quicker one as a rule.
 
     Args:
-        kind: ``"thresholds"`` or ``"products"``.
+        kind: ``"thresholds"``, ``"products"`` or ``"positions"``.
         device: of the tensors.
         dtype: of them.
 

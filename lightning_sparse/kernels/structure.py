@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from lightning_sparse.kernels.positions import shifted, transposed
 
 __all__ = ["CSR", "Structure", "check_csr", "check_positions", "csr", "flat_positions", "structure"]
 
-_INT16, _INT32 = 2**15 - 1, 2**31 - 1
+_INT32 = 2**31 - 1
 _INDICES = torch.int32, torch.int64
 _OTHER_FILE = "The file is broken, or of another network: give the one that belongs to this."
-_CHUNK = 1 << 17  # nonzeros to sort at once on the CPU: sorting takes several times the memory of the result
+_CHUNK = 1 << 17  # positions at once on the CPU, beside which their temporaries are small
 
 
 class CSR(NamedTuple):
@@ -83,41 +84,26 @@ def csr(positions: Tensor, shape: Sequence[int], groups: int = 1) -> CSR:
         positions = positions.long()
     starts = torch.arange(out + 1, device=positions.device) * n
     crow = torch.searchsorted(positions, starts.to(positions.dtype), out_int32=True)
-    col = torch.empty_like(positions, dtype=torch.int32)
-    for some, part in _together(positions, col):
-        part.copy_(some % n)
-        if groups > 1:
-            part += some.div(out // groups * n, rounding_mode="floor").mul_(n).int()
-    return CSR(crow, col, (out, n * groups))
+    group = torch.arange(out, device=positions.device).div_(out // groups, rounding_mode="floor")
+    return CSR(crow, shifted(crow, positions, group.mul_(n).sub_(starts[:-1]), torch.int32), (out, n * groups))
 
 
 def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Structure:
     """Return the structure of a layer's weight as the matrix that multiplies its inputs; arguments as in ``csr``."""
     matrix = csr(positions, shape, groups)
-    col, columns, n = matrix.col, matrix.shape[1], math.prod(shape[1:])
-    transposed_crow = pad(torch.bincount(col, minlength=columns).cumsum(0, dtype=torch.int32), (1, 0))
-    transposed_col, permutation = torch.empty_like(col), torch.empty_like(col)
-    free = transposed_crow[:-1].long()  # where the next nonzero of each column goes
-    first = 0
-    for some, part in _together(positions, col, at_least=columns):
-        keys, order = (part.short() if columns <= _INT16 else part).sort(stable=True)  # quicker by half, if short
-        count = torch.bincount(part, minlength=columns)
-        places = torch.arange(len(part), device=part.device).add_((free - count.cumsum(0) + count)[keys.int()])
-        transposed_col.scatter_(0, places, some.index_select(0, order).div_(n, rounding_mode="floor").int())
-        permutation.scatter_(0, places, order.add_(first).int())
-        free += count
-        first += len(part)
-    return Structure(matrix, CSR(transposed_crow, transposed_col, (columns, matrix.shape[0])), permutation)
+    rows, columns = matrix.shape
+    crow, col, permutation = transposed(matrix.crow, matrix.col, columns)
+    return Structure(matrix, CSR(crow, col, (columns, rows)), permutation)
 
 
 def flat_positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the flat positions in a weight of ``shape``, ascending, that ``structure`` was made from; int64."""
     n = math.prod(shape[1:])
-    firsts = torch.arange(len(crow) - 1, device=crow.device).mul_(n)
-    positions = firsts.repeat_interleave(crow.diff(), output_size=len(col))
-    for some, part in _together(positions, col):
-        some += part % n  # groups have shifted the columns of a block diagonal matrix
-    return positions
+    starts = torch.arange(len(crow) - 1, device=crow.device).mul_(n)
+    if len(col) and int(col.max()) >= n:  # groups have shifted the columns of a block diagonal matrix
+        held = col.index_select(0, crow[:-1].clamp(max=len(col) - 1))
+        starts -= held.div(n, rounding_mode="floor").mul_(n)
+    return shifted(crow, col, starts, torch.int64)
 
 
 def check_positions(positions: Tensor, shape: Sequence[int], name: str = "positions") -> None:
@@ -205,7 +191,7 @@ def _few(x: Tensor) -> str:
     return f"[{', '.join(map(str, x[:6].tolist()))}{', ...' if len(x) > 6 else ''}]"
 
 
-def _together(a: Tensor, b: Tensor, at_least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield parts of two vectors of one length, on the CPU small ones, but of as many elements as asked for."""
-    at_once = max(_CHUNK, at_least) if a.is_cpu else max(1, len(a))
+def _together(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield parts of two vectors of one length, on the CPU small ones."""
+    at_once = _CHUNK if a.is_cpu else max(1, len(a))
     return zip(torch.split(a, at_once), torch.split(b, at_once), strict=True)

@@ -13,7 +13,7 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.families.shares import droppable, needed
-from lightning_sparse.rules import sampling, select, ties
+from lightning_sparse.rules import ascending, sampling, select, ties
 from lightning_sparse.rules.budgets import portion
 from lightning_sparse.rules.ranking import ranking
 from lightning_sparse.weights.base import Weight
@@ -71,5 +71,5 @@ class GGR(PruneAndGrow):
         won, gradients = self._won.pop(weight.name)
         at_random = portion(self.random_share, n)
         grown = won[select.top_k_positions(gradients, n - at_random, order=ties.at(won, weight.shape))]
-        taken = sampling.merged(weight.active_indices.cpu(), grown)
-        return sampling.merged(grown, sampling.free_positions(at_random, taken, weight.size, self.generator))
+        taken = ascending.merged(weight.active_indices.cpu(), grown)
+        return ascending.merged(grown, sampling.free_positions(at_random, taken, weight.size, self.generator))

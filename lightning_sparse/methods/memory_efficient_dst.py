@@ -103,6 +103,8 @@ class MemoryEfficientDST(PruneAndGrow):
         n = min(portion(fraction, active), active - sum(kept), room)  # |P|
         counts = self.subset_counts(weights, n)
         n = min(n, sum(counts))
+        for weight in weights:
+            weight.hold_indices()
         held = [weight.active_indices for weight in weights]
         magnitudes = [first_of_rows(weight, weight.magnitudes) for weight in weights]
         staying = largest(weights, held, magnitudes, active - n, kept)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Generator, Tensor
 
-from lightning_sparse.rules import sampling, select, ties
+from lightning_sparse.rules import ascending, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.matrices import Outputs
 
@@ -45,7 +45,7 @@ class Unstructured:
         if nonempty is None:
             return sampling.distinct(n, size, generator)
         first = sampling.one_a_row(shape, nonempty, generator)
-        return sampling.merged(first, sampling.free_positions(n - len(first), first, size, generator))
+        return ascending.merged(first, sampling.free_positions(n - len(first), first, size, generator))
 
     def num_movable(self, weight: Connections) -> int:
         """Return the number of free places, so that none that is dropped has to come back; or what rows can spare."""

@@ -5,18 +5,23 @@ numbers of active and of sampled connections, not with the size of the weight. A
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from lightning_sparse.kernels.positions import ranks
+from lightning_sparse.rules import select
+from lightning_sparse.rules.ascending import contains, different, merged
+from lightning_sparse.rules.drawn import drawn
 from lightning_sparse.rules.matrices import Outputs, as_matrix
 
 __all__ = [
+    "Endpoints",
     "distinct",
-    "draw",
     "free_positions",
-    "merged",
     "one_a_row",
     "probabilities",
     "subset",
@@ -24,7 +29,8 @@ __all__ = [
 ]
 
 _ROUNDS = 64  # of drawing and rejecting, before what is missing is filled up uniformly
-_BATCH, _AT_ONCE = 1 << 10, 1 << 18  # draws of a round, at least and at most
+_BATCH, _AT_ONCE = 1 << 10, 1 << 18  # draws of a round, at least; of which so many at once
+_FEW = 1 << 14  # missing ones, for which it pays to draw more than are missing
 
 
 # ---------------------------------------------------------------------- endpoint distributions
@@ -84,31 +90,62 @@ def subset(
         Flat positions, ascending.
     """
     size = math.prod(shape)
-    used, found = taken, taken.new_empty(0)
-    if f is not None and g is not None and n < size - len(taken) and _joint(f, g, groups).any():
-        for _ in range(_ROUNDS + n // _AT_ONCE):
-            missing = n - len(found)
-            if not missing:
-                break
-            drawn = draw(min(max(missing, _BATCH), _AT_ONCE), shape, f, g, generator, groups)
-            new = _first_occurrences(drawn[~_contains(used, drawn)])[:missing].sort().values
-            used, found = merged(used, new), merged(found, new)
-    return merged(found, free_positions(n - len(found), used, size, generator))
+    ends = None if f is None or g is None else Endpoints(shape, f, g, groups)
+    if ends is None or not ends.exist or n == size - len(taken):
+        return free_positions(n, taken, size, generator)
+    found = drawn(n, taken, size)
+    for _ in range(_ROUNDS):
+        missing = n - found.count
+        if missing > _FEW:  # all that are new belong to the first n, whatever their order
+            for positions in ends.by_output(missing, generator):
+                found.add(positions)
+        elif missing:
+            more = max(_BATCH, 4 * missing)  # so that few rounds remain
+            found.add(_first_occurrences(found.new_of(ends.draw(more, generator)))[:missing])
+        else:
+            return found.positions
+    positions = found.positions
+    return merged(positions, free_positions(n - len(positions), merged(taken, positions), size, generator))
 
 
-def draw(n: int, shape: Sequence[int], f: Tensor, g: Tensor, generator: Generator, groups: int = 1) -> Tensor:
-    """Draw ``n`` positions independently: output ~ ``g``, input ~ ``f``, place in the kernel ~ uniform.
+class Endpoints:
+    """What draws connections: output ~ ``g``, input ~ ``f``, place in the kernel ~ uniform.
 
-    With groups, the pairs that are no connection have no probability, and the others keep their proportions.
-    Arguments as in ``subset``, but some connection must have a probability above 0.
+    With groups, the pairs that are no connection have no probability, and the others keep their proportions. Arguments
+    as in ``subset``.
     """
-    out, per_group, kernel = shape[0], shape[1], math.prod(shape[2:])
-    of_outputs, of_inputs = _edges(_joint(f, g, groups)), _edges(f)
-    o = _invert(of_outputs, of_outputs[:1], of_outputs[-1:], n, generator).clamp_(max=out - 1)
-    first = o.div(out // groups, rounding_mode="floor") * per_group  # input of the output's group
-    a = _invert(of_inputs, of_inputs[first], of_inputs[first + per_group], n, generator) - first
-    a.clamp_(0, per_group - 1)
-    return (o * per_group + a) * kernel + torch.randint(kernel, (n,), generator=generator)
+
+    def __init__(self, shape: Sequence[int], f: Tensor, g: Tensor, groups: int = 1) -> None:
+        out, self._per_group, self._kernel = shape[0], shape[1], math.prod(shape[2:])
+        of_outputs = (g.view(groups, -1) * f.view(groups, -1).sum(1, keepdim=True)).view(-1)  # and what they read
+        self._inputs, self._outputs, self._groups = _Intervals(f), _Intervals(of_outputs), groups
+        self._first_inputs = torch.arange(out).div_(out // groups, rounding_mode="floor").mul_(self._per_group)
+        self._shifts = torch.arange(0, out * self._per_group, self._per_group).sub_(self._first_inputs)
+
+    @property
+    def exist(self) -> bool:
+        """Some connection has a probability above 0."""
+        return bool(self._outputs.lengths.any())
+
+    def draw(self, n: int, generator: Generator) -> Tensor:
+        """Draw ``n`` positions independently."""
+        positions = torch.cat([self._inputs.lengths.new_empty(0).long(), *self.by_output(n, generator)])
+        return positions[torch.randperm(n, generator=generator)]
+
+    def by_output(self, n: int, generator: Generator) -> Iterator[Tensor]:
+        """Yield what ``draw`` draws, but output by output, so that neighbours in memory come together."""
+        counts = self._outputs.counts(n, generator)
+        for some in _parts(counts):
+            times = counts[some]
+            m = int(times.sum())
+            first = self._first_inputs[:1]
+            if self._groups > 1:
+                first = self._first_inputs[some].repeat_interleave(times, output_size=m)
+            a = self._inputs.draw(first, first + self._per_group, m, generator)
+            positions = a.add_(self._shifts[some].repeat_interleave(times, output_size=m))
+            if self._kernel > 1:
+                positions.mul_(self._kernel).add_(torch.randint(self._kernel, (m,), generator=generator))
+            yield positions
 
 
 def free_positions(n: int, taken: Tensor, size: int, generator: Generator) -> Tensor:
@@ -116,30 +153,16 @@ def free_positions(n: int, taken: Tensor, size: int, generator: Generator) -> Te
     free = size - len(taken)
     if not 0 <= n <= free:
         raise ValueError(f"{n} connections were asked for, {free} are free.")
-    ranks = distinct(n, free, generator)
+    places = distinct(n, free, generator)  # among the free ones
     free_before = torch.arange(len(taken)).neg_().add_(taken)
-    return ranks.add_(torch.searchsorted(free_before, ranks, right=True))
+    return places.add_(ranks(free_before, places, right=True))
 
 
 def one_a_row(shape: Sequence[int], rows: Outputs, generator: Generator) -> Tensor:
     """Draw a position in each row of a weight of this ``shape``, all of a row equally likely; return them ascending."""
     places = as_matrix(torch.arange(math.prod(shape)).view(*shape), rows)
-    drawn = torch.randint(places.shape[1], (len(places), 1), generator=generator)
-    return places.gather(1, drawn).reshape(-1).sort().values
-
-
-def merged(a: Tensor, b: Tensor) -> Tensor:
-    """Return two ascending vectors without common elements as one, ascending.
-
-    >>> merged(torch.tensor([1, 4, 6]), torch.tensor([0, 5]))
-    tensor([0, 1, 4, 5, 6])
-    """
-    of_b = torch.searchsorted(a, b).add_(torch.arange(len(b)))
-    others = torch.ones(len(a) + len(b), dtype=torch.bool)
-    others[of_b] = False
-    whole = a.new_empty(len(others)).masked_scatter_(others, a)
-    whole[of_b] = b
-    return whole
+    chosen = torch.randint(places.shape[1], (len(places), 1), generator=generator)
+    return places.gather(1, chosen).reshape(-1).sort().values
 
 
 def distinct(n: int, below: int, generator: Generator) -> Tensor:
@@ -148,34 +171,53 @@ def distinct(n: int, below: int, generator: Generator) -> Tensor:
         return torch.randperm(below, generator=generator)[:n].sort().values
     found = torch.empty(0, dtype=torch.long)
     while len(found) < n:  # at least every other draw is a new one
-        drawn = torch.cat((found, torch.randint(below, (n - len(found),), generator=generator)))
-        drawn.numpy().sort()  # in place: torch's takes several times the memory
-        new = torch.ones(n, dtype=torch.bool)
-        torch.ne(drawn[1:], drawn[:-1], out=new[1:])
-        found = torch.from_numpy(drawn.numpy()[new.numpy()])
+        new = different(torch.randint(below, (n - len(found),), generator=generator))
+        found = merged(found, new[~contains(found, new)])
     return found
 
 
-def _joint(f: Tensor, g: Tensor, groups: int) -> Tensor:
-    """Return the probability of each output, in proportion, with that of the inputs it reads."""
-    return (g.view(groups, -1) * f.view(groups, -1).sum(1, keepdim=True)).view(-1)
+class _Intervals:
+    """Intervals one after the other from 0 on, in which numbers are found in constant time.
+
+    Args:
+        lengths: of the intervals, at most 1 in all.
+    """
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.lengths, self._edges = lengths, torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+        self._ends = self._edges[1:].contiguous()
+        self._buckets = 1 << (16 * len(lengths)).bit_length()  # a power of 2 multiplies exactly
+        limits = torch.arange(self._buckets + 1, dtype=lengths.dtype).div_(self._buckets)
+        begins = torch.searchsorted(self._ends, limits, right=True)
+        self._only = begins[:-1].where(begins[:-1] == begins[1:], -1)  # the interval that a bucket lies in
+
+    def draw(self, low: Any, high: Any, n: int, generator: Generator) -> Tensor:
+        """Draw ``n`` intervals, from ``low`` on and below ``high``, in proportion to their lengths."""
+        begin, end = self._edges[low], self._edges[high]
+        u = torch.rand(n, generator=generator, dtype=self._edges.dtype).mul_(end - begin).add_(begin)
+        found = self._only.index_select(0, u.mul(self._buckets).long().clamp_(max=self._buckets - 1))
+        unsure = select.positions(found < 0)
+        found[unsure] = torch.searchsorted(self._ends, u[unsure], right=True)
+        return found.clamp_(low, high - 1)
+
+    def counts(self, n: int, generator: Generator) -> Tensor:
+        """Return how often each interval comes in ``n`` draws."""
+        counts = torch.zeros(len(self.lengths), dtype=torch.long)
+        likely = n - 5 * n**0.5  # draws; what is missing to n are drawn one by one
+        while likely > 0:  # the number of draws may be any that what was drawn does not choose
+            counts = torch.poisson(self.lengths * (likely / self._edges[-1]), generator=generator).long()
+            if int(counts.sum()) <= n:
+                break
+        rest = self.draw(0, len(counts), n - int(counts.sum()), generator)
+        return counts.add_(torch.bincount(rest, minlength=len(counts)))
 
 
-def _edges(p: Tensor) -> Tensor:
-    return torch.cat((p.new_zeros(1), p.cumsum(0)))
-
-
-def _invert(edges: Tensor, low: Tensor, high: Tensor, n: int, generator: Generator) -> Tensor:
-    """Draw uniformly between ``low`` and ``high`` and return the intervals between ``edges`` that were hit."""
-    u = low + (high - low) * torch.rand(n, generator=generator, dtype=edges.dtype)
-    return torch.searchsorted(edges[1:].contiguous(), u, right=True)
-
-
-def _contains(ascending: Tensor, x: Tensor) -> Tensor:
-    """Tell which elements of ``x`` are among those of an ascending vector."""
-    if not len(ascending):
-        return torch.zeros_like(x, dtype=torch.bool)
-    return ascending[torch.searchsorted(ascending, x).clamp_(max=len(ascending) - 1)] == x
+def _parts(counts: Tensor) -> Iterator[slice]:
+    """Yield slices in each of which the counts, if they are several, are about as many as are drawn at once."""
+    total = counts.cumsum(0)
+    ends = torch.searchsorted(total, torch.arange(_AT_ONCE, int(total[-1]) + _AT_ONCE, _AT_ONCE)).add_(1)
+    edges = [0, *sorted(set(ends.clamp_(max=len(counts)).tolist()))]
+    return (slice(low, high) for low, high in pairwise(edges))
 
 
 def _first_occurrences(x: Tensor) -> Tensor:

@@ -87,6 +87,10 @@ class Weight(ABC):
         """Flat positions of the active connections, ascending; on the weight's device."""
 
     @abstractmethod
+    def hold_indices(self) -> None:
+        """Keep ``active_indices`` once they are asked for, until they change or are forgotten."""
+
+    @abstractmethod
     def forget_indices(self) -> None:
         """Let go of ``active_indices``, if they are held beside the weight, eight bytes a connection, until asked."""
 

@@ -59,14 +59,17 @@ class CapturedGradient:
         for first in range(0, out, at_once):
             last = min(first + at_once, out)
             scores = self._part(layer, slice(first, last), (last - first, *layer.shape[1:])).abs_().view(-1)
-            scores[positions[ends[first] : ends[last]] - first * width] = -1
+            scores.index_fill_(0, positions[ends[first] : ends[last]] - first * width, -1)
             yield first * width, scores
 
     def _part(self, layer: SparseLayer, where: CSR | slice, shape: Sequence[int]) -> Tensor:
         """Return some elements or some rows, which have this ``shape``."""
-        total = torch.zeros(*shape, dtype=_exact(layer), device=layer.values.device)
-        for h, delta in self.calls:
-            total += _of_call(layer, h, delta, where)
+        parts = (_of_call(layer, h, delta, where) for h, delta in self.calls)
+        total = next(parts, None)
+        if total is None:
+            total = torch.zeros(*shape, dtype=_exact(layer), device=layer.values.device)
+        for part in parts:
+            total += part
         return self._reduce(total).to(layer.values.dtype)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -78,6 +78,9 @@ class MaskedWeight(Weight):
             self._indices = select.positions(self.mask)
         return self._indices
 
+    def hold_indices(self) -> None:
+        """Do nothing: they are kept anyway."""
+
     def forget_indices(self) -> None:  # noqa: D102  (inherited)
         self._indices = None
 
@@ -229,5 +232,4 @@ def _may_be_alike(x: Tensor, mask: Tensor) -> bool:
 
 def _inactive_from(weight: MaskedWeight, floor: float) -> Tensor:
     """Return the flat positions of the inactive connections whose ``|dP|`` is ``floor`` or more, ascending."""
-    enough = weight.dP.reshape(-1).abs().ge(floor)
-    return select.positions(torch.gt(enough, weight.mask.reshape(-1), out=enough))
+    return select.where([weight.dP, weight.mask], lambda dP, mask: torch.gt(dP.abs() >= floor, mask))

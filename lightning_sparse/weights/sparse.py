@@ -8,8 +8,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat.heap import trim_heap
+from lightning_sparse.kernels.positions import moved
 from lightning_sparse.layers.sparse import SparseLayer, make_sparse_
 from lightning_sparse.rules import select
+from lightning_sparse.rules.ascending import contains
 from lightning_sparse.rules.matrices import row_sums, rows_of
 from lightning_sparse.weights.base import Weight, all_finite, elementwise, new_version, optimizer_states
 from lightning_sparse.weights.captured import CapturedGradient
@@ -38,6 +40,8 @@ class SparseWeight(Weight):
         self._drawn = False
         self._shape = tuple(shape)
         self._indices: Tensor | None = None  # between fits
+        self._held: Tensor | None = None  # the layer's, from hold_indices to forget_indices
+        self._holds = False
 
     @property
     def values(self) -> Tensor:
@@ -67,13 +71,19 @@ class SparseWeight(Weight):
     @property
     def active_indices(self) -> Tensor:  # noqa: D102  (inherited)
         if self.layer is not None:
-            return self.sparse.positions
+            found = self.sparse.positions if self._held is None else self._held
+            self._held = found if self._holds else None
+            return found
         if self._indices is None:
             raise RuntimeError(f"The connections of {self.name} are in the module's part of the checkpoint.")
         return self._indices
 
+    def hold_indices(self) -> None:  # noqa: D102  (inherited)
+        self._holds = True
+
     def forget_indices(self) -> None:
-        """Do nothing: the layer needs them."""
+        """Let go of them: the layer can tell them again."""
+        self._holds, self._held = False, None
 
     @property
     def mask(self) -> Tensor:
@@ -111,11 +121,18 @@ class SparseWeight(Weight):
 
     def sample_inactive(self, stride: int) -> Tensor:  # noqa: D102  (inherited)
         every = torch.arange(0, self.size, stride)
-        every = every[~torch.isin(every, self.active_indices.cpu(), assume_unique=True)]
+        every = every[~contains(self.active_indices.cpu(), every)]
         return self.gradient_at(every).abs()
 
     def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
-        return select.largest(self.gradient.inactive(self.sparse), n, self.shape, at_least)
+        likely = None
+        if not at_least:
+            likely = select.likely_bound(self.size, n, lambda stride: [self.sample_inactive(stride)])
+        if likely is not None:
+            found = select.largest(self.gradient.inactive(self.sparse), n, self.shape, float(likely))
+            if len(found[0]) == n:
+                return found
+        return select.largest(self.gradient.inactive(self.sparse), n, self.shape, at_least)  # or it was misleading
 
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Make the layer sparse, with its own values at ``positions``; one on the meta device has them drawn."""
@@ -136,6 +153,7 @@ class SparseWeight(Weight):
     def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:
         """Move connections, as ``Weight.rewire``; values, gradients and optimizer state change their places."""
         if not (len(dropped) or len(grown)):
+            self.forget_indices()
             return
         assert self.parameter is not None
         fresh, old = self.values.new_zeros(len(grown)), self.parameter.grad
@@ -144,49 +162,35 @@ class SparseWeight(Weight):
             grown, order = grown.sort()
             new = new[order.to(new.device)]
         trim_after(self)
-        moved, positions = self._moved(dropped.cpu(), grown)
-        trim_after(self)
+        rearranged, positions = self._moved(dropped.cpu(), grown)
+        self.forget_indices()
         found = self.sparse.structure_at(positions)
         del positions
-        trim_after(self)
         gradient = None
         if old is not None:
-            gradient = moved(old, self.gradient_at(grown))
+            gradient = rearranged(old, self.gradient_at(grown))
             gradient = old.copy_(gradient) if len(old) == len(gradient) else gradient
-        values = moved(self.values, new)
+        values = rearranged(self.values, new)
         rows, lengths = rows_of(grown, self.shape).to(fresh.device), found.matrix.crow.diff()
         others = lengths - torch.bincount(rows, minlength=len(lengths))
         for kept in optimizer_states(self):
             for key, state in elementwise(kept, self):
                 new = fresh + fresh_value(self, key)
                 if key in SCALES and len(grown):
-                    sums = row_sums(moved(state, fresh), lengths)
+                    sums = row_sums(rearranged(state, fresh), lengths)
                     new = mean_of_others(sums, others, rows, fresh_value(self, key))
-                kept[key] = moved(state, new)
+                kept[key] = rearranged(state, new)
         self.sparse.set_structure(found, values)
         self.mask_version = new_version()
         self.parameter.grad = gradient
-        del found, moved, values
-        trim_after(self)
 
     def _moved(self, dropped: Tensor, grown: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
         """Return what a vector of the values' order becomes, with elements for the grown, and the new positions."""
+        held, device = self.active_indices.cpu(), self.values.device
         index = torch.int32 if self.size < 2**31 else torch.int64
-        held, dropped, grown = (x.to(index) for x in (self.active_indices.cpu(), dropped, grown))
-        staying = torch.ones(len(held), dtype=torch.bool)
-        staying[torch.searchsorted(held, dropped)] = False
-        before = torch.searchsorted(held, grown) - torch.searchsorted(dropped, grown)  # of those that stay
-        of_grown = before.add_(torch.arange(len(grown)))
-        others = torch.ones(len(held) - len(dropped) + len(grown), dtype=torch.bool)
-        others[of_grown] = False
-        source = torch.empty(len(others), dtype=torch.int32)  # where each comes from, of the held and the grown
-        source.masked_scatter_(others, select.positions(staying).int())
-        source[of_grown] = torch.arange(len(held), len(held) + len(grown), dtype=torch.int32)
-        both = torch.cat((held, grown))
-        del held
-        positions = both.index_select(0, source)
-        of_all = source.to(self.values.device)
-        return lambda x, new: torch.cat((x, new.to(x))).index_select(0, of_all), positions.to(self.values.device)
+        positions, source = moved(*(x.to(index) for x in (held, dropped, grown)))
+        source = source.to(device)
+        return lambda x, new: torch.cat((x, new.to(x))).index_select(0, source), positions.to(device)
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
         indices = self.active_indices
@@ -211,7 +215,7 @@ class SparseWeight(Weight):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the module."""
         indices = self._indices if self.layer is None else self.active_indices.cpu()
-        return {**super().__getstate__(), "layer": None, "_indices": indices}
+        return {**super().__getstate__(), "layer": None, "_indices": indices, "_held": None}
 
 
 def trim_after(*weights: Weight) -> None:

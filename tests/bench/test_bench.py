@@ -57,7 +57,9 @@ def test_each_method_has_a_line_of_ratios(printed, benchmark):
 def test_updates_are_timed_with_both_storages(printed):
     lines = printed("update", "--methods", "rigl", "--storages", "masked,sparse", "--sparsities", "0.8")
     for line, storage in zip(lines[-2:], ("masked", "sparse"), strict=True):
-        assert re.fullmatch(rf"0.8 rigl +{storage} +update: {MIDDLE} ms; peak {NUMBER} MB .*", line), line
+        assert re.fullmatch(
+            rf"0.8 rigl +{storage} +update: {MIDDLE} ms, {NUMBER} of the .*; peak {NUMBER} MB .*", line
+        ), line
 
 
 def test_a_method_without_updates_of_its_own_is_refused(printed):

@@ -222,7 +222,7 @@ def test_training_goes_on_with_a_state_that_was_loaded_in_inference_mode(layer):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_the_transpose_does_not_depend_on_how_much_is_sorted_at_once(chunk, monkeypatch):
-    monkeypatch.setattr("lightning_sparse.kernels.structure._CHUNK", chunk)
+    monkeypatch.setattr("lightning_sparse.kernels.positions_torch._CHUNK", chunk)
     weight = torch.zeros(6, 4, 3)
     positions = torch.randperm(72, generator=torch.Generator().manual_seed(0))[:30].sort().values
     weight.view(-1)[positions] = torch.arange(1.0, 31)

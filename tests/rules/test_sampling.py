@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_sparse.kernels.structure import csr
 from lightning_sparse.layers import functional
-from lightning_sparse.rules import sampling
+from lightning_sparse.rules import drawn, sampling
 
 
 def seeded(seed=0):
@@ -71,7 +71,7 @@ def test_draws_follow_f_times_g_with_the_place_in_the_kernel_uniform(shape, grou
     f = sampling.probabilities(torch.arange(1.0, inputs + 1))
     g = sampling.probabilities(torch.arange(float(shape[0]), 0, -1))
     g[0] = 0
-    drawn = sampling.draw(n, shape, f, g, seeded(), groups)
+    drawn = sampling.Endpoints(shape, f, g, groups).draw(n, seeded())
     # each output beside the inputs of its own group, then every place in the kernel
     read = f.view(groups, 1, -1).expand(groups, shape[0] // groups, -1).reshape(shape[0], -1)
     joint = (g.unsqueeze(1) * read).flatten().repeat_interleave(math.prod(shape[2:]))
@@ -89,6 +89,14 @@ def test_the_first_one_drawn_follows_f_times_g_among_the_free():
     assert fits(counts, 3000 * free / free.sum())
 
 
+@pytest.fixture(params=["more than are missing", "just as many", "in lists"])
+def way(request, monkeypatch):
+    """The ways of drawing: weights that are small take the first, and lists where few are drawn from many."""
+    monkeypatch.setattr(sampling, "_FEW", 1 << 14 if request.param == "more than are missing" else 0)
+    monkeypatch.setattr(drawn, "_MARKED", 0 if request.param == "in lists" else 32)
+
+
+@pytest.mark.usefixtures("way")
 def test_pairs_are_as_likely_as_when_drawn_one_after_the_other():
     f, g = torch.tensor([0.2, 0.8]).double(), torch.tensor([0.3, 0.7]).double()
     p, generator = torch.outer(g, f).flatten(), seeded()
@@ -100,6 +108,34 @@ def test_pairs_are_as_likely_as_when_drawn_one_after_the_other():
         for j in range(i + 1, 4):
             expected[i, j] = 3000 * (p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j]))
     assert fits(counts, expected)
+
+
+def test_marks_and_lists_find_the_same(monkeypatch):
+    f, g = (sampling.probabilities(torch.rand(k, generator=seeded(k)) ** 4) for k in (300, 200))
+    taken = sampling.distinct(6000, 60000, seeded())
+    marked = sampling.subset(30000, taken, (200, 300), seeded(1), f, g)
+    monkeypatch.setattr(drawn, "_MARKED", 0)
+    assert torch.equal(sampling.subset(30000, taken, (200, 300), seeded(1), f, g), marked)
+    assert len(marked) == 30000
+    assert not torch.isin(marked, taken).any()
+
+
+@pytest.mark.parametrize("n", [7, 5000])  # drawn one by one, and nearly all at once
+def test_counts_are_those_of_as_many_draws(n):
+    lengths = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.7]).double()
+    intervals, generator, total = sampling._Intervals(lengths), seeded(), torch.zeros(5)
+    for _ in range(100):
+        counts = intervals.counts(n, generator)
+        assert int(counts.sum()) == n
+        total += counts
+    assert fits(total, 100 * n * lengths)
+
+
+def test_intervals_are_found_as_by_a_search():
+    lengths = sampling.probabilities(torch.rand(500, generator=seeded()).ge(0.3) * torch.rand(500, generator=seeded(1)))
+    found = sampling._Intervals(lengths).draw(0, 500, 10**5, seeded(2))
+    u = torch.rand(10**5, generator=seeded(2), dtype=torch.float64) * lengths.cumsum(0)[-1]
+    assert torch.equal(found, torch.searchsorted(lengths.cumsum(0), u, right=True).clamp(max=499))
 
 
 @pytest.mark.parametrize("n", [3, 10])  # of 16 free positions: numbers are drawn, or all permuted

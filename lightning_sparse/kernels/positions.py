@@ -1,0 +1,92 @@
+"""What is computed with ascending positions: by torch on any device, or by compiled code where that is installed."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.kernels import dispatch
+
+__all__ = ["Positions", "moved", "ranks", "shifted", "transposed"]
+
+_MANY = 1 << 15  # elements for which compiled code repays being loaded
+_SEARCHED = 32  # times as long a vector is searched, not gone through
+
+
+class Positions(Protocol):
+    """What is computed: the functions of ``positions_torch``, where they are described."""
+
+    def ranks(self, ascending: Tensor, x: Tensor, right: bool) -> Tensor:
+        """Return how many elements of a vector are less than each of another."""
+
+    def moved(self, held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is held when some are dropped and others grown, and where each comes from."""
+
+    def shifted(self, crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a vector with a number added to the elements of each row."""
+
+    def transposed(self, crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the nonzeros of the transpose, and where each comes from."""
+
+
+def ranks(ascending: Tensor, x: Tensor, right: bool = False) -> Tensor:
+    """Return how many elements of a vector are less than each of another; both are ascending, of one integer dtype.
+
+    Args:
+        ascending: a vector.
+        x: another.
+        right: count equal elements, too.
+
+    >>> ranks(torch.tensor([2, 5, 7]), torch.tensor([1, 5, 9])), ranks(torch.tensor([2]), torch.tensor([2]), right=True)
+    (tensor([0, 1, 3]), tensor([1]))
+    """
+    few = len(x) * _SEARCHED < len(ascending)
+    return _code(x, few).ranks(ascending, x, right)
+
+
+def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions when some are dropped and others grown, and where each comes from; all ascending, of one dtype.
+
+    Args:
+        held: the positions so far.
+        dropped: some of them.
+        grown: others, or some that are dropped.
+
+    Returns:
+        The new positions, and of each its index among those held and grown, one after the other, int32.
+
+    >>> moved(torch.tensor([1, 4, 6]), torch.tensor([4]), torch.tensor([0, 5]))
+    (tensor([0, 1, 5, 6]), tensor([3, 0, 4, 2], dtype=torch.int32))
+    """
+    return _code(held).moved(held, dropped, grown)
+
+
+def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a vector of elements row by row, with a number added to those of each row.
+
+    Args:
+        crow: where each row begins, and where the last one ends, ``(rows + 1,)``.
+        x: the vector, of integers.
+        shifts: what is added, ``(rows,)``, int64.
+        dtype: of the result.
+
+    >>> shifted(torch.tensor([0, 2, 3]), torch.tensor([1, 2, 3]), torch.tensor([0, 10]), torch.int32)
+    tensor([ 1,  2, 13], dtype=torch.int32)
+    """
+    return _code(x).shifted(crow, x, shifts, dtype)
+
+
+def transposed(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the nonzeros of the transpose of a CSR matrix, row by row, and where each comes from; see ``Structure``.
+
+    >>> transposed(*(torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 3], [0, 1, 1])), columns=2)
+    (tensor([0, 1, 3], dtype=torch.int32), tensor([0, 0, 1], dtype=torch.int32), tensor([0, 1, 2], dtype=torch.int32))
+    """
+    return _code(col).transposed(crow, col, columns)
+
+
+def _code(x: Tensor, few: bool = False) -> Positions:
+    """Return who computes with so many elements; ``few`` are torch's."""
+    found = dispatch.candidates("positions", x.device, x.dtype)
+    code: Positions = found["torch"] if (few or len(x) < _MANY) and "torch" in found else next(iter(found.values()))
+    return code

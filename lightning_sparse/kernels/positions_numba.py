@@ -1,0 +1,91 @@
+"""Computing with ascending positions in compiled loops (extra ``fast``): what ``positions_torch`` does, on CPU."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.kernels.numba_compiler import compiled
+
+if TYPE_CHECKING:
+    from lightning_sparse.kernels import positions_numba as this
+    from lightning_sparse.kernels.positions import Positions
+
+    checked: Positions = this
+
+__all__ = ["moved", "ranks", "shifted", "transposed"]
+
+
+def ranks(ascending: Tensor, x: Tensor, right: bool) -> Tensor:
+    """As ``positions_torch.ranks``; both vectors are gone through once."""
+    out = torch.empty(len(x), dtype=torch.int64)
+    _ranks(ascending.contiguous().numpy(), x.contiguous().numpy(), int(right), out.numpy())
+    return out
+
+
+def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``positions_torch.moved``, in one pass."""
+    positions = held.new_empty(len(held) - len(dropped) + len(grown))
+    source = torch.empty(len(positions), dtype=torch.int32)
+    _move(*(x.contiguous().numpy() for x in (held, dropped, grown)), positions.numpy(), source.numpy())
+    return positions, source
+
+
+def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``positions_torch.shifted``."""
+    out = torch.empty(len(x), dtype=dtype)
+    _shift(*(tensor.contiguous().numpy() for tensor in (crow, x, shifts)), out.numpy())
+    return out
+
+
+def transposed(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``positions_torch.transposed``: sorting by counting."""
+    crow_of, col_of, permutation = crow.new_zeros(columns + 1), torch.empty_like(col), torch.empty_like(col)
+    found = (x.numpy() for x in (crow_of, col_of, permutation))
+    _transpose(crow.contiguous().numpy(), col.contiguous().numpy(), *found)
+    return crow_of, col_of, permutation
+
+
+@compiled
+def _ranks(ascending, x, more, out):  # type: ignore[no-untyped-def]
+    i = 0
+    for j in range(x.size):
+        bound = x[j] + more
+        while i < ascending.size and ascending[i] < bound:
+            i += 1
+        out[j] = i
+
+
+@compiled
+def _move(held, dropped, grown, positions, source):  # type: ignore[no-untyped-def]
+    i = d = g = 0  # the next of each
+    for k in range(positions.size):
+        while d < dropped.size and held[i] == dropped[d]:
+            i, d = i + 1, d + 1
+        if g < grown.size and (i == held.size or grown[g] < held[i]):
+            positions[k], source[k] = grown[g], held.size + g
+            g += 1
+        else:
+            positions[k], source[k] = held[i], i
+            i += 1
+
+
+@compiled
+def _shift(crow, x, shifts, out):  # type: ignore[no-untyped-def]
+    for i in range(shifts.size):
+        for p in range(crow[i], crow[i + 1]):
+            out[p] = x[p] + shifts[i]
+
+
+@compiled
+def _transpose(crow, col, crow_of, col_of, permutation):  # type: ignore[no-untyped-def]
+    for p in range(col.size):
+        crow_of[col[p] + 1] += 1
+    for j in range(1, crow_of.size):
+        crow_of[j] += crow_of[j - 1]
+    free = crow_of[:-1].copy()  # where the next nonzero of each column goes
+    for i in range(crow.size - 1):
+        for p in range(crow[i], crow[i + 1]):
+            place = free[col[p]]
+            free[col[p]] += 1
+            col_of[place], permutation[place] = i, p

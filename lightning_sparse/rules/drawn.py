@@ -1,0 +1,84 @@
+"""The different positions among those that were drawn, in marks for all there might be, or in lists of those there are.
+
+Marks are quicker where many are drawn, but take memory in proportion to the weight.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.rules import select
+from lightning_sparse.rules.ascending import contains, different, merged
+
+__all__ = ["Drawn", "drawn"]
+
+_MARKED = 32  # marks for each position that is taken or will be drawn take no more memory than vectors of these
+
+
+class Drawn(Protocol):
+    """A growing set of positions."""
+
+    @property
+    def count(self) -> int:
+        """Number of positions in the set."""
+
+    @property
+    def positions(self) -> Tensor:
+        """The set, ascending; nothing can be added any more."""
+
+    def new_of(self, positions: Tensor) -> Tensor:
+        """Return those that are neither taken nor in the set, in their order."""
+
+    def add(self, positions: Tensor) -> None:
+        """Add those that are not taken."""
+
+
+def drawn(n: int, taken: Tensor, size: int) -> Drawn:
+    """Return an empty set of positions below ``size``.
+
+    Args:
+        n: how many it will have.
+        taken: positions that it cannot have, ascending.
+        size: of the weight.
+    """
+    return _Marked(taken, size) if size <= _MARKED * (n + len(taken)) else _Listed(taken)
+
+
+class _Marked:
+    def __init__(self, taken: Tensor, size: int) -> None:
+        self._taken = taken
+        self._marks = torch.zeros(size, dtype=torch.bool).index_fill_(0, taken, True)
+
+    @property
+    def count(self) -> int:
+        return select.count(self._marks) - len(self._taken)
+
+    @property
+    def positions(self) -> Tensor:
+        return select.positions(self._marks.index_fill_(0, self._taken, False))
+
+    def new_of(self, positions: Tensor) -> Tensor:
+        return positions[~self._marks[positions]]
+
+    def add(self, positions: Tensor) -> None:
+        self._marks.index_fill_(0, positions, True)
+
+
+class _Listed:
+    def __init__(self, taken: Tensor) -> None:
+        self._used, self.positions = taken, taken.new_empty(0)
+
+    @property
+    def count(self) -> int:
+        return len(self.positions)
+
+    def new_of(self, positions: Tensor) -> Tensor:
+        ascending, order = positions.sort()
+        used = torch.empty(len(order), dtype=torch.bool).index_copy_(0, order, contains(self._used, ascending))
+        return positions[~used]
+
+    def add(self, positions: Tensor) -> None:
+        positions = different(positions)
+        new = positions[~contains(self._used, positions)]
+        self._used, self.positions = merged(self._used, new), merged(self.positions, new)
