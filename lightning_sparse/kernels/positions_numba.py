@@ -19,7 +19,8 @@ __all__ = ["moved", "ranks", "shifted", "transposed"]
 def ranks(ascending: Tensor, x: Tensor, right: bool) -> Tensor:
     """As ``positions_torch.ranks``; both vectors are gone through once."""
     out = torch.empty(len(x), dtype=torch.int64)
-    _ranks(ascending.contiguous().numpy(), x.contiguous().numpy(), int(right), out.numpy())
+    arrays = (tensor.contiguous().numpy() for tensor in (ascending, x, out))
+    _ranks(int(right), *arrays)
     return out
 
 
@@ -27,7 +28,7 @@ def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]
     """As ``positions_torch.moved``, in one pass."""
     positions = held.new_empty(len(held) - len(dropped) + len(grown))
     source = torch.empty(len(positions), dtype=torch.int32)
-    _move(*(x.contiguous().numpy() for x in (held, dropped, grown)), positions.numpy(), source.numpy())
+    _move(*(x.contiguous().numpy() for x in (held, dropped, grown, positions, source)))
     return positions, source
 
 
@@ -47,7 +48,7 @@ def transposed(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor,
 
 
 @compiled
-def _ranks(ascending, x, more, out):  # type: ignore[no-untyped-def]
+def _ranks(more, ascending, x, out):  # type: ignore[no-untyped-def]
     i = 0
     for j in range(x.size):
         bound = x[j] + more
