@@ -28,14 +28,16 @@ def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]
     """As ``positions_torch.moved``, in one pass."""
     positions = held.new_empty(len(held) - len(dropped) + len(grown))
     source = torch.empty(len(positions), dtype=torch.int32)
-    _move(*(x.contiguous().numpy() for x in (held, dropped, grown, positions, source)))
+    arrays = (x.contiguous().numpy() for x in (held, dropped, grown, positions, source))
+    _move(*arrays)
     return positions, source
 
 
 def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:
     """As ``positions_torch.shifted``."""
     out = torch.empty(len(x), dtype=dtype)
-    _shift(*(tensor.contiguous().numpy() for tensor in (crow, x, shifts)), out.numpy())
+    arrays = (tensor.contiguous().numpy() for tensor in (crow, x, shifts, out))
+    _shift(*arrays)
     return out
 
 
