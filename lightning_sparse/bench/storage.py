@@ -2,8 +2,11 @@
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from lightning_sparse.rules.budgets import budget
 from lightning_sparse.storage import make_sparse_
 from lightning_sparse.trainer.callback import SparseCallback
 
-__all__ = ["fit", "fitted", "prepare", "storage"]
+__all__ = ["fit", "fitted", "prepare", "program", "storage"]
 
 
 def _step(arguments: argparse.Namespace, kind: str, sparsity: float) -> Callable[[], None]:
@@ -152,3 +155,21 @@ def fit(arguments: argparse.Namespace) -> None:
             below = 0 if column == 1 else column  # every dense step is as long as another
             ratios = [ours[column] / base[below] for (_, ours, _), base in zip(rounds, dense, strict=True)]
             print(f"{sparsity:5s}  sparse / dense: {name} {middle(ratios)}", flush=True)
+
+
+def program(arguments: argparse.Namespace) -> None:
+    """Print the peak memory of a whole program with sparse layers over that of a dense one, see ``program.py``."""
+    steps = arguments.steps or 6
+
+    def run(kind: str, sparsity: str) -> float:
+        sizes = [sparsity, arguments.width, arguments.batch, steps, arguments.threads]
+        command = [sys.executable, str(Path(__file__).with_name("program.py")), kind, *map(str, sizes)]
+        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+    print(f"three layers of {arguments.width}, batch {arguments.batch}, 2 epochs of {steps} steps, {hardware('cpu')}")
+    dense = statistics.median(run("dense", "0") for _ in range(arguments.rounds))
+    print(f"dense: peak {dense:.0f} MB above torch and Lightning", flush=True)
+    for sparsity in (arguments.sparsities or "0.9,0.98").split(","):
+        for kind in arguments.storages.split(","):
+            peaks = [run(kind, sparsity) for _ in range(arguments.rounds)]
+            print(f"{sparsity:5s}  {kind:6s}  peak / dense: {middle([peak / dense for peak in peaks])}", flush=True)

@@ -43,8 +43,9 @@ from lightning_sparse.weights.sparse import SparseWeight, trim_after
 
 __all__ = ["DENSE_LIMIT", "SparseStore"]
 
-#: bytes of dense weights up to which they are made: for checkpoints, to compare with the dense module, at the fit's end
-DENSE_LIMIT = 2 << 30
+#: bytes of dense weights up to which they are made, little beside what torch takes: for checkpoints, to compare with
+#: the dense module, at the fit's end
+DENSE_LIMIT = 64 << 20
 
 _INDICES = ("crow", "col", "weight_shape", "transposed_crow", "transposed_col", "permutation")
 
@@ -211,6 +212,7 @@ class SparseStore(Store):
 
         def make_dense() -> None:
             for layer in layers if size <= DENSE_LIMIT else ():
+                layer.values.grad = None
                 make_dense_(layer)
             if size > DENSE_LIMIT:
                 rank_zero_info(
@@ -227,9 +229,8 @@ class SparseStore(Store):
         if self._compared:
             return
         self._compared = True
-        own = [*module.parameters(), *module.buffers()]
-        size = _dense_bytes(self._weights) + sum(x.numel() * x.element_size() for x in own)
-        if size > min(COMPARED_LIMIT, DENSE_LIMIT):
+        dense, own = _dense_bytes(self._weights), [*module.parameters(), *module.buffers()]
+        if dense > DENSE_LIMIT or dense + sum(x.numel() * x.element_size() for x in own) > COMPARED_LIMIT:
             return
         found = difference(trainer, module, batch, index)
         if not trainer.strategy.reduce_boolean_decision(found is None):
@@ -309,7 +310,11 @@ class SparseStore(Store):
         return x.reshape(-1)[weight.active_indices.to(x.device)] if tuple(x.shape) == weight.shape else None
 
     def on_save_checkpoint(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the nonzeros alone, if that is what checkpoints hold, also after the fit, when the module is dense."""
+        """Write the nonzeros alone, if that is what checkpoints hold, also after the fit, when the module is dense.
+
+        What steps have left is given back before: Lightning writes checkpoints into memory first.
+        """
+        trim_after(*self._weights)
         if self.method._fit.module is None and not self._plain:
             state = checkpoint["state_dict"]
             for weight in self._weights:
