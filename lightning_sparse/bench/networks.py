@@ -116,7 +116,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         if isinstance(child, Metric):
             delattr(module, name)  # it cannot leave the meta device
     for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d | nn.LayerNorm):
             layer.to_empty(device="cpu").reset_parameters()
     return module
 

@@ -79,8 +79,9 @@ def test_hooks_are_timed(printed):
 def test_masks_and_each_backend_have_a_line(printed):
     lines = printed("storage", "--sparsities", "0.8", "--precision", "bf16-mixed")[2:]
     assert re.fullmatch(rf"dense step: {NUMBER} ms", lines.pop())
+    assert re.fullmatch(rf"0.8 +sparse +step time over masked {MIDDLE}", lines.pop())
     kinds = [re.fullmatch(rf"0.8 +(\w+) +step time {MIDDLE} +peak memory {NUMBER}", line)[1] for line in lines]
-    assert kinds[0] == "masked"
+    assert kinds[:2] == ["masked", "sparse"]
     assert kinds[-1] == "torch"
 
 
