@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ranking": updates.ranking,
     "storage": storage.storage,
     "fit": storage.fit,
+    "program": storage.program,
     "traffic": traffic.traffic,
 }
 
@@ -37,10 +38,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "peak", "fitted"])
     parser.add_argument("--network", choices=NETWORKS, default="lenet300")
     parser.add_argument("--methods", default="dst,dfbst,autosparse,str", help="separated by commas")
-    parser.add_argument("--sparsities", help="for update, ranking, storage, fit and traffic, separated by commas")
-    parser.add_argument("--storages", default="masked", help="for update, separated by commas")
+    parser.add_argument("--sparsities", help="where they are varied, separated by commas")
+    parser.add_argument("--storages", default="masked", help="for update and program, separated by commas")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, help="of a fit; default: 938 for monitor (MNIST's), 10 for fit")
+    parser.add_argument("--width", type=int, default=4096, help="of the layers for program")
+    parser.add_argument(
+        "--steps", type=int, help="of an epoch; default: 938 (MNIST's) for monitor, 10 for fit, 6 for program"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")
     parser.add_argument("--threads", type=int, default=1)

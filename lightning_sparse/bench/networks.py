@@ -28,9 +28,9 @@ from lightning_sparse import (
 from lightning_sparse.families.latent import LatentCallback
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.trainer.callback import SparseCallback
-from lightning_sparse.zoo.models import VGG16, LeNet300, ResNet18
+from lightning_sparse.zoo.models import VGG16, LeNet300, MobileNetV2, ResNet18
 
-__all__ = ["METHODS", "NETWORKS", "NEVER", "PRECISIONS", "attach", "bare_step", "batch_for", "on_meta"]
+__all__ = ["METHODS", "NETWORKS", "NEVER", "PRECISIONS", "attach", "bare_step", "batch_for", "on_meta", "precision_of"]
 
 #: an interval between updates that no benchmark comes to: connections move when it says so
 NEVER = 10**12
@@ -68,6 +68,40 @@ def mlp(width: int) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
+class _Block(nn.Module):
+    """Attention among patches and an MLP, both normalised before and added to their input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(batch, patches, width)``."""
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        y: Tensor = x + self.mlp(self.norms[1](x))
+        return y
+
+
+class VisionTransformer(nn.Module):
+    """A small ViT: 64 patches of 4 x 4, six blocks of width 192 with three heads, ten classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 192, 4, 4)
+        self.blocks = nn.Sequential(*(_Block(192, 3) for _ in range(6)))
+        self.head = nn.Linear(192, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of images."""
+        y: Tensor = self.head(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+        return y
+
+
 #: by name: how the network is built, and the shape of one input
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lenet300": (LeNet300, (1, 28, 28)),
@@ -78,6 +112,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp8m": (partial(mlp, 1280), (1280,)),
     "mlp83m": (partial(mlp, 4096), (4096,)),
     "mlp300m": (partial(mlp, 7744), (7744,)),
+    "mobilenet": (MobileNetV2, (3, 32, 32)),
+    "vit": (VisionTransformer, (3, 32, 32)),
 }
 
 
@@ -89,7 +125,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         if isinstance(child, Metric):
             delattr(module, name)  # it cannot leave the meta device
     for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d | nn.LayerNorm):
             layer.to_empty(device="cpu").reset_parameters()
     return module
 
@@ -112,6 +148,11 @@ def attach(callback: SparseCallback, module: nn.Module, optimizer: torch.optim.O
     callback.attach([choice for choice in select_parameters(module) if choice.reason is None], [optimizer], False)
     if isinstance(callback, LatentCallback) and callback._target:
         callback._target.skip(NEVER // 2)
+
+
+def precision_of(precision: str, device: torch.device | str) -> torch.autocast:
+    """Return the context of a forward pass in one of ``PRECISIONS``."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 def bare_step(
@@ -137,7 +178,7 @@ def bare_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with precision_of(precision, batch[0].device):
             loss: Tensor = nn.functional.cross_entropy(compute(batch[0]), batch[1])
         loss.backward()  # type: ignore[no-untyped-call]
         if method is None:

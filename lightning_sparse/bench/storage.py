@@ -2,8 +2,12 @@
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +17,25 @@ from lightning_sparse import SET
 from lightning_sparse.accounting.memory import stored_bytes
 from lightning_sparse.accounting.timing import seconds, synchronize
 from lightning_sparse.bench.measure import child, hardware, megabytes, middle, peak_above, peak_megabytes
-from lightning_sparse.bench.networks import NETWORKS, NEVER, bare_step, batch_for, on_meta
+from lightning_sparse.bench.networks import NETWORKS, NEVER, bare_step, batch_for, on_meta, precision_of
 from lightning_sparse.bench.trainers import Plain, fit_seconds
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer
 from lightning_sparse.kernels.products import candidates
+from lightning_sparse.layers.sparse import sparse_layers
 from lightning_sparse.rules import sampling
 from lightning_sparse.rules.budgets import budget
 from lightning_sparse.storage import make_sparse_
+from lightning_sparse.storage.measure import Inputs, choose, measure_all, ways
 from lightning_sparse.trainer.callback import SparseCallback
 
-__all__ = ["fit", "fitted", "prepare", "storage"]
+__all__ = ["fit", "fitted", "prepare", "program", "storage"]
 
 
 def _step(arguments: argparse.Namespace, kind: str, sparsity: float) -> Callable[[], None]:
-    """Return a step with weights of this kind: ``"dense"``, ``"masked"``, or the backend of sparse layers."""
+    """Return a step with weights of this kind: ``"dense"``, ``"masked"``, or the backend of sparse layers.
+
+    ``"sparse"``: each layer has the backend that a fit would choose.
+    """
     torch.manual_seed(0)
     build, device = NETWORKS[arguments.network][0], arguments.device
     method = SET(sparsity, distribution="uniform", update_every=NEVER) if kind == "masked" else None
@@ -38,9 +47,15 @@ def _step(arguments: argparse.Namespace, kind: str, sparsity: float) -> Callable
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 size = layer.weight.numel()
                 positions = sampling.distinct(budget(sparsity, size), size, torch.default_generator)
-                make_sparse_(layer, positions).backend = kind
+                make_sparse_(layer, positions).backend = None if kind == "sparse" else kind
     batch = batch_for(arguments.network, arguments.batch, device)
-    return bare_step(module.to(device), batch, method, precision=arguments.precision)
+    step = bare_step(module.to(device), batch, method, precision=arguments.precision)
+    if kind == "sparse":
+        layers, inputs = sparse_layers(module), Inputs(sparse_layers(module))
+        step()
+        inputs.close()
+        choose(layers, measure_all(layers, inputs.found, ways, partial(precision_of, arguments.precision, device)))
+    return step
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -51,7 +66,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
 def storage(arguments: argparse.Namespace) -> None:
     """Print step time and peak memory with masks and with sparse layers, by each backend, over those of dense ones."""
     device = arguments.device
-    kinds = ["masked", *candidates(torch.device(device), torch.float32)]
+    kinds = ["masked", "sparse", *candidates(torch.device(device), torch.float32)]
     print(f"{arguments.network}, batch {arguments.batch}, {arguments.precision}, {hardware(device)}")
     memory = peak_above("storage", arguments, storages="dense", sparsities=0.0)
     print(f"dense: peak {memory:.0f} MB above the process's own memory; the following is over dense training's")
@@ -73,6 +88,8 @@ def storage(arguments: argparse.Namespace) -> None:
         for kind in kinds:
             peak = peak_above("storage", arguments, storages=kind, sparsities=sparsity) / memory
             print(f"{sparsity:5s}  {kind:6s}  step time {middle(ratios[kind])}  peak memory {peak:.3f}", flush=True)
+        beside = [ours / masked for ours, masked in zip(ratios["sparse"], ratios["masked"], strict=True)]
+        print(f"{sparsity:5s}  sparse  step time over masked {middle(beside)}", flush=True)
     print(f"dense step: {1e3 * statistics.median(base):.2f} ms")
 
 
@@ -152,3 +169,21 @@ def fit(arguments: argparse.Namespace) -> None:
             below = 0 if column == 1 else column  # every dense step is as long as another
             ratios = [ours[column] / base[below] for (_, ours, _), base in zip(rounds, dense, strict=True)]
             print(f"{sparsity:5s}  sparse / dense: {name} {middle(ratios)}", flush=True)
+
+
+def program(arguments: argparse.Namespace) -> None:
+    """Print the peak memory of a whole program with sparse layers over that of a dense one, see ``program.py``."""
+    steps = arguments.steps or 6
+
+    def run(kind: str, sparsity: str) -> float:
+        sizes = [sparsity, arguments.width, arguments.batch, steps, arguments.threads]
+        command = [sys.executable, str(Path(__file__).with_name("program.py")), kind, *map(str, sizes)]
+        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+    print(f"three layers of {arguments.width}, batch {arguments.batch}, 2 epochs of {steps} steps, {hardware('cpu')}")
+    dense = statistics.median(run("dense", "0") for _ in range(arguments.rounds))
+    print(f"dense: peak {dense:.0f} MB above torch and Lightning", flush=True)
+    for sparsity in (arguments.sparsities or "0.9,0.98").split(","):
+        for kind in arguments.storages.split(","):
+            peaks = [run(kind, sparsity) for _ in range(arguments.rounds)]
+            print(f"{sparsity:5s}  {kind:6s}  peak / dense: {middle([peak / dense for peak in peaks])}", flush=True)

@@ -37,11 +37,14 @@ from lightning_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
 from lightning_sparse.export.files import save_sparse
 from lightning_sparse.export.onnx import onnx_session, to_onnx
 from lightning_sparse.export.semi_structured import to_semi_structured
-from lightning_sparse.storage import sparse, to_dense
+from lightning_sparse.storage import to_dense
 
-__all__ = ["Benchmark", "Measurement", "benchmark"]
+__all__ = ["TWIN_LIMIT", "Benchmark", "Measurement", "benchmark"]
 
 T = TypeVar("T")
+
+#: bytes of the weights of a dense twin up to which it is made
+TWIN_LIMIT = 2 << 30
 
 _MIB = 2**20
 # one timing of a variant lasts as long as this, at least
@@ -129,7 +132,7 @@ def benchmark(
     bytes of the variant's parameters and buffers, plus what a run of the largest batch allocates at its peak.
 
     A module with sparse layers is measured as it is. A copy with dense weights, from which the exports are made, is
-    measured beside it if its weights take no more than ``lightning_sparse.storage.sparse.DENSE_LIMIT`` bytes. If they
+    measured beside it if its weights take no more than ``lightning_sparse.export.measure.TWIN_LIMIT`` bytes. If they
     take more, rows that need dense weights are left out.
 
     Args:
@@ -229,7 +232,7 @@ def _variants(
     """Return what can be made of the module by name: a module, or the session of an ONNX file."""
     variants: dict[str, Any] = {}
     size = dense_bytes(module)
-    if size <= sparse.DENSE_LIMIT:
+    if size <= TWIN_LIMIT:
         variants["dense"] = to_dense(copy.deepcopy(module)) if size else module
     if size:
         variants["sparse layers"] = module

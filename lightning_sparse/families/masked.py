@@ -67,7 +67,7 @@ class MaskedCallback(Stored, SparseCallback):
     plain_checkpoints: bool | None = option(
         default=None,
         doc='with ``storage="sparse"``, checkpoints written during a fit have the plain module\'s keys and dense '
-        "weights with exact zeros; False: the nonzeros alone; None: dense if that takes no more than 2 GiB.",
+        "weights with exact zeros; False: the nonzeros alone; None: dense if that takes no more than 64 MiB.",
     )
 
     #: what the units of sparsity are

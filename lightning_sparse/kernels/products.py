@@ -11,7 +11,10 @@ from torch import Tensor
 from lightning_sparse.kernels import dispatch
 from lightning_sparse.kernels.structure import CSR
 
-__all__ = ["Products", "backend", "candidates", "matmul", "sampled", "transposed"]
+__all__ = ["DENSE", "Products", "backend", "candidates", "matmul", "sampled", "transposed"]
+
+#: the name, among those of backends, for layers that compute with a dense weight; it multiplies no sparse matrix
+DENSE = "dense"
 
 
 class Products(Protocol):
@@ -49,7 +52,7 @@ def backend(x: Tensor, name: str | None = None) -> Products:
 
 def _refuse_unknown(name: str) -> None:
     """Raise if there is no backend of this name on any machine."""
-    known = ["torch", *(other.name for other in dispatch.BACKENDS["products"])]
+    known = ["torch", *(other.name for other in dispatch.BACKENDS["products"]), DENSE]
     if name not in known:
         raise ValueError(f"backend must be one of {known}, or None for the quicker one, got {name!r}.")
 

@@ -15,7 +15,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat import checks, torch_private
+from lightning_sparse.kernels.products import DENSE
 from lightning_sparse.kernels.structure import Structure, check_csr, check_positions, flat_positions, structure
+from lightning_sparse.layers.densely import conv2d_densely, linear_densely
 from lightning_sparse.layers.functional import conv2d, linear, padded
 from lightning_sparse.layers.stand_in import StandIn
 from lightning_sparse.rules import sampling, select
@@ -50,7 +52,8 @@ class SparseLayer(nn.Module):
         col: the columns, ``(nnz,)``, int32, counted over all groups.
         weight_shape: of the dense weight, int64; not read, but what a checkpoint needs to be made dense.
         plain: ``state_dict`` has the dense ``weight`` in the place of these.
-        backend: who multiplies, see ``kernels.dispatch``; None: the one that is quicker as a rule.
+        backend: who multiplies, see ``kernels.dispatch``; ``"dense"``: a dense weight, made for each pass; None: the
+            sparse one that is quicker as a rule.
         full_name: of the weight in the module that is trained; None: not known.
     """
 
@@ -63,6 +66,7 @@ class SparseLayer(nn.Module):
     plain: bool = False
     backend: str | None = None
     full_name: str | None = None
+    _found: tuple[Tensor, Tensor] | None = None
 
     @property
     def values(self) -> nn.Parameter:
@@ -205,6 +209,16 @@ class SparseLayer(nn.Module):
             raise RuntimeError(f"Input and weight of {self!r} must have the same dtype: {x.dtype}, {self.values.dtype}")
         return x, self.values.dtype
 
+    def _nonzeros(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, tuple[int, ...]]:
+        """Return what dense products need: values and bias in this dtype, positions and shape.
+
+        Positions are kept for as long as the columns are, which are exchanged as a whole.
+        """
+        if self._found is None or self._found[0] is not self.col:
+            self._found = self.col, self.positions
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self.values.to(dtype), bias, self._found[1], self.shape
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Write the dense weight if ``plain``, else ``values`` and where they are."""
         entries: dict[str, Any] = {}
@@ -312,6 +326,8 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # w
         """Return ``x W.T + bias`` for ``x`` ``(..., in_features)``."""
         x, dtype = self._take(input)
         with torch.autocast(x.device.type, enabled=False):
+            if self.backend == DENSE:
+                return linear_densely(x.to(dtype), *self._nonzeros(dtype))
             return linear(x, self.values, self.bias, self.structure).to(dtype)
 
 
@@ -401,7 +417,10 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc, override]  # w
         images = x if x.ndim == 4 else x.unsqueeze(0)
         with torch.autocast(x.device.type, enabled=False):
             images, geometry = padded(self, images)
-            y = conv2d(images, self.values, self.bias, self.structure, geometry).to(dtype)
+            if self.backend == DENSE:
+                y = conv2d_densely(images.to(dtype), *self._nonzeros(dtype), geometry, self.groups)
+            else:
+                y = conv2d(images, self.values, self.bias, self.structure, geometry).to(dtype)
         return y if x.ndim == 4 else y.squeeze(0)
 
 
@@ -462,7 +481,7 @@ def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
     weight = nn.Parameter(layer.dense_weight(), layer.values.requires_grad)
     for name in ("crow", "col", "weight_shape", *_DERIVED):
         delattr(layer, name)
-    for name in ("plain", "backend", "full_name"):
+    for name in ("plain", "backend", "full_name", "_found"):
         vars(layer).pop(name, None)
     torch_private.set_parameters(layer, {"weight": weight, "bias": layer.bias})
     layer.__class__ = _DENSE[type(layer)]  # type: ignore[assignment]

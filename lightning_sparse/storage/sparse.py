@@ -22,6 +22,8 @@ from lightning_sparse.compat.lightning import (
     rank_zero_warn,
 )
 from lightning_sparse.compat.optimizers import takes_matrices_alone
+from lightning_sparse.kernels import dispatch
+from lightning_sparse.kernels.products import DENSE
 from lightning_sparse.layers.selection import ParameterChoice, select_parameters
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_
 from lightning_sparse.layers.stand_in import shaped
@@ -29,7 +31,7 @@ from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules import select
 from lightning_sparse.storage.checkpoint import make_state_sparse, sparse_entries
 from lightning_sparse.storage.compare import COMPARED_LIMIT, difference
-from lightning_sparse.storage.measure import DENSE, measure
+from lightning_sparse.storage.measure import Inputs, backends, choose, measure_all, ways
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 from lightning_sparse.storage.store import Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
@@ -43,8 +45,9 @@ from lightning_sparse.weights.sparse import SparseWeight, trim_after
 
 __all__ = ["DENSE_LIMIT", "SparseStore"]
 
-#: bytes of dense weights up to which they are made: for checkpoints, to compare with the dense module, at the fit's end
-DENSE_LIMIT = 2 << 30
+#: bytes of dense weights up to which they are made, little beside what torch takes: for checkpoints, to compare with
+#: the dense module, at the fit's end
+DENSE_LIMIT = 64 << 20
 
 _INDICES = ("crow", "col", "weight_shape", "transposed_crow", "transposed_col", "permutation")
 
@@ -57,7 +60,8 @@ class SparseStore(Store):
     def __init__(self, method: Stored) -> None:
         super().__init__(method)
         self._plain = False  # checkpoints have dense weights
-        self._backend: str | None = None
+        self._backends: dict[str, str] = {}  # by name of the weight
+        self._inputs: Inputs | None = None  # of the first batch
         self._compared = False  # with the dense module, in this fit
 
     @property
@@ -76,7 +80,7 @@ class SparseStore(Store):
             return
         handles = self.method._fit.handles
         _refuse_averages(self.method, trainer)
-        self._backend, self._compared = None, False
+        self._backends, self._inputs, self._compared = {}, None, False
         exchange = partial(self._exchange_layers, trainer, module)
         handles.append(After(module, "configure_model", exchange))
         handles.append(After(module, "configure_optimizers", during=self._shaped))
@@ -177,30 +181,18 @@ class SparseStore(Store):
         )
 
     def begin_training(self, trainer: Trainer) -> None:
-        """Multiply as is quickest for the largest layer, or as the checkpoint says; tell, and warn if it is slow."""
+        """Multiply as the checkpoint says, or as is asked for; the first batch chooses for the other layers."""
         super().begin_training(trainer)
-        largest = max(self._weights, key=lambda weight: weight.size)
-        seconds = trainer.strategy.broadcast(measure(largest.sparse) if trainer.is_global_zero else {})
-        names = [name for name in seconds if name != DENSE]
-        if self._backend is not None and self._backend not in names:
-            rank_zero_warn(
-                f"The checkpoint was trained with the backend {self._backend!r}, which is not available here "
-                f"({', '.join(names)}): the run continues, but not to the last bit as it would have."
-            )
-        if self._backend not in names:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-            self._backend = names[0] if deterministic else min(names, key=lambda name: seconds[name])
+        fixed = dispatch.wanted() != "auto" or torch.are_deterministic_algorithms_enabled()
         for weight in self._weights:
-            weight.sparse.backend = self._backend
-        ratios = {name: seconds[name] / seconds[DENSE] for name in names}
-        others = "".join(f", {name} {ratio:.2g} x" for name, ratio in ratios.items() if name != self._backend)
-        told = (
-            f"{largest.name}, of density {largest.num_active / largest.size:.3g}, takes about "
-            f"{ratios[self._backend]:.2g} x a dense layer's time with {self._backend}{others}"
-        )
-        rank_zero_info(f"storage='sparse': {told}.")
-        if ratios[self._backend] > 1:
-            rank_zero_warn(f"storage='sparse' is slower here than storage='masked', which takes more memory: {told}.")
+            here, saved = backends(weight.sparse), self._backends.pop(weight.name, None)
+            if saved not in (None, DENSE, *here):
+                rank_zero_warn(
+                    f"The checkpoint was trained with the backend {saved!r} for {weight.name}, which is not available "
+                    f"here ({', '.join(here)}): the run continues, but not to the last bit as it would have."
+                )
+            elif saved is not None or fixed:
+                self._backends[weight.name] = weight.sparse.backend = saved or here[0]
 
     def end(self, stage: str) -> Callable[[], None]:
         """Return what makes the module dense, if that takes no more than ``DENSE_LIMIT`` bytes."""
@@ -211,6 +203,7 @@ class SparseStore(Store):
 
         def make_dense() -> None:
             for layer in layers if size <= DENSE_LIMIT else ():
+                layer.values.grad = None
                 make_dense_(layer)
             if size > DENSE_LIMIT:
                 rank_zero_info(
@@ -223,13 +216,19 @@ class SparseStore(Store):
     # ------------------------------------------------------------------ steps
 
     def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        """Compare the module with the dense one on the first batch, if both are small enough."""
-        if self._compared:
-            return
-        self._compared = True
-        own = [*module.parameters(), *module.buffers()]
-        size = _dense_bytes(self._weights) + sum(x.numel() * x.element_size() for x in own)
-        if size > min(COMPARED_LIMIT, DENSE_LIMIT):
+        """Compare the module with the dense one on the first batch, if both are small enough; note what layers get."""
+        if not self._compared:
+            self._compared = True
+            self._compare(trainer, module, batch, index)
+        layers = {weight.name: weight.sparse for weight in self._weights if weight.name not in self._backends}
+        if layers and self._inputs is None:
+            self._inputs = Inputs(layers)
+            self.method._fit.handles.append(self._inputs)
+
+    def _compare(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        """Raise if a small module computes something else than the dense one."""
+        dense, own = _dense_bytes(self._weights), [*module.parameters(), *module.buffers()]
+        if dense > DENSE_LIMIT or dense + sum(x.numel() * x.element_size() for x in own) > COMPARED_LIMIT:
             return
         found = difference(trainer, module, batch, index)
         if not trainer.strategy.reduce_boolean_decision(found is None):
@@ -240,6 +239,20 @@ class SparseStore(Store):
                 "Ask isinstance(layer, nn.Linear) there, keep the layer dense with exclude=[...], or use "
                 "storage='masked'."
             )
+
+    def end_batch(self, trainer: Trainer) -> None:
+        """Measure, on the first process, how the layers of the first batch compute most quickly, and tell."""
+        if self._inputs is None:
+            return
+        self._inputs.close()
+        layers = {weight.name: weight.sparse for weight in self._weights if weight.name not in self._backends}
+        seconds: dict[str, dict[str, float]] = {}
+        if trainer.is_global_zero:
+            seconds = measure_all(layers, self._inputs.found, ways, trainer.precision_plugin.forward_context)
+        seconds, self._inputs = trainer.strategy.broadcast(seconds), None
+        self._backends |= choose(layers, seconds)
+        if seconds:
+            rank_zero_info(f"storage='sparse' computes as is quickest here: {_told(self._backends, seconds)}.")
 
     def after_backward(self, trainer: Trainer) -> None:
         """Average the gradients that DDP leaves alone, whenever DDP has averaged the others."""
@@ -280,7 +293,7 @@ class SparseStore(Store):
     def state_dict(self, weights: Mapping[str, Weight]) -> dict[str, Any]:
         """Add who multiplies and, where the module's part has dense weights, the connections: some may be 0."""
         state = super().state_dict(weights)
-        state["backend"] = self._backend or ""
+        state["backends"] = dict(self._backends)
         for name, weight in weights.items() if self._plain else ():
             index = torch.int32 if weight.size < 2**31 else torch.int64
             state["weights"][name]["positions"] = weight.active_indices.cpu().to(index)
@@ -288,7 +301,10 @@ class SparseStore(Store):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up who multiplies."""
-        self._backend = state_dict.get("backend") or None
+        earlier = state_dict.get("backend")  # one for all layers, of earlier versions
+        self._backends = dict(
+            state_dict.get("backends", dict.fromkeys(state_dict["weights"], earlier) if earlier else {})
+        )
 
     def take(self, states: dict[str, Any], module: dict[str, Any]) -> bool:
         """Have the dense weights of a checkpoint loaded by sparse layers."""
@@ -309,7 +325,11 @@ class SparseStore(Store):
         return x.reshape(-1)[weight.active_indices.to(x.device)] if tuple(x.shape) == weight.shape else None
 
     def on_save_checkpoint(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the nonzeros alone, if that is what checkpoints hold, also after the fit, when the module is dense."""
+        """Write the nonzeros alone, if that is what checkpoints hold, also after the fit, when the module is dense.
+
+        What steps have left is given back before: Lightning writes checkpoints into memory first.
+        """
+        trim_after(*self._weights)
         if self.method._fit.module is None and not self._plain:
             state = checkpoint["state_dict"]
             for weight in self._weights:
@@ -364,6 +384,18 @@ def _prefix(name: str) -> str:
 def _dense_bytes(weights: Sequence[SparseWeight]) -> int:
     """Return the bytes of the dense weights."""
     return sum(weight.size * weight.values.element_size() for weight in weights)
+
+
+def _told(chosen: Mapping[str, str], seconds: Mapping[str, Mapping[str, float]]) -> str:
+    """Return in words which layers compute how, and how much more quickly than with dense weights."""
+    parts = []
+    for way in sorted({chosen[name] for name in seconds}):
+        names = [name for name in seconds if chosen[name] == way]
+        ratios = [seconds[name][way] / seconds[name][DENSE] for name in names if DENSE in seconds[name]]
+        told = f" in {min(ratios):.2g} to {max(ratios):.2g} of the time with dense weights" if ratios else ""
+        how = "dense weights, made for each pass" if way == DENSE else f"{way}{told}"
+        parts.append(f"{listed(names)} with {how}")
+    return "; ".join(parts)
 
 
 def _continues(method: Stored, weights: Sequence[SparseWeight], earlier: Mapping[str, Weight]) -> bool:

@@ -102,6 +102,9 @@ class Store(ABC):
     def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         """See a training batch that is about to be computed with."""
 
+    def end_batch(self, trainer: Trainer) -> None:
+        """See the end of a training batch."""
+
     def after_backward(self, trainer: Trainer) -> None:
         """Complete the gradients of a micro-batch."""
 
@@ -255,6 +258,13 @@ class Stored(Verbs, Callback, ABC):
         """Let the store see the batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.store.begin_batch(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the store see the end of the batch, before a checkpoint is written."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.store.end_batch(trainer)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete the gradients of a micro-batch."""

@@ -4,12 +4,14 @@ import contextlib
 import io
 import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lightning_sparse.bench import measure
+from lightning_sparse.bench import measure, program
+from lightning_sparse.bench import storage as benchmarks
 from lightning_sparse.bench.__main__ import main
 from lightning_sparse.compat.lightning import PACKAGE
 
@@ -42,6 +44,7 @@ def printed(monkeypatch, capsys):
 
 
 NUMBER = r"-?\d+(\.\d+)?"
+KINDS = [("dense", "0"), ("masked", "0.9"), ("sparse", "0.9")]
 MIDDLE = rf"{NUMBER} \({NUMBER} to {NUMBER}\)"
 
 
@@ -78,8 +81,9 @@ def test_hooks_are_timed(printed):
 def test_masks_and_each_backend_have_a_line(printed):
     lines = printed("storage", "--sparsities", "0.8", "--precision", "bf16-mixed")[2:]
     assert re.fullmatch(rf"dense step: {NUMBER} ms", lines.pop())
+    assert re.fullmatch(rf"0.8 +sparse +step time over masked {MIDDLE}", lines.pop())
     kinds = [re.fullmatch(rf"0.8 +(\w+) +step time {MIDDLE} +peak memory {NUMBER}", line)[1] for line in lines]
-    assert kinds[0] == "masked"
+    assert kinds[:2] == ["masked", "sparse"]
     assert kinds[-1] == "torch"
 
 
@@ -91,3 +95,30 @@ def test_a_fit_is_measured_beside_a_dense_one(printed):
     assert list(found)[2:] == ["peak", "tensors", "peak with the fit's end"]
     # values, gradients and momentum as in dense training, and three indices for each
     assert found["tensors"] == pytest.approx(0.2 * 2, abs=0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux")
+def test_a_whole_program_is_measured_beside_a_dense_one(printed, monkeypatch):
+    runs = []
+
+    def program(command, **options):
+        runs.append([str(part) for part in command[2:]])
+        return SimpleNamespace(stdout="40.0\n" if "dense" in command else "10.0\n")
+
+    monkeypatch.setattr(benchmarks.subprocess, "run", program)
+    lines = printed("program", "--width", "32", "--steps", "2", "--sparsities", "0.9", "--storages", "masked,sparse")
+    assert runs == [[kind, sparsity, "32", "2", "2", "1"] for kind, sparsity in KINDS]
+    assert lines[1:] == [
+        "dense: peak 40 MB above torch and Lightning",
+        "0.9    masked  peak / dense: 0.250 (0.250 to 0.250)",
+        "0.9    sparse  peak / dense: 0.250 (0.250 to 0.250)",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "sparsity"), KINDS)
+def test_the_whole_program_trains_and_writes_a_checkpoint(kind, sparsity, tmp_path):
+    before = program.peak()
+    program.train(kind, float(sparsity), width=12, batch=4, steps=2, folder=str(tmp_path))
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+    assert program.peak() >= before > 1

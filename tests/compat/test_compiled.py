@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import LATENT, ROUNDS, SETTINGS, THRESHOLDS, Lit, effective, fit, loader, seeded, trainer
+from stored import measured
 from torch import nn
 
 import lightning_sparse.storage.sparse as training
@@ -54,7 +55,7 @@ def _fresh_compiler(monkeypatch):
     """Compile anew, with no stance left behind; and no measurement decides who multiplies."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(training, "measure", lambda layer: {"torch": 0.5, "dense": 1.0})
+    monkeypatch.setattr(training, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
     yield
     assert stance() == "default"
     assert not Uncompiled._open

@@ -14,13 +14,13 @@ from lightning_sparse.export import (
     benchmark,
     compact,
     load_sparse,
+    measure,
     save_sparse,
     to_csr,
     to_onnx,
     to_semi_structured,
 )
 from lightning_sparse.storage import SparseConv2d, SparseLinear, load_dense, to_dense
-from lightning_sparse.storage import sparse as training
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -96,7 +96,7 @@ def test_the_benchmark_measures_sparse_layers_beside_their_dense_twin(monkeypatc
     table = benchmark(net, x, batch_sizes=(1, 3), rounds=2, memory=False)
     assert list(table.rows)[:4] == ["dense", "sparse layers", "compacted", "CSR"]
     assert {type(layer) for layer in net} >= {SparseLinear, SparseConv2d}
-    monkeypatch.setattr(training, "DENSE_LIMIT", 1000)
+    monkeypatch.setattr(measure, "TWIN_LIMIT", 1000)
     table = benchmark(net, x, batch_sizes=(1,), rounds=2)
     assert list(table.rows) == ["sparse layers", "CSR"]
     assert all(row.memory_bytes is not None for row in table.rows.values())

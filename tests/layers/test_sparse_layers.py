@@ -17,7 +17,7 @@ from lightning_sparse.kernels.structure import flat_positions, structure
 from lightning_sparse.storage import SparseConv2d, SparseLinear, make_dense_, make_sparse_
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-BACKENDS = {"torch": None, "numba": products_numba}
+BACKENDS = {"torch": None, "numba": products_numba, products.DENSE: None}
 QUICK = settings(max_examples=60, deadline=None)
 
 
@@ -38,6 +38,7 @@ def assert_close(ours, theirs, dtype):
 def assert_equal_layers(dense, sparse, x, monkeypatch, backend):
     """Forward, and gradients of input, values and bias."""
     monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
+    sparse.backend = products.DENSE if backend == products.DENSE else None
     dtype = x.dtype
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, expected = sparse(ours), dense(theirs)

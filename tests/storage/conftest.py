@@ -1,9 +1,10 @@
 import pytest
+from stored import measured
 
 import lightning_sparse.storage.sparse as training
 
 
 @pytest.fixture(autouse=True)
 def quick_and_the_same_everywhere(monkeypatch):
-    """No measurement decides who multiplies."""
-    monkeypatch.setattr(training, "measure", lambda layer: {"torch": 0.5, "dense": 1.0})
+    """No measurement decides how layers compute."""
+    monkeypatch.setattr(training, "measure_all", measured({"torch": 0.5, "dense": 1.0}))

@@ -8,6 +8,7 @@ import torch
 from helpers import ROUNDS, SETTINGS, Lit, SavesFirst, fit, loader, seeded, trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
+from stored import measured
 
 import lightning_sparse.storage.sparse as sparse_training
 from lightning_sparse.trainer.agreement import refuse_broken_positions
@@ -18,7 +19,7 @@ METHODS = {**SETTINGS, **ROUNDS, "RigL sparse": lambda **kw: SETTINGS["RigL"](st
 @pytest.fixture(autouse=True)
 def quick_and_the_same_everywhere(monkeypatch):
     """No measurement decides who multiplies."""
-    monkeypatch.setattr(sparse_training, "measure", lambda layer: {"torch": 0.5, "dense": 1.0})
+    monkeypatch.setattr(sparse_training, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
 
 
 def checkpoint(path, method, change=lambda state: None, **arguments):

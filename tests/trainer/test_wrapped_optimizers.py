@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ROUNDS, SETTINGS, Lit, effective, fit, loader, same, seeded, state, trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from stored import measured
 from torch.optim.lr_scheduler import StepLR
 
 import lightning_sparse.storage.sparse as sparse_training
@@ -18,7 +19,7 @@ from lightning_sparse.compat.optimizers import StepHook, hook_step
 @pytest.fixture(autouse=True)
 def quick_and_the_same_everywhere(monkeypatch):
     """No measurement decides who multiplies."""
-    monkeypatch.setattr(sparse_training, "measure", lambda layer: {"torch": 0.5, "dense": 1.0})
+    monkeypatch.setattr(sparse_training, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
 
 
 METHODS = {**SETTINGS, **ROUNDS, "RigL sparse": lambda **kw: SETTINGS["RigL"](storage="sparse", **kw)}
