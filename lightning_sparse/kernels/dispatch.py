@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["BACKENDS", "Backend", "candidates", "module", "wanted"]
+__all__ = ["BACKENDS", "Backend", "candidates", "chosen", "module", "wanted"]
 
 
 class Backend(NamedTuple):
-    """Code beside torch's, in the modules ``thresholds_NAME`` and ``products_NAME``.
+    """Code beside torch's, in the modules ``thresholds_NAME``, ``products_NAME`` and ``convolutions_NAME``.
 
     Attributes:
         name: of it, also in the environment.
@@ -41,6 +41,7 @@ _NUMBA = Backend("numba", "cpu", (torch.float32, torch.float64), package="numba"
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "thresholds": (_NUMBA,),
     "products": (_NUMBA,),
+    "convolutions": (_NUMBA,),
 }
 
 
@@ -48,7 +49,7 @@ def candidates(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str,
     """Return the modules that compute on such tensors, by name; the first is the quicker one as a rule.
 
     Args:
-        kind: ``"thresholds"`` or ``"products"``.
+        kind: a key of ``BACKENDS``.
         device: of the tensors.
         dtype: of them.
 
@@ -59,6 +60,25 @@ def candidates(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str,
     suiting = [backend for backend in BACKENDS[kind] if backend.suits(device, dtype)]
     found = {backend.name: code for backend in suiting if (code := module(kind, backend)) is not None}
     return found if found and wanted() in found else {**found, "torch": _torch(kind)}
+
+
+def chosen(kind: str, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Any:
+    """Return the module of this name that computes on such tensors, or the first of the candidates if it is none.
+
+    Args:
+        kind: a key of ``BACKENDS``.
+        device: of the tensors.
+        dtype: of them.
+        name: of a backend; None: the first.
+
+    Raises:
+        ValueError: there is no backend of this name anywhere.
+    """
+    found = candidates(kind, device, dtype)
+    known = ["torch", *(backend.name for backend in BACKENDS[kind])]
+    if name is not None and name not in known:
+        raise ValueError(f"backend must be one of {known}, or None for the quicker one, got {name!r}.")
+    return found[name if name in found else next(iter(found))]
 
 
 @cache

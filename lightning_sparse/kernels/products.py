@@ -38,20 +38,8 @@ def backend(x: Tensor, name: str | None = None) -> Products:
     Raises:
         ValueError: there is no backend of this name anywhere.
     """
-    found = dispatch.candidates("products", x.device, x.dtype)
-    if name not in found:
-        if name is not None:
-            _refuse_unknown(name)
-        name = next(iter(found))
-    products: Products = found[name]
+    products: Products = dispatch.chosen("products", x.device, x.dtype, name)
     return products
-
-
-def _refuse_unknown(name: str) -> None:
-    """Raise if there is no backend of this name on any machine."""
-    known = ["torch", *(other.name for other in dispatch.BACKENDS["products"])]
-    if name not in known:
-        raise ValueError(f"backend must be one of {known}, or None for the quicker one, got {name!r}.")
 
 
 def matmul(csr: CSR, values: Tensor, X: Tensor, name: str | None = None) -> Tensor:

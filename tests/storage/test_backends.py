@@ -18,7 +18,7 @@ from stored import METHODS, TIMES
 
 import lightning_sparse.storage.sparse as training
 from lightning_sparse import RandomPruning
-from lightning_sparse.kernels import dispatch, products_numba
+from lightning_sparse.kernels import convolutions_numba, dispatch, products_numba
 from lightning_sparse.storage import SparseConv2d, SparseLinear
 from lightning_sparse.storage.measure import measure
 
@@ -33,7 +33,8 @@ from lightning_sparse.storage.measure import measure
     ],
 )
 def test_times_are_measured_without_touching_random_numbers(layer, backends, monkeypatch):
-    monkeypatch.setattr(dispatch, "module", lambda *_: None if backends == ["torch"] else products_numba)
+    numba = {"products": products_numba, "convolutions": convolutions_numba}
+    monkeypatch.setattr(dispatch, "module", lambda kind, _: None if backends == ["torch"] else numba[kind])
     monkeypatch.setattr(dispatch, "wanted", lambda: "numba" if backends == ["numba"] else "auto")
     before = torch.get_rng_state()
     seconds = measure(layer)
