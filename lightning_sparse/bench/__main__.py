@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lightning_sparse import bench
-from lightning_sparse.bench import measure, steps, storage, traffic, trainers, updates
+from lightning_sparse.bench import convolutions, measure, steps, storage, traffic, trainers, updates
 from lightning_sparse.bench.networks import NETWORKS, PRECISIONS
 from lightning_sparse.compat.lightning import PACKAGE
 
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ranking": updates.ranking,
     "storage": storage.storage,
     "fit": storage.fit,
+    "convolutions": convolutions.convolutions,
     "traffic": traffic.traffic,
 }
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "peak", "fitted"])
     parser.add_argument("--network", choices=NETWORKS, default="lenet300")
     parser.add_argument("--methods", default="dst,dfbst,autosparse,str", help="separated by commas")
-    parser.add_argument("--sparsities", help="for update, ranking, storage, fit and traffic, separated by commas")
+    parser.add_argument("--sparsities", help="of all but overhead and memory, separated by commas")
     parser.add_argument("--storages", default="masked", help="for update, separated by commas")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, help="of a fit; default: 938 for monitor (MNIST's), 10 for fit")

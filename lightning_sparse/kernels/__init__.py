@@ -1,4 +1,4 @@
-"""The arithmetic of thresholds and products with sparse matrices: in torch, or in compiled code where that is quicker.
+"""The arithmetic of thresholds, sparse products and convolutions: in torch, or in compiled code where that is quicker.
 
-``thresholds`` and ``products`` say what there is to compute, ``dispatch`` which code computes it.
+``thresholds``, ``products`` and ``convolutions`` say what there is to compute, ``dispatch`` which code computes it.
 """

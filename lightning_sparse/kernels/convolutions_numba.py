@@ -249,7 +249,7 @@ def _tiles(xat: Any, phases: Any, position: int) -> tuple[Any, Any, Any]:
     for phase in np.unique(phases):
         ours = np.flatnonzero(phases == phase)
         spare = np.full(-len(ours) % _PIECES, len(xat))
-        reads = np.append(xat[ours], np.zeros_like(spare)).reshape(-1, _PIECES)
+        reads = np.append(xat[ours], np.full_like(spare, xat[ours[-1]])).reshape(-1, _PIECES)
         tiles.append((reads, np.append(ours, spare).reshape(-1, _PIECES) * position, np.full(len(reads), phase)))
     xats, yats, which = (np.concatenate(column) for column in zip(*tiles, strict=True))
     return xats, yats, which
