@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lightning_sparse import bench
-from lightning_sparse.bench import measure, steps, storage, traffic, trainers, updates
+from lightning_sparse.bench import convolutions, measure, steps, storage, traffic, trainers, updates
 from lightning_sparse.bench.networks import NETWORKS, PRECISIONS
 from lightning_sparse.compat.lightning import PACKAGE
 
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "storage": storage.storage,
     "fit": storage.fit,
     "program": storage.program,
+    "convolutions": convolutions.convolutions,
     "traffic": traffic.traffic,
 }
 

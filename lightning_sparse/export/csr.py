@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.torch_private import SIDES, children, has_forward_hooks, in_forward_mode
 from lightning_sparse.export._modules import check_module
+from lightning_sparse.kernels.geometry import convolve
 from lightning_sparse.kernels.products import matmul
 from lightning_sparse.kernels.structure import CSR, check_csr
-from lightning_sparse.layers.functional import convolve, padded
+from lightning_sparse.layers.functional import padded
 from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
 
 __all__ = ["CSRConv2d", "CSRLinear", "to_csr"]

@@ -1,4 +1,5 @@
-"""The arithmetic of thresholds, sparse products and positions: in torch, or in compiled code where that is quicker.
+"""The arithmetic of thresholds, sparse products and convolutions, and positions: in torch, or compiled where quicker.
 
-``thresholds``, ``products`` and ``positions`` say what there is to compute, ``dispatch`` which code computes it.
+``thresholds``, ``products``, ``convolutions`` and ``positions`` say what there is to compute, ``dispatch`` which code
+computes it.
 """

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["BACKENDS", "Backend", "candidates", "module", "wanted"]
+__all__ = ["BACKENDS", "DENSE", "Backend", "candidates", "chosen", "module", "wanted"]
+
+#: the name, among those of backends, for layers that compute with a dense weight; it multiplies no sparse matrix
+DENSE = "dense"
 
 
 class Backend(NamedTuple):
-    """Code beside torch's, in the modules ``thresholds_NAME``, ``products_NAME`` and ``positions_NAME``.
+    """Code beside torch's, in the modules ``KIND_NAME``, such as ``thresholds_numba``.
 
     Attributes:
         name: of it, also in the environment.
@@ -42,6 +45,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "thresholds": (_NUMBA,),
     "products": (_NUMBA,),
     "positions": (_NUMBA._replace(dtypes=(torch.int32, torch.int64)),),
+    "convolutions": (_NUMBA,),
 }
 
 
@@ -49,7 +53,7 @@ def candidates(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str,
     """Return the modules that compute on such tensors, by name; the first is the quicker one as a rule.
 
     Args:
-        kind: ``"thresholds"``, ``"products"`` or ``"positions"``.
+        kind: a key of ``BACKENDS``.
         device: of the tensors.
         dtype: of them.
 
@@ -60,6 +64,25 @@ def candidates(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str,
     suiting = [backend for backend in BACKENDS[kind] if backend.suits(device, dtype)]
     found = {backend.name: code for backend in suiting if (code := module(kind, backend)) is not None}
     return found if found and wanted() in found else {**found, "torch": _torch(kind)}
+
+
+def chosen(kind: str, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Any:
+    """Return the module of this name that computes on such tensors, or the first of the candidates if it is none.
+
+    Args:
+        kind: a key of ``BACKENDS``.
+        device: of the tensors.
+        dtype: of them.
+        name: of a backend; None: the first.
+
+    Raises:
+        ValueError: there is no backend of this name anywhere.
+    """
+    found = candidates(kind, device, dtype)
+    known = ["torch", *(backend.name for backend in BACKENDS[kind]), DENSE]
+    if name is not None and name not in known:
+        raise ValueError(f"backend must be one of {known}, or None for the quicker one, got {name!r}.")
+    return found[name if name in found else next(iter(found))]
 
 
 @cache

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.kernels import dispatch
+from lightning_sparse.kernels.dispatch import DENSE
 from lightning_sparse.kernels.structure import CSR
 
 __all__ = ["DENSE", "Products", "backend", "candidates", "matmul", "sampled", "transposed"]
-
-#: the name, among those of backends, for layers that compute with a dense weight; it multiplies no sparse matrix
-DENSE = "dense"
 
 
 class Products(Protocol):
@@ -41,20 +39,8 @@ def backend(x: Tensor, name: str | None = None) -> Products:
     Raises:
         ValueError: there is no backend of this name anywhere.
     """
-    found = dispatch.candidates("products", x.device, x.dtype)
-    if name not in found:
-        if name is not None:
-            _refuse_unknown(name)
-        name = next(iter(found))
-    products: Products = found[name]
+    products: Products = dispatch.chosen("products", x.device, x.dtype, name)
     return products
-
-
-def _refuse_unknown(name: str) -> None:
-    """Raise if there is no backend of this name on any machine."""
-    known = ["torch", *(other.name for other in dispatch.BACKENDS["products"]), DENSE]
-    if name not in known:
-        raise ValueError(f"backend must be one of {known}, or None for the quicker one, got {name!r}.")
 
 
 def matmul(csr: CSR, values: Tensor, X: Tensor, name: str | None = None) -> Tensor:

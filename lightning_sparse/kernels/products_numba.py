@@ -1,27 +1,22 @@
 """Products with a CSR matrix as compiled loops (extra ``fast``): the functions of ``products_torch`` on CPU.
 
-What repeats for every nonzero is written in LLVM's vectors, which become whatever registers the processor has. Each
-element of a product is added up in the order of the columns and depends on its row alone, so rows may be shared among
-threads without changing a bit.
+Each element of a product is added up in the order of the columns and depends on its row alone, so rows may be shared
+among threads without changing a bit.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sparse.kernels.numba_compiler import REORDERED, compiled, pool
+from lightning_sparse.kernels.numba_compiler import compiled, pool
 from lightning_sparse.kernels.structure import CSR
+from lightning_sparse.kernels.vectors_numba import add_row, transpose_block
 
 if TYPE_CHECKING:
     from lightning_sparse.kernels import products_numba as this
@@ -44,7 +39,7 @@ def matmul(csr: CSR, values: Tensor, X: Tensor) -> Tensor:
     Y = X.new_zeros(csr.shape[0], X.shape[1])
     for block in _blocks(csr, X):
         y = block.take(Y)
-        block.multiply("matmul", csr, values, block.take(X), y)
+        block.multiply("matmul_added", csr, values, block.take(X), y)
         block.put(y, Y)
     return Y
 
@@ -62,7 +57,7 @@ def transposed(X: Tensor) -> Tensor:
     if X.t().is_contiguous():
         return X.t()
     out = X.new_empty(X.shape[1], X.shape[0])
-    _transpose(_LINE // X.element_size())(X.detach().contiguous().numpy(), out.numpy())
+    _transpose(X.detach().contiguous().numpy(), out.numpy())
     return out
 
 
@@ -93,10 +88,10 @@ class _Block(NamedTuple):
             Y[:, self.low : self.high] = part[:, : self.high - self.low]
 
     def multiply(self, product: str, csr: CSR, a: Tensor, x: Tensor, b: Tensor) -> None:
-        """Add the product to ``b``, as ``_add_row`` does; all arrays of columns are as ``take`` returns them."""
+        """Add the product to ``b``, as ``add_row`` does; all arrays of columns are as ``take`` returns them."""
         columns = (0, self.width) if self.packed else (self.low, self.high)
         arrays = (t.contiguous().numpy() for t in (csr.crow, csr.col, a, x, b))
-        _over_rows(_kernel(product, self.width), self.high - self.low, self.edges, *arrays, *columns)
+        _over_rows(_kernel(product, self.width, x.element_size()), self.high - self.low, self.edges, *arrays, *columns)
 
 
 def _blocks(csr: CSR, X: Tensor) -> Iterator[_Block]:
@@ -157,157 +152,32 @@ def _edges(crow, col, tiles, size):  # type: ignore[no-untyped-def]
 
 
 @cache
-def _kernel(product: str, width: int) -> Callable[..., None]:
+def _kernel(product: str, width: int, itemsize: int) -> Callable[..., None]:
+    size = width * itemsize
+
     @compiled
     def kernel(first, last, edges, col, a, X, b, low, high):  # type: ignore[no-untyped-def]
+        n = X.shape[1]
         for start in range(low, high, width):
             for tile in range(len(edges) - 1):
                 for i in range(first, last):
-                    _add_row(product, width, edges[tile, i], edges[tile + 1, i], col, a, X, b, i, start)  # type: ignore[call-arg]
+                    begin, end = edges[tile, i], edges[tile + 1, i]
+                    add_row(product, size, begin, end, col, n, a, X, b, (start,), (start,), i * n)  # type: ignore[call-arg]
 
     return kernel  # type: ignore[no-any-return]
 
 
-@cache
-def _transpose(width: int) -> Callable[..., None]:
-    @compiled
-    def kernel(X, out):  # type: ignore[no-untyped-def]
-        rows, columns = len(X) // width * width, len(out) // width * width
-        for j in range(0, columns, width):
-            for i in range(0, rows, width):
-                _transpose_block(width, X, out, i, j)  # type: ignore[call-arg]
-        for i in range(len(X)):
-            for j in range(columns if i < rows else 0, len(out)):
-                out[j, i] = X[i, j]
-
-    return kernel  # type: ignore[no-any-return]
-
-
-# ---------------------------------------------------------------------- in vectors
-
-
-@intrinsic(prefer_literal=True)
-def _add_row(typing, product, width, first, last, col, a, X, b, i, low):  # type: ignore[no-untyped-def]
-    """Add what the nonzeros ``p in range(first, last)`` of row ``i`` are due; ``x = X[col[p], low : low + width]``.
-
-    - "matmul": ``b[i, low : low + width] += a[p] * x``
-    - "sampled": ``b[p] += a[i, low : low + width] @ x``
-    """
-
-    def matmul(row: _Row) -> None:
-        total = cgutils.alloca_once_value(row.builder, row.load(row.b, row.start))  # type: ignore[no-untyped-call]
-        with row.nonzeros() as (p, x):
-            value = row.filled(row.builder.load(row.builder.gep(row.a, [p])))
-            row.builder.store(row.add(row.builder.load(total), row.multiply(value, x)), total)
-        row.store(row.builder.load(total), row.b, row.start)
-
-    def sampled(row: _Row) -> None:
-        g = row.load(row.a, row.start)
-        with row.nonzeros() as (p, x):
-            at = row.builder.gep(row.b, [p])
-            row.builder.store(row.add(row.builder.load(at), row.sum(row.multiply(g, x))), at)
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        row = _Row(context, builder, signature, arguments)
-        {"matmul": matmul, "sampled": sampled}[product.literal_value](row)
-        return context.get_dummy_value()
-
-    index = types.intp
-    return types.void(product, width, index, index, col, a, X, b, index, index), generate
-
-
-@intrinsic(prefer_literal=True)
-def _transpose_block(typing, width, X, out, i, j):  # type: ignore[no-untyped-def]
-    """``out[j : j + width, i : i + width] = X[i : i + width, j : j + width].T``."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        kinds, (_, *arrays, i, j) = signature.args[1:3], arguments
-        X, out = (context.make_array(kind)(context, builder, x) for kind, x in zip(kinds, arrays, strict=True))
-        vectors, size = _Vectors(context, builder, kinds[0].dtype, width.literal_value), width.literal_value
-
-        def starts(array: Any, row: Any, column: Any) -> list[Any]:
-            n = builder.extract_value(array.shape, 1)
-            first = builder.add(builder.mul(row, n), column)
-            return [builder.add(first, builder.mul(n, n.type(k))) for k in range(size)]
-
-        rows = [vectors.load(X.data, start) for start in starts(X, i, j)]
-        for _ in range(size.bit_length() - 1):  # each turn moves one bit of the row's number to the column's
-            pairs = zip(rows[: size // 2], rows[size // 2 :], strict=True)
-            rows = [row for pair in pairs for row in vectors.interleaved(*pair)]
-        for row, start in zip(rows, starts(out, j, i), strict=True):
-            vectors.store(row, out.data, start)
-        return context.get_dummy_value()
-
-    return types.void(width, X, out, types.intp, types.intp), generate
-
-
-class _Vectors:
-    """Code for vectors of ``width`` elements, a power of 2, of this type of numba's."""
-
-    def __init__(self, context: Any, builder: Any, dtype: Any, width: int) -> None:
-        self.builder, self._width = builder, width
-        self._element = context.get_value_type(dtype)
-        self._size = context.get_abi_sizeof(self._element)
-        self._vector = ir.VectorType(self._element, width)
-
-    def load(self, pointer: Any, start: Any) -> Any:
-        return self.builder.load(self._at(pointer, start), align=self._size)
-
-    def store(self, vector: Any, pointer: Any, start: Any) -> None:
-        self.builder.store(vector, self._at(pointer, start), align=self._size)
-
-    def filled(self, scalar: Any) -> Any:
-        none = ir.Constant(self._vector, ir.Undefined)
-        return self._picked(self.builder.insert_element(none, scalar, ir.IntType(32)(0)), none, [0] * self._width)
-
-    def interleaved(self, a: Any, b: Any) -> tuple[Any, Any]:
-        """Return the elements of both in turn: those of the first halves, and of the second."""
-        order = [x for k in range(self._width) for x in (k, self._width + k)]
-        return self._picked(a, b, order[: self._width]), self._picked(a, b, order[self._width :])
-
-    def multiply(self, a: Any, b: Any) -> Any:
-        return self.builder.fmul(a, b, flags=REORDERED)
-
-    def add(self, a: Any, b: Any) -> Any:
-        return self.builder.fadd(a, b, flags=REORDERED)
-
-    def sum(self, vector: Any) -> Any:
-        name = f"llvm.vector.reduce.fadd.v{self._width}{self._element.intrinsic_name}"
-        kind = ir.FunctionType(self._element, [self._element, self._vector])
-        reduce = cgutils.get_or_insert_function(self.builder.module, kind, name)  # type: ignore[no-untyped-call]
-        return self.builder.call(reduce, [self._element(-0.0), vector], fastmath=REORDERED)
-
-    def _picked(self, a: Any, b: Any, order: list[int]) -> Any:
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), self._width), order))
-
-    def _at(self, pointer: Any, start: Any) -> Any:
-        return self.builder.bitcast(self.builder.gep(pointer, [start]), self._vector.as_pointer())
-
-
-class _Row(_Vectors):
-    """The code of ``_add_row``; arrays are contiguous, and vectors are of their elements.
-
-    Attributes:
-        a: pointer to the first element of that array.
-        b: the same.
-        start: of row ``i`` at column ``low`` in an array of the width of ``X``.
-    """
-
-    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
-        _, width, _, _, *kinds, _, _ = signature.args
-        _, _, self._first, self._last, *arrays, i, self._low = arguments
-        super().__init__(context, builder, kinds[2].dtype, width.literal_value)
-        col, a, X, b = (
-            context.make_array(kind)(context, builder, array) for kind, array in zip(kinds, arrays, strict=True)
-        )
-        self._col, self.a, self._X, self.b = col.data, a.data, X.data, b.data
-        self._n = builder.extract_value(X.shape, 1)
-        self.start = builder.add(builder.mul(i, self._n), self._low)
-
-    @contextmanager
-    def nonzeros(self) -> Iterator[tuple[Any, Any]]:
-        """Loop over the nonzeros: the code in the ``with`` gets a number, and what of X it is multiplied with."""
-        builder, index = self.builder, self._first.type
-        with cgutils.for_range_slice(builder, self._first, self._last, index(1), index) as (p, _):
-            column = builder.sext(builder.load(builder.gep(self._col, [p])), index)
-            yield p, self.load(self._X, builder.add(builder.mul(column, self._n), self._low))
+@compiled
+def _transpose(X, out):  # type: ignore[no-untyped-def]
+    width = _LINE // X.itemsize
+    rows, columns = len(X) // width * width, len(out) // width * width
+    source, target = X.reshape(-1), out.reshape(-1)
+    xs, outs = np.empty(width, np.int64), np.empty(width, np.int64)
+    for j in range(0, columns, width):
+        for i in range(0, rows, width):
+            for k in range(width):
+                xs[k], outs[k] = (i + k) * len(out) + j, (j + k) * len(X) + i
+            transpose_block(_LINE, source, xs, target, outs)  # type: ignore[call-arg]
+    for i in range(len(X)):
+        for j in range(columns if i < rows else 0, len(out)):
+            out[j, i] = X[i, j]

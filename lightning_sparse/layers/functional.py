@@ -3,10 +3,9 @@
 A weight is a vector of values and a ``Structure``. Products run in float32 at least, whatever the dtype of the input.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +14,8 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from lightning_sparse.compat.torch_private import padded_sides
+from lightning_sparse.kernels import convolutions
+from lightning_sparse.kernels.geometry import Geometry
 from lightning_sparse.kernels.products import matmul, sampled, transposed
 from lightning_sparse.kernels.structure import CSR, Structure
 
@@ -23,69 +24,13 @@ __all__ = [
     "conv2d",
     "conv2d_gradient",
     "conv2d_gradient_rows",
-    "convolve",
     "linear",
     "linear_gradient",
     "linear_gradient_rows",
     "padded",
 ]
 
-# elements of unfolded input at once, if one image has not more: on the CPU those still in the cache when they are
-# multiplied; a GPU idles over so few
-_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 24
-
-Pair = tuple[int, int]
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Geometry(NamedTuple):
-    """How a convolution reads its input."""
-
-    kernel_size: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-
-    def outputs(self, space: Sequence[int]) -> Pair:
-        """Return height and width of the output.
-
-        Raises:
-            RuntimeError: the kernel is larger than the padded input.
-        """
-        height, width = (
-            (size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in zip(space, *self, strict=True)
-        )
-        if min(height, width) < 1:
-            raise RuntimeError(f"The kernel is larger than the padded input of {tuple(space)}: {self}.")
-        return height, width
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """Return what each output reads as a column, ``(channels * places, images * outputs)``."""
-        height, width = self.outputs(x.shape[2:])
-        vertical, horizontal = self.padding
-        if vertical or horizontal:
-            x = functional.pad(x, (horizontal, horizontal, vertical, vertical))
-        image, channel, *steps = x.stride()
-        within = [step * d for step, d in zip(steps, self.dilation, strict=True)]
-        between = [step * s for step, s in zip(steps, self.stride, strict=True)]
-        # a view, so that one copy is enough: torch's unfold puts the images first, and to turn that takes another
-        sizes = x.shape[1], *self.kernel_size, len(x), height, width
-        windows = x.as_strided(sizes, (channel, *within, image, *between))
-        return windows.reshape(math.prod(sizes[:3]), math.prod(sizes[3:])).contiguous()
-
-    def fold(self, columns: Tensor, images: int, space: Sequence[int]) -> Tensor:
-        """Add up what ``unfold`` has spread."""
-        columns = columns.view(len(columns), images, -1).transpose(0, 1)
-        if self.reads_one:
-            return columns.reshape(images, columns.shape[1], *space)
-        return functional.fold(
-            columns, (space[0], space[1]), self.kernel_size, self.dilation, self.padding, self.stride
-        )
-
-    @property
-    def reads_one(self) -> bool:
-        """The output at a place is that of the input there: 1 x 1, stride 1, no padding."""
-        return self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0)
 
 
 def linear(x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure) -> Tensor:
@@ -104,7 +49,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure) ->
 def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure, geometry: Geometry) -> Tensor:
     """Return the convolution of ``x`` ``(batch, in, height, width)``; other arguments as in ``linear``.
 
-    The input is unfolded for some images at a time, and again in the backward pass.
+    What the computation takes beside the result does not grow with the batch.
     """
     result: Tensor = _Conv2d.apply(x, values, bias, weight, geometry)  # type: ignore[no-untyped-call]
     return result
@@ -126,10 +71,7 @@ def linear_gradient(x: Tensor, delta: Tensor, where: CSR, backend: str | None = 
 def conv2d_gradient(x: Tensor, delta: Tensor, where: CSR, geometry: Geometry, backend: str | None = None) -> Tensor:
     """Return the gradient of some elements of a convolution's weight; arguments as in ``linear_gradient``."""
     dtype = _exact(delta.dtype)
-    total = delta.new_zeros(len(where.col), dtype=dtype)
-    for images, G in _gradients(x, delta, geometry, dtype):
-        total += sampled(where, G, geometry.unfold(x[images].to(dtype)), backend)
-    return total
+    return convolutions.backend(delta.device, dtype, backend).sampled(where, x, delta, geometry, dtype)
 
 
 def linear_gradient_rows(x: Tensor, delta: Tensor, rows: slice) -> Tensor:
@@ -155,7 +97,7 @@ def conv2d_gradient_rows(
     out, per_group, *kernel = shape
     dtype = _exact(delta.dtype)
     gradient = delta.new_zeros(rows.stop - rows.start, per_group, *kernel, dtype=dtype)
-    for images in _chunks(x, delta, geometry):
+    for images in geometry.chunks(x):
         for group in range(rows.start * groups // out, (rows.stop - 1) * groups // out + 1):
             low, high = max(rows.start, group * out // groups), min(rows.stop, (group + 1) * out // groups)
             inputs = x[images, group * per_group : (group + 1) * per_group].to(dtype)
@@ -169,25 +111,6 @@ def conv2d_gradient_rows(
             )
             gradient[low - rows.start : high - rows.start] += part
     return gradient
-
-
-def convolve(
-    x: Tensor, out: int, geometry: Geometry, product: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> Tensor:
-    """Return the convolution of ``x`` by a product, for which it is unfolded for some images at a time.
-
-    Args:
-        x: ``(batch, in, height, width)``.
-        out: channels of the result.
-        geometry: how ``x`` is read.
-        product: gives the weight times a matrix of ``in * places`` rows: ``(out, n)``.
-        dtype: of what is multiplied and of the result.
-    """
-    y = x.new_empty(len(x), out, *geometry.outputs(x.shape[2:]), dtype=dtype)
-    for images in _chunks(x, y, geometry):
-        part = product(geometry.unfold(x[images].to(dtype)))
-        y[images] = part.view(out, -1, *y.shape[2:]).transpose(0, 1)
-    return y
 
 
 def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
@@ -253,12 +176,8 @@ class _Conv2d(torch.autograd.Function):
         ctx.save_for_backward(x, values, *weight.tensors)
         ctx.backend, ctx.geometry = weight.backend, geometry
         dtype = _exact(values.dtype)
-        exact = values.to(dtype)
-
-        def product(columns: Tensor) -> Tensor:
-            return matmul(weight.matrix, exact, columns, weight.backend)
-
-        y = convolve(x, weight.matrix.shape[0], geometry, product, dtype)
+        code = convolutions.backend(x.device, dtype, weight.backend)
+        y = code.convolve(weight.matrix, values.to(dtype), x, geometry)
         return y if bias is None else y.add_(bias.to(dtype).view(-1, 1, 1))
 
     @staticmethod
@@ -266,16 +185,10 @@ class _Conv2d(torch.autograd.Function):
     @_without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
-        weight, geometry, dtype = Structure.of(indices, ctx.backend), ctx.geometry, _exact(values.dtype)
-        exact = values.to(dtype)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dvalues = torch.zeros_like(exact) if ctx.needs_input_grad[1] else None
-        for images, G in _gradients(x, gradient, geometry, dtype):
-            if dx is not None:
-                columns = _matmul_transposed(weight, exact, G)
-                dx[images] = geometry.fold(columns, len(x[images]), x.shape[2:]).to(x.dtype)
-            if dvalues is not None:
-                dvalues += sampled(weight.matrix, G, geometry.unfold(x[images].to(dtype)), weight.backend)
+        weight, dtype = Structure.of(indices, ctx.backend), _exact(values.dtype)
+        code = convolutions.backend(x.device, dtype, ctx.backend)
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        dx, dvalues = code.gradients(weight, values.to(dtype), x, gradient, ctx.geometry, wanted)
         dbias = gradient.sum((0, 2, 3), dtype=dtype).to(values.dtype) if ctx.needs_input_grad[2] else None
         return dx, None if dvalues is None else dvalues.to(values.dtype), dbias, None, None
 
@@ -291,17 +204,3 @@ def _columns(x: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
 
 def _matmul_transposed(weight: Structure, values: Tensor, G: Tensor) -> Tensor:
     return matmul(weight.transposed, values.index_select(0, weight.permutation), G, weight.backend)
-
-
-def _gradients(x: Tensor, delta: Tensor, geometry: Geometry, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield as many images at a time as may be unfolded at once, and their output gradients, ``(out, n)``."""
-    for images in _chunks(x, delta, geometry):
-        yield images, delta[images].to(dtype).transpose(0, 1).reshape(delta.shape[1], -1).contiguous()
-
-
-def _chunks(x: Tensor, y: Tensor, geometry: Geometry) -> Iterator[slice]:
-    """Yield as many images at a time as may be unfolded at once."""
-    unfolded = x.shape[1] * math.prod(geometry.kernel_size) * y.shape[2] * y.shape[3]
-    at_once = max(1, (_CHUNK if x.is_cpu else _GPU_CHUNK) // max(1, unfolded))
-    for first in range(0, len(x), at_once):
-        yield slice(first, first + at_once)

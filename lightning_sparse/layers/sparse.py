@@ -334,7 +334,7 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # w
 class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc, override]  # weight is no attribute
     """``nn.Conv2d`` with a sparse weight: parameters, gradients and optimizer state in proportion to its nonzeros.
 
-    The input is unfolded for some images at a time, so what this takes does not grow with the batch.
+    Some images at a time are packed or unfolded, so what this takes does not grow with the batch.
 
     Args:
         in_channels: of the input.

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_sparse.bench import measure, program
+from lightning_sparse.bench import convolutions, measure, program
 from lightning_sparse.bench import storage as benchmarks
 from lightning_sparse.bench.__main__ import main
 from lightning_sparse.compat.lightning import PACKAGE
@@ -55,6 +55,14 @@ def test_each_method_has_a_line_of_ratios(printed, benchmark):
     for name in ("dst", "rigl"):
         (line,) = (line for line in lines if line.startswith(name))
         assert re.search(ratio, line), line
+
+
+def test_each_convolution_has_a_line_of_ratios(printed, monkeypatch):
+    monkeypatch.setattr(convolutions, "_LAYERS", ((3, 4), (2, 2)))
+    lines = printed("convolutions", "--sparsities", "0.5")
+    assert len(lines) == 1 + 2
+    for line in lines[1:]:
+        assert re.fullmatch(rf"0.5 .* dense {NUMBER} ms  numba {MIDDLE}  torch {MIDDLE}(  sparseprop .*)?", line), line
 
 
 def test_updates_are_timed_with_both_storages(printed):

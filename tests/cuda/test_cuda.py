@@ -28,7 +28,7 @@ from stored import METHODS, images, tokens
 from torch import nn
 
 from lightning_sparse import DFBST, RigL, SparsityMonitor
-from lightning_sparse.layers import functional
+from lightning_sparse.kernels import geometry
 from lightning_sparse.rules import select
 from lightning_sparse.storage import SparseConv2d, SparseLayer, SparseLinear, load_dense
 
@@ -197,7 +197,7 @@ def test_sparse_storage_keeps_its_budget(method, precision):
 @pytest.mark.parametrize("chunk", [1, None])
 def test_sparse_layers_equal_dense_ones(density, dtype, chunk, monkeypatch):
     if chunk:
-        monkeypatch.setattr(functional, "_GPU_CHUNK", chunk)
+        monkeypatch.setattr(geometry, "_GPU_CHUNK", chunk)
     torch.manual_seed(0)
     layers = [
         (nn.Linear(70, 50, dtype=dtype), torch.randn(5, 3, 70, dtype=dtype)),

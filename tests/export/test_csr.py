@@ -74,7 +74,7 @@ def test_csr_convolution_equals_dense_for_any_geometry(data, sparsity, bias, dty
     assert layer.values.numel() == torch.count_nonzero(conv.weight)
     x = torch.randn(*data.draw(st.sampled_from([(), (0,), (3,)])), channels, 8, 7, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_sparse.layers.functional._CHUNK", data.draw(st.sampled_from([1, 1 << 20])))
+        patch.setattr("lightning_sparse.kernels.geometry._CHUNK", data.draw(st.sampled_from([1, 1 << 20])))
         assert layer(x).shape == conv(x).shape
         assert torch.allclose(layer(x), conv(x), atol=1e-5)
 

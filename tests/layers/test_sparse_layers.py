@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 import weakref
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,12 +13,17 @@ from hypothesis import strategies as st
 from processes import run_python
 from torch import nn
 
-from lightning_sparse.kernels import dispatch, products, products_numba
+from lightning_sparse.kernels import convolutions_numba, dispatch, products, products_numba
+from lightning_sparse.kernels.geometry import Geometry
 from lightning_sparse.kernels.structure import flat_positions, structure
 from lightning_sparse.storage import SparseConv2d, SparseLinear, make_dense_, make_sparse_
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-BACKENDS = {"torch": None, "numba": products_numba, products.DENSE: None}
+BACKENDS = {
+    "torch": lambda kind, _: None,
+    "numba": lambda kind, _: import_module(f"lightning_sparse.kernels.{kind}_numba"),
+    products.DENSE: lambda kind, _: None,
+}
 QUICK = settings(max_examples=60, deadline=None)
 
 
@@ -37,7 +43,7 @@ def assert_close(ours, theirs, dtype):
 
 def assert_equal_layers(dense, sparse, x, monkeypatch, backend):
     """Forward, and gradients of input, values and bias."""
-    monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
+    monkeypatch.setattr(dispatch, "module", BACKENDS[backend])
     sparse.backend = products.DENSE if backend == products.DENSE else None
     dtype = x.dtype
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -90,7 +96,7 @@ def test_convolution_equals_dense(backend, data, density, bias, dtype):
     batch = data.draw(st.sampled_from([(), (1,), (3,)]))
     x = torch.randn(*batch, channels, *space, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_sparse.layers.functional._CHUNK", data.draw(st.sampled_from([1, 1 << 20])))
+        patch.setattr("lightning_sparse.kernels.geometry._CHUNK", data.draw(st.sampled_from([1, 1 << 20])))
         assert_equal_layers(dense, SparseConv2d.from_dense(dense), x, patch, backend)
 
 
@@ -140,7 +146,7 @@ def test_compiled_products_do_not_depend_on_vectors_tiles_and_threads(n, monkeyp
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [3, 12])
 def test_a_gradient_that_shows_one_number_many_times_is_read_as_such(backend, size, monkeypatch):
-    monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
+    monkeypatch.setattr(dispatch, "module", BACKENDS[backend])
     for dense, x in (
         (thinned(nn.Conv2d(3, 4, 3), 0.5), torch.randn(2, 3, size, size)),
         (thinned(nn.Linear(6, 5), 0.5), torch.randn(size, 6)),
@@ -153,7 +159,7 @@ def test_a_gradient_that_shows_one_number_many_times_is_read_as_such(backend, si
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_of_another_size_are_refused(backend, monkeypatch):
-    monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
+    monkeypatch.setattr(dispatch, "module", BACKENDS[backend])
     for layer, x in (
         (SparseLinear(200, 30, nnz=2000), torch.randn(16, 20)),
         (SparseConv2d(64, 8, 3, nnz=2000), torch.randn(2, 3, 9, 9)),
@@ -327,7 +333,7 @@ def test_autocast_gives_what_it_gives_dense_layers(layer):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_backward_pass_may_run_within_autocast(layer, backend, monkeypatch):
-    monkeypatch.setattr(dispatch, "module", lambda *_: BACKENDS[backend])
+    monkeypatch.setattr(dispatch, "module", BACKENDS[backend])
     x, gradients = example(layer).requires_grad_(), []
     for within in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -363,6 +369,10 @@ def test_gradients_that_nobody_asked_for_are_not_computed(layer, monkeypatch):
     layer.values.requires_grad_(False)
     monkeypatch.setattr("lightning_sparse.layers.functional.sampled", None)
     monkeypatch.setattr("lightning_sparse.layers.functional._matmul_transposed", None)
+    monkeypatch.setattr("lightning_sparse.kernels.products.sampled", None)
+    monkeypatch.setattr(Geometry, "fold", None)
+    monkeypatch.setattr(convolutions_numba, "_input_gradient", None)
+    monkeypatch.setattr(convolutions_numba, "sampled", None)
     layer(example(layer)).sum().backward()
     assert layer.values.grad is None
     assert layer.bias.grad is not None

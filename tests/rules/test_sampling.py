@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_sparse.kernels import geometry as reading
 from lightning_sparse.kernels.structure import csr
 from lightning_sparse.layers import functional
 from lightning_sparse.rules import drawn, sampling
@@ -232,7 +233,7 @@ def of_convolution(options):
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_convolution_subset_gradient_is_the_dense_one_there(options, chunk, backend, monkeypatch):
-    monkeypatch.setattr(functional, "_CHUNK", chunk)
+    monkeypatch.setattr(reading, "_CHUNK", chunk)
     layer, dense, x, delta, geometry = of_convolution(options)
     for positions in (some(len(dense)), torch.arange(len(dense))):
         where = csr(positions, layer.weight.shape, layer.groups)
@@ -253,7 +254,7 @@ def test_gradient_of_rows_of_a_linear_layer_is_the_dense_one_there(leading):
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_gradient_of_filters_is_the_dense_one_there(options, chunk, monkeypatch):
-    monkeypatch.setattr(functional, "_CHUNK", chunk)
+    monkeypatch.setattr(reading, "_CHUNK", chunk)
     layer, dense, x, delta, geometry = of_convolution(options)
     for rows in (slice(0, 8), slice(1, 6), slice(7, 8)):
         gradient = functional.conv2d_gradient_rows(x, delta, rows, layer.weight.shape, geometry, layer.groups)
@@ -261,7 +262,7 @@ def test_gradient_of_filters_is_the_dense_one_there(options, chunk, monkeypatch)
 
 
 def test_no_tensor_beyond_the_chunk_is_made(monkeypatch):
-    monkeypatch.setattr(functional, "_CHUNK", 400)
+    monkeypatch.setattr(reading, "_CHUNK", 400)
     h, delta, positions = torch.randn(8, 100), torch.randn(8, 200), sampling.distinct(600, 20000, seeded())
     x, delta2 = torch.randn(9, 10, 4, 4), torch.randn(9, 20, 2, 2)
     geometry = functional.Geometry((3, 3), (1, 1), (0, 0), (1, 1))
