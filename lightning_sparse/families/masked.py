@@ -250,10 +250,11 @@ class MaskedCallback(Stored, SparseCallback):
                 group.due = False
                 group.moved = self._move(weights, group, scale)
             group.step += 1
+        if share:
+            group.zeroing.keep_zero_gradients(weights)
+            return
         for weight in weights:
-            if share:
-                weight.keep_zero_gradients()
-            elif weight.parameter is not None:
+            if weight.parameter is not None:
                 weight.parameter.grad = None
 
     def before_update(self, optimizer: Optimizer) -> None:  # noqa: D102
@@ -266,10 +267,10 @@ class MaskedCallback(Stored, SparseCallback):
 
     @torch.no_grad()
     def after_update(self, optimizer: Optimizer) -> None:  # noqa: D102
-        weights = self._groups.of(optimizer).weights
-        self.updated(weights)
-        for weight in weights:
-            weight.keep_zeros()
+        group = self._groups.of(optimizer)
+        self.updated(group.weights)
+        group.zeroing.keep_zeros(group.weights)
+        for weight in group.weights:
             if weight.parameter is not None:
                 self._fit.traces.note(weight.parameter)
 

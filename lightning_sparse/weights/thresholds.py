@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, write_matrix
+from lightning_sparse.weights.flat import views
 
 __all__ = ["Granularity", "ThresholdBuffer", "WeightThresholds", "buffers"]
 
@@ -164,7 +165,7 @@ class ThresholdBuffer:
     def _lay_out(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Move parameters into one vector, of which they become views."""
         values = parameters[0].new_empty(sum(t.numel() for t in parameters))
-        for t, view in zip(parameters, _views(values, parameters), strict=True):
+        for t, view in zip(parameters, views(values, parameters), strict=True):
             view.copy_(t)
             t.data = view
             self._slots.append((t, view))
@@ -173,7 +174,7 @@ class ThresholdBuffer:
     def _lay_out_gradients(self, key: str, parameters: Sequence[nn.Parameter]) -> None:
         """Give all weights room for the gradients of their thresholds, or a sum like them, in one vector."""
         self.gradients[key] = parameters[0].new_zeros(sum(t.numel() for t in parameters))
-        for each, dt in zip(self.thresholds, _views(self.gradients[key], parameters), strict=True):
+        for each, dt in zip(self.thresholds, views(self.gradients[key], parameters), strict=True):
             each.gradients[key] = dt
             rows = as_matrix(dt, each.outputs) if dt.ndim > 1 else dt.unsqueeze(1)
             each.dtau[key] = rows if len(rows) == each.rows else rows.new_empty(each.rows, 1)
@@ -217,12 +218,3 @@ def buffers(thresholds: Iterable[WeightThresholds], sums: Sequence[str] = ()) ->
         kind = tuple((t.device, t.dtype) for t in each.values.values())
         alike.setdefault(kind, []).append(each)
     return [ThresholdBuffer(members, sums) for members in alike.values()]
-
-
-def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Divide ``flat`` into tensors of the same shapes and orders of memory as those given."""
-    views, start = [], 0
-    for t in like:
-        views.append(flat.as_strided(t.shape, t.stride(), start))
-        start += t.numel()
-    return views
