@@ -20,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook  # of torch.
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, but not exported from a public place
+from torch.utils._python_dispatch import _disable_current_modes as unseen  # a context in which such modes see nothing
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "trace",
     "tree_leaves",
     "tree_map",
+    "unseen",
     "weight_norm_hooks",
 ]
 

@@ -35,7 +35,7 @@ from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
 from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.callback import SparseCallback
-from lightning_sparse.trainer.guards import REMEDY, listed, refuse_other_sparsity, warn_of_equal_scores
+from lightning_sparse.trainer.guards import REMEDY, listed, refuse_capture, refuse_other_sparsity, warn_of_equal_scores
 from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
@@ -236,6 +236,7 @@ class MaskedCallback(Stored, SparseCallback):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+        refuse_capture(self)
         if share:
             self.take_writes(self._fit.looks.due(), optimizer)
         group = self._groups.of(optimizer)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Scratch", "in_memory_order", "views"]
+__all__ = ["Scratch", "alone", "in_memory_order", "views"]
 
 
 class Scratch:
@@ -33,6 +33,11 @@ class Scratch:
     def __exit__(self, *error: object) -> None:
         if not self._whole.is_cpu:
             self._whole.untyped_storage().resize_(0)
+
+
+def alone(x: Tensor) -> Tensor:
+    """Return a tensor that shares its memory with no others: itself, unless it is a part of a longer one."""
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 def in_memory_order(x: Tensor) -> Tensor:
