@@ -5,6 +5,7 @@
 the cost of Lightning's hooks alone, ``... memory`` the peak memory, ``... update`` the time in which methods of prune
 and grow move connections (``--storages masked,sparse``), ``... ranking`` that of GGR's allocation among layers alone,
 ``... storage`` time and memory of truly sparse layers, ``... fit`` the same for a whole fit in a Trainer,
-``... traffic`` what two processes send in a step, ``... monitor`` the share of SparsityMonitor in the time of an epoch.
-``--help`` lists the options.
+``... launches`` how many operations a method adds to a step, ``... traffic`` what two processes
+send in a step, ``... monitor`` the share of SparsityMonitor in the time of an epoch.
+``... gpu --device cuda`` does all that only a GPU shows. ``--help`` lists the options.
 """

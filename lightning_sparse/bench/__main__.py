@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lightning_sparse import bench
-from lightning_sparse.bench import convolutions, measure, steps, storage, traffic, trainers, updates
+from lightning_sparse.bench import convolutions, gpu, launches, measure, steps, storage, traffic, trainers, updates
 from lightning_sparse.bench.networks import NETWORKS, PRECISIONS
 from lightning_sparse.compat.lightning import PACKAGE
 
@@ -20,6 +20,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "overhead": steps.overhead,
     "memory": steps.memory,
     "compile": steps.compiled,
+    "launches": launches.launches,
+    "gpu": gpu.gpu,
     "trainer": trainers.trainer,
     "hooks": trainers.hooks,
     "monitor": trainers.monitor,

@@ -63,13 +63,12 @@ def fit_seconds(
     """Return the seconds of a step in a Trainer that does nothing else, all of ``fit`` shared among its steps."""
     trainer = Trainer(
         accelerator="cpu" if device == "cpu" else "gpu",
-        max_epochs=1,
         callbacks=callbacks,
         logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"devices": 1, **options},
+        **{"devices": 1, "max_epochs": 1, **options},
     )
     start = time.perf_counter()
     trainer.fit(module, DataLoader(_Repeated(batch, steps), batch_size=None))

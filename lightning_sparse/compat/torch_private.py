@@ -4,6 +4,7 @@ All of them are there in every PyTorch from 2.4 on, the oldest that is supported
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook  # of torch.
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, but not exported from a public place
+from torch.utils._python_dispatch import _disable_current_modes as unseen  # a context in which such modes see nothing
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -35,12 +37,16 @@ __all__ = [
     "calls_step_hooks",
     "children",
     "complete_momentum",
+    "copy_each",
+    "finite_each",
     "found_infinite",
     "gradient_scale",
     "has_forward_hooks",
     "hidden_from_ddp",
     "hide_from_ddp",
     "in_forward_mode",
+    "lerp_each",
+    "multiply_each",
     "operation",
     "padded_sides",
     "parameters",
@@ -54,6 +60,7 @@ __all__ = [
     "trace",
     "tree_leaves",
     "tree_map",
+    "unseen",
     "weight_norm_hooks",
 ]
 
@@ -123,6 +130,43 @@ def tensor_without_elements(kind: type[Tensor], shape: Sequence[int], like: Tens
     return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
         kind, tuple(shape), dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
     )
+
+
+def copy_each(into: list[Tensor], values: list[Tensor]) -> None:
+    """Write each of ``values`` into its partner, on a GPU by few launches in all.
+
+    Relies on ``torch._foreach_copy_``, which torch's own optimizers use, as the next two do on its likes.
+    """
+    torch._foreach_copy_(into, values)
+
+
+def multiply_each(x: list[Tensor], factors: list[Tensor]) -> None:
+    """Multiply each of ``x``, in place, by its partner of the same dtype."""
+    torch._foreach_mul_(x, factors)
+
+
+def lerp_each(x: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Move each of ``x``, in place, by the share ``weight`` towards its partner of the same dtype."""
+    torch._foreach_lerp_(x, ends, weight)
+
+
+def finite_each(tensors: list[Tensor]) -> bool:
+    """Tell whether all tensors, of one device and real dtype, are finite: by one launch or two in all.
+
+    Relies on ``torch._amp_foreach_non_finite_check_and_unscale_``, which ``GradScaler`` uses; the scale is 1.
+    """
+    found, one = _flags(tensors[0].device)
+    torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
+    if not found.item():
+        return True
+    found.zero_()
+    return False
+
+
+@cache
+def _flags(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a 0, and a 1."""
+    return torch.zeros(1, device=device), torch.ones(1, device=device)
 
 
 # ---------------------------------------------------------------------- modules

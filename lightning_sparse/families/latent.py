@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,15 @@ from lightning_sparse.compat.lightning import LightningModule, MisconfigurationE
 from lightning_sparse.compat.optimizers import wrapped
 from lightning_sparse.families.target import Target
 from lightning_sparse.families.thresholds import Thresholds
+from lightning_sparse.kernels.dispatch import is_fused
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.select import zero_outside_
 from lightning_sparse.trainer.adopt import adopt
 from lightning_sparse.trainer.callback import SparseCallback
-from lightning_sparse.trainer.guards import refuse_other_sparsity
-from lightning_sparse.weights.latent import LatentGroup, LatentWeight
+from lightning_sparse.trainer.guards import refuse_capture, refuse_other_sparsity
+from lightning_sparse.weights.joined import Joined, can_join
+from lightning_sparse.weights.latent import LatentWeight
+from lightning_sparse.weights.latent_group import LatentGroup
 
 __all__ = ["LatentCallback", "LatentGroup", "LatentWeight"]
 
@@ -38,6 +41,12 @@ class LatentCallback(SparseCallback):
 
     #: names of boolean tensors in each weight's state, all True at first, kept as bits
     mask_names: ClassVar[Sequence[str]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let what is written for matrices have matrices."""
+        super().__init_subclass__(**options)
+        if {"effective", "gradients"} & vars(cls).keys() and "joins" not in vars(cls):
+            cls.joins = False
 
     def __post_init__(self) -> None:
         """Begin without weights."""
@@ -148,6 +157,8 @@ class LatentCallback(SparseCallback):
                 self._target.release()
             if self._thresholds:
                 self._thresholds.release()
+            for group in self._groups.values():
+                group.joined = []
             for weight in self._weights.values():
                 weight.release()
 
@@ -235,6 +246,14 @@ class LatentCallback(SparseCallback):
                     self._thresholds.join(each, group, members)
         if self._thresholds:
             ours.weights = self._thresholds.lay_out(optimizer, ours.weights)
+            ours.joined = self._thresholds.joined(optimizer, ours.weights)
+            for joined in ours.joined:  # P to the last bit as it will be made from now on
+                self._thresholds.set_levels(cast(LatentWeight, joined))
+                joined.write(partial(self.effective, cast(LatentWeight, joined)))
+                for weight in joined.weights:
+                    self._fit.traces.note(_parameter(weight))
+        elif self.joins:
+            ours.joined = _joined(ours.weights)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that a plan, if there is one, can be followed."""
@@ -278,17 +297,20 @@ class LatentCallback(SparseCallback):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+        refuse_capture(self)
         if share:
             self.take_writes(self._fit.looks.due(), optimizer)
-        weights = self._groups[id(optimizer)].weights
-        for weight in weights:
-            assert weight.parameter is not None
-            if not share:
-                weight.parameter.grad = None
-            if weight.has_gradient:
-                weight.turn_gradient(partial(self.gradients if weight.frozen is None else _keep_mask, weight))
+        group = self._groups[id(optimizer)]
+        for weight in group.weights if not share else ():
+            _parameter(weight).grad = None
+        stepping = group.parts([weight for weight in group.weights if weight.has_gradient])
+        for part in stepping:
+            weight = cast(LatentWeight, part)
+            if self._thresholds and group.joined:  # P may have been written one by one, or of all at once
+                self._thresholds.set_levels(weight)
+            part.turn_gradient(partial(self.gradients if part.frozen is None else _keep_mask, weight))
         if self._thresholds:
-            self._thresholds.complete_gradients(optimizer, weights, share, scale)
+            self._thresholds.complete_gradients(optimizer, group.weights, stepping, share, scale)
 
     @torch.no_grad()
     def before_update(self, optimizer: Optimizer) -> None:  # noqa: D102
@@ -306,8 +328,11 @@ class LatentCallback(SparseCallback):
         self.updated(optimizer, weights)
         if self._target and self._target.follow(optimizer):
             weights = group.weights  # also those without a gradient
-        for weight in weights:
-            self._project(weight)
+        for part in group.parts(weights):
+            if isinstance(part, Joined):
+                self._project_all(part)
+            else:
+                self._project(part)
 
     @torch.no_grad()
     def abort_update(self) -> None:  # noqa: D102
@@ -342,11 +367,25 @@ class LatentCallback(SparseCallback):
 
     def _project(self, weight: LatentWeight) -> None:
         """Write ``P`` into the parameter, after the collapse guard."""
-        assert weight.parameter is not None
-        passing = self._write(weight, weight.parameter.data)
+        passing = self._write(weight, weight.values)
         if self._thresholds and self._thresholds.reset_collapsed(weight, passing):
-            self._write(weight, weight.parameter.data)
-        self._fit.traces.note(weight.parameter)
+            self._write(weight, weight.values)
+        self._fit.traces.note(_parameter(weight))
+
+    def _project_all(self, joined: Joined) -> None:
+        """Write ``P`` into the parameters of weights that lie together, after the collapse guard."""
+        joined.write(partial(self._make_all, joined))
+        for weight in joined.weights:
+            self._fit.traces.note(_parameter(weight))
+
+    def _make_all(self, joined: Joined, W: Tensor, out: Tensor) -> None:
+        weight = cast(LatentWeight, joined)
+        if self._thresholds:
+            self._thresholds.set_levels(weight)
+        passing = self.effective(weight, W, out)
+        if self._thresholds and self._thresholds.reset_all_collapsed(joined, passing):
+            self._thresholds.set_levels(weight)
+            self.effective(weight, W, out)
 
     def _write(self, weight: LatentWeight, P: Tensor) -> int | Tensor | None:
         """Write ``P``; return how many weights pass, if the method counts them."""
@@ -360,6 +399,15 @@ class LatentCallback(SparseCallback):
 def _parameter(weight: LatentWeight) -> nn.Parameter:
     assert weight.parameter is not None
     return weight.parameter
+
+
+def _joined(weights: Sequence[LatentWeight]) -> list[Joined]:
+    """Lay weights end to end, those of a device and dtype, where that saves launches."""
+    alike: dict[Any, list[LatentWeight]] = {}
+    for weight in weights:
+        if is_fused(weight.latent.device) and can_join(weight):
+            alike.setdefault((weight.latent.device, weight.latent.dtype), []).append(weight)
+    return [Joined(members, None, None) for members in alike.values()]
 
 
 def _masked(weight: LatentWeight, W: Tensor, out: Tensor) -> None:

@@ -35,7 +35,7 @@ from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
 from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.callback import SparseCallback
-from lightning_sparse.trainer.guards import REMEDY, listed, refuse_other_sparsity, warn_of_equal_scores
+from lightning_sparse.trainer.guards import REMEDY, listed, refuse_capture, refuse_other_sparsity, warn_of_equal_scores
 from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
@@ -245,6 +245,7 @@ class MaskedCallback(Stored, SparseCallback):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
+        refuse_capture(self)
         if share:
             self.take_writes(self._fit.looks.due(), optimizer)
         group = self._groups.of(optimizer)
@@ -259,10 +260,11 @@ class MaskedCallback(Stored, SparseCallback):
                 group.due = False
                 group.moved = self._move(weights, group, scale)
             group.step += 1
+        if share:
+            group.zeroing.keep_zero_gradients(weights)
+            return
         for weight in weights:
-            if share:
-                weight.keep_zero_gradients()
-            elif weight.parameter is not None:
+            if weight.parameter is not None:
                 weight.parameter.grad = None
 
     def before_update(self, optimizer: Optimizer) -> None:  # noqa: D102
@@ -275,10 +277,10 @@ class MaskedCallback(Stored, SparseCallback):
 
     @torch.no_grad()
     def after_update(self, optimizer: Optimizer) -> None:  # noqa: D102
-        weights = self._groups.of(optimizer).weights
-        self.updated(weights)
-        for weight in weights:
-            weight.keep_zeros()
+        group = self._groups.of(optimizer)
+        self.updated(group.weights)
+        group.zeroing.keep_zeros(group.weights)
+        for weight in group.weights:
             if weight.parameter is not None:
                 self._fit.traces.note(weight.parameter)
 

@@ -24,7 +24,8 @@ from lightning_sparse.rules.select import positions, top_k
 from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.guards import refuse_unknown_length
 from lightning_sparse.trainer.updates import skips
-from lightning_sparse.weights.latent import LatentGroup, LatentWeight
+from lightning_sparse.weights.latent import LatentWeight
+from lightning_sparse.weights.latent_group import LatentGroup
 
 if TYPE_CHECKING:
     from lightning_sparse.families.thresholds import Thresholded

@@ -27,9 +27,11 @@ from lightning_sparse.families.common import (
 )
 from lightning_sparse.families.target import Target
 from lightning_sparse.families.threshold_decay import decay_apart, refuse_unknown_decay
+from lightning_sparse.kernels.thresholds import fused, fused_kernels
 from lightning_sparse.trainer.guards import REMEDY, listed
 from lightning_sparse.trainer.readouts import Readouts
 from lightning_sparse.trainer.verbs import Verbs
+from lightning_sparse.weights.joined import Joined, can_join
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.thresholds import Granularity, ThresholdBuffer, WeightThresholds, buffers
 
@@ -233,8 +235,27 @@ class Thresholds:
     def lay_out(self, optimizer: Optimizer, weights: Iterable[LatentWeight]) -> list[LatentWeight]:
         """Lay the thresholds of the weights of an optimizer end to end; return the weights in this order."""
         of = {weight.thresholds: weight for weight in weights}
-        self._laid_out[id(optimizer)] = laid = buffers(of, self.method.sum_names)
+        laid = buffers(of, self.method.sum_names, lambda thresholds: self._kind(of[thresholds]))
+        self._laid_out[id(optimizer)] = laid
         return [of[thresholds] for buffer in laid for thresholds in buffer.thresholds]
+
+    def _kind(self, weight: LatentWeight) -> torch.dtype | None:
+        """Return the dtype of a weight that is to lie among others of its dtype, None: by itself."""
+        device, method = weight.latent.device, self.method
+        joins = method.joins and method.granularity != "weight" and fused(device) is not None and can_join(weight)
+        return weight.latent.dtype if joins else None
+
+    def joined(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> list[Joined]:
+        """Lay the weights of those buffers end to end whose thresholds are."""
+        of = {weight.thresholds: weight for weight in weights}
+        found = []
+        for buffer in self._laid_out[id(optimizer)]:
+            if buffer.joins:
+                ours = [of[thresholds] for thresholds in buffer.thresholds]
+                shapes = [(weight.thresholds.rows, weight.size // weight.thresholds.rows) for weight in ours]
+                per_row = self.method.granularity == "neuron"
+                found.append(Joined(ours, buffer, fused_kernels(shapes, per_row, ours[0].latent.device)))
+        return found
 
     def forget_places(self, weights: Iterable[LatentWeight]) -> None:
         """Let thresholds stand wherever they do in the param groups of this fit."""
@@ -252,12 +273,25 @@ class Thresholds:
     # ------------------------------------------------------------------ a step
 
     def complete_gradients(
-        self, optimizer: Optimizer, weights: Sequence[LatentWeight], share: float, scale: float
+        self,
+        optimizer: Optimizer,
+        weights: Sequence[LatentWeight],
+        stepping: Sequence[LatentWeight | Joined],
+        share: float,
+        scale: float,
     ) -> None:
-        """Complete the gradients of the thresholds and hand them out, where there are any."""
+        """Complete the gradients of the thresholds and hand them out, where there are any.
+
+        Args:
+            optimizer: whose step it is.
+            weights: all that it has.
+            stepping: those that have a gradient, as they are computed with.
+            share: see ``Verbs.before_step``.
+            scale: likewise.
+        """
         laid = self._laid_out.get(id(optimizer), [])
-        for weight in weights:
-            _add_up(weight)
+        if self.needs_sums:
+            _add_up(weights, stepping)
         for buffer in () if self.target else laid:
             self.method.threshold_gradients(buffer, share * scale)
         for weight in weights:
@@ -265,6 +299,11 @@ class Thresholds:
         if self.target:
             self.target.prepare(optimizer, share)
         self.method.finish_gradients([weight for weight in weights if weight.frozen is None], laid, share)
+
+    @property
+    def needs_sums(self) -> bool:
+        """Someone uses the gradients of thresholds: these follow no plan, or the backward ones are trained."""
+        return self.target is None or len(self.method.threshold_names) > 1
 
     def before_update(self, optimizer: Optimizer) -> None:
         """Make the gradients of thresholds those that the optimizer is to see."""
@@ -288,10 +327,10 @@ class Thresholds:
                 torch.nan_to_num_(dt, 0.0, 0.0, 0.0)
 
     def _note(self, buffer: ThresholdBuffer, dt: Tensor) -> None:
-        """Note where gradients were not finite, without waiting for an accelerator."""
-        broken = ~torch.isfinite(dt)
-        before = self._nonfinite.setdefault(buffer, broken)
-        before.logical_or_(broken)
+        """Note by NaN where gradients were not finite, without waiting for an accelerator."""
+        if buffer not in self._nonfinite:
+            self._nonfinite[buffer] = torch.zeros_like(dt)
+        self._nonfinite[buffer].add_(dt, alpha=0)
 
     def gather(self, optimizer: Optimizer) -> None:
         """Take back thresholds to which the optimizer gave new storage."""
@@ -300,7 +339,7 @@ class Thresholds:
 
     def set_levels(self, weight: LatentWeight) -> None:
         """Set ``tau``, for ``P`` to be made of."""
-        weight.thresholds.tau = self.method.level(weight.thresholds.per_row())
+        weight.thresholds.set_levels(self.method.level)
 
     def reset_collapsed(self, weight: LatentWeight, passing: int | Tensor | None) -> bool:
         """Set the thresholds of a layer to 0 if too few of its weights pass; tell whether ``P`` must be made anew."""
@@ -319,6 +358,14 @@ class Thresholds:
         t["t"].zero_()
         return True
 
+    def reset_all_collapsed(self, joined: Joined, passing: int | Tensor | None) -> bool:
+        """Do the same with weights that are computed with at once, without waiting for the counts of a GPU."""
+        bound = self.method.reset_above
+        if bound is None or self.target or not isinstance(passing, Tensor):
+            return False
+        joined.thresholds.reset_collapsed(passing, bound)
+        return True
+
     def warn(self, weights: Mapping[str, LatentWeight]) -> None:
         """Warn of layers that collapsed, and of gradients that were not finite."""
         for name, weight in weights.items():
@@ -329,7 +376,7 @@ class Thresholds:
                     "and its thresholds were set to 0. A smaller alpha or learning rate avoids it."
                 )
         of = {id(weight.thresholds): name for name, weight in weights.items()}
-        marked = [each for buffer, broken in self._nonfinite.items() for each in buffer.marked(broken)]
+        marked = [each for buffer, noted in self._nonfinite.items() for each in buffer.marked(noted.isnan())]
         names = [of[id(each)] for each in marked if id(each) in of]
         if names:
             self.method.warn_once(
@@ -354,13 +401,17 @@ def _place(weight: LatentWeight, key: str, group: dict[str, Any]) -> None:
             group["param_names"].append(f"{weight.name}.{key}")
 
 
-def _add_up(weight: LatentWeight) -> None:
+def _add_up(weights: Sequence[LatentWeight], stepping: Sequence[LatentWeight | Joined]) -> None:
     """Add the gradients of ``tau`` up to the shape of the thresholds; 0 without a gradient, or where they rest."""
-    if weight.has_gradient and weight.frozen is None:
-        weight.thresholds.fold(weight.kernels)
-        return
-    for dt in weight.thresholds.gradients.values():
-        dt.zero_()
+    for weight in weights:
+        if not weight.has_gradient or weight.frozen is not None:
+            for dt in weight.thresholds.gradients.values():
+                dt.zero_()
+    for part in stepping:
+        if isinstance(part, Joined):
+            part.thresholds.fold()
+        elif part.frozen is None:
+            part.thresholds.fold(part.kernels)
 
 
 def _hand_out(weight: LatentWeight, regularised: bool, rests: bool) -> None:

@@ -1,6 +1,7 @@
 """Which code computes: torch's anywhere, other code on the tensors that it suits, where its extra is installed.
 
-``LIGHTNING_SPARSE_KERNELS=torch`` (or ``numba``) forces one of them.
+``LIGHTNING_SPARSE_KERNELS=torch`` (or ``numba``) forces one of them. ``fused``, which GPUs take, is no other code for a
+tensor: all weights of an optimizer are computed with at once. It can be forced on a CPU, too, to be looked at.
 """
 
 import importlib
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["BACKENDS", "DENSE", "Backend", "candidates", "chosen", "module", "wanted"]
+__all__ = ["BACKENDS", "DENSE", "Backend", "candidates", "chosen", "is_fused", "module", "wanted"]
 
 #: the name, among those of backends, for layers that compute with a dense weight; it multiplies no sparse matrix
 DENSE = "dense"
@@ -102,10 +103,15 @@ def module(kind: str, backend: Backend) -> Any:
         return None
 
 
+def is_fused(device: torch.device) -> bool:
+    """Tell whether all weights of an optimizer are computed with at once, for the number of launches to be small."""
+    return wanted() == "fused" or (wanted() == "auto" and device.type != "cpu")
+
+
 def wanted() -> str:
     """Return which code the environment asks for: ``"auto"``, or the name of one."""
     others = [backend.name for backends in BACKENDS.values() for backend in backends]
-    names = list(dict.fromkeys(["auto", "torch", *others]))
+    names = list(dict.fromkeys(["auto", "torch", *others, "fused"]))
     found = os.environ.get("LIGHTNING_SPARSE_KERNELS", "auto")
     if found not in names:
         known = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"

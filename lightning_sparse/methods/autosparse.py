@@ -57,6 +57,13 @@ class AutoSparse(Annealed, SoftThresholded, LatentCallback):
         "active ones); None: for all. Costs a selection of the k-th largest weight per layer and step.",
     )
 
+    joins = True
+
+    def __post_init__(self) -> None:
+        """Have weights computed with one by one if those with a gradient are chosen layer by layer."""
+        super().__post_init__()
+        self.joins = self.backward_density is None
+
     @property
     def layer_gradient_density(self) -> dict[str, float]:
         """Share of each layer's weights that receive a gradient: B, all, or once alpha is 0, the active ones."""

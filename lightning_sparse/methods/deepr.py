@@ -23,8 +23,8 @@ from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Scope
 from lightning_sparse.trainer.guards import listed
-from lightning_sparse.weights.base import Weight, finite, param_group
-from lightning_sparse.weights.masked import MaskedWeight, dense
+from lightning_sparse.weights.base import Weight, param_group
+from lightning_sparse.weights.masked import MaskedWeight, dense, finite_gradients
 
 __all__ = ["DeepR"]
 
@@ -86,7 +86,7 @@ class DeepR(DenseOnly, MaskedCallback):
 
     def observe(self, weights: Sequence[Weight], scale: float) -> None:
         """Note which weights the step that follows updates: none if AMP skips it."""
-        if finite(weights):
+        if finite_gradients(dense(weights)):
             self._stepping.update(weight.name for weight in weights)
 
     def updated(self, weights: Sequence[Weight]) -> None:

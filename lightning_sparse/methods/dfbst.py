@@ -63,6 +63,7 @@ class DFBST(HardThresholded, LatentCallback):
     threshold_names = ("t", "t_b")
     sum_names = ("plain",)
     mask_names = ("M_b",)
+    joins = True
 
     def __post_init__(self) -> None:
         """Begin with or without the variance penalty."""

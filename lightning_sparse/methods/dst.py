@@ -30,6 +30,8 @@ class DST(HardThresholded, LatentCallback):
         "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With Trainable Masked Layers", ICLR 2020.
     """
 
+    joins = True
+
     def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
         """``dW = dP M + dP W H(Q) sign(W)`` and ``dt = -sum_j dP W H(Q)`` (App. A.3)."""
         weight.kernels.hard_gradient(dP, W, weight.thresholds.tau, weight.thresholds.dtau["t"])

@@ -63,6 +63,7 @@ class OptG(TopKCallback):
     min_layer_density: float = 0.0
     threshold_weight_decay: float | None = fixed(default=None)
     scope: Scope = "global"
+    joins = True
     scale_init: bool = fixed(default=False)  # it begins dense
 
     def new_target(self) -> None:

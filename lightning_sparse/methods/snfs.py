@@ -14,14 +14,15 @@ from torch import Tensor
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
+from lightning_sparse.compat.torch_private import lerp_each
 from lightning_sparse.families.masked import DenseOnly
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.families.shares import droppable, shared_out
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import portion
 from lightning_sparse.rules.criteria import mean_momentum
-from lightning_sparse.weights.base import Weight, finite
-from lightning_sparse.weights.masked import dense
+from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.masked import dense, finite_gradients
 
 __all__ = ["SNFS"]
 
@@ -67,10 +68,11 @@ class SNFS(DenseOnly, PruneAndGrow):
 
     def observe(self, weights: Sequence[Weight], scale: float) -> None:
         """Average the gradients of all steps but those that AMP skips."""
-        if finite(weights):
-            for weight in dense(weights):
-                momentum = weight.buffers["momentum"]
-                momentum.lerp_(weight.dP.to(momentum.dtype) / scale, 1 - self.smoothing)
+        held = dense(weights)
+        if finite_gradients(held):
+            momenta = [weight.buffers["momentum"] for weight in held]
+            gradients = [weight.dP.to(momentum.dtype) for weight, momentum in zip(held, momenta, strict=True)]
+            lerp_each(momenta, gradients if scale == 1 else [dP / scale for dP in gradients], 1 - self.smoothing)
 
     def claims(self, weights: Sequence[Weight]) -> list[float]:
         """Return the layers' claims to connections: their mean momentum."""

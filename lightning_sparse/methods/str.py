@@ -35,6 +35,7 @@ class STR(SoftThresholded, LatentCallback):
     )
 
     instead_of_sparsity = "init_threshold"
+    joins = True
 
     def __post_init__(self) -> None:
         """Check that there is something to begin with."""

@@ -36,6 +36,8 @@ class SWAT(TopKCallback):
         "Sparse Weight Activation Training", NeurIPS 2020.
     """
 
+    joins = True
+
     activation_sparsity: float | None = option(
         default=None,
         check=partial(checks.fraction, "None takes that of the weights."),

@@ -7,6 +7,7 @@ with fresh optimizer state; annealing scales the loss's gradient, not the penalt
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.optimizers import states
 from lightning_sparse.compat.options import option
+from lightning_sparse.compat.torch_private import copy_each
 from lightning_sparse.families.annealing import Annealed
 from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
@@ -70,6 +72,7 @@ class TopKAST(Annealed, TopKCallback):
     )
 
     must_stay = ("power",)
+    joins = True
 
     def __post_init__(self) -> None:
         """Check that B can hold A."""
@@ -166,9 +169,9 @@ class TopKAST(Annealed, TopKCallback):
     def before_update(self, optimizer: Optimizer) -> None:
         """Keep the values of before the update, in the memory that P does not need meanwhile."""
         super().before_update(optimizer)
-        for weight in self._groups[id(optimizer)].weights:
-            if weight.effective is not None and self.backward_sparsity:
-                weight.effective.copy_(weight.latent)
+        entered = [weight for weight in self._groups[id(optimizer)].weights if weight.effective is not None]
+        if entered and self.backward_sparsity:
+            copy_each([cast(Tensor, weight.effective) for weight in entered], [weight.latent for weight in entered])
 
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """Undo the update outside of B, and find the sets anew if it is time; what enters B has a fresh state."""
@@ -176,9 +179,8 @@ class TopKAST(Annealed, TopKCallback):
             super().updated(optimizer, weights)
             return
         before = self._sets_of_updated()
-        for weight in weights:
-            assert weight.parameter is not None
-            weight.latent.copy_(torch.where(weight.buffers["B"], weight.latent, weight.parameter.data))
+        for part in weights if optimizer is None else self._groups[id(optimizer)].parts(weights):
+            part.undo_outside("B")
         super().updated(optimizer, weights)
         if optimizer is not None:
             self._make_fresh(optimizer, before)
@@ -218,4 +220,4 @@ def _fill_with_means(weight: LatentWeight, state: Tensor, before: Tensor) -> Non
 
 def _either(mask: Tensor, inside: float, outside: float, like: Tensor) -> Tensor:
     """Return the one number where ``mask`` is True and the other where it is False."""
-    return torch.where(mask, like.new_tensor(inside), like.new_tensor(outside))
+    return torch.where(mask, like.new_full((), inside), like.new_full((), outside))

@@ -16,6 +16,8 @@ from lightning_sparse.rules.budgets import apportion
 from lightning_sparse.rules.matrices import Outputs, as_matrix, write_matrix
 
 __all__ = [
+    "CHUNK",
+    "INTEGERS",
     "all_equal",
     "count",
     "count_global_top_k",
@@ -33,10 +35,14 @@ __all__ = [
     "zero_outside_",
 ]
 
-_CHUNK = 1 << 18
+#: number of elements that a CPU's cache holds beside as many of a mask
+CHUNK = 1 << 18
+
+#: by the number of their bytes
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 _SAMPLED_FROM = 1 << 17
 _NUMPY = torch.float32, torch.float64, torch.int64
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def count(mask: Tensor) -> int:
@@ -286,8 +292,8 @@ def where(tensors: Sequence[Tensor], holds: Callable[..., Tensor]) -> Tensor:
     flat = [x.reshape(-1) for x in tensors]
     if not flat[0].is_cpu:
         return positions(holds(*flat))
-    chunks = zip(*(torch.split(x, _CHUNK) for x in flat), strict=True)
-    found = [positions(holds(*chunk)).add_(i * _CHUNK) for i, chunk in enumerate(chunks)]
+    chunks = zip(*(torch.split(x, CHUNK) for x in flat), strict=True)
+    found = [positions(holds(*chunk)).add_(i * CHUNK) for i, chunk in enumerate(chunks)]
     return torch.cat(found)
 
 
@@ -311,16 +317,16 @@ def zero_outside_(x: Tensor, mask: Tensor) -> None:
     >>> x
     tensor([1.5000, 0.0000, 0.0000])
     """
-    bits = x.view(_INTEGERS[x.element_size()])
-    if x.device.type != "cpu" or x.stride() != mask.stride():
+    bits = x.view(INTEGERS[x.element_size()])
+    if x.device.type != "cpu" or x.stride() != mask.stride() or x.numel() <= CHUNK:
         bits.mul_(mask)
         return
     values, keeps = as_matrix(bits), as_matrix(mask)
     if values.data_ptr() != x.data_ptr() or keeps.data_ptr() != mask.data_ptr() or not values.is_contiguous():
         bits.mul_(mask)
         return
-    buffer = torch.empty(min(_CHUNK, x.numel()), dtype=bits.dtype)
-    for value, keep in zip(torch.split(values.view(-1), _CHUNK), torch.split(keeps.view(-1), _CHUNK), strict=True):
+    buffer = torch.empty(min(CHUNK, x.numel()), dtype=bits.dtype)
+    for value, keep in zip(torch.split(values.view(-1), CHUNK), torch.split(keeps.view(-1), CHUNK), strict=True):
         value.mul_(buffer[: len(keep)].copy_(keep))
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
@@ -24,6 +25,7 @@ __all__ = [
     "REMEDY",
     "averaging",
     "listed",
+    "refuse_capture",
     "refuse_exchanged_optimizers",
     "refuse_missing_state",
     "refuse_older_state",
@@ -166,6 +168,15 @@ def refuse_replaced(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
         raise MisconfigurationException(
             f"{', '.join(replaced)} became another parameter during the fit, which {method!r} would "
             "leave dense. Keep the layer and write new values into its weight, or begin another fit."
+        )
+
+
+def refuse_capture(method: Verbs) -> None:
+    """Raise if this step is captured: a graph repeats its launches, without what the method decides anew."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise MisconfigurationException(
+            f"{method!r} cannot be captured in a CUDA graph: what it does differs from step to step. Capture the "
+            "forward and backward pass alone, as torch.compile(module, mode='reduce-overhead') does."
         )
 
 

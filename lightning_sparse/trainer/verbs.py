@@ -35,6 +35,10 @@ class Verbs(ABC):
     #: connections move after the fit has begun
     moves: bool = True
 
+    #: ``effective`` and ``gradients`` of a method with latent weights take all weights of an optimizer as one, with
+    #: vectors in place of matrices (``weights/joined.py``); who overrides one of them says so again
+    joins: bool = False
+
     #: the step that moves connections computes the gradients of all weights
     dense_gradient_to_move: bool = False
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.zeroing import Zeroing
 
 __all__ = ["WeightGroup", "WeightGroups"]
 
@@ -22,6 +23,7 @@ class WeightGroup:
         moved: connections have been moved in the step that is under way.
         halted_by: names of parameters whose gradients were not finite at the latest step at which connections were due.
         values: further numbers of the method's state.
+        zeroing: what sets the weights to 0 outside of their masks.
     """
 
     weights: list[Weight] = field(default_factory=list)
@@ -30,6 +32,7 @@ class WeightGroup:
     moved: bool = False
     halted_by: list[str] = field(default_factory=list)
     values: dict[str, float] = field(default_factory=dict)
+    zeroing: Zeroing = field(default_factory=Zeroing)
 
     @property
     def size(self) -> int:

@@ -11,9 +11,10 @@ from lightning_sparse.kernels.bits import pack, unpack
 from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, write_matrix
 from lightning_sparse.weights.base import all_finite
+from lightning_sparse.weights.flat import alone
 from lightning_sparse.weights.thresholds import WeightThresholds
 
-__all__ = ["LatentGroup", "LatentWeight"]
+__all__ = ["LatentWeight"]
 
 Result = TypeVar("Result")
 
@@ -158,12 +159,26 @@ class LatentWeight:
 
     # ------------------------------------------------------------------ around an update of the optimizer
 
+    @property
+    def values(self) -> Tensor:
+        """The parameter's values, as a tensor that is kept as long as they stay where they are."""
+        assert self.parameter is not None
+        kept = self._views.get("values")
+        if kept is None or kept.data_ptr() != self.parameter.data_ptr() or kept.shape != self.parameter.shape:
+            kept = self._views["values"] = self.parameter.data
+        return kept
+
+    def undo_outside(self, key: str) -> None:
+        """Give ``W`` the values that the parameter holds, outside of a boolean buffer."""
+        assert self.parameter is not None
+        self.latent.copy_(torch.where(self.buffers[key], self.latent, self.parameter.data))
+
     def enter(self) -> None:
         """Give the parameter ``W`` for an update, if there will be one."""
         assert self.parameter is not None
         steps = self.has_gradient or (self.trained is not None and self.trained.have_gradient)
         if steps and self.effective is None:
-            self.effective = self.parameter.data
+            self.effective = self.values
             self.parameter.data = self.latent
 
     def leave(self) -> bool:
@@ -233,14 +248,14 @@ class LatentWeight:
             self.keep_mask(key, mask)
         if self.trained is not None:
             self.trained.move_like(parameter, outputs)
-        self.parameter, self.effective, self._kernels = parameter, None, None
+        self.parameter, self.effective, self._kernels, self._views = parameter, None, None, {}
 
     def release(self) -> None:
         """Let go of the module and the other weights; keep the state on the CPU."""
         self.parameter = None
-        self.latent = self.latent.cpu()
+        self.latent = alone(self.latent.cpu())
         for tensors in (self.buffers, self.bits):
-            tensors.update({key: tensor.cpu() for key, tensor in tensors.items()})
+            tensors.update({key: alone(tensor.cpu()) for key, tensor in tensors.items()})
         if self.trained is not None:
             self.trained.release()
         self._views, self._kernels = {}, None
@@ -250,16 +265,3 @@ class LatentWeight:
         buffers = {key: buffer.detach() for key, buffer in self.buffers.items()}
         loose: dict[str, Any] = {"parameter": None, "effective": None, "_views": {}, "_kernels": None}
         return {**self.__dict__, "latent": self.latent.detach(), "buffers": buffers, **loose}
-
-
-@dataclass(eq=False)
-class LatentGroup:
-    """The weights of one optimizer.
-
-    Attributes:
-        weights: in the order in which its param groups have them.
-        updates: number of its updates, by which a method can tell when it is time.
-    """
-
-    weights: list[LatentWeight] = field(default_factory=list)
-    updates: int = 0

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_sparse.compat.torch_private import finite_each
 from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, row_sums, rows_of, write_matrix
-from lightning_sparse.weights.base import Weight, all_finite, new_version, optimizer_state
+from lightning_sparse.weights.base import Weight, all_finite, finite, new_version, optimizer_state
 from lightning_sparse.weights.fresh import SCALES, fresh_value, mean_of_others
 
-__all__ = ["MaskedWeight", "dense", "keep_zero_state"]
+__all__ = ["MaskedWeight", "dense", "finite_gradients", "keep_zero_state"]
 
 
 class MaskedWeight(Weight):
@@ -215,6 +216,15 @@ def keep_zero_state(weight: MaskedWeight) -> None:
     """Set to 0 the optimizer's state of what is not active."""
     for _, state in optimizer_state(weight):
         select.zero_outside_(state, weight.mask)
+
+
+def finite_gradients(weights: Sequence[MaskedWeight]) -> bool:
+    """Tell whether all gradients are finite: AMP skips a step in which they are not."""
+    gradients = [weight.dP for weight in weights if weight.size]
+    kinds = {(gradient.device, gradient.dtype) for gradient in gradients}
+    if len(kinds) == 1 and gradients[0].is_floating_point():
+        return finite_each(gradients)
+    return finite(weights)
 
 
 def dense(weights: Sequence[Weight]) -> list[MaskedWeight]:

@@ -1,14 +1,15 @@
 """Trained thresholds: those of one weight, and those of several weights laid end to end."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
+from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors, fused
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, write_matrix
+from lightning_sparse.weights.flat import views
 
 __all__ = ["Granularity", "ThresholdBuffer", "WeightThresholds", "buffers"]
 
@@ -40,6 +41,7 @@ class WeightThresholds:
     dtau: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     _views: dict[str, Tensor] = field(default_factory=dict)
+    _among: tuple[Tensor, int] | None = None  # a vector that has "t" from a place on, all levels of which are computed
 
     @classmethod
     def new(
@@ -90,6 +92,19 @@ class WeightThresholds:
             self._views[key] = rows
         return rows
 
+    def lie_among(self, values: Tensor, place: int) -> None:
+        """Have levels computed in a vector that holds ``t`` from a place on: so they are rounded alike."""
+        self._among = values, place
+
+    def set_levels(self, level: Callable[[Tensor], Tensor]) -> None:
+        """Set ``tau``, for ``P`` to be made of."""
+        if self._among is None:
+            self.tau = level(self.per_row())
+            return
+        values, place = self._among
+        ours = level(values)[place : place + self.values["t"].numel()]
+        self.tau = ours.unsqueeze(1).expand(self.rows, 1)
+
     def fold(self, kernels: ThresholdKernels) -> None:
         """Add ``dtau`` up to ``gradients``, where it is no view of them."""
         for key, dtau in self.dtau.items():
@@ -112,7 +127,7 @@ class WeightThresholds:
 
     def move_like(self, parameter: nn.Parameter, outputs: Outputs) -> None:
         """Go to the device and the order of memory of ``parameter``; an optimizer may know them: they stay the same."""
-        self.outputs = outputs
+        self.outputs, self._among = outputs, None
         for t in self.values.values():
             like = parameter if t.ndim > 1 else t
             t.data = torch.empty_like(like, dtype=t.dtype, device=parameter.device).copy_(t.data)
@@ -122,12 +137,12 @@ class WeightThresholds:
         """Let go of the other weights; keep the state on the CPU."""
         for t in self.values.values():
             t.data = torch.empty_like(t, device="cpu").copy_(t.data)
-        self.dtau, self.gradients, self._views = {}, {}, {}
+        self.dtau, self.gradients, self._views, self._among = {}, {}, {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the other weights."""
         values = {key: nn.Parameter(t.detach().clone()) for key, t in self.values.items()}
-        loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "_views": {}}
+        loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "_views": {}, "_among": None}
         return {**self.__dict__, "values": values, "tau": torch.zeros(1, 1), **loose}
 
 
@@ -145,26 +160,32 @@ class ThresholdBuffer:
         values: all weights' thresholds, by name.
         gradients: their gradients, and the further sums.
         kernels: the kernels that suit these vectors best.
+        joins: the weights can lie end to end, too.
     """
 
     kernels: ThresholdKernels
 
-    def __init__(self, thresholds: Sequence[WeightThresholds], sums: Sequence[str] = ()) -> None:
-        self.thresholds = thresholds
+    def __init__(self, thresholds: Sequence[WeightThresholds], sums: Sequence[str] = (), joins: bool = False) -> None:
+        self.thresholds, self.joins = thresholds, joins
         self.values: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self._slots: list[tuple[nn.Parameter, Tensor]] = []
         names = list(thresholds[0].values)
         for key in names:
             self.values[key] = self._lay_out([each[key] for each in thresholds])
-            self.kernels = for_tensors(*(self.values[key].unsqueeze(1),) * 2)
+            vector = self.values[key]
+            self.kernels = fused(vector.device) if joins else for_tensors(*(vector.unsqueeze(1),) * 2)
+        place = 0
+        for each in thresholds if joins else ():
+            each.lie_among(self.values[names[0]], place)
+            place += each[names[0]].numel()
         for key in (*names, *sums):
             self._lay_out_gradients(key, [each[names[0]] for each in thresholds])
 
     def _lay_out(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Move parameters into one vector, of which they become views."""
         values = parameters[0].new_empty(sum(t.numel() for t in parameters))
-        for t, view in zip(parameters, _views(values, parameters), strict=True):
+        for t, view in zip(parameters, views(values, parameters), strict=True):
             view.copy_(t)
             t.data = view
             self._slots.append((t, view))
@@ -173,7 +194,7 @@ class ThresholdBuffer:
     def _lay_out_gradients(self, key: str, parameters: Sequence[nn.Parameter]) -> None:
         """Give all weights room for the gradients of their thresholds, or a sum like them, in one vector."""
         self.gradients[key] = parameters[0].new_zeros(sum(t.numel() for t in parameters))
-        for each, dt in zip(self.thresholds, _views(self.gradients[key], parameters), strict=True):
+        for each, dt in zip(self.thresholds, views(self.gradients[key], parameters), strict=True):
             each.gradients[key] = dt
             rows = as_matrix(dt, each.outputs) if dt.ndim > 1 else dt.unsqueeze(1)
             each.dtau[key] = rows if len(rows) == each.rows else rows.new_empty(each.rows, 1)
@@ -210,19 +231,17 @@ class ThresholdBuffer:
         return list(used.values())
 
 
-def buffers(thresholds: Iterable[WeightThresholds], sums: Sequence[str] = ()) -> list[ThresholdBuffer]:
-    """Lay thresholds end to end: in one buffer, unless devices or dtypes differ."""
+def buffers(
+    thresholds: Iterable[WeightThresholds],
+    sums: Sequence[str] = (),
+    joins: Callable[[WeightThresholds], Hashable] = lambda _: None,
+) -> list[ThresholdBuffer]:
+    """Lay thresholds end to end: in one buffer, unless devices or dtypes differ, or what ``joins`` says of them.
+
+    ``joins``: those of which it says the same, but None, have weights that can lie end to end, too.
+    """
     alike: dict[Any, list[WeightThresholds]] = {}
     for each in thresholds:
         kind = tuple((t.device, t.dtype) for t in each.values.values())
-        alike.setdefault(kind, []).append(each)
-    return [ThresholdBuffer(members, sums) for members in alike.values()]
-
-
-def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Divide ``flat`` into tensors of the same shapes and orders of memory as those given."""
-    views, start = [], 0
-    for t in like:
-        views.append(flat.as_strided(t.shape, t.stride(), start))
-        start += t.numel()
-    return views
+        alike.setdefault((kind, joins(each)), []).append(each)
+    return [ThresholdBuffer(members, sums, kind is not None) for (_, kind), members in alike.items()]

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_sparse import DFBST, DST, GMP, SET, SNIP, STR, AutoSparse, RandomPruning
+from lightning_sparse import DFBST, DST, GMP, SET, SNIP, STR, AutoSparse, RandomPruning, RigL
 from lightning_sparse.trainer import guards
 
 NAN, INF = float("nan"), float("inf")
@@ -392,3 +392,12 @@ def test_a_layer_that_collapsed_and_was_reset_is_told_of_by_name_once(build):
         (message,) = told(caught, f"{name} collapsed: over 99% of it was masked")
         assert "smaller alpha" in message
     assert all(density > 0.01 for density in callback.layer_density.values())
+
+
+@pytest.mark.parametrize("method", [RigL, DST])
+def test_a_step_that_is_captured_in_a_graph_is_refused(method, monkeypatch):
+    callback = method(0.5)
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with pytest.raises(MisconfigurationException, match=f"{method.__name__}.* cannot be captured in a CUDA graph"):
+        fit(callback)

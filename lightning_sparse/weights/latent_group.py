@@ -1,0 +1,41 @@
+"""LatentGroup: the weights of one optimizer that trains latent weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_sparse.weights.joined import Joined
+from lightning_sparse.weights.latent import LatentWeight
+
+__all__ = ["LatentGroup"]
+
+
+@dataclass(eq=False)
+class LatentGroup:
+    """The weights of one optimizer.
+
+    Attributes:
+        weights: in the order in which its param groups have them.
+        updates: number of its updates, by which a method can tell when it is time.
+        joined: weights that are computed with at once where all of them take part.
+    """
+
+    weights: list[LatentWeight] = field(default_factory=list)
+    updates: int = 0
+    joined: list[Joined] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy weights by themselves."""
+        return {**self.__dict__, "joined": []}
+
+    def parts(self, weights: Sequence[LatentWeight]) -> list[LatentWeight | Joined]:
+        """Return what some of the weights are computed with as: joined ones, and the others by themselves."""
+        if not self.joined:
+            return [*weights]
+        left = {id(weight): weight for weight in weights}
+        found: list[LatentWeight | Joined] = []
+        for each in self.joined:
+            if all(id(weight) in left and weight.frozen is None for weight in each.weights):
+                found.append(each)
+                left = {key: weight for key, weight in left.items() if weight not in each.weights}
+        return [*found, *left.values()]
