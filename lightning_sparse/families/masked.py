@@ -170,6 +170,7 @@ class MaskedCallback(Stored, SparseCallback):
         """Take the weights over, and warn if they were trained ones that are lost."""
         super().on_fit_start(trainer, pl_module)
         starts.warn_of_trained(self, pl_module, self._weights)
+        warn_of_cautious(self, trainer)
         if self.scale_init and self.keeps_weights:
             rank_zero_info(f"{self!r} keeps the weights that are there, so it does not scale them.")
 

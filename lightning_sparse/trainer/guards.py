@@ -40,6 +40,7 @@ __all__ = [
     "refuse_unread_checkpoint",
     "refuse_unseen_update",
     "warn_of_averages",
+    "warn_of_cautious",
     "warn_of_divergence",
     "warn_of_equal_scores",
     "warn_of_few",
@@ -296,6 +297,17 @@ def warn_of_averages(method: Verbs, trainer: Trainer) -> None:
                 "was nonzero at one of them is so in the average, which is denser than the network unless averaging "
                 "begins when connections move no longer. For exact zeros multiply each weight of the averaged module "
                 "by callback.masks[name] after the fit."
+            )
+
+
+def warn_of_cautious(method: Verbs, trainer: Trainer) -> None:
+    """Warn of optimizers that divide a step by the share of a tensor that takes part in it: zeros take none."""
+    for optimizer in (each for one in trainer.optimizers for each in wrapped(one)):
+        if any(group.get("caution") for group in optimizer.param_groups):
+            rank_zero_warn(
+                f"{type(optimizer).__name__} is cautious: it divides a step by the share of the tensor that takes part "
+                f"in it. Weights that {method!r} holds at 0 take no part, so the others move too far: 10 times at 90 % "
+                "zeros. Use caution=False, or multiply lr by the density."
             )
 
 

@@ -170,3 +170,20 @@ def test_an_optimizer_that_outlives_a_fit_takes_thresholds_once():
     for _ in range(3):
         fit(callback, module, max_epochs=1)
         assert len(module.kept.param_groups[0]["params"]) == 6 + 3
+
+
+class Cautious(torch.optim.SGD):
+    """Has the mark of timm's optimizers."""
+
+    def __init__(self, parameters, caution):
+        super().__init__(parameters, lr=0.1)
+        for group in self.param_groups:
+            group["caution"] = caution
+
+
+@pytest.mark.parametrize("caution", [True, False])
+def test_optimizers_whose_steps_grow_with_zeros_are_warned_of(caution, recwarn):
+    fit(SETTINGS["RigL"](), Lit(optimizer=lambda p: Cautious(p, caution)), max_epochs=1)
+    found = [str(warning.message) for warning in recwarn if "is cautious" in str(warning.message)]
+    assert len(found) == caution
+    assert not found or "Use caution=False, or multiply lr by the density" in found[0]
