@@ -35,7 +35,14 @@ from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
 from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.callback import SparseCallback
-from lightning_sparse.trainer.guards import REMEDY, listed, refuse_capture, refuse_other_sparsity, warn_of_equal_scores
+from lightning_sparse.trainer.guards import (
+    REMEDY,
+    listed,
+    refuse_capture,
+    refuse_other_sparsity,
+    warn_of_cautious,
+    warn_of_equal_scores,
+)
 from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
