@@ -65,6 +65,7 @@ class _Counted(Callback):
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
+        self.mode = _Count()  # of what is launched before the first step, too
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.mode = _Count()
