@@ -46,8 +46,10 @@ _NUMPY = torch.float32, torch.float64, torch.int64
 
 
 def count(mask: Tensor) -> int:
-    """Return the number of True elements."""
-    return int(np.count_nonzero(mask.numpy()) if mask.is_cpu else torch.count_nonzero(mask))  # numpy's is quicker
+    """Return the number of True elements, or of those that are not 0."""
+    if mask.is_cpu and mask.dtype == torch.bool:  # numpy's is quicker
+        return int(np.count_nonzero(mask.numpy()))
+    return int(torch.count_nonzero(mask))
 
 
 def all_equal(scores: Tensor) -> bool:
