@@ -380,6 +380,8 @@ class _Precision:
     def train_step_context(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    forward_context = train_step_context
+
 
 class _Trainer:
     """What methods ask of a Trainer, of a loop that has none."""

@@ -70,7 +70,7 @@ def test_a_comparison_trains_reads_draws_and_is_kept(tmp_path, capsys):
 
 
 def test_a_comparison_that_is_interrupted_goes_on_from_its_checkpoint(tmp_path, capsys):
-    epochs = 60
+    epochs = 30
     args = compare(tmp_path, "--methods=dense", "--seeds=1", f"--epochs={epochs}", "--no-plot")
     process = subprocess.Popen(
         [sys.executable, "-m", "lightning_sparse", *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -62,10 +62,10 @@ def test_training_is_that_of_one_weight_at_a_time(method, options, network, monk
 def test_a_resumed_run_equals_the_uninterrupted_one(method, tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", "fused")
     whole, resumed = LATENT[method](), LATENT[method]()
-    _, run = fit([whole, SavesFirst(tmp_path / "middle.ckpt")], seeded(Module), max_epochs=2)
+    _, run = fit([whole, SavesFirst(tmp_path / "middle.ckpt")], seeded(Module), loader(80), max_epochs=2)
     want = saved(run, tmp_path / "whole.ckpt")
     run = trainer(resumed, max_epochs=2)
-    run.fit(seeded(Module, 5), loader(), ckpt_path=tmp_path / "middle.ckpt")
+    run.fit(seeded(Module, 5), loader(80), ckpt_path=tmp_path / "middle.ckpt")
     have = saved(run, tmp_path / "resumed.ckpt")
     assert all(torch.equal(x, have["state_dict"][name]) for name, x in want["state_dict"].items())
     assert repr(state(whole)) == repr(state(resumed))
@@ -83,9 +83,8 @@ def test_a_step_without_the_gradient_of_some_weights_leaves_them(method, monkeyp
     def train(kernels):
         monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", kernels)
         callback = LATENT[method]()
-        module, _ = fit(
-            callback, seeded(lambda: Half(mlp().double())), loader(dtype=torch.float64), precision="64-true"
-        )
+        batches = loader(80, dtype=torch.float64)
+        module, _ = fit(callback, seeded(lambda: Half(mlp().double())), batches, precision="64-true")
         return callback, module
 
     (ours, module), (_, expected) = train("fused"), train("torch")
@@ -97,13 +96,12 @@ def test_a_step_without_the_gradient_of_some_weights_leaves_them(method, monkeyp
 def test_latents_after_the_fit_have_memory_of_their_own_and_copies_train(monkeypatch):
     callback, _ = trained("fused", "DFBST", "cnn", monkeypatch=monkeypatch)
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in callback.latents.values())
-    fit(copy.deepcopy(callback), seeded(Module), max_epochs=1)
+    fit(copy.deepcopy(callback), seeded(Module), loader(24), max_epochs=1)
 
 
-@pytest.mark.parametrize("method", ["DST", "DFBST"])
-def test_collapsed_layers_are_reset(method, monkeypatch):
+def test_collapsed_layers_are_reset(monkeypatch):
     monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", "fused")
-    callback = LATENT[method](alpha=5.0)
+    callback = LATENT["DST"](alpha=5.0)
     with pytest.warns(UserWarning, match="collapsed"):
         fit(callback, seeded(Module), max_epochs=1)
     assert callback.density > 0.01
@@ -120,7 +118,7 @@ def test_a_method_that_overrides_a_function_gets_matrices(monkeypatch):
     assert STR.joins
     assert not Own.joins
     assert not AutoSparse(backward_density=0.5).joins
-    fit(Own(alpha=5e-3), seeded(Module), max_epochs=1)
+    fit(Own(alpha=5e-3), seeded(Module), loader(24), max_epochs=1)
 
 
 COUNTED = [

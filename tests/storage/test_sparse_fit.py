@@ -174,8 +174,10 @@ TUNERS = {
 }
 
 
-@pytest.mark.parametrize("tuner", TUNERS)
-@pytest.mark.parametrize(("method", "plain"), [("MemoryEfficientDST grabo", True), ("ITOP random", False)])
+@pytest.mark.parametrize(
+    ("tuner", "method", "plain"),
+    [*((tuner, "MemoryEfficientDST grabo", True) for tuner in TUNERS), ("scale_batch_size", "ITOP random", False)],
+)
 def test_tuners_leave_no_trace(method, plain, tuner, tmp_path):
     callback, alone = (METHODS[method](storage="sparse", plain_checkpoints=plain) for _ in range(2))
     module, tune = seeded(Tuned), TUNERS[tuner]
