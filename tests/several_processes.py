@@ -5,7 +5,7 @@ import warnings
 
 import lightning.pytorch as pl
 import torch
-from helpers import ROUNDS, SETTINGS, Lit, data, mlp, state, trainer
+from helpers import HOOKED, REPRESENTATIVES, ROUNDS, SETTINGS, Lit, data, mlp, state, trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.optim.lr_scheduler import StepLR
@@ -19,8 +19,12 @@ TARGETS = {
     "STR with a target": lambda: STR(sparsity=0.8),
 }
 METHODS = {**SETTINGS, **ROUNDS, **TARGETS}
-#: number of processes: accumulated batches, and whether gradients are views of buckets
-CASES = {2: [(1, False), (3, True)], 3: [(1, False)]}
+ACCUMULATED = (*REPRESENTATIVES, *HOOKED, *ROUNDS, *TARGETS)
+
+
+def cases(method, world):
+    """Return how many batches are accumulated, and whether gradients are views of buckets, of each training."""
+    return [(1, False), (3, True)] if world == 2 and method in ACCUMULATED else [(1, False)]
 
 
 class EpochEnds(pl.Callback):
@@ -55,7 +59,7 @@ def run_all(folder, method):
     results = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for accumulate, view in CASES[world]:
+        for accumulate, view in cases(method, world):
             strategy = DDPStrategy(
                 process_group_backend="gloo", find_unused_parameters=False, gradient_as_bucket_view=view
             )

@@ -19,7 +19,7 @@ def test_processes_train_as_one_agree_to_the_last_bit_and_log_what_holds(method,
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for rank in ranks:
         assert [message for message in rank["warnings"] if "sync_dist" in message or "sparse" in message] == []
-    for accumulate, _ in several_processes.CASES[world]:
+    for accumulate, _ in several_processes.cases(method, world):
         first, *others = (rank[accumulate] for rank in ranks)
         for other in others:
             check_same_bits(first, other)
