@@ -84,13 +84,14 @@ class MaskedAllreduce(Callback):
 
     def _exchange(self, group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
         """Average a bucket of gradients over the processes; what is not sent becomes 0."""
-        sent = [x if at is None else x[at] for x, at in self._parts(bucket)]
+        parts = [*self._parts(bucket)]
+        sent = [x if at is None else x[at] for x, at in parts]
         flat = torch.cat(sent).mul_(1 / distributed.get_world_size(group))  # before the sum, which may overflow
         self.elements += len(flat)
 
         def write(done: torch.futures.Future[list[Tensor]]) -> Tensor:
             means = torch.split(done.value()[0], [len(x) for x in sent])
-            for (x, at), mean in zip(self._parts(bucket), means, strict=True):
+            for (x, at), mean in zip(parts, means, strict=True):
                 if at is None:
                     x.copy_(mean)
                 else:

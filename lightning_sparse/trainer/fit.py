@@ -107,6 +107,10 @@ class Processes:
 
     Args:
         root_device: of the module's parameters.
+
+    Attributes:
+        world_size: number of processes.
+        global_rank: the number of this one.
     """
 
     model = None
@@ -114,28 +118,26 @@ class Processes:
 
     def __init__(self, root_device: torch.device) -> None:
         self.root_device = root_device
+        several = distributed.is_available() and distributed.is_initialized()
+        self.world_size = distributed.get_world_size() if several else 1
+        self.global_rank = distributed.get_rank() if several else 0
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """Return the value that process ``src`` has."""
         values = [value]
-        if _several():
+        if self.world_size > 1:
             distributed.broadcast_object_list(values, src)
         return values[0]
 
     def reduce(self, x: Any, reduce_op: str = "mean") -> Any:
         """Return the mean or sum of a tensor over the processes, in place."""
-        if _several():
+        if self.world_size > 1:
             distributed.all_reduce(x)
             if reduce_op == "mean":
-                x /= distributed.get_world_size()
+                x /= self.world_size
         return x
 
     def reduce_boolean_decision(self, decision: bool) -> bool:
         """Tell whether all processes say so."""
         count = self.reduce(torch.tensor(int(decision), device=self.root_device), "sum")
-        return int(count) == (distributed.get_world_size() if _several() else 1)
-
-
-def _several() -> bool:
-    """Tell whether torch connects several processes."""
-    return distributed.is_available() and distributed.is_initialized()
+        return int(count) == self.world_size

@@ -8,7 +8,7 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
@@ -412,7 +412,5 @@ class _Trainer:
         self.estimated_stepping_batches = self.max_steps = length.steps
         self.num_training_batches, self.max_epochs = length.an_epoch, length.epochs
         self.global_step = self.current_epoch = 0
-        several = distributed.is_available() and distributed.is_initialized()
-        self.world_size = distributed.get_world_size() if several else 1
-        self.global_rank = distributed.get_rank() if several else 0
+        self.world_size, self.global_rank = self.strategy.world_size, self.strategy.global_rank
         self.is_global_zero = self.global_rank == 0
