@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 import traceback
 from multiprocessing import connection
 from pathlib import Path
@@ -37,30 +36,6 @@ def run_python(*arguments, **variables):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
-
-
-def run_ranks(script, world, *arguments):
-    """Run a script of ``tests`` in ``world`` processes that differ in nothing but their rank."""
-    shared = environment(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(free_port()),
-        NODE_RANK="0",
-        WORLD_SIZE=str(world),
-        PYTHONUNBUFFERED="1",
-    )
-    command = [sys.executable, str(TESTS / script), *map(str, arguments)]
-    processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}) for rank in range(world)]
-    ends = time.monotonic() + PATIENCE
-    try:
-        while any(process.poll() is None for process in processes):
-            assert not any(process.poll() for process in processes), "the others would wait for one that failed"
-            assert time.monotonic() < ends, f"not done after {PATIENCE} seconds"
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * world
 
 
 def run_fresh(function, *arguments):

@@ -27,6 +27,11 @@ def cases(method, world):
     return [(1, False), (3, True)] if world == 2 and method in ACCUMULATED else [(1, False)]
 
 
+def epochs(method):
+    """Return how many epochs a training has: rounds need more."""
+    return 3 if method in ROUNDS else 2
+
+
 class EpochEnds(pl.Callback):
     """Keep the state after every epoch."""
 
@@ -46,7 +51,7 @@ def train(method, accumulate, rank=0, **options):
     callback = METHODS[method]()
     ends = EpochEnds(callback)
     module = Lit(mlp(torch.float64), scheduler=lambda o: StepLR(o, 1, 0.5))
-    options |= {"accumulate_grad_batches": accumulate, "max_epochs": 3, "use_distributed_sampler": False}
+    options |= {"accumulate_grad_batches": accumulate, "max_epochs": epochs(method), "use_distributed_sampler": False}
     fit = trainer([callback, ends], **options)
     x, y = data(240, torch.float64)
     mine = TensorDataset(x[rank :: fit.world_size], y[rank :: fit.world_size])  # the ranks' rows make up global batches

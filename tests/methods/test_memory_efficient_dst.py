@@ -4,10 +4,11 @@ import copy
 import math
 
 import lightning.pytorch as pl
+import memory_efficient_dst_ranks
 import pytest
 import torch
 from helpers import Lit, cnn, fit, fits, loader, mlp, seeded
-from processes import run_ranks
+from processes import run_fresh_ranks
 from torch import nn
 
 from lightning_sparse import GSE, MemoryEfficientDST
@@ -281,8 +282,8 @@ def test_the_last_step_leaves_no_hooks_even_if_the_next_one_would_move():
 
 @pytest.mark.xdist_group("ddp")
 def test_two_processes_with_different_data_draw_and_move_the_same():
-    """The script compares them after every step."""
-    run_ranks("memory_efficient_dst_script.py", 2)
+    """They compare themselves after every step."""
+    run_fresh_ranks(memory_efficient_dst_ranks.run_all, 2)
 
 
 # ---------------------------------------------------------------------- the published program's choices

@@ -9,12 +9,13 @@ import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
+import monitor_ranks
 import pytest
 import torch
 from helpers import SETTINGS, Lit, cnn, data, fit, loader, same, saved, seeded, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from processes import run_ranks
+from processes import run_fresh_ranks
 from torch import nn
 
 from lightning_sparse import DST, ITOP, SET, RandomPruning, RigL, SparsityMonitor
@@ -385,7 +386,7 @@ def test_a_second_fit_begins_anew_and_copies_are_plain(tmp_path):
 
 @pytest.mark.xdist_group("ddp")
 def test_processes_agree_and_one_writes(tmp_path):
-    run_ranks("monitor_script.py", 2, tmp_path)
+    run_fresh_ranks(monitor_ranks.run_all, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["epochs"] == second["epochs"]
     assert same(first["bits"], second["bits"])

@@ -139,7 +139,6 @@ def test_bfloat16_autocast_trains():
 LARGE = """
 import lightning.pytorch as pl
 import torch
-from processes import run_python, run_ranks
 from torch import nn
 from lightning_sparse import MemoryEfficientDST
 from lightning_sparse.accounting.memory import peak_memory

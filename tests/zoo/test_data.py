@@ -2,13 +2,14 @@ import gzip
 import os
 import struct
 
+import data_ranks
 import lightning.pytorch as pl
 import numpy
 import pytest
 import torch
 from batches import Seen
 from helpers import trainer
-from processes import TESTS, run_python
+from processes import run_fresh
 from torch.utils.data import SequentialSampler
 
 from lightning_sparse.zoo.data import DigitsDataModule, MNISTDataModule, ResumableLoader, TensorImages
@@ -219,7 +220,7 @@ def test_evaluation_goes_through_the_images_in_order():
 
 
 def test_two_processes_share_the_batches_of_one(tmp_path):
-    run_python(TESTS / "data_script.py", tmp_path)  # forks, which a process that has used autograd may not
+    run_fresh(data_ranks.run_all, tmp_path)  # forks, which a process that has used autograd may not
     for kind, held_out in (("plain", 360), ("augmented", 60)):
         one = torch.load(tmp_path / kind / "one" / "0.pt")
         ranks = [torch.load(tmp_path / kind / "two" / f"{rank}.pt") for rank in (0, 1)]

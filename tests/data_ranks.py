@@ -1,10 +1,7 @@
-"""Run by zoo/test_data.py: ``data_script.py DIRECTORY`` trains in one process, then in two, and notes the batches.
+"""Training in one process, then in two: test_data.py calls ``run_all`` in a fresh process and reads the batches.
 
 Once with images as they are, and once with augmented ones.
 """
-
-import sys
-from pathlib import Path
 
 import torch
 from helpers import pl, trainer
@@ -42,9 +39,7 @@ def fit(folder, data, **kwargs):
     run.fit(LeNet300(inputs=64, hidden=(4, 4)), data)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+def run_all(folder):
     fit(folder / "plain" / "two", DigitsDataModule(400, seed=0), strategy="ddp_fork", devices=2)
     fit(folder / "augmented" / "two", Augmented(20, 0, 100), strategy="ddp_fork", devices=2)
     fit(folder / "plain" / "one", DigitsDataModule(800, seed=0))

@@ -1,4 +1,4 @@
-"""Run by methods/test_memory_efficient_dst.py in each of two processes; the environment numbers them."""
+"""Growth in two processes: test_memory_efficient_dst.py calls ``run_all`` in each, which the environment numbers."""
 
 import warnings
 
@@ -58,8 +58,7 @@ class Agrees(pl.Callback):
             assert not module._forward_pre_hooks
 
 
-def main():
-    torch.set_num_threads(1)
+def run_all():
     warnings.filterwarnings("error", ".*draws the endpoints")
     for heuristic in ("grabo", "synflow"):
         callback = Records(0.5, heuristic=heuristic, update_every=4, stop_at=0.9)
@@ -67,7 +66,3 @@ def main():
         run = trainer([callback, Agrees(callback)], max_epochs=1, strategy=strategy, devices=2)
         run.fit(seeded(Holds), loader(160))
     torch.distributed.destroy_process_group()  # without it gloo's threads now and then abort the exit
-
-
-if __name__ == "__main__":
-    main()
