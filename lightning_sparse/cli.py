@@ -16,6 +16,7 @@ from lightning_sparse.compat.extras import extra
 from lightning_sparse.compat.lightning import PACKAGE, LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.compat.lightning_private import KeepsConfiguredModel, configured
 from lightning_sparse.monitor import SparsityMonitor
+from lightning_sparse.monitor.csv_log import EpochCSVLogger
 from lightning_sparse.monitor.run_file import FILE
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.zoo import recipes
@@ -212,7 +213,6 @@ def _list_recipes() -> None:
 def _cli_class() -> Any:
     """Return the subclass of LightningCLI; a function, since its base needs packages of an extra."""
     LightningCLI = import_module(f"{PACKAGE}.cli").LightningCLI
-    CSVLogger = import_module(f"{PACKAGE}.loggers").CSVLogger
     ModelCheckpoint = import_module(f"{PACKAGE}.callbacks").ModelCheckpoint
 
     class SparseCLI(KeepsConfiguredModel, LightningCLI):  # type: ignore[misc, valid-type]  # found at run time
@@ -226,7 +226,7 @@ def _cli_class() -> Any:
             if self.subcommand != "fit" or given.logger is False:
                 self.save_config_callback = None  # it would make a directory of logs, or write where the command runs
             if given.logger is None:
-                log = CSVLogger("runs", name=self.run_name or type(self.model).__name__)
+                log = EpochCSVLogger("runs", name=self.run_name or type(self.model).__name__)
                 kwargs["logger"] = log if self.subcommand == "fit" else False
             callbacks = given.callbacks or []
             callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
