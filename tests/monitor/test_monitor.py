@@ -434,7 +434,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_figures_without_matplotlib_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-sparse\[report\]'"):
         SparsityMonitor(figures=True)
 
 

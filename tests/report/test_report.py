@@ -307,7 +307,7 @@ def test_the_command_writes_the_page_and_names_it(run, dense, tmp_path, capsys):
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib.figure"])
 def test_a_missing_package_names_the_extra(run, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=r"In a clone .*: pip install '\.\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r": pip install 'lightning-sparse\[report\]'"):
         report.write(run)
 
 
