@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning_sparse
+from lightning_sparse import completion
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.compat.lightning import PACKAGE, LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.compat.lightning_private import KeepsConfiguredModel, configured
@@ -36,6 +37,7 @@ _HELP = """Sparse training from the command line.
   lightning-sparse compare --recipe NAME --methods A,B [...]   train methods, several seeds each: one table, one plot
   lightning-sparse report RUN_DIR [--dense DIR]                write a page on a run, beside its dense baseline
 
+eval "$(lightning-sparse --completion bash)", or zsh, in your shell's start-up file completes names with the Tab key.
 --recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
 --data.data_dir=DIR, --trainer.callbacks.sparsity=0.95 (of the method), --trainer.max_epochs=5 or --seed_everything=1.
 lightning-sparse fit --help lists all options; validate, test and predict take the same, and --ckpt_path.
@@ -62,6 +64,8 @@ def _run(args: list[str]) -> None:
             raise SystemExit(0)
         elif args == ["--version"]:
             print(f"lightning-sparse {lightning_sparse.__version__}")
+        elif args[:1] == ["--completion"]:
+            print(completion.script("".join(args[1:]), _COMMANDS), end="")
         elif args[:1] == ["recipes"]:
             _recipes(args[1:])
         elif args[:1] == ["demo"]:
