@@ -37,7 +37,7 @@ _HELP = """Sparse training from the command line.
   lightning-sparse compare --recipe NAME --methods A,B [...]   train methods, several seeds each: one table, one plot
   lightning-sparse report RUN_DIR [--dense DIR]                write a page on a run, beside its dense baseline
 
-eval "$(lightning-sparse --completion bash)", or zsh, in your shell's start-up file completes names with the Tab key.
+lightning-sparse --completion bash (or zsh) prints a script for your shell, which then completes names with the Tab key.
 --recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
 --data.data_dir=DIR, --trainer.callbacks.sparsity=0.95 (of the method), --trainer.max_epochs=5 or --seed_everything=1.
 lightning-sparse fit --help lists all options; validate, test and predict take the same, and --ckpt_path.

@@ -29,7 +29,7 @@ complete -o default -F _lightning_sparse lightning-sparse
 
 
 def script(shell: str, commands: Sequence[str]) -> str:
-    """Return the script that ``eval`` makes known to a shell.
+    """Return the script that a shell reads to complete names.
 
     Args:
         shell: a key of ``SHELLS``.
