@@ -230,7 +230,7 @@ def _report(
         if (updates := results.few_updates(row)) is not None:
             at = "" if row.sparsity is None else f" at sparsity {row.sparsity:g}"
             say(
-                f"FEW UPDATES  {row.title}{at}: connections moved {updates} times. The training is too short for its "
+                f"FEW UPDATES  {row.title}{at}: updates of connections: {updates}. The training is too short for its "
                 "settings: train longer, or give the method a smaller update_every."
             )
     text = f"```\n{_command(args)}\n```\n\n{table}\n\n{caption}\n"
