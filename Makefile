@@ -6,7 +6,7 @@ JOBS ?= 2
 OUT ?= runs/notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs notebooks clean
+.PHONY: help demo test lint docs notebooks dist versions clean
 
 help:
 	@echo "make demo   train DFBST and a dense baseline on scikit-learn's digits, and compare (ARGS='--epochs 1' passes options)"
@@ -14,6 +14,8 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   build the documentation into site/; warnings are errors"
 	@echo "make notebooks  run the notebooks, and write them to $(OUT) (OUT=notebooks renews what they show)"
+	@echo "make dist   build sdist and wheel into dist/, and check them as a package index does"
+	@echo "make versions  run the fast part of the tests with the oldest and the newest torch and Lightning (long downloads)"
 	@echo "make clean  remove the virtual environment, caches, site and runs/demo-*"
 
 # Set up once, and again when pyproject.toml changes.
@@ -43,5 +45,13 @@ notebooks: $(VENV)/installed
 		--to notebook --output-dir $(OUT) --NbConvertApp.use_output_suffix=False --log-level WARN \
 		--ExecutePreprocessor.record_timing=False --ClearMetadataPreprocessor.enabled=True
 
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+versions: $(VENV)/installed
+	$(BIN)/nox -s oldest newest
+
 clean:
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache runs/demo-*
+	rm -rf $(VENV) site dist .nox .pytest_cache .mypy_cache .ruff_cache runs/demo-*

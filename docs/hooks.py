@@ -22,6 +22,10 @@ from lightning_sparse.compat.options import Options
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "LICENSE": "LICENSE"}
 
 
+#: how a block of commands begins: a word that is run, or a variable that is set for it
+_COMMANDS = r"(?:lightning-sparse|make|pip|python|time|\.venv/\S+|[A-Z_]+=\S+) "
+
+
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that do not lie in docs/."""
@@ -37,6 +41,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Let links that work in the repository work in the site, where docs/ is the top level."""
     if page.file.src_uri == "index.md":
         page.meta["hide"] = ["navigation"]  # it would name this page alone
+    markdown = re.sub(rf"^```\n(?={_COMMANDS})", "```bash\n", markdown, flags=re.M)
     if page.file.src_uri.startswith("methods/"):
         markdown = _with_results(markdown, files.get_file_from_path("results.md").content_string)
     above = "docs/" if page.file.src_uri in PAGES.values() else "../" * (page.file.src_uri.count("/") + 1)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning_sparse
+from lightning_sparse import completion
 from lightning_sparse.compat.extras import extra
 from lightning_sparse.compat.lightning import PACKAGE, LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.compat.lightning_private import KeepsConfiguredModel, configured
 from lightning_sparse.monitor import SparsityMonitor
+from lightning_sparse.monitor.csv_log import EpochCSVLogger
 from lightning_sparse.monitor.run_file import FILE
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.zoo import recipes
@@ -35,6 +37,7 @@ _HELP = """Sparse training from the command line.
   lightning-sparse compare --recipe NAME --methods A,B [...]   train methods, several seeds each: one table, one plot
   lightning-sparse report RUN_DIR [--dense DIR]                write a page on a run, beside its dense baseline
 
+lightning-sparse --completion bash (or zsh) prints a script for your shell, which then completes names with the Tab key.
 --recipe NAME stands for --config with a file of this package. What follows it overrides it, for example
 --data.data_dir=DIR, --trainer.callbacks.sparsity=0.95 (of the method), --trainer.max_epochs=5 or --seed_everything=1.
 lightning-sparse fit --help lists all options; validate, test and predict take the same, and --ckpt_path.
@@ -61,6 +64,8 @@ def _run(args: list[str]) -> None:
             raise SystemExit(0)
         elif args == ["--version"]:
             print(f"lightning-sparse {lightning_sparse.__version__}")
+        elif args[:1] == ["--completion"]:
+            print(completion.script("".join(args[1:]), _COMMANDS), end="")
         elif args[:1] == ["recipes"]:
             _recipes(args[1:])
         elif args[:1] == ["demo"]:
@@ -212,7 +217,6 @@ def _list_recipes() -> None:
 def _cli_class() -> Any:
     """Return the subclass of LightningCLI; a function, since its base needs packages of an extra."""
     LightningCLI = import_module(f"{PACKAGE}.cli").LightningCLI
-    CSVLogger = import_module(f"{PACKAGE}.loggers").CSVLogger
     ModelCheckpoint = import_module(f"{PACKAGE}.callbacks").ModelCheckpoint
 
     class SparseCLI(KeepsConfiguredModel, LightningCLI):  # type: ignore[misc, valid-type]  # found at run time
@@ -226,7 +230,7 @@ def _cli_class() -> Any:
             if self.subcommand != "fit" or given.logger is False:
                 self.save_config_callback = None  # it would make a directory of logs, or write where the command runs
             if given.logger is None:
-                log = CSVLogger("runs", name=self.run_name or type(self.model).__name__)
+                log = EpochCSVLogger("runs", name=self.run_name or type(self.model).__name__)
                 kwargs["logger"] = log if self.subcommand == "fit" else False
             callbacks = given.callbacks or []
             callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]

@@ -23,6 +23,7 @@ FLOORS = (
     "__init__",
     "report",
     "compare",
+    "completion",
     "cli",
     "__main__",
     "bench",

@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", default="val_acc", help="the logged value to compare (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for runs and results (default: runs/compare-RECIPE)")
     parser.add_argument("--plot", type=Path, help="PNG file; an SVG is put beside it (default: OUT/pareto.png)")
+    parser.add_argument("--full", action="store_true", help="print all columns; table.md has them in any case")
     parser.add_argument("--no-plot", action="store_true", help="draw nothing; matplotlib is then not needed")
     return parser
 
@@ -218,13 +219,20 @@ def _report(
     rows: Sequence[results.Row], given: argparse.Namespace, out: Path, plot: Path | None, title: str, args: list[str]
 ) -> None:
     """Print the table, with several sparsities a second one of these; write them, and the plot."""
-    table = "\n\n".join(filter(None, (results.markdown(rows, given.metric), results.by_sparsity(rows, given.metric))))
+    table = _tables(results.markdown(rows, given.metric), results.by_sparsity(rows, given.metric))
     caption = (
         f"Mean ± sample standard deviation over the seeds. {given.jobs} at a time, threads a run: {given.threads}. "
         f"lightning_sparse {lightning_sparse.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}."
     )
-    print(f"{table}\n\n{caption}")
+    print(f"{table if given.full else _narrow(rows, given.metric)}\n\n{textwrap.fill(caption, 100)}")
+    for row in rows:
+        if (updates := results.few_updates(row)) is not None:
+            at = "" if row.sparsity is None else f" at sparsity {row.sparsity:g}"
+            say(
+                f"FEW UPDATES  {row.title}{at}: updates of connections: {updates}. The training is too short for its "
+                "settings: train longer, or give the method a smaller update_every."
+            )
     text = f"```\n{_command(args)}\n```\n\n{table}\n\n{caption}\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     results.write_csv(rows, given.metric, out / "table.csv", out / "runs.csv")
@@ -234,6 +242,17 @@ def _report(
         figure.draw(rows, given.metric, title, pictures)
         written += pictures
     say(f"Written: {', '.join(map(str, written))}")
+
+
+def _narrow(rows: Sequence[results.Row], metric: str) -> str:
+    """Return what a terminal of 100 columns has room for."""
+    short = results.shortened(rows)
+    note = "FLOPs are theoretical, in % of dense training. --full and table.md have all columns."
+    return _tables(results.narrow(short, metric), results.by_sparsity(short, metric), note)
+
+
+def _tables(*tables: str) -> str:
+    return "\n\n".join(filter(None, tables))
 
 
 def _command(args: Sequence[str]) -> str:

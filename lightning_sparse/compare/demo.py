@@ -14,7 +14,7 @@ from typing import Any
 from lightning_sparse.compare.recipe import Recipe
 from lightning_sparse.compare.runs import Run, say, terminated_as_interrupted, train
 from lightning_sparse.compat.extras import extra
-from lightning_sparse.monitor.record import scalars
+from lightning_sparse.monitor.record import densities, scalars
 from lightning_sparse.report import charts
 from lightning_sparse.report.figures import density_chart, metric_chart, numbers, settled
 from lightning_sparse.report.runs import Run as Result
@@ -109,7 +109,7 @@ def table(sparse: Result, dense: Result) -> str:
 def write_csv(results: Mapping[str, Result], file: Path) -> None:
     """Write a line an epoch and run: metrics, and what SparsityMonitor logs, under its names and in its units."""
     rows = [
-        {"run": name, "epoch": epoch["epoch"] + 1, **epoch["metrics"], **scalars(epoch)}
+        {"run": name, "epoch": epoch["epoch"] + 1, **epoch["metrics"], **densities(epoch), **scalars(epoch)}
         for name, result in results.items()
         for epoch in result.epochs
     ]

@@ -6,22 +6,27 @@ import operator
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import lightning_sparse
 from lightning_sparse.monitor.run_file import FILE
+from lightning_sparse.rules.clock import FEW
 
 __all__ = [
     "COLUMNS",
     "Column",
     "Row",
     "by_sparsity",
+    "few_updates",
     "history",
     "is_percent",
     "markdown",
     "measured",
+    "narrow",
     "numbers",
+    "shortened",
     "summarise",
     "write_csv",
 ]
@@ -137,7 +142,7 @@ def numbers(folder: Path, metric: str, method: str, sparsity: float | None) -> E
 
 def _costs(epochs: Sequence[Mapping[str, Any]]) -> Epoch:
     """Return counts of the last epoch, the median of the epochs' times of a step, and the largest memory."""
-    names = {column.name for column in COLUMNS} - {"metric", "density", "backward_density"}
+    names = {"updates", *(column.name for column in COLUMNS)} - {"metric", "density", "backward_density"}
     known = {key: [float(epoch[key]) for epoch in epochs if epoch.get(key) is not None] for key in names}
     choose: dict[str, Callable[[list[float]], float]] = {"step_time_s": statistics.median, "peak_memory_bytes": max}
     last: Callable[[list[float]], float] = operator.itemgetter(-1)
@@ -156,17 +161,19 @@ class Column:
         title: in the Markdown table.
         scale: of the values there.
         digits: after the point there.
+        short: in the narrow table; empty: not there.
     """
 
     name: str
     title: str
     scale: float
     digits: int
+    short: str = ""
 
 
 COLUMNS = (
-    Column("metric", "{}", 1, 4),
-    Column("density", "density %", 100, 2),
+    Column("metric", "{}", 1, 4, "{}"),
+    Column("density", "density %", 100, 2, "density %"),
     Column("backward_density", "backward density %", 100, 2),
     Column("sparsest_density", "sparsest epoch: density %", 100, 2),
     Column("sparsest_metric", "sparsest epoch: {}", 1, 4),
@@ -174,9 +181,9 @@ COLUMNS = (
     Column("empty_inputs", "empty inputs %", 100, 1),
     Column("shrunk_size", "dense weights without these, %", 100, 1),
     Column("inference_flops", "inference FLOPs, theoretical, % of dense", 100, 1),
-    Column("training_flops", "training FLOPs, theoretical, % of dense", 100, 1),
-    Column("step_time_s", "step ms, measured", 1e3, 2),
-    Column("peak_memory_bytes", "peak memory MiB, measured", 2**-20, 0),
+    Column("training_flops", "training FLOPs, theoretical, % of dense", 100, 1, "FLOPs %"),
+    Column("step_time_s", "step ms, measured", 1e3, 2, "step ms"),
+    Column("peak_memory_bytes", "peak memory MiB, measured", 2**-20, 0, "MiB"),
 )
 
 
@@ -220,12 +227,46 @@ def markdown(rows: Sequence[Row], metric: str) -> str:
 
     For the metric's unit see :func:`is_percent`.
     """
-    used = [column for column in _columns(rows, metric) if any(row.values(column.name) for row in rows)]
-    table = [["method", "sparsity", *(column.title for column in used), "seeds"]]
+    return _table(_cells(rows, [column for column in _columns(rows, metric) if _known(rows, column)]))
+
+
+def narrow(rows: Sequence[Row], metric: str, width: int = 100) -> str:
+    """Return the table with as many of the most important columns as fit into ``width`` characters, at least one."""
+    columns = [replace(column, title=column.short) for column in _columns(rows, metric) if column.short]
+    columns = [column for column in columns if _known(rows, column)]
+    while True:
+        text = _table(_cells(rows, columns))
+        if len(columns) < 2 or text.index("\n") <= width:
+            return text
+        columns = columns[:-1]
+
+
+def shortened(rows: Sequence[Row], length: int = 26) -> list[Row]:
+    """Return the rows with titles cut to ``length`` characters, but for those that could not be told apart then."""
+    titles = {row.title: row.title for row in rows}
+    titles |= {title: f"{title[: length - 3]}..." for title in titles if len(title) > length}
+    cut = list(titles.values())
+    return [replace(row, title=titles[row.title] if cut.count(titles[row.title]) == 1 else row.title) for row in rows]
+
+
+def few_updates(row: Row) -> int | None:
+    """Return how often connections moved in the run with the fewest moves, if the method needs more of them."""
+    updates = row.values("updates")
+    moves = hasattr(getattr(lightning_sparse, row.method, None), "update_every")
+    return int(min(updates)) if moves and updates and min(updates) < FEW else None
+
+
+def _known(rows: Sequence[Row], column: Column) -> bool:
+    return any(row.values(column.name) for row in rows)
+
+
+def _cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
+    """Return the cells of the table, the header first."""
+    table = [["method", "sparsity", *(column.title for column in columns), "seeds"]]
     for row in rows:
-        cells = [_cell(row.values(column.name), column) for column in used]
+        cells = [_cell(row.values(column.name), column) for column in columns]
         table.append([row.title, "" if row.sparsity is None else f"{row.sparsity:g}", *cells, str(len(row.runs))])
-    return _table(table)
+    return table
 
 
 def by_sparsity(rows: Sequence[Row], metric: str) -> str:
@@ -237,11 +278,11 @@ def by_sparsity(rows: Sequence[Row], metric: str) -> str:
     if len(sparsities) < 2:
         return ""
     columns = {column.name: column for column in _columns(rows, metric)}
-    table = [["method", *(f"{columns['metric'].title} at {sparsity:g}" for sparsity in sparsities), "own density"]]
+    table = [[f"{columns['metric'].title} at sparsity", *(f"{s:g}" for s in sparsities), "at its own density"]]
     for title in dict.fromkeys(row.title for row in rows):
         cells = {row.sparsity: _cell(row.values("metric"), columns["metric"]) for row in rows if row.title == title}
-        own = [_cell(row.values("density"), columns["density"]) for row in rows if row.title == title]
-        at_own = f"{cells[None]} at density {own[0]} %" if cells.get(None) else ""
+        own = [_cell(row.values("density"), columns["density"]).partition(" ")[0] for row in rows if row.title == title]
+        at_own = f"{cells[None]} at {own[0]} %" if cells.get(None) else ""
         table.append([title, *(cells.get(sparsity, "") for sparsity in sparsities), at_own])
     return _table(table)
 
@@ -259,8 +300,9 @@ def _columns(rows: Sequence[Row], metric: str) -> Iterator[Column]:
     percent = is_percent(rows, metric)
     for column in COLUMNS:
         if column.name in ("metric", "sparsest_metric"):
-            title = column.title.format(f"{metric} %" if percent else metric)
-            yield Column(column.name, title, 100, 2) if percent else Column(column.name, title, 1, 4)
+            title, short = (text.format(f"{metric} %" if percent else metric) for text in (column.title, column.short))
+            scale, digits = (100, 2) if percent else (1, 4)
+            yield Column(column.name, title, scale, digits, short)
         else:
             yield column
 

@@ -19,7 +19,6 @@ import yaml
 from tqdm import tqdm
 
 from lightning_sparse.compare.results import history
-from lightning_sparse.compat.lightning import PACKAGE
 
 __all__ = ["Run", "say", "terminated_as_interrupted", "train"]
 
@@ -79,7 +78,7 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         logger = {
-            "class_path": f"{PACKAGE}.loggers.CSVLogger",
+            "class_path": "lightning_sparse.monitor.csv_log.EpochCSVLogger",
             "init_args": {"save_dir": str(self.folder), "name": ""},  # a version_N for each attempt
         }
         trainer = {**self.changes.get("trainer", {}), "logger": logger, "enable_progress_bar": False}

@@ -14,12 +14,12 @@ def extra(module: str, extras: str) -> ModuleType:
 
     >>> extra("no_such_module", "examples")
     Traceback (most recent call last):
-    ModuleNotFoundError: no_such_module is not installed. In a clone of lightning_sparse: pip install '.[examples]'
+    ModuleNotFoundError: no_such_module is not installed: pip install 'lightning-sparse[examples]'
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or module).split(".")[0]
         raise ModuleNotFoundError(
-            f"{missing} is not installed. In a clone of lightning_sparse: pip install '.[{extras}]'", name=missing
+            f"{missing} is not installed: pip install 'lightning-sparse[{extras}]'", name=missing
         ) from error

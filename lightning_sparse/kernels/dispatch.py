@@ -97,8 +97,8 @@ def module(kind: str, backend: Backend) -> Any:
     except ImportError as error:
         if asked == backend.name:
             raise ImportError(
-                f"LIGHTNING_SPARSE_KERNELS={backend.name} needs {backend.package}. "
-                f"In a clone of lightning_sparse: pip install '.[{backend.extra}]'"
+                f"LIGHTNING_SPARSE_KERNELS={backend.name} needs {backend.package}: "
+                f"pip install 'lightning-sparse[{backend.extra}]'"
             ) from error
         return None
 

@@ -39,6 +39,7 @@ class SparsityMonitor(Callback):
             output neurons. Of layers without any weight the methods warn themselves.
         flops: count operations, by one pass forward and backward of a copy of the module on the first batch.
         figures: draw densities and masks for TensorBoard at the end of each epoch (extra ``report``).
+        log_layers: log values of single layers, too; ``sparsity.json`` has them in any case.
 
     Raises:
         ValueError: an argument is out of range.
@@ -50,19 +51,26 @@ class SparsityMonitor(Callback):
     """
 
     def __init__(
-        self, every_n_batches: int = 200, collapse_below: float | None = None, flops: bool = True, figures: bool = False
+        self,
+        every_n_batches: int = 200,
+        collapse_below: float | None = None,
+        flops: bool = True,
+        figures: bool = False,
+        log_layers: bool = True,
     ) -> None:
         checks.integer(1, "Looks cost time: 200 is a good start.", every_n_batches=every_n_batches)
         if collapse_below is not None:
             checks.fraction("None warns of fewer weights than output neurons.", collapse_below=collapse_below)
         checks.flag(flops=flops)
         checks.flag(figures=figures)
+        checks.flag(log_layers=log_layers)
         if figures:
             extra("matplotlib", "report")
         self.every_n_batches = every_n_batches
         self.collapse_below = collapse_below
         self.flops = flops
         self.figures = figures
+        self.log_layers = log_layers
         self._forget()
 
     def _forget(self) -> None:
@@ -124,7 +132,7 @@ class SparsityMonitor(Callback):
         self._clock = Clock()
         pl_module.log("density/model", latest["density"], logger=False, prog_bar=True, sync_dist=True)
         # straight to the loggers: the bookkeeping of `log` costs about a millisecond a name
-        values = {"epoch": trainer.current_epoch, **record.scalars(latest)}
+        values = {"epoch": trainer.current_epoch, **record.scalars(latest, self.log_layers)}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=steps_logged(trainer) - 1)
         if self.figures and trainer.is_global_zero:
@@ -223,6 +231,7 @@ class SparsityMonitor(Callback):
             "training_flops": training.mean if training.count else None,
             "step_time_s": step_time,
             "peak_memory_bytes": peak,
+            "updates": looks.updates,
             "churn": looks.churn,
             "churn_per_update": looks.churn_per_update,
             "exploration": looks.exploration,

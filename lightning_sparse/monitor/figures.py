@@ -27,8 +27,9 @@ def draw(densities: Mapping[str, float], pictures: Mapping[str, Any]) -> dict[st
     names = list(densities)
     bars = matplotlib.Figure(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")
     axes = bars.subplots()
-    axes.barh(names, list(densities.values()))
-    axes.set(xlim=(0, 1), xlabel="density")
+    labels = [f"{density:.3g}" for density in densities.values()]
+    axes.bar_label(axes.barh(names, list(densities.values())), labels, padding=3)
+    axes.set(xlim=(0, 1.15), xlabel="density", title="Density of each layer")
     axes.invert_yaxis()
     columns = min(len(names), 4)
     rows = math.ceil(len(names) / columns)

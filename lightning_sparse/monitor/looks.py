@@ -30,6 +30,7 @@ class Looks:
         density: share of active weights, by name.
         gradient_density: share of gradients that the methods use.
         pictures: of the masks, see ``layer.picture``.
+        moves: how often connections have moved, as far as the methods tell.
     """
 
     def __init__(self, collapse_below: float | None) -> None:
@@ -45,6 +46,7 @@ class Looks:
         self._bits: dict[str, Tensor] = {}
         self._epoch_bits: dict[str, Tensor] = {}  # at the end of the epoch before
         self._updates = Average()  # churn of each move of connections, of the epoch
+        self.moves = 0
         self._explored = Explored()
 
     # ------------------------------------------------------------------ looks
@@ -69,6 +71,7 @@ class Looks:
         self._see_layers(draw)
         changed = [layer.name for layer in self.layers if layer.method in moved and layer.name in before]
         if changed:
+            self.moves += 1
             self._updates.add(churn(_among(changed, before), _among(changed, self._bits)))
 
     def due(self, every_n_batches: int) -> bool:
@@ -119,6 +122,11 @@ class Looks:
         return churn(_among(known, self._epoch_bits), _among(known, self._bits)) if self.methods else None
 
     @property
+    def updates(self) -> int | None:
+        """How often connections have moved; None where they may at any step, and in a dense run."""
+        return self.moves if self._versions and len(self._versions) == len(self.methods) else None
+
+    @property
     def churn_per_update(self) -> float | None:
         """Mean change by a move of connections in this epoch; None without any."""
         return self._updates.mean if self._updates.count else None
@@ -134,6 +142,7 @@ class Looks:
         """What a checkpoint keeps."""
         return {
             "updates": vars(self._updates).copy(),
+            "moves": self.moves,
             "explored": self._explored.state_dict(),
             "epoch_bits": dict(self._epoch_bits),
             "look": {
@@ -146,6 +155,7 @@ class Looks:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what a checkpoint has kept."""
         self._updates = Average(**state_dict["updates"])
+        self.moves = state_dict.get("moves", 0)  # earlier versions did not count them
         self._explored.load_state_dict(state_dict["explored"])
         self._epoch_bits = {name: bits.cpu() for name, bits in state_dict["epoch_bits"].items()}
         look = state_dict["look"]

@@ -13,7 +13,7 @@ from lightning_sparse.monitor.layer import COUNTS, Layer
 from lightning_sparse.monitor.looks import Looks
 from lightning_sparse.trainer.callback import SparseCallback
 
-__all__ = ["batch_size", "described", "metrics", "of_layers", "scalars", "sizes", "thresholds"]
+__all__ = ["batch_size", "densities", "described", "metrics", "of_layers", "scalars", "sizes", "thresholds"]
 
 
 def described(methods: Sequence[SparseCallback]) -> dict[str, Any] | None:
@@ -92,11 +92,16 @@ def thresholds(methods: Sequence[SparseCallback]) -> dict[str, Any]:
     return {name: spread(tau) for name, tau in levels.items() if bool(tau.isfinite().all())}
 
 
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return what is logged of an epoch's record, by the name it is logged under."""
+def scalars(record: Mapping[str, Any], layers: bool = True) -> dict[str, float]:
+    """Return what is logged of an epoch's record, by the name it is logged under.
+
+    Densities are not among them: a method logs its sparsities itself.
+
+    Args:
+        record: of the epoch.
+        layers: whether values of single layers are among them.
+    """
     found = {
-        "density/model": record["density"],
-        "density/backward": record["backward_density"],
         "flops/inference": record["inference_flops"],
         "flops/training": record["training_flops"],
         "cost/step_time": record["step_time_s"],
@@ -109,12 +114,18 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         "mask/shrunk_size": record["shrunk_size"],
     }
     found |= {f"bytes/{name}": count for name, count in record["bytes"].items()}
-    for name, layer in record["layers"].items():
-        found[f"density/{name}"] = layer["density"]
-        found[f"empty_neurons/{name}"] = layer["empty_neurons"]
-        found[f"empty_inputs/{name}"] = layer["empty_inputs"]
-    found |= {f"threshold/{name}": statistics["mean"] for name, statistics in record["thresholds"].items()}
+    if layers:
+        for name, layer in record["layers"].items():
+            found[f"empty_neurons/{name}"] = layer["empty_neurons"]
+            found[f"empty_inputs/{name}"] = layer["empty_inputs"]
+        found |= {f"threshold/{name}": statistics["mean"] for name, statistics in record["thresholds"].items()}
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def densities(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the densities of an epoch's record: of all selected weights, of their gradients, and of each layer."""
+    layers = {f"density/{name}": layer["density"] for name, layer in record["layers"].items()}
+    return {"density/model": record["density"], "density/backward": record["backward_density"], **layers}
 
 
 def metrics(trainer: Trainer) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -11,7 +12,19 @@ from typing import Any
 
 from lightning_sparse.compat.extras import extra
 
-__all__ = ["COLOURS", "STYLES", "Line", "Style", "draw_lines", "histogram", "lines", "mask", "panels", "paths"]
+__all__ = [
+    "COLOURS",
+    "STYLES",
+    "Line",
+    "Style",
+    "draw_lines",
+    "histogram",
+    "lines",
+    "log_ticks",
+    "mask",
+    "panels",
+    "paths",
+]
 
 #: Okabe and Ito's, told apart with any colour vision
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -171,11 +184,29 @@ def _scale(axes: Any, name: str, percent: bool, log: bool) -> None:
     axis = axes.xaxis if name == "x" else axes.yaxis
     if log:
         axes.set(**{f"{name}scale": "log"})
-        low, high = axis.get_view_interval()
-        axis.set_major_locator(ticker.LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+        axis.set_major_locator(ticker.FixedLocator(log_ticks(*axis.get_view_interval())))
         axis.set_minor_locator(ticker.NullLocator())
     if percent or log:
         axis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %" if percent else f"{value:g}")
+
+
+def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Return at most ``most`` round numbers from ``low`` to ``high``: a logarithmic axis has room for their labels.
+
+    >>> log_ticks(0.02, 0.3), log_ticks(1e-6, 1.0)
+    ([0.02, 0.05, 0.1, 0.2], [1e-06, 0.0001, 0.01, 1.0])
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    finest = [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)]
+    coarser = ([float(f"1e{power}") for power in powers if power % apart == 0] for apart in range(1, len(powers) + 1))
+    for ticks in (finest, *coarser):
+        within = [tick for tick in ticks if low <= tick <= high]
+        if len(within) <= most:
+            break
+    if len(within) > 1:
+        return within
+    linear = extra("matplotlib.ticker", "report").MaxNLocator(4).tick_values(low, high)
+    return [float(tick) for tick in linear if low <= tick <= high]
 
 
 def _svg(figure: Any, alt: str) -> str:

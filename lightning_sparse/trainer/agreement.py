@@ -22,7 +22,16 @@ __all__ = [
 ]
 
 #: arguments that change no result, and those that have an error of their own where they differ
-_FREE = {"include", "exclude", "log_every_n_steps", "plain_checkpoints", "storage", "sparsity", "granularity"}
+_FREE = {
+    "include",
+    "exclude",
+    "log_every_n_steps",
+    "log_layers",
+    "plain_checkpoints",
+    "storage",
+    "sparsity",
+    "granularity",
+}
 
 
 def written_arguments(arguments: Mapping[str, Any]) -> dict[str, str]:

@@ -43,6 +43,11 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         "step values at every ``Trainer(log_every_n_steps)``-th step only: give that number, or a multiple of it, "
         "between which the Trainer repeats the latest values.",
     )
+    log_layers: bool = option(
+        default=True,
+        check=checks.flag,
+        doc="log ``sparsity/<name>`` of each weight, too; False: only the sparsities of all weights together.",
+    )
 
     #: names of arguments without which the state of a checkpoint means something else
     must_stay: ClassVar[Sequence[str]] = ()

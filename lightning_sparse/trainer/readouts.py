@@ -23,6 +23,9 @@ class Readouts(ABC):
     #: the fit that the method is in
     _fit: Fit
 
+    #: whether the sparsity of each weight is logged
+    log_layers: bool
+
     @property
     @abstractmethod
     def masks(self) -> dict[str, Tensor]:
@@ -121,7 +124,8 @@ class Readouts(ABC):
         Args:
             counts: ``layer_count``, which the caller has at hand.
         """
-        sparsity = {f"sparsity/{name}": 1 - count / self._weights[name].size for name, count in counts.items()}
+        layers = counts if self.log_layers else {}
+        sparsity = {f"sparsity/{name}": 1 - count / self._weights[name].size for name, count in layers.items()}
         first, *others = self._beside()
         if first is self:  # Lightning would log the mean of what several methods call by one name
             active = sum(counts.values()) + sum(sum(other.layer_count.values()) for other in others)

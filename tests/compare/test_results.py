@@ -109,11 +109,39 @@ def test_several_sparsities_are_columns_of_a_second_table():
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in results.by_sparsity(rows, "acc").split("\n")
     ]
-    assert cells[0] == ["method", "acc % at 0.9", "acc % at 0.95", "own density"]
-    assert cells[2] == ["dense", "", "", "98.00 ± 1.41 at density 100.00 ± 0.00 %"]
+    assert cells[0] == ["acc % at sparsity", "0.9", "0.95", "at its own density"]
+    assert cells[2] == ["dense", "", "", "98.00 ± 1.41 at 100.00 %"]
     assert cells[3] == ["RigL", "90.00", "", ""]
-    assert cells[4] == ["DST a=1", "", "", "75.00 at density 25.00 %"]
+    assert cells[4] == ["DST a=1", "", "", "75.00 at 25.00 %"]
     assert results.by_sparsity(rows[:2], "acc") == ""
+
+
+def test_the_table_of_a_terminal_has_room_in_100_columns():
+    values = {column.name: 0.123 for column in results.COLUMNS} | {"step_time_s": 9.9, "peak_memory_bytes": 2e9}
+    long = "MemoryEfficientDST update_every=200 heuristic=grabo"
+    rows = [
+        results.Row("MemoryEfficientDST", title, sparsity, {0: values, 1: values})
+        for title in (f"{long} a", f"{long} b", f"TopKAST {long}")
+        for sparsity in (0.9, 0.95, 0.98)
+    ]
+    short = results.shortened(rows)
+    assert [row.title for row in short[::3]] == [f"{long} a", f"{long} b", "TopKAST MemoryEfficient..."], (
+        "two are alike"
+    )
+    assert len(results.by_sparsity(short[6:], "val_acc").splitlines()[0]) <= 100
+    header = results.narrow(short[6:], "val_acc").splitlines()[0]
+    assert len(header) <= 100
+    assert header.replace(" ", "").startswith("|method|sparsity|val_acc%|density%|FLOPs%|")
+    assert results.narrow(short, "val_acc", 10).splitlines()[0].split("|")[3].strip() == "val_acc %"
+
+
+def test_methods_that_hardly_moved_a_connection_are_found():
+    def moved(method, *updates):
+        return results.few_updates(results.Row(method, method, 0.9, {i: {"updates": n} for i, n in enumerate(updates)}))
+
+    assert moved("SET", 9, 4) == 4
+    assert moved("SET", 0) == 0
+    assert moved("SET", 5) is moved("SET") is moved("SNIP", 0) is moved("dense", 0) is None
 
 
 @pytest.mark.parametrize(("metric", "value", "shown"), [("acc", 97.5, "97.5000"), ("loss", 0.5, "0.5000")])

@@ -13,7 +13,7 @@ from lightning_sparse import DST, SNFS, SNIP, STR, SWAT, AutoSparse, OptG, RigL,
 from lightning_sparse.compat.options import Options, fixed, option
 
 METHODS = {**SETTINGS, **ROUNDS}
-GENERAL = ["include", "exclude", "log_every_n_steps"]
+GENERAL = ["include", "exclude", "log_every_n_steps", "log_layers"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -21,7 +21,7 @@ def test_a_signature_lists_every_argument_with_type_and_default_and_the_docstrin
     kind = getattr(lightning_sparse, method)
     signature = inspect.signature(kind)
     assert list(signature.parameters) == list(inspect.signature(kind.__init__).parameters)[1:]
-    assert list(signature.parameters)[-3:] == GENERAL
+    assert list(signature.parameters)[-4:] == GENERAL
     args = inspect.getdoc(kind).split("Args:\n")[1]
     for name, parameter in signature.parameters.items():
         assert parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY), "no **options"

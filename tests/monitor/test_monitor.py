@@ -21,6 +21,7 @@ from torch import nn
 from lightning_sparse import DST, ITOP, SET, RandomPruning, RigL, SparsityMonitor
 from lightning_sparse.accounting.flops import dense_flops, training
 from lightning_sparse.accounting.masks import mask_bits
+from lightning_sparse.monitor.figures import draw
 
 LAYERS = {"net.0.weight": (16, 12), "net.2.weight": (10, 16), "net.4.weight": (4, 10)}
 SIZE = 392
@@ -272,8 +273,7 @@ def test_csv_gets_the_record_and_the_progress_bar_the_density(tmp_path):
     rows = [row for row in csv.DictReader(lines) if row["flops/inference"]]
     assert [int(row["step"]) for row in rows] == [29, 59]
     last = found["epochs"][-1]
-    assert float(rows[-1]["density/model"]) == last["density"]
-    assert float(rows[-1]["density/net.0.weight"]) == callback.layer_density["net.0.weight"]
+    assert not [name for name in rows[0] if name.startswith("density/")], "methods log their sparsity"
     assert float(rows[-1]["flops/training"]) == last["training_flops"]
     assert float(rows[-1]["empty_neurons/net.0.weight"]) == last["layers"]["net.0.weight"]["empty_neurons"]
     assert float(rows[-1]["threshold/net.0.weight"]) == last["thresholds"]["net.0.weight"]["mean"]
@@ -288,11 +288,34 @@ def test_tensorboard_gets_scalars_and_figures(tmp_path):
     fit([callback, SparsityMonitor(figures=True)], logger=logger)
     events = accumulator.EventAccumulator(logger.log_dir)
     events.Reload()
-    assert events.Scalars("density/model")[-1].value == pytest.approx(callback.density)
+    assert events.Scalars("sparsity/model")[-1].value == pytest.approx(callback.sparsity)
     for name in ("monitor/density", "monitor/masks"):
         images = events.Images(name)
         assert [image.step for image in images] == [30, 60]
         assert images[-1].encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_values_of_layers_are_logged_only_if_asked_for(tmp_path):
+    callback = DST(alpha=5e-3, log_layers=False)
+    _, run, found = watched([SparsityMonitor(log_layers=False), callback], tmp_path)
+    (names, *_) = csv.reader(Path(run.log_dir, "metrics.csv").read_text().splitlines())
+    assert [name for name in names if "net." in name] == []
+    assert {"sparsity/model", "mask/empty_neurons"} <= set(names)
+    assert found["epochs"][-1]["layers"].keys() == callback.layer_density.keys()
+
+
+def test_bars_of_densities_have_numbers():
+    text = pytest.importorskip("matplotlib.text")
+    cells = {"rows": 2, "columns": 2, "cells": torch.eye(2)}
+    (axes,) = draw({"a": 0.125, "b": 1.0}, {"a": cells, "b": cells})["density"].axes
+    assert {"0.125", "1"} <= {found.get_text() for found in axes.findobj(match=text.Text)}
+
+
+def test_moves_of_connections_are_counted(tmp_path):
+    _, _, found = watched([SparsityMonitor(), RigL(0.8, update_every=7)], tmp_path)
+    assert [epoch["updates"] for epoch in found["epochs"]] == [4, 5], "the sixth would move less than one connection"
+    _, _, found = watched([SparsityMonitor(), DST(alpha=5e-3)], tmp_path, max_epochs=1)
+    assert found["epochs"][0]["updates"] is None
 
 
 def test_figures_without_anyone_to_take_them_are_warned_of(tmp_path):
@@ -412,7 +435,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_figures_without_matplotlib_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-sparse\[report\]'"):
         SparsityMonitor(figures=True)
 
 

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from processes import PATIENCE, TESTS
 from report_records import record, save
 
 from lightning_sparse import SparsityMonitor, cli, report
+from lightning_sparse.report import charts
 from lightning_sparse.report.charts import STYLES, mask
 from lightning_sparse.report.figures import settled
 
@@ -305,7 +307,7 @@ def test_the_command_writes_the_page_and_names_it(run, dense, tmp_path, capsys):
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib.figure"])
 def test_a_missing_package_names_the_extra(run, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=r"In a clone .*: pip install '\.\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r": pip install 'lightning-sparse\[report\]'"):
         report.write(run)
 
 
@@ -320,6 +322,21 @@ def test_a_mask_is_a_picture_of_its_cells():
     assert top == 0.5
     assert picture.size == (2, 3)
     assert [picture.getpixel((x, y)) for y in range(3) for x in range(2)] == [0, 255, 128, 0, 255, 0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1e-12, 1), (1e-6, 1), (1e-5, 1), (0.02, 1), (0.05, 0.2), (0.09, 0.11), (0.0301, 0.0302)]
+)
+def test_labels_of_a_logarithmic_axis_do_not_meet(low, high):
+    figure, (axes,) = charts.panels()
+    axes.plot((low, high), (0, 1))
+    charts._scale(axes, "x", percent=True, log=True)
+    figure.draw_without_rendering()
+    start, end = axes.get_xlim()
+    labels = [tick.label1 for tick in axes.xaxis.get_major_ticks() if start <= tick.get_loc() <= end]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert len(boxes) > 1
+    assert all(left.x1 + 4 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_early_epochs_do_not_squeeze_the_rest():

@@ -204,7 +204,7 @@ def test_too_few_classes_are_refused():
 def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"torchvision is not installed\. In a clone .*: pip install '\.\[examples\]'"
+        ModuleNotFoundError, match=r"torchvision is not installed: pip install 'lightning-sparse\[examples\]'"
     ):
         ResNet18()
 
