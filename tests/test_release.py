@@ -23,7 +23,7 @@ def test_one_version_is_told_everywhere():
 
 def test_one_address_is_told_everywhere():
     owner, name = REPOSITORY.removeprefix("https://github.com/").split("/")
-    places = ["CITATION.cff", ".mkdocs.yml", ".github/ISSUE_TEMPLATE/config.yml", "pyproject.toml"]
+    places = ["CITATION.cff", ".mkdocs.yml", "pyproject.toml"]
     hosts = r"https://(?:raw\.githubusercontent\.com|github\.com)/([\w-]+)/([\w-]+)"
     told = {place: set(re.findall(hosts, (ROOT / place).read_text())) for place in places}
     assert told == {place: {(owner, name)} for place in places}
