@@ -50,7 +50,7 @@ ALL: dict[str, Callable[..., Callback]] = {
     "randompruning": lambda: RandomPruning(0.9),
     "fixedmask": lambda: FixedMask(0.9, initial="magnitude"),
     "lotteryticket": lambda: LotteryTicket(0.9, rounds=1),
-    "acdc": lambda: ACDC(0.9, begin_at=0.98, last_dense=0.01, end_at=1.0),
+    "acdc": lambda: ACDC(0.9, begin_at=0.0, last_dense=0.375, end_at=1.0, cycles=1),
 }
 
 

@@ -48,6 +48,11 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         self._scored = False
 
     @property
+    def runs_network(self) -> bool:
+        """The scores call ``training_step``."""
+        return self.needs_loss
+
+    @property
     def planned_density(self) -> dict[str, float]:
         """None: the scores tell."""
         return {}

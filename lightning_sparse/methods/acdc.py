@@ -30,7 +30,7 @@ from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget
 from lightning_sparse.rules.phases import PAPER_CYCLES, Phases, alternating, cycles_that_fit
 from lightning_sparse.trainer.fit import epochs
-from lightning_sparse.trainer.guards import refuse_unknown_length
+from lightning_sparse.trainer.guards import REMEDY, listed, refuse_unknown_length
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.fresh import reset_momentum
 from lightning_sparse.weights.group import WeightGroup
@@ -219,10 +219,15 @@ class ACDC(DenseOnly, MaskedCallback):
         """Tell of a training that ended before its last phase."""
         super().on_train_end(trainer, pl_module)
         for group in self._groups:
-            if self._phase(group) not in (_PRUNED_BEFORE, self._phases.last):
+            if self._phase(group) in (_PRUNED_BEFORE, self._phases.last):
+                continue
+            early = f"{self!r} has not come to its last sparse phase:"
+            if group.halted_by:
+                self.warn_once(f"{early} gradients of {listed(group.halted_by)} were not finite. {REMEDY}")
+            else:
                 self.warn_once(
-                    f"{self!r} has not come to its last sparse phase: the training ended after {group.step} steps, "
-                    f"before step {self._phases.begins[-1]}. Set max_epochs or max_steps to what is really trained."
+                    f"{early} the training ended after {group.step} steps, before step {self._phases.begins[-1]}. Set "
+                    "max_epochs or max_steps to what is really trained."
                 )
 
     # ------------------------------------------------------------------ the family's verbs and state

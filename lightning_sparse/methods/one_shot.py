@@ -87,6 +87,11 @@ class OneShot(BeforeTraining):
             )
 
     @property
+    def runs_network(self) -> bool:
+        """Wanda's scores call ``training_step``."""
+        return self.criterion == "wanda"
+
+    @property
     def competition(self) -> Competition:
         """Which weights compete: what ``scope`` says, or the criterion's own."""
         return self.scope or ("global" if self.criterion == "magnitude" else "output")

@@ -175,6 +175,18 @@ def test_another_fit_trains_the_sparse_network_on():
     assert all(torch.equal(x, dense[name]) for name, x in callback.dense_state_dict().items())
 
 
+def test_gradients_that_are_not_finite_are_named_as_the_cause_of_an_early_end():
+    class Breaks(pl.Callback):
+        def on_after_backward(self, trainer, module):
+            if trainer.global_step > 14:
+                module.net[2].weight.grad[0, 0] = torch.inf
+
+    callback = ACDC(0.8, **OPTIONS)
+    with pytest.warns(UserWarning, match=r"last sparse phase: gradients of net\.0\.weight, .* were not finite"):
+        fit([callback, Breaks()], train=loader(160), max_epochs=1)
+    assert callback.density == 1
+
+
 def test_weights_that_join_are_pruned_with_the_others():
     class Unfreezes(Lit):
         def on_train_epoch_start(self):

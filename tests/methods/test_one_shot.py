@@ -109,6 +109,26 @@ def test_a_training_with_few_batches_calibrates_on_these():
         pruned(OneShot(0.5, criterion="wanda", calibration_batches=31))
 
 
+def test_wanda_sees_the_network_under_manual_optimization():
+    class Manual(Lit):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    masks = []
+    for kind in (Lit, Manual):
+        callback = OneShot(0.5, criterion="wanda")
+        fit(callback, seeded(kind), max_epochs=1)
+        masks.append(callback.masks)
+    assert same(*masks)
+
+
 # ---------------------------------------------------------------------- magnitude, and who competes
 
 
