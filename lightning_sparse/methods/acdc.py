@@ -80,8 +80,8 @@ class ACDC(DenseOnly, MaskedCallback):
     end_at: float = option(
         default=0.85,
         check=partial(checks.fraction, "The paper's value is 0.85."),
-        doc="share of the training after which the last sparse phase begins, at least ``begin_at + last_dense`` and "
-        "at most 1.",
+        doc="share of the training after which the last sparse phase begins, above ``begin_at + last_dense`` and at "
+        "most 1.",
     )
     cycles: int | Literal["auto"] = option(
         default="auto",
@@ -95,9 +95,9 @@ class ACDC(DenseOnly, MaskedCallback):
     def __post_init__(self) -> None:
         """Check what the options are together."""
         super().__post_init__()
-        if self.begin_at + self.last_dense > self.end_at:
+        if self.begin_at + self.last_dense >= self.end_at:
             raise ValueError(
-                f"begin_at must be at most end_at - last_dense={self.end_at - self.last_dense:.6g}, got "
+                f"begin_at must be below end_at - last_dense={self.end_at - self.last_dense:.6g}, got "
                 f"{self.begin_at!r}: the phases lie between. The paper's values are 0.1, 0.85 and 0.1."
             )
         self._phases = Phases()
@@ -121,18 +121,17 @@ class ACDC(DenseOnly, MaskedCallback):
         refuse_unknown_length(self, self.total_steps, "which it divides into phases")
         for group in self._groups:
             floors(group.weights, self.min_layer_density, self.final(group))
-        length = epochs(trainer)
-        self._phases = self._divide(int(self.total_steps), length)
+        self._phases = self._divide(int(self.total_steps), epochs(trainer))
         rank_zero_info(
             f"{self!r} alternates: sparse and dense from steps {', '.join(map(str, self._phases.begins))} on in turn."
         )
 
-    def _divide(self, total: int, length: int | None) -> Phases:
-        """Return the phases of a training of ``total`` steps and ``length`` epochs, if these are known."""
+    def _divide(self, total: int, num_epochs: int | None) -> Phases:
+        """Return the phases of a training of ``total`` steps and ``num_epochs`` epochs, if these are known."""
         end = min(round(self.end_at * total), total - 1)
         last_dense = end - max(1, round(self.last_dense * total))
         begin = max(0, min(round(self.begin_at * total), last_dense - 1))
-        fit = cycles_that_fit(max(0, last_dense - begin), math.ceil(total / length) if length else 1)
+        fit = cycles_that_fit(max(0, last_dense - begin), math.ceil(total / num_epochs) if num_epochs else 1)
         if self.cycles == "auto":
             return alternating(begin, last_dense, end, fit)
         most = max(0, last_dense - begin + 1) // 2

@@ -98,7 +98,8 @@ class CHT(DenseOnly, PruneAndGrow):
     def rewire(self, weights: Sequence[Weight], drops: Sequence[int], scale: float) -> None:
         """Move so many connections of each layer, but for those that are removed and predicted again."""
         for weight, n in zip(weights, drops, strict=True):
-            weight.hold_indices()
+            if not n:
+                continue
             removed = self.drop(weight, n, scale).cpu()
             predicted = self.grow(weight, n, removed).cpu()
             dropped = removed[~ascending.contains(predicted, removed)]

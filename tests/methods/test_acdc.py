@@ -217,7 +217,7 @@ def test_cycles_that_do_not_fit_are_told_of():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"begin_at": 0.8}, r"begin_at must be at most end_at - last_dense=0\.75, got 0\.8: the phases lie between"),
+        ({"begin_at": 0.8}, r"begin_at must be below end_at - last_dense=0\.75, got 0\.8: the phases lie between"),
         ({"last_dense": 0.0}, r"last_dense must be above 0, got 0\.0"),
         ({"end_at": 1.2}, r"end_at must be a number from 0 to 1, got 1\.2"),
         ({"cycles": 0}, r"cycles must be an integer of at least 1, got 0.*'auto' takes the paper's number"),
