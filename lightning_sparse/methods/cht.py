@@ -35,8 +35,8 @@ from lightning_sparse.weights.group import WeightGroup
 
 __all__ = ["CHT"]
 
-#: paths in a layer that take minutes to go through
-_MANY_PATHS = 3e9
+#: paths in a layer that take a minute or more to go through
+_MANY_PATHS = 5e8
 
 
 class CHT(DenseOnly, PruneAndGrow):
