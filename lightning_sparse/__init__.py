@@ -1,7 +1,9 @@
 """Sparse training for PyTorch Lightning: each method is one callback."""
 
 from lightning_sparse.layers.selection import register_layer
+from lightning_sparse.methods.acdc import ACDC
 from lightning_sparse.methods.autosparse import AutoSparse
+from lightning_sparse.methods.cht import CHT
 from lightning_sparse.methods.deepr import DeepR
 from lightning_sparse.methods.dfbst import DFBST
 from lightning_sparse.methods.dsr import DSR
@@ -15,6 +17,7 @@ from lightning_sparse.methods.itop import ITOP
 from lightning_sparse.methods.lottery_ticket import LotteryTicket
 from lightning_sparse.methods.memory_efficient_dst import GSE, MemoryEfficientDST
 from lightning_sparse.methods.mest import MEST
+from lightning_sparse.methods.one_shot import OneShot
 from lightning_sparse.methods.optg import OptG
 from lightning_sparse.methods.random_pruning import RandomPruning
 from lightning_sparse.methods.rigl import RigL
@@ -32,6 +35,8 @@ from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.loop import Attached, attach
 
 __all__ = [
+    "ACDC",
+    "CHT",
     "DFBST",
     "DSR",
     "DST",
@@ -54,6 +59,7 @@ __all__ = [
     "LotteryTicket",
     "MaskedAllreduce",
     "MemoryEfficientDST",
+    "OneShot",
     "OptG",
     "RandomPruning",
     "RigL",

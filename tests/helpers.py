@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import (
+    ACDC,
+    CHT,
     DFBST,
     DSR,
     DST,
@@ -35,6 +37,7 @@ from lightning_sparse import (
     GraSP,
     LotteryTicket,
     MemoryEfficientDST,
+    OneShot,
     OptG,
     RandomPruning,
     RigL,
@@ -72,9 +75,11 @@ MASKED: dict[str, Callable] = {
     "MEST": lambda **kw: MEST(**{"sparsity": 0.8, "update_every": 7, **kw}),
     "DeepR": lambda **kw: DeepR(**{"sparsity": 0.8, "l1": 1e-3, "temperature": 1e-6, **kw}),
     "MemoryEfficientDST": lambda **kw: MemoryEfficientDST(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "CHT": lambda **kw: CHT(**{"sparsity": 0.8, "soft": True, "update_every": 7, **kw}),
     "GraNet": lambda **kw: GraNet(**{"sparsity": 0.8, "update_every": 7, **kw}),
     "RandomPruning": lambda **kw: RandomPruning(**{"sparsity": 0.8, **kw}),
     "FixedMask": lambda **kw: FixedMask(**{"sparsity": 0.8, "initial": "magnitude", **kw}),
+    "OneShot": lambda **kw: OneShot(**{"sparsity": 0.8, "criterion": "wanda", **kw}),
     "SNIP": lambda **kw: SNIP(**{"sparsity": 0.8, **kw}),
     "GraSP": lambda **kw: GraSP(**{"sparsity": 0.8, **kw}),
     "SynFlow": lambda **kw: SynFlow(**{"sparsity": 0.8, **kw}),
@@ -82,7 +87,10 @@ MASKED: dict[str, Callable] = {
 }
 SETTINGS: dict[str, Callable] = {**LATENT, **MASKED}
 # Methods that divide the epochs of a fit, here three.
-ROUNDS: dict[str, Callable] = {"LotteryTicket": lambda **kw: LotteryTicket(**{"sparsity": 0.8, "rounds": 2, **kw})}
+ROUNDS: dict[str, Callable] = {
+    "LotteryTicket": lambda **kw: LotteryTicket(**{"sparsity": 0.8, "rounds": 2, **kw}),
+    "ACDC": lambda **kw: ACDC(**{"sparsity": 0.8, **kw}),
+}
 
 
 class Representatives(NamedTuple):

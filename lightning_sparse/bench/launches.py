@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import (
+    ACDC,
+    CHT,
     GMP,
     SNIP,
     SWAT,
     FixedMask,
     GraSP,
     LotteryTicket,
+    OneShot,
     OptG,
     RandomPruning,
     SynFlow,
@@ -39,12 +42,15 @@ ALL: dict[str, Callable[..., Callback]] = {
     "swat": lambda: SWAT(0.9, update_every=1000),
     "optg": lambda: OptG(0.9, update_every=1000),
     "gmp": lambda: GMP(0.9, update_every=1000, begin_at=0.99, end_at=1.0),
+    "cht": lambda: CHT(0.9, update_every=1000),
+    "oneshot": lambda: OneShot(0.9),
     "snip": lambda: SNIP(0.9),
     "grasp": lambda: GraSP(0.9),
     "synflow": lambda: SynFlow(0.9, rounds=2),
     "randompruning": lambda: RandomPruning(0.9),
     "fixedmask": lambda: FixedMask(0.9, initial="magnitude"),
     "lotteryticket": lambda: LotteryTicket(0.9, rounds=1),
+    "acdc": lambda: ACDC(0.9, begin_at=0.0, last_dense=0.375, end_at=1.0, cycles=1),
 }
 
 

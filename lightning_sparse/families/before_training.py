@@ -48,6 +48,11 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         self._scored = False
 
     @property
+    def runs_network(self) -> bool:
+        """The scores call ``training_step``."""
+        return self.needs_loss
+
+    @property
     def planned_density(self) -> dict[str, float]:
         """None: the scores tell."""
         return {}
@@ -69,15 +74,7 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         weights = [self._weights[name] for name in probe.names]
         at_least = floors(weights, self.min_layer_density, final)
         for k in budgets(sum(sizes), final, self.num_rounds):
-            scores = self.scores(probe)
-            for name, score in zip(probe.names, scores, strict=True):
-                if not score.isfinite().all():
-                    raise MisconfigurationException(
-                        f"{self!r} got scores of {name} that are NaN or infinite. Check that the loss and its "
-                        "gradients are finite at the start: input values, initial weights, precision."
-                    )
-            alike = [name for name, score in zip(probe.names, scores, strict=True) if select.all_equal(score)]
-            warn_of_equal_scores(self, alike)
+            scores = self.finite_scores(probe)
             ranked = [
                 select.first_of_rows(score, weight.nonempty, among)
                 for score, weight, among in zip(scores, weights, chosen, strict=True)
@@ -86,6 +83,19 @@ class BeforeTraining(DenseOnly, MaskedCallback):
             for W, mask in zip(probe.weights, chosen, strict=True):
                 select.zero_outside_(W.data, mask)
         return chosen
+
+    def finite_scores(self, probe: Probe) -> list[Tensor]:
+        """Return the scores; raise if some are not finite, and warn if a weight's are all equal."""
+        scores = self.scores(probe)
+        for name, score in zip(probe.names, scores, strict=True):
+            if not score.isfinite().all():
+                raise MisconfigurationException(
+                    f"{self!r} got scores of {name} that are NaN or infinite. Check that the loss and its "
+                    "gradients are finite at the start: input values, initial weights, precision."
+                )
+        alike = [name for name, score in zip(probe.names, scores, strict=True) if select.all_equal(score)]
+        warn_of_equal_scores(self, alike)
+        return scores
 
     # ------------------------------------------------------------------ when
 

@@ -18,7 +18,7 @@ from lightning_sparse.layers.selection import NORMS
 from lightning_sparse.layers.sparse import SparseLayer
 from lightning_sparse.rules.sampling import unit_sums
 
-__all__ = ["Activity", "GradientSketch", "Hooks", "SynapticFlow", "readable"]
+__all__ = ["Activity", "GradientSketch", "Hooks", "SynapticFlow", "readable", "signed_patches"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -141,7 +141,7 @@ class GradientSketch(Activity):
         places = output.shape[-len(layer.kernel_size) :]
         images = output.numel() // math.prod((layer.out_channels, *places))
         r = self._signs((images, 1, *places), output)
-        return partial(_signed_patches, layer, r), partial(_signed_channels, r)
+        return partial(signed_patches, layer, r), partial(_signed_channels, r)
 
     def _signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Return 1 or -1 at each place, on the device of ``like`` and in single precision at least."""
@@ -224,8 +224,17 @@ def _signed_channels(r: Tensor, delta: Tensor) -> Tensor:
     return (r * delta.reshape(len(r), -1, *r.shape[2:])).sum((0, *range(2, r.ndim)))
 
 
-def _signed_patches(conv: Any, r: Tensor, x: Tensor) -> Tensor:
-    """Return the sum of what a convolution multiplies with each weight of a filter, times ``r`` of the output."""
+def signed_patches(conv: Any, r: Tensor, x: Tensor) -> Tensor:
+    """Return the sum of what a convolution multiplies with each weight of a filter, times ``r`` of the output.
+
+    Args:
+        conv: of any number of dimensions.
+        r: a number for each image and place of the output, ``(images, 1, *places)``.
+        x: the input.
+
+    Returns:
+        A vector that runs over all input channels, and within each over the places of the kernel.
+    """
     x = x.reshape(len(r), -1, *x.shape[-len(conv.kernel_size) :]).to(r.dtype)
     padding: Any = conv.padding
     if isinstance(padding, str) or conv.padding_mode != "zeros":

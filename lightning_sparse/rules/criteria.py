@@ -1,12 +1,14 @@
 """Criteria: what connections are scored by. The least score is dropped; each is in the order of active connections."""
 
+import math
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_sparse.rules.matrices import Outputs
 
-__all__ = ["Connections", "magnitude", "magnitude_and_gradient", "mean_momentum"]
+__all__ = ["Connections", "magnitude", "magnitude_and_gradient", "mean_momentum", "relative_importance"]
 
 
 class Connections(Protocol):
@@ -59,6 +61,22 @@ def magnitude(weight: Connections) -> Tensor:
 def magnitude_and_gradient(weight: Connections, gradient_weight: float) -> Tensor:
     """Return ``|W| + lambda |dP|`` (MEST, Sec. 3)."""
     return weight.magnitudes + gradient_weight * weight.gradient_magnitudes
+
+
+def relative_importance(weight: Connections) -> Tensor:
+    """Return ``|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|``, with sums over outputs i and inputs j (CHTs, Eq. 1).
+
+    Outputs lie along the first dimension of a weight, and inputs along the second. Sums are taken in double precision
+    and on the CPU, the same on all processes.
+    """
+    out, inputs, *kernel = weight.shape
+    magnitudes, places = weight.magnitudes.cpu().double(), weight.active_indices.cpu()
+    of_input = places // math.prod(kernel) % inputs
+    of_output = places // (inputs * math.prod(kernel))
+    ends = (of_input, inputs), (of_output, out)
+    sums = (torch.bincount(end, magnitudes, minlength=size)[end] for end, size in ends)
+    shares = [magnitudes / total.clamp(min=torch.finfo(torch.double).tiny) for total in sums]
+    return sum(shares[1:], shares[0]).to(weight.magnitudes)
 
 
 def mean_momentum(momentum: Tensor, mask: Tensor) -> float:

@@ -24,6 +24,7 @@ __all__ = [
     "free_positions",
     "one_a_row",
     "probabilities",
+    "race",
     "subset",
     "unit_sums",
 ]
@@ -163,6 +164,24 @@ def one_a_row(shape: Sequence[int], rows: Outputs, generator: Generator) -> Tens
     places = as_matrix(torch.arange(math.prod(shape)).view(*shape), rows)
     chosen = torch.randint(places.shape[1], (len(places), 1), generator=generator)
     return places.gather(1, chosen).reshape(-1).sort().values
+
+
+def race(chances: Tensor, generator: Generator) -> Tensor:
+    """Return numbers whose ``n`` largest are ``n`` elements drawn one after the other, without replacement.
+
+    Each is drawn in proportion to its chance among those that are left (an exponential race, Efraimidis & Spirakis,
+    2006). Elements without a chance come last, in random order.
+
+    Args:
+        chances: at least 0, of any shape; NaN counts as infinitely large.
+        generator: on the CPU.
+
+    Returns:
+        Of the same shape, in double precision, on the device of ``chances``.
+    """
+    p = chances.double().nan_to_num(nan=math.inf)
+    waits = torch.empty(p.shape, dtype=torch.double).exponential_(generator=generator).to(p.device)
+    return torch.where(p > 0, p / waits, -waits)
 
 
 def distinct(n: int, below: int, generator: Generator) -> Tensor:

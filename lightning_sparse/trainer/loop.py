@@ -54,9 +54,9 @@ def attach(
             end with it.
         steps_per_epoch: number of them that count as an epoch, at least 1, for what methods do epoch by epoch.
             Default: a hundredth of ``steps``.
-        loss: ``loss(module, batch)`` returns the loss of a batch. SNIP and GraSP need it.
-        batches: batches of the training on the module's device, from which SNIP, GraSP and SynFlow take their scores.
-            They are read from a copy, which leaves the order of your own batches as it is.
+        loss: ``loss(module, batch)`` returns the loss of a batch. SNIP, GraSP and Wanda need it.
+        batches: batches of the training on the module's device, from which SNIP, GraSP, SynFlow and Wanda take their
+            scores. They are read from a copy, which leaves the order of your own batches as it is.
         schedulers: of the learning rate, which LotteryTicket rewinds; they must step once in each step.
         scaler: the ``torch.amp.GradScaler`` of the loop, if it has one.
 
@@ -85,10 +85,10 @@ def attach(
         raise TypeError(f"method must be one such as RigL(sparsity=0.9), got {type(method).__name__}.")
     plain = _plain(module)
     checks.module(module=plain)
-    if getattr(method, "needs_loss", False) and (loss is None or not batches):
+    if getattr(method, "runs_network", False) and (loss is None or not batches):
         raise ValueError(
-            f"loss and batches must be given for {method!r}, which scores connections by the loss before the first "
-            "step. Give loss=lambda module, batch: ... and batches=loader."
+            f"loss and batches must be given for {method!r}, which runs the network to score connections before the "
+            "first step. Give loss=lambda module, batch: ... and batches=loader."
         )
     given = [optimizer] if not isinstance(optimizer, Sequence) else [*optimizer]
     given = [_plain(each) for each in given]

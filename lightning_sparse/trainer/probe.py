@@ -242,7 +242,7 @@ def _draw(trainer: Trainer, count: int) -> list[Any]:
     if len(batches) < count:
         raise MisconfigurationException(
             f"{count} batches were asked for before training, but the training loader has only {len(batches)}. "
-            "Lower batches."
+            "Lower their number."
         )
     return batches
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_sparse.compat.optimizers import states
 from lightning_sparse.weights.base import Weight, param_group
 
-__all__ = ["COPIES", "SCALES", "fresh_value", "mean_of_others"]
+__all__ = ["COPIES", "SCALES", "fresh_value", "mean_of_others", "reset_momentum"]
 
 #: states that gradients or steps are measured by: means, sums and maxima of their squares or magnitudes
 SCALES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", "sum"})
@@ -46,3 +47,13 @@ def mean_of_others(sums: Tensor, others: Tensor, rows: Tensor, otherwise: float)
     of_layer: Any = sums.sum() / others.sum()
     of_layer = of_layer.where(others.any(), otherwise)
     return (sums / others).where(others > 0, of_layer)[rows]
+
+
+def reset_momentum(optimizer: Any) -> None:
+    """Set to 0 what an optimizer keeps of earlier gradients for each element of all its parameters, but scales."""
+    others = SCALES | COPIES | _BEGINS_AT.keys()
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        for kept in states(optimizer, parameter):
+            for key, state in kept.items():
+                if isinstance(state, Tensor) and state.shape == parameter.shape and key not in others:
+                    state.zero_()

@@ -274,7 +274,7 @@ def test_a_module_may_keep_a_result_as_an_attribute(method):
 
 
 def test_more_batches_than_there_are_are_refused():
-    with pytest.raises(Exception, match=r"31 batches were asked for .* has only 30\. Lower batches"):
+    with pytest.raises(Exception, match=r"31 batches were asked for .* has only 30\. Lower their number"):
         fit(SNIP(0.9, batches=31))
 
 

@@ -122,8 +122,21 @@ def test_a_method_that_overrides_a_function_gets_matrices(monkeypatch):
 
 
 COUNTED = [
-    *("set", "rigl", "snfs", "dsr", "itop", "mest", "ggr", "memoryefficientdst", "granet", "gmp", "randompruning"),
-    *("fixedmask", "snip", "grasp", "synflow", "lotteryticket"),
+    *(
+        "set",
+        "rigl",
+        "snfs",
+        "dsr",
+        "itop",
+        "mest",
+        "ggr",
+        "memoryefficientdst",
+        "cht",
+        "granet",
+        "gmp",
+        "randompruning",
+    ),
+    *("fixedmask", "oneshot", "snip", "grasp", "synflow", "lotteryticket", "acdc"),
 ]
 
 
@@ -145,4 +158,4 @@ def test_a_method_with_latent_weights_adds_thirty_operations_at_most(method, mos
 
 
 def test_every_method_with_masks_is_counted():
-    assert {name.lower() for name in MASKED} | {"lotteryticket"} == {*COUNTED, "deepr"}
+    assert {name.lower() for name in MASKED} | {"lotteryticket", "acdc"} == {*COUNTED, "deepr"}

@@ -15,7 +15,7 @@ def still(parameters):
     return torch.optim.SGD(parameters, lr=0.0)
 
 
-SPARSE_FROM_THE_START = sorted(MASKED.keys() - {"GMP", "FixedMask"})
+SPARSE_FROM_THE_START = sorted(MASKED.keys() - {"GMP", "FixedMask", "OneShot"})
 
 
 @pytest.mark.parametrize("net", [None, cnn], ids=["mlp", "cnn"])

@@ -31,7 +31,7 @@ def begun(callback, module, batches=1, **options):
 
 
 def test_the_methods_that_begin_sparse_take_a_start():
-    without = {"SNIP", "GraSP", "SynFlow"}
+    without = {"OneShot", "SNIP", "GraSP", "SynFlow"}
     assert set(KEEPING) == set(MASKED) - without
     for build in (SNIP, LotteryTicket):
         with pytest.raises(TypeError, match="unexpected keyword argument 'initial'"):

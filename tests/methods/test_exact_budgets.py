@@ -13,7 +13,7 @@ from helpers import MASKED, NETS, ROUNDS, TOP_K, watched
 from lightning_sparse import MemoryEfficientDST
 from lightning_sparse.rules.budgets import budget
 
-BEFORE = ("RandomPruning", "SNIP", "GraSP", "SynFlow")
+BEFORE = ("RandomPruning", "OneShot", "SNIP", "GraSP", "SynFlow")
 # These come to their budget while they train.
 DENSE_TO_SPARSE = ("GraNet", "OptG", "LotteryTicket")
 METHODS = {name: lambda s, name=name: {**MASKED, **TOP_K}[name](sparsity=s) for name in (*BEFORE, "SWAT", "OptG")}

@@ -153,7 +153,8 @@ def test_fast_dev_run_works_with_every_method(method, steps):
     assert run.global_step == int(steps)
     assert effective(module, callback)
     if method in ROUNDS:
-        assert callback.sparsity == pytest.approx(0.8 if steps == 3 else 0.0, abs=0.01)
+        pruned = steps == 3 or method == "ACDC"
+        assert callback.sparsity == pytest.approx(0.8 if pruned else 0.0, abs=0.01)
 
 
 def test_lottery_tickets_of_a_late_rewinding_have_no_round_in_fast_dev_run():

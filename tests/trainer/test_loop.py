@@ -8,7 +8,7 @@ from lightning.fabric import Fabric
 from processes import run_fresh_ranks
 from torch import nn
 
-from lightning_sparse import DST, SNIP, SWAT, RigL, attach
+from lightning_sparse import DST, SNIP, SWAT, OneShot, RigL, attach
 from lightning_sparse.compat.lightning import MisconfigurationException
 from lightning_sparse.layers.sparse import SparseLinear
 
@@ -221,6 +221,8 @@ def test_what_cannot_be_is_refused():
     module = seeded(Lit)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1, got 0"):
         attached(RigL(0.8), module, steps=0)
+    with pytest.raises(ValueError, match="loss and batches must be given for OneShot"):
+        attached(OneShot(0.8, criterion="wanda"), seeded(Lit), loss=None)
     with pytest.raises(ValueError, match="loss and batches must be given for SNIP"):
         attach(SNIP(0.8), module, sgd(module.parameters()), steps=10)
     with pytest.raises(TypeError, match=r"method must be one such as RigL\(sparsity=0.9\), got str"):

@@ -1,0 +1,162 @@
+"""OneShot: prune a trained network at once, and train what is left (Han et al., NeurIPS 2015; Wanda, Sun et al., 2023).
+
+Magnitude pruning keeps the largest ``|W_ij|``. Wanda (arXiv 2306.11695, Eq. 1) keeps the largest
+
+    S_ij = |W_ij| ||X_j||_2
+
+of each output i, where ``X_j`` is input j of all samples and tokens. Decisions: the norm is taken over the batches of
+all processes, and divided by the square root of the number of rows of ``X``, which changes no order within a layer; a
+convolution's ``X`` has a row for each patch that a filter sees, so each input channel has a norm for each
+place of the kernel; the network runs in evaluation mode, as it would be used; every layer has the same sparsity, and
+every output of a layer, give or take one connection.
+"""
+
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.compat import checks
+from lightning_sparse.compat.lightning import MisconfigurationException
+from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.families.before_training import BeforeTraining
+from lightning_sparse.families.common import DISTRIBUTION, check_distribution
+from lightning_sparse.families.shares import floors, layer_counts
+from lightning_sparse.layers.input_norms import InputSquares
+from lightning_sparse.layers.unit_activity import readable
+from lightning_sparse.rules import select
+from lightning_sparse.rules.budgets import Distribution, budget
+from lightning_sparse.rules.rows import top_k_of_rows
+from lightning_sparse.trainer.guards import listed
+from lightning_sparse.trainer.probe import Probe, whole
+
+__all__ = ["OneShot"]
+
+Criterion = Literal["magnitude", "wanda"]
+Competition = Literal["global", "layer", "output"]
+
+_BATCHES = 4
+
+
+class OneShot(BeforeTraining):
+    """Prune a trained network at once when training begins; the weights that stay keep their values and are trained.
+
+    The mask does not change after that. ``"wanda"`` weighs each ``|W|`` with the norm of the inputs that it meets in
+    some batches of the training data.
+
+    Example:
+        >>> from lightning_sparse import OneShot
+        >>> callback = OneShot(sparsity=0.5, criterion="wanda")
+
+    Reference:
+        "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015; "A Simple and Effective
+        Pruning Approach for Large Language Models", ICLR 2024 (Wanda).
+    """
+
+    criterion: Criterion = option(
+        default="magnitude",
+        doc='what stays: the largest ``|W|`` (``"magnitude"``), or the largest ``|W| ||X||`` (``"wanda"``).',
+    )
+    scope: Competition | None = option(
+        default=None,
+        doc='which weights compete: those of all layers (``"global"``), of each ``"layer"``, or of each ``"output"``. '
+        "Default: global for magnitudes, and the outputs for Wanda, as in the papers.",
+    )
+    distribution: Distribution | Mapping[str, float] = option(
+        default="uniform", check=check_distribution, doc=f'unless ``scope`` is ``"global"``, {DISTRIBUTION}'
+    )
+    calibration_batches: int | None = option(
+        default=None,
+        check=partial(checks.integer, 1, "128 samples are enough in the paper."),
+        doc=f"number of training batches (of each process) that Wanda's norms are taken over; default: {_BATCHES}.",
+    )
+    scale_init: bool = fixed(default=False)  # the network is trained
+
+    needs_loss = False
+
+    def __post_init__(self) -> None:
+        """Check that batches are for something."""
+        super().__post_init__()
+        if self.criterion == "magnitude" and self.calibration_batches is not None:
+            raise ValueError(
+                f"calibration_batches is for criterion='wanda', got {self.calibration_batches!r} with "
+                "criterion='magnitude', which looks at no data. Leave it out."
+            )
+
+    @property
+    def runs_network(self) -> bool:
+        """Wanda's scores call ``training_step``."""
+        return self.criterion == "wanda"
+
+    @property
+    def competition(self) -> Competition:
+        """Which weights compete: what ``scope`` says, or the criterion's own."""
+        return self.scope or ("global" if self.criterion == "magnitude" else "output")
+
+    def scores(self, probe: Probe) -> list[Tensor]:
+        """Return ``|W|``, or ``|W|`` times the norms of the inputs."""
+        magnitudes = [whole(W).abs() for W in probe.weights]
+        if self.criterion == "magnitude":
+            return magnitudes
+        norms = self._norms(probe)
+        return [
+            W * norms[name].repeat_interleave(len(W) // len(norms[name]), 0).view(W.shape) if name in norms else W
+            for name, W in zip(probe.names, magnitudes, strict=True)
+        ]
+
+    def choose_masks(self, probe: Probe) -> list[Tensor]:
+        """Keep the largest scores of all layers, or as many of each layer as ``distribution`` gives."""
+        weights = [self._weights[name] for name in probe.names]
+        scores = self.finite_scores(probe)
+        total = budget(self.sparsity_target, sum(weight.size for weight in weights))
+        if self.competition == "global":
+            at_least = floors(weights, self.min_layer_density, total)
+            everywhere = [torch.ones_like(score, dtype=torch.bool) for score in scores]
+            ranked = [select.first_of_rows(s, weight.nonempty) for s, weight in zip(scores, weights, strict=True)]
+            return select.global_top_k(ranked, total, everywhere, at_least)
+        counts = layer_counts(weights, self.distribution, total, self.min_layer_density).values()
+        each = zip(scores, weights, counts, strict=True)
+        if self.competition == "output":
+            return [top_k_of_rows(score, k, weight.outputs) for score, weight, k in each]
+        return [select.top_k(select.first_of_rows(score, weight.nonempty), k) for score, weight, k in each]
+
+    def _norms(self, probe: Probe) -> dict[str, Tensor]:
+        """Return root mean squares of the inputs by name, ``(groups, in / groups * kernel)``, as far as they are seen.
+
+        They are the same on all processes.
+        """
+        with closing(InputSquares(readable(probe.module, probe.names))) as seen, torch.no_grad():
+            probe.module.eval()
+            for index, batch in enumerate(probe.batches(self._count(probe))):
+                self._run(probe, batch, index)
+        rows = {name: probe.over_ranks(number) for name, number in seen.rows.items()}
+        norms = {name: (probe.over_ranks(seen.sums[name]) / rows[name]).sqrt() for name in rows if rows[name]}
+        unseen = [name for name in probe.names if name not in norms]
+        if unseen:
+            self.warn_once(
+                f"{self!r} scores some weights by |W| alone: criterion='wanda' needs a linear layer or a convolution "
+                "that training_step calls as a module, and whose weight no other layer shares. That is not so for "
+                f"{listed(unseen)}. Leave them dense with exclude, if you do not want that."
+            )
+        return norms
+
+    def _count(self, probe: Probe) -> int:
+        """Return the number of batches: as asked for, or a few."""
+        few = min(_BATCHES, probe.trainer.num_training_batches)
+        return int(few) if self.calibration_batches is None else self.calibration_batches
+
+    def _run(self, probe: Probe, batch: object, index: int) -> None:
+        """Run the network on a batch."""
+        try:
+            probe.output(batch, index)
+        except MisconfigurationException:
+            raise
+        except Exception as error:  # of foreign code
+            raise MisconfigurationException(
+                f"{self!r} calls training_step of a copy of {type(probe.module).__name__}, in evaluation mode and "
+                f"without gradients, which failed for batch {index} with {type(error).__name__}: {error}. Make "
+                "training_step run so, or use criterion='magnitude', which looks at no data."
+            ) from error
