@@ -84,7 +84,10 @@ CALLS = {
     CSRConv2d: ({"conv": nn.Conv2d(2, 3, 1)}, ["conv"]),
     to_csr: ({"module": NET}, ["module", "min_sparsity"]),
     compact: ({"module": NET, "example_input": X}, ["module", "select", "tolerance"]),
-    to_onnx: ({"module": NET, "path": "n.onnx", "example_input": X}, ["module", "path", "dynamic_batch", "tolerance"]),
+    to_onnx: (
+        {"module": NET, "path": "n.onnx", "example_input": X},
+        ["module", "path", "dynamic_batch", "tolerance", "sparse_weights"],
+    ),
     benchmark: (
         {"module": NET, "example_input": X},
         ["module", "batch_sizes", "rounds", "min_sparsity", "memory"],
