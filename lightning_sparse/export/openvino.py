@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
-from lightning_sparse.export._modules import Example, check_dense, check_equal, results, tensor_arguments, unpacked
+from lightning_sparse.export._modules import (
+    Example,
+    check_dense,
+    check_equal,
+    check_tolerance,
+    results,
+    tensor_arguments,
+    unpacked,
+)
 from lightning_sparse.export.onnx import to_onnx
 
 __all__ = ["OpenVINOLayer", "OpenVINOModel", "openvino_compiled", "to_openvino"]
@@ -140,6 +148,8 @@ def to_openvino(
     given = tensor_arguments(example_input)
     _check_path(path)
     checks.fraction("Layers with fewer zeros stay dense.", min_sparsity=min_sparsity)
+    checks.flag(dynamic_batch=dynamic_batch)
+    check_tolerance(tolerance)
     batches = None if calibration is None else _batches(calibration, given)
     openvino = extra("openvino", "openvino")
     with TemporaryDirectory() as folder:
@@ -194,12 +204,13 @@ def _batches(calibration: Iterable[Example], example: tuple[Tensor, ...]) -> lis
             "calibration must be a list of inputs like example_input, got one of type "
             f"{type(calibration).__name__}. Give [x for x, _ in loader]."
         )
-    batches = [tensor_arguments(batch if isinstance(batch, Tensor) else tuple(batch)) for batch in calibration]
-    wrong = [len(batch) for batch in batches if len(batch) != len(example)]
+    batches = [tuple(batch) if isinstance(batch, (tuple, list)) else (batch,) for batch in calibration]
+    wrong = [batch for batch in batches if len(batch) != len(example) or not all(isinstance(x, Tensor) for x in batch)]
     if wrong or not batches:
+        found = f"one of {', '.join(type(x).__name__ for x in wrong[0])}" if wrong else "none"
         raise ValueError(
-            f"calibration must hold batches of {len(example)} tensors, as forward takes them, got "
-            f"{f'one of {wrong[0]}' if wrong else 'none'}. Leave labels out: [x for x, _ in loader]."
+            f"calibration must hold batches of {len(example)} tensors, as forward takes them, got {found}. "
+            "Leave labels out: [x for x, _ in loader]."
         )
     return [tuple(x.detach().cpu().numpy() for x in batch) for batch in batches]
 

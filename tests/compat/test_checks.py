@@ -11,7 +11,17 @@ from torch import nn
 import lightning_sparse
 from lightning_sparse import RigL, SparsityMonitor, load_dense
 from lightning_sparse.compat import checks
-from lightning_sparse.export import CSRConv2d, CSRLinear, benchmark, compact, load_sparse, save_sparse, to_csr, to_onnx
+from lightning_sparse.export import (
+    CSRConv2d,
+    CSRLinear,
+    benchmark,
+    compact,
+    load_sparse,
+    save_sparse,
+    to_csr,
+    to_onnx,
+    to_openvino,
+)
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.storage import SparseConv2d, SparseLinear, make_dense_, make_sparse_, to_dense
 from lightning_sparse.zoo.data import (
@@ -88,9 +98,13 @@ CALLS = {
         {"module": NET, "path": "n.onnx", "example_input": X},
         ["module", "path", "dynamic_batch", "tolerance", "sparse_weights"],
     ),
+    to_openvino: (
+        {"module": NET, "example_input": X},
+        ["module", "calibration", "path", "min_sparsity", "dynamic_batch", "tolerance"],
+    ),
     benchmark: (
         {"module": NET, "example_input": X},
-        ["module", "batch_sizes", "rounds", "min_sparsity", "memory"],
+        ["module", "batch_sizes", "rounds", "min_sparsity", "memory", "accuracy"],
     ),
     save_sparse: ({"state": NET, "path": "n.safetensors"}, ["state", "path"]),
     load_sparse: ({"path": "n.safetensors"}, ["path", "limit"]),
