@@ -64,11 +64,11 @@ def test_zeros_stay_through_the_training_of_a_graph_that_is_prepared_for_int8():
     with pytest.raises(Exception, match=r"Module: only on request \(include\)"):
         trained(net, RigL(0.8))
     zeros = trained(net, RigL(0.8, update_every=2, include=["net.0.weight", "net.2.weight"]))
-    expected = net(X)
+    expected = net(X).detach()
     int8 = quantize_pt2e.convert_pt2e(copy.deepcopy(net))
     weights = [buffer for buffer in int8.buffers() if buffer.dtype == torch.int8]
     assert kept(zeros, sorted(weights, key=len, reverse=True))
-    assert torch.allclose(int8(X), expected, atol=1e-3)
+    assert (int8(X) - expected).norm() < 0.1 * expected.norm()
 
 
 def test_zeros_stay_through_the_training_of_layers_that_round_their_weights():
