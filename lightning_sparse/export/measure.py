@@ -38,7 +38,7 @@ from lightning_sparse.export.compaction import compact, trace
 from lightning_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
 from lightning_sparse.export.files import save_sparse
 from lightning_sparse.export.onnx import onnx_outputs, onnx_session, to_onnx
-from lightning_sparse.export.openvino import OpenVINOModel, openvino_compiled, to_openvino
+from lightning_sparse.export.openvino import RATE, OpenVINOModel, openvino_compiled, to_openvino
 from lightning_sparse.export.semi_structured import to_semi_structured
 from lightning_sparse.storage import to_dense
 
@@ -156,7 +156,7 @@ def benchmark(
             make the batches.
         batch_sizes: to time; the largest is used for memory.
         rounds: how often each is timed; the median counts.
-        min_sparsity: as in ``to_csr``.
+        min_sparsity: as in ``to_csr`` and ``to_openvino``.
         memory: measure memory, too, which on the CPU starts a process for each.
         calibration: batches for int8, as in ``to_openvino``; None: OpenVINO is not measured.
         accuracy: is given each variant as a function of tensors and returns its accuracy, from 0 to 1, such as
@@ -403,7 +403,7 @@ def _peak(name: str, variants: Mapping[str, Any], folder: Path, skipped: dict[st
     file, kind = folder / name, "onnx"
     try:
         if isinstance(variants[name], OpenVINOModel):
-            file, kind = folder / f"{name}.xml", "openvino"
+            file, kind = folder / f"{name}.xml", f"openvino {variants[name].compiled.get_property(RATE)}"
         if isinstance(variants[name], nn.Module):
             file, kind = folder / "module", "torch"
             torch.save(_portable(variants[name]), file)
@@ -420,12 +420,13 @@ def _print_peak(kind: str, file: str, inputs: str, threads: str) -> None:
     """Print what loading and running what is in the file adds to this process's memory."""
     torch.set_num_threads(int(threads))
     given = torch.load(inputs)
+    kind, _, rate = kind.partition(" ")
     if kind != "torch":
         extra({"onnx": "onnxruntime"}.get(kind, kind), "export")
     _warm_up()
     before = resident_memory()
     if kind == "openvino":
-        variant: Any = OpenVINOModel(openvino_compiled(file, 0.0), [], 0.0)
+        variant: Any = OpenVINOModel(openvino_compiled(file, float(rate)), [], 0.0)
     else:
         variant = onnx_session(file) if kind == "onnx" else torch.load(file, weights_only=False)
     with torch.no_grad():

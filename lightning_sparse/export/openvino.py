@@ -31,9 +31,11 @@ from lightning_sparse.export._modules import (
 )
 from lightning_sparse.export.onnx import to_onnx
 
-__all__ = ["OpenVINOLayer", "OpenVINOModel", "openvino_compiled", "to_openvino"]
+__all__ = ["RATE", "OpenVINOLayer", "OpenVINOModel", "openvino_compiled", "to_openvino"]
 
 _PRODUCTS = frozenset({"MatMul", "Convolution", "GroupConvolution"})
+#: of a compiled network: the share of zeros from which weights are packed
+RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
 # layers of the compiled model that hand weights on
 _CARRIERS = frozenset({"Const", "Reorder", "Reshape", "Transpose", "Convert"})
 # sizes of a weight that sparse kernels take are multiples of this
@@ -162,7 +164,9 @@ def to_openvino(
     names = {product: weight.names[-1] for product, weight in weights.items()}
     if batches is not None:
         model = _quantized(model, batches)
-        _check_zeros(weights, weights := _weights(model))
+        quantized = _weights(model)
+        _check_zeros(weights, quantized)
+        weights = quantized
         compiled = openvino_compiled(model, min_sparsity)
     error = _error(expected, _run(compiled, given))  # kernels for any batch size are chosen at the first run
     kernels = _kernels(compiled)
@@ -178,7 +182,7 @@ def to_openvino(
 def openvino_compiled(model: Any, min_sparsity: float) -> Any:
     """Return a model, or the file of one, compiled for the CPU with as many threads as torch has."""
     options = {
-        "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": min_sparsity,
+        RATE: min_sparsity,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "f32",  # of what is not int8; else bfloat16 where the processor has it
         "PERFORMANCE_HINT": "LATENCY",

@@ -1,6 +1,8 @@
 """OpenVINO computes the same with exact zeros in int8, and what its kernels do with them is said."""
 
 import copy
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,6 +88,20 @@ def test_the_benchmark_has_accuracies_and_the_kernels_of_openvino(exported, monk
     assert "OpenVINO int8: 0 of 2 layers have kernels that skip zeros." in str(table)
     with pytest.raises(ValueError, match=r"accuracy must be a function of a network, got one of type float"):
         benchmark(NET, X, accuracy=0.5)
+
+
+def test_the_memory_of_its_file_is_measured(exported, capsys, monkeypatch):
+    int8, path, _ = exported
+    torch.save((X,), path.parent / "inputs")
+
+    def process(command, **_):
+        measuring._print_peak(*command[3:])
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(subprocess, "run", process)
+    skipped = {}
+    assert measuring._peak("net", {"net": int8}, path.parent, skipped) is not None
+    assert skipped == {}
 
 
 @pytest.mark.parametrize(
