@@ -34,7 +34,7 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
     """Write a state dict so that zeros take no room.
 
     A tensor with enough zeros is written as ``NAME.values`` and ``NAME.gaps``: one byte for the zeros before each
-    nonzero, and one more for every 255 of them. If less than about one element in 800 is nonzero, flat indices are
+    nonzero, and one more for every 255 of them. If fewer than about one element in 900 is nonzero, flat indices are
     smaller than gaps; then it is written as ``NAME.values`` and ``NAME.indices``, int32 (int64 from 2**31 elements).
     Any other tensor is written as it is. The nonzeros of sparse layers are written as those of the plain module's
     ``weight``, without making it. Tied tensors are written once. The file is safetensors, with what is needed to put

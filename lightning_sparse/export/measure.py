@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -185,7 +185,7 @@ def benchmark(
     checks.flag(memory=memory)
     if accuracy is not None and not callable(accuracy):
         raise ValueError(f"accuracy must be a function of a network, got one of type {type(accuracy).__name__}.")
-    calibration = None if calibration is None else list(calibration)
+    calibration = list(calibration) if isinstance(calibration, Iterator) else calibration  # it is gone through twice
     check_module(module)
     device = _device(module, example_input)
     batches = {size: tuple(_repeat(x, size) for x in tensor_arguments(example_input)) for size in batch_sizes}
@@ -251,7 +251,7 @@ def _variants(
     example_input: Example,
     device: torch.device,
     min_sparsity: float,
-    calibration: list[Example] | None,
+    calibration: Iterable[Example] | None,
     folder: Path,
     skipped: dict[str, str],
 ) -> dict[str, Any]:

@@ -104,7 +104,7 @@ CALLS = {
     ),
     benchmark: (
         {"module": NET, "example_input": X},
-        ["module", "batch_sizes", "rounds", "min_sparsity", "memory", "accuracy"],
+        ["module", "batch_sizes", "rounds", "min_sparsity", "memory"],
     ),
     save_sparse: ({"state": NET, "path": "n.safetensors"}, ["state", "path"]),
     load_sparse: ({"path": "n.safetensors"}, ["path", "limit"]),
