@@ -1,7 +1,7 @@
 """What all exports share: a module's evaluation on an example, how far two results are apart, and what is refused."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "results",
     "tensor_arguments",
     "tensors",
+    "unpacked",
 ]
 
 #: an input of a module: a tensor, or a tuple of positional arguments
@@ -61,6 +62,11 @@ def tensor_arguments(example_input: Example) -> tuple[Tensor, ...]:
             "takes more than tensors, give a module that calls it with the rest."
         )
     return given
+
+
+def unpacked(outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Return the one tensor, or a tuple of several."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 @contextmanager

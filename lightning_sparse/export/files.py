@@ -11,12 +11,17 @@ from torch import Tensor, nn
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
+from lightning_sparse.export.gaps import gap_bytes, gaps, gaps_to_positions
 from lightning_sparse.kernels.structure import check_positions, flat_positions
 from lightning_sparse.storage.checkpoint import check_bytes, check_limit, check_shape, take_sparse
 
 __all__ = ["load_sparse", "save_sparse"]
 
-_FORMAT = "lightning_sparse 1"
+_FORMAT = "lightning_sparse 2"
+# what earlier versions of the package have written: indices only
+_FORMATS = "lightning_sparse 1", _FORMAT
+# how the places of nonzeros are written
+_FORMS = "gaps", "indices"
 # what the header of a file takes up for one more tensor, about
 _ENTRY = 200
 _CODED = (
@@ -28,9 +33,11 @@ _CODED = (
 def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a state dict so that zeros take no room.
 
-    A tensor with zeros enough is written as ``NAME.indices``, flat and int32 (int64 from 2**31 elements), and
-    ``NAME.values``; any other one as it is. The nonzeros of sparse layers are written as those of the plain module's
-    ``weight``, without making that. Tied tensors are written once. The file is safetensors, with what is needed to put
+    A tensor with enough zeros is written as ``NAME.values`` and ``NAME.gaps``: one byte for the zeros before each
+    nonzero, and one more for every 255 of them. If fewer than about one element in 900 is nonzero, flat indices are
+    smaller than gaps; then it is written as ``NAME.values`` and ``NAME.indices``, int32 (int64 from 2**31 elements).
+    Any other tensor is written as it is. The nonzeros of sparse layers are written as those of the plain module's
+    ``weight``, without making it. Tied tensors are written once. The file is safetensors, with what is needed to put
     the tensors together in its header.
 
     Every bit comes back with ``load_sparse``, but for two things: -0.0 becomes 0.0 where a tensor is written sparsely
@@ -53,7 +60,7 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
         >>> weight[0] = 1.0
         >>> path = os.path.join(tempfile.mkdtemp(), "net.safetensors")
         >>> save_sparse({"weight": weight}, path)
-        >>> os.path.getsize(path) < 9000  # 8 bytes a nonzero; dense: 4,000,000
+        >>> os.path.getsize(path) < 6000  # 5 bytes a nonzero; dense: 4,000,000
         True
         >>> torch.equal(load_sparse(path)["weight"], weight)
         True
@@ -68,6 +75,7 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
     state.update({name: values for name, (values, *_) in layers.items()})
     parts: dict[str, Tensor] = {}
     sparse: dict[str, list[int]] = {}
+    forms: dict[str, str] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
@@ -87,12 +95,14 @@ def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike
         if coded is None:
             new = {name: tensor.cpu().contiguous().clone()}
         else:
-            new = {f"{name}.indices": coded[0].cpu(), f"{name}.values": coded[1].cpu()}
+            forms[name], places, values = coded
+            new = {f"{name}.{forms[name]}": places.cpu(), f"{name}.values": values.cpu()}
             sparse[name] = list(shape)
         if parts.keys() & new.keys():
             raise ValueError(f"names in state must not collide, but {name!r} is written as {sorted(new)}. Rename it.")
         parts.update(new)
-    metadata = {"format": _FORMAT, "sparse": json.dumps(sparse), "tied": json.dumps(tied)}
+    entries = {"sparse": sparse, "forms": forms, "tied": tied}
+    metadata = {"format": _FORMAT, **{entry: json.dumps(found) for entry, found in entries.items()}}
     extra("safetensors.torch", "export").save_file(parts, os.fspath(path), metadata=metadata)
 
 
@@ -133,10 +143,12 @@ def load_sparse(
         raise ValueError(_other(path, f"it is not a safetensors file ({error})")) from error
     with opened as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") not in _FORMATS:
             raise ValueError(_other(path, f"its format is {metadata.get('format')!r}"))
         try:
-            return _state(file, _names(metadata, "sparse"), _names(metadata, "tied"), limit)
+            sparse, tied = _names(metadata, "sparse"), _names(metadata, "tied")
+            forms = _names(metadata, "forms") if metadata["format"] == _FORMAT else dict.fromkeys(sparse, "indices")
+            return _state(file, sparse, forms, tied, limit)
         except ValueError as error:
             raise ValueError(_other(path, str(error))) from error
 
@@ -152,30 +164,44 @@ def _names(metadata: Mapping[str, str], entry: str) -> dict[str, Any]:
     return found
 
 
-def _state(file: Any, sparse: Mapping[str, Any], tied: Mapping[str, Any], limit: int | None) -> dict[str, Tensor]:
+def _state(
+    file: Any, sparse: Mapping[str, Any], forms: Mapping[str, Any], tied: Mapping[str, Any], limit: int | None
+) -> dict[str, Tensor]:
     """Put the tensors of an open file together."""
     stored = set(file.keys())
-    codes = {name: (f"{name}.indices", f"{name}.values") for name in sparse}
+    if forms.keys() != sparse.keys() or not all(form in _FORMS for form in forms.values()):
+        raise ValueError(f"its header is broken, the entry 'forms' has to give each of {len(sparse)} tensors a form")
+    codes = {name: (f"{name}.{form}", f"{name}.values") for name, form in forms.items()}
     parts = {part for both in codes.values() for part in both}
     if missing := sorted(parts - stored):
         raise ValueError(f"it has no {', '.join(missing)}")
     if twice := sorted((stored - parts) & sparse.keys() | (stored | sparse.keys()) & tied.keys()):
         raise ValueError(f"it has {', '.join(twice)} more than once")
     shapes = {name: check_shape(name, shape) for name, shape in sparse.items()}
-    tensors = {name: (file.get_tensor(indices), file.get_tensor(values)) for name, (indices, values) in codes.items()}
+    tensors = {name: (file.get_tensor(places), file.get_tensor(values)) for name, (places, values) in codes.items()}
     sizes = {name: math.prod(max(n, 1) for n in shape) for name, shape in shapes.items()}
     dense = sum(sizes[name] * values.itemsize for name, (_, values) in tensors.items())
     check_bytes(dense, sum(x.nbytes for both in tensors.values() for x in both), limit)
     state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys() if name not in parts}  # noqa: SIM118
-    for name, (indices, values) in tensors.items():
-        check_positions(indices, shapes[name], f"{name}.indices")
-        if values.shape != indices.shape or values.dtype not in _CODED:
-            raise ValueError(f"{name}.values are {_describe(values)}, for {len(indices)} indices")
-        state[name] = torch.zeros(shapes[name], dtype=values.dtype, device=values.device)
-        state[name].view(-1)[indices] = values
+    for name, (places, values) in tensors.items():
+        state[name] = _tensor(name, forms[name], places, values, shapes[name])
     if wrong := [name for name, other in tied.items() if not isinstance(other, str) or other not in state]:
         raise ValueError(f"it ties {', '.join(wrong)} to what it does not have")
     return {**state, **{name: state[other] for name, other in tied.items()}}
+
+
+def _tensor(name: str, form: str, places: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the tensor of this shape that is 0 but at the ``places``, which are written in this form."""
+    if form == "gaps":
+        positions = gaps_to_positions(places, math.prod(shape))
+    else:
+        check_positions(places, shape, f"{name}.indices")
+        positions = places.long()
+    if values.shape != positions.shape or values.dtype not in _CODED:
+        raise ValueError(f"{name}.values are {_describe(values)}, for {len(positions)} {form}")
+    tensor = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    tensor.view(-1).scatter_(0, positions, values)
+    return tensor
 
 
 def _other(path: str | os.PathLike[str], reason: str) -> str:
@@ -185,22 +211,30 @@ def _other(path: str | os.PathLike[str], reason: str) -> str:
     )
 
 
-def _code(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return flat indices and values of what is not zero; None if that takes as much room as the dense tensor."""
+def _code(tensor: Tensor) -> tuple[str, Tensor, Tensor] | None:
+    """Return form, places and values of what is not zero; None if that takes as much room as the dense tensor."""
     if tensor.dtype not in _CODED:
         return None
-    width = _width(tensor.numel())
     flat = tensor.reshape(-1)
     count = int(torch.count_nonzero(flat))
-    if count * (width.itemsize + tensor.itemsize) + _ENTRY >= tensor.nbytes:
+    if count * (1 + tensor.itemsize) + _ENTRY >= tensor.nbytes:
         return None
-    indices = flat.nonzero().flatten()
-    return indices.to(width), flat[indices]
+    positions = flat.nonzero().flatten()
+    form, places = _places(positions, tensor.numel())
+    return form, places, flat[positions]
 
 
-def _code_layer(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return flat indices and values of a sparse layer."""
-    return flat_positions(crow, col, shape).to(_width(math.prod(shape))), values.detach()
+def _code_layer(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> tuple[str, Tensor, Tensor]:
+    """Return form, places and values of a sparse layer's nonzeros."""
+    return *_places(flat_positions(crow, col, shape), math.prod(shape)), values.detach()
+
+
+def _places(positions: Tensor, size: int) -> tuple[str, Tensor]:
+    """Return the form in which these positions take the least room, and the positions in this form."""
+    width = _width(size)
+    if gap_bytes(positions) <= len(positions) * width.itemsize:
+        return "gaps", gaps(positions)
+    return "indices", positions.to(width)
 
 
 def _width(size: int) -> torch.dtype:

@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -31,11 +32,13 @@ from lightning_sparse.export._modules import (
     evaluating,
     results,
     tensor_arguments,
+    unpacked,
 )
 from lightning_sparse.export.compaction import compact, trace
 from lightning_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
 from lightning_sparse.export.files import save_sparse
-from lightning_sparse.export.onnx import onnx_session, to_onnx
+from lightning_sparse.export.onnx import onnx_outputs, onnx_session, to_onnx
+from lightning_sparse.export.openvino import RATE, OpenVINOModel, openvino_compiled, to_openvino
 from lightning_sparse.export.semi_structured import to_semi_structured
 from lightning_sparse.storage import to_dense
 
@@ -47,6 +50,7 @@ T = TypeVar("T")
 TWIN_LIMIT = 2 << 30
 
 _MIB = 2**20
+_OPENVINO = "OpenVINO", "OpenVINO int8", "compacted, OpenVINO int8"
 # one timing of a variant lasts as long as this, at least
 _SECONDS = 0.005
 
@@ -57,14 +61,16 @@ class Measurement:
 
     Attributes:
         milliseconds: by batch size, the median time of a forward pass.
-        file_bytes: of the state dict as ``torch.save`` writes it, or of the ONNX file.
+        file_bytes: of the state dict as ``torch.save`` writes it, or of the files of ONNX or OpenVINO.
         memory_bytes: what loading it and running the largest batch adds to the memory of a process, at its peak; on a
             GPU, what its parameters and buffers and the peak of such a run take there. None: not measured.
+        accuracy: what ``accuracy`` has returned for it. None: not measured.
     """
 
     milliseconds: dict[int, float]
     file_bytes: int
     memory_bytes: float | None
+    accuracy: float | None = None
 
 
 @dataclass
@@ -77,26 +83,31 @@ class Benchmark:
             comes first if there is no such copy.
         skipped: by name of what could not be made, why.
         sparse_file_bytes: of the module's state dict as ``save_sparse`` writes it; None: safetensors is not installed.
+        notes: by name, which kernels OpenVINO has for it.
     """
 
     rows: dict[str, Measurement]
     skipped: dict[str, str]
     sparse_file_bytes: int | None
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         batches = list(self._first.milliseconds)
         head = ["", *(f"batch {batch} (ms)" for batch in batches), "file (MiB)", "peak memory added (MiB)"]
+        head += ["accuracy"] if self._first.accuracy is not None else []
         lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
         for name, row in self.rows.items():
             times = [f"{row.milliseconds[batch]:.3f}" for batch in batches]
             added = "" if row.memory_bytes is None else f"{row.memory_bytes / _MIB:.1f}"
-            lines.append(_line([name, *times, f"{row.file_bytes / _MIB:.2f}", added]))
+            accuracy = [] if row.accuracy is None else [f"{row.accuracy:.2%}"]
+            lines.append(_line([name, *times, f"{row.file_bytes / _MIB:.2f}", added, *accuracy]))
         notes = [self._best(f"Fastest at batch {batch}", _time_at(batch)) for batch in batches]
         notes.append(self._best("Smallest file", lambda row: row.file_bytes))
         if self.sparse_file_bytes is not None:
             notes.append(f"The module's weights as save_sparse writes them: {self.sparse_file_bytes / _MIB:.2f} MiB.")
         if self._first.memory_bytes is not None:
             notes.append(self._best("Least memory", lambda row: row.memory_bytes or float("inf")))
+        notes += [f"{name}: {note}" for name, note in self.notes.items()]
         notes += [f"Not measured: {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join([*lines, "", *notes])
 
@@ -120,12 +131,16 @@ def benchmark(
     rounds: int = 15,
     min_sparsity: float = 0.9,
     memory: bool = True,
+    calibration: Iterable[Example] | None = None,
+    accuracy: Callable[[Callable[..., Any]], float] | None = None,
 ) -> Benchmark:
     """Measure what a sparse module and its exports need on this machine, on its CPU or a CUDA GPU.
 
     These are the module as it is, compacted, with CSR layers, both, and if it is installed with onnxruntime, also
-    compacted. All run in turn with ``torch.get_num_threads()`` threads, so that a change of the machine's speed meets
-    all. Memory is that of a process of its own for each. Progress is shown on standard error, if it is a terminal.
+    compacted. With ``calibration`` there is also OpenVINO in float32, in int8, and compacted in int8, and a line on
+    which of its kernels skip zeros. All run in turn with ``torch.get_num_threads()`` threads, so that a change of the
+    machine's speed meets all. Memory is that of a process of its own for each. Progress is shown on standard error, if
+    it is a terminal.
 
     Where the module is on a GPU, so are its exports: with 2:4 sparsity if it fits, and without ONNX, which is measured
     only on the CPU. Times include the wait for the GPU at the end. Memory is that of the GPU, in this process: the
@@ -141,8 +156,11 @@ def benchmark(
             make the batches.
         batch_sizes: to time; the largest is used for memory.
         rounds: how often each is timed; the median counts.
-        min_sparsity: as in ``to_csr``.
+        min_sparsity: as in ``to_csr`` and ``to_openvino``.
         memory: measure memory, too, which on the CPU starts a process for each.
+        calibration: batches for int8, as in ``to_openvino``; None: OpenVINO is not measured.
+        accuracy: is given each variant as a function of tensors and returns its accuracy, from 0 to 1, such as
+            ``lambda net: (net(x).argmax(1) == y).float().mean().item()``. It makes one more column.
 
     Raises:
         ValueError: an argument is out of range, or module and example are not on one device, the CPU or a CUDA GPU.
@@ -165,12 +183,15 @@ def benchmark(
         checks.integer(1, "It is a number of examples.", batch_sizes=size)
     checks.fraction("0.9 is about where CSR begins to pay.", min_sparsity=min_sparsity)
     checks.flag(memory=memory)
+    if accuracy is not None and not callable(accuracy):
+        raise ValueError(f"accuracy must be a function of a network, got one of type {type(accuracy).__name__}.")
+    calibration = list(calibration) if isinstance(calibration, Iterator) else calibration  # it is gone through twice
     check_module(module)
     device = _device(module, example_input)
     batches = {size: tuple(_repeat(x, size) for x in tensor_arguments(example_input)) for size in batch_sizes}
     skipped: dict[str, str] = {}
     with TemporaryDirectory() as folder, evaluating(module):
-        variants = _variants(module, example_input, device, min_sparsity, Path(folder), skipped)
+        variants = _variants(module, example_input, device, min_sparsity, calibration, Path(folder), skipped)
         times = {size: _times(variants, inputs, rounds, device) for size, inputs in batches.items()}
         peaks: dict[str, float | None] = {}
         if memory and device.type == "cuda":
@@ -181,11 +202,15 @@ def benchmark(
             peaks = {name: _peak(name, variants, Path(folder), skipped) for name in _shown(variants, "memory")}
         files = {name: _file_size(name, variant, Path(folder)) for name, variant in variants.items()}
         sparse_file = _sparse_file_size(module, Path(folder))
+        right = {name: accuracy(_function(variant)) for name, variant in variants.items()} if accuracy else {}
     rows = {
-        name: Measurement({size: times[size][name] for size in batch_sizes}, files[name], peaks.get(name))
+        name: Measurement(
+            {size: times[size][name] for size in batch_sizes}, files[name], peaks.get(name), right.get(name)
+        )
         for name in variants
     }
-    return Benchmark(rows, skipped, sparse_file)
+    notes = {name: variant.verdict for name, variant in variants.items() if isinstance(variant, OpenVINOModel)}
+    return Benchmark(rows, skipped, sparse_file, notes)
 
 
 def _shown(things: Collection[T], title: str) -> Iterable[T]:
@@ -226,10 +251,11 @@ def _variants(
     example_input: Example,
     device: torch.device,
     min_sparsity: float,
+    calibration: Iterable[Example] | None,
     folder: Path,
     skipped: dict[str, str],
 ) -> dict[str, Any]:
-    """Return what can be made of the module by name: a module, or the session of an ONNX file."""
+    """Return what can be made of the module by name: a module, the session of an ONNX file, or OpenVINO's model."""
     variants: dict[str, Any] = {}
     size = dense_bytes(module)
     if size <= TWIN_LIMIT:
@@ -260,6 +286,15 @@ def _variants(
         to_onnx(source, folder / name, example_input)
         return onnx_session(folder / name)
 
+    def openvino(name: str) -> OpenVINOModel:
+        if device.type != "cpu":
+            raise ValueError("OpenVINO is measured only on the CPU")
+        source = variants["compacted"] if name.startswith("compacted") else dense
+        batches = calibration if name.endswith("int8") else None
+        with warnings.catch_warnings():  # the table has the kernels
+            warnings.simplefilter("ignore")
+            return to_openvino(source, example_input, batches, path=folder / f"{name}.xml", min_sparsity=min_sparsity)
+
     exports: dict[str, Callable[[], Any]] = {
         "compacted": lambda: compact(dense, example_input)[0],
         "CSR": lambda: csr(module),
@@ -267,6 +302,8 @@ def _variants(
         "compacted, CSR": lambda: csr(variants["compacted"]),
         "compacted, ONNX": lambda: onnx(variants["compacted"], "compacted, ONNX"),
     }
+    if calibration is not None:
+        exports |= {name: partial(openvino, name) for name in _OPENVINO}
     if device.type == "cuda":
         exports["2:4"] = semi_structured
     for name in _shown(exports, "exports"):
@@ -308,15 +345,26 @@ def _times(
 def _runner(variant: Any, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     if isinstance(variant, nn.Module):
         return lambda: variant(*inputs)
+    if isinstance(variant, OpenVINOModel):
+        arrays = [x.numpy() for x in inputs]
+        return lambda: variant.compiled(arrays, share_inputs=True)
     given = {slot.name: x.numpy() for slot, x in zip(variant.get_inputs(), inputs, strict=True)}
     return lambda: variant.run(None, given)
+
+
+def _function(variant: Any) -> Callable[..., Any]:
+    """Return a variant as a function of tensors."""
+    if isinstance(variant, (nn.Module, OpenVINOModel)):
+        return variant
+    return lambda *inputs: unpacked(onnx_outputs(variant, inputs))
 
 
 def _file_size(name: str, variant: Any, folder: Path) -> int:
     if isinstance(variant, nn.Module):
         torch.save(variant.state_dict(), folder / "state")
         return os.path.getsize(folder / "state")
-    return sum(os.path.getsize(file) for file in folder.iterdir() if file.name in (name, f"{name}.data"))
+    names = {name, *(f"{name}.{end}" for end in ("data", "xml", "bin"))}
+    return sum(os.path.getsize(file) for file in folder.iterdir() if file.name in names)
 
 
 def _sparse_file_size(module: nn.Module, folder: Path) -> int | None:
@@ -354,6 +402,8 @@ def _peak(name: str, variants: Mapping[str, Any], folder: Path, skipped: dict[st
     """Return what loading and running a variant adds to the memory of a new process, in bytes."""
     file, kind = folder / name, "onnx"
     try:
+        if isinstance(variants[name], OpenVINOModel):
+            file, kind = folder / f"{name}.xml", f"openvino {variants[name].compiled.get_property(RATE)}"
         if isinstance(variants[name], nn.Module):
             file, kind = folder / "module", "torch"
             torch.save(_portable(variants[name]), file)
@@ -370,11 +420,15 @@ def _print_peak(kind: str, file: str, inputs: str, threads: str) -> None:
     """Print what loading and running what is in the file adds to this process's memory."""
     torch.set_num_threads(int(threads))
     given = torch.load(inputs)
-    if kind == "onnx":
-        extra("onnxruntime", "export")
+    kind, _, rate = kind.partition(" ")
+    if kind != "torch":
+        extra({"onnx": "onnxruntime"}.get(kind, kind), "export")
     _warm_up()
     before = resident_memory()
-    variant = onnx_session(file) if kind == "onnx" else torch.load(file, weights_only=False)
+    if kind == "openvino":
+        variant: Any = OpenVINOModel(openvino_compiled(file, float(rate)), [], 0.0)
+    else:
+        variant = onnx_session(file) if kind == "onnx" else torch.load(file, weights_only=False)
     with torch.no_grad():
         run = _runner(variant, given)
         for _ in range(3):

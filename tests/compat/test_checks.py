@@ -11,7 +11,17 @@ from torch import nn
 import lightning_sparse
 from lightning_sparse import RigL, SparsityMonitor, load_dense
 from lightning_sparse.compat import checks
-from lightning_sparse.export import CSRConv2d, CSRLinear, benchmark, compact, load_sparse, save_sparse, to_csr, to_onnx
+from lightning_sparse.export import (
+    CSRConv2d,
+    CSRLinear,
+    benchmark,
+    compact,
+    load_sparse,
+    save_sparse,
+    to_csr,
+    to_onnx,
+    to_openvino,
+)
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.storage import SparseConv2d, SparseLinear, make_dense_, make_sparse_, to_dense
 from lightning_sparse.zoo.data import (
@@ -84,7 +94,14 @@ CALLS = {
     CSRConv2d: ({"conv": nn.Conv2d(2, 3, 1)}, ["conv"]),
     to_csr: ({"module": NET}, ["module", "min_sparsity"]),
     compact: ({"module": NET, "example_input": X}, ["module", "select", "tolerance"]),
-    to_onnx: ({"module": NET, "path": "n.onnx", "example_input": X}, ["module", "path", "dynamic_batch", "tolerance"]),
+    to_onnx: (
+        {"module": NET, "path": "n.onnx", "example_input": X},
+        ["module", "path", "dynamic_batch", "tolerance", "sparse_weights"],
+    ),
+    to_openvino: (
+        {"module": NET, "example_input": X},
+        ["module", "calibration", "path", "min_sparsity", "dynamic_batch", "tolerance"],
+    ),
     benchmark: (
         {"module": NET, "example_input": X},
         ["module", "batch_sizes", "rounds", "min_sparsity", "memory"],

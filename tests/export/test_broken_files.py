@@ -86,7 +86,8 @@ def test_load_dense_names_the_entries_that_are_missing(missing):
 
 def written(path, tensors, **metadata):
     """Write a file as ``save_sparse`` does, with these things in it."""
-    whole = {"format": "lightning_sparse 1", "sparse": {"weight": [20, 30]}, "tied": {}} | metadata
+    whole = {"format": "lightning_sparse 2", "sparse": {"weight": [20, 30]}, "tied": {}}
+    whole |= {"forms": {"weight": "gaps" if "weight.gaps" in tensors else "indices"}} | metadata
     whole = {key: x if isinstance(x, str) else json.dumps(x) for key, x in whole.items() if x is not None}
     pytest.importorskip("safetensors.torch").save_file(tensors, path, metadata=whole)
     return path
@@ -114,6 +115,27 @@ def test_load_sparse_takes_what_is_a_weight_and_refuses_all_else(tmp_path, of_in
             load_sparse(path)
 
 
+GAPS = torch.tensor([0, 2, 73, 255, 255, 11], dtype=torch.uint8)
+
+
+@SETTINGS
+@given(alterations(), st.booleans())
+def test_load_sparse_takes_gaps_that_end_within_the_weight_and_refuses_all_else(tmp_path, alter, bytes_alone):
+    coded = alter(GAPS)
+    coded = coded.to(torch.uint8) if bytes_alone and isinstance(coded, torch.Tensor) and not coded.is_meta else coded
+    parts = {"weight.gaps": coded.clone()} if isinstance(coded, torch.Tensor) and not coded.is_meta else {}
+    path = written(tmp_path / "file", {**parts, "weight.values": VALUES}, forms={"weight": "gaps"})
+    expected, values = [], VALUES.tolist()
+    good = bool(parts) and coded.dtype == torch.uint8 and coded.ndim == 1
+    for byte in coded.tolist() if good else ():  # as the format says it
+        expected += [0.0] * byte if byte == 255 else [0.0] * byte + [values.pop(0) if values else None]
+    if good and not values and None not in expected and len(expected) <= 600:
+        assert load_sparse(path)["weight"].flatten().tolist() == expected + [0.0] * (600 - len(expected))
+        return
+    with pytest.raises(ValueError, match=r"path must be a file of save_sparse, got '.*file': .*load_dense\.$"):
+        load_sparse(path)
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -122,7 +144,8 @@ def test_load_sparse_takes_what_is_a_weight_and_refuses_all_else(tmp_path, of_in
         *({"sparse": x} for x in ({"weight": [20, 29]}, {"weight": [2**62, 2**62]}, {"weight": [0, 2**70]})),
         *({"sparse": x} for x in ({"weight": [10**5, 10**5]}, {"other": [20, 30]}, {"weight": [20, 30], "b": [3]})),
         *({"tied": x} for x in ({"a": "b"}, {"a": 1}, [], "no JSON", None, {"bias": "weight"}, {"weight": "bias"})),
-        {"format": "lightning_sparse 2"},
+        *({"forms": x} for x in ({"weight": "bits"}, {"weight": 1}, {}, {"weight": "indices", "b": "gaps"}, [], None)),
+        {"format": "lightning_sparse 3"},
     ],
     ids=lambda header: str(header)[:60],
 )

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from exported import bits, untouched
-from helpers import prune
+from helpers import Largest, prune
 from torch import nn
 
 from lightning_sparse.export import (
@@ -17,7 +17,10 @@ from lightning_sparse.export import (
     to_onnx,
     to_semi_structured,
 )
+from lightning_sparse.export.gaps import gaps, gaps_to_positions
+from lightning_sparse.storage import SparseLinear
 
+safe_open = pytest.importorskip("safetensors").safe_open
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool]
 
@@ -52,8 +55,45 @@ def test_the_size_of_a_file_is_in_proportion_to_the_nonzeros(tmp_path):
 
     empty = size(0)
     assert empty < 1000
-    assert [size(count) - empty for count in (1000, 20_000, 400_000)] == pytest.approx([8e3, 160e3, 3.2e6], abs=100)
-    assert size(600_000) == pytest.approx(4e6, abs=1000), "dense, where that is smaller"
+    assert [size(count) - empty for count in (100, 1000)] == pytest.approx([800, 8e3], abs=100), "indices"
+    assert size(20_000) <= 0.026 * 4e6
+    assert size(100_000) <= 0.1251 * 4e6
+    assert size(700_000) - empty == pytest.approx(3.5e6, abs=100)
+    assert size(850_000) == pytest.approx(4e6, abs=1000), "dense, where that is smaller"
+
+
+def test_gaps_of_any_length_come_back(tmp_path):
+    weight = torch.zeros(40_000)
+    lengths = [0, 1, 253, 254, 255, 256, 509, 510, 511, 3000, 0]
+    positions = torch.tensor(lengths).add(1).cumsum(0) - 1
+    weight[positions] = torch.arange(1.0, 12.0)
+    assert torch.equal(gaps_to_positions(gaps(positions), 40_000), positions)
+    assert gaps(positions).tolist()[:7] == [0, 1, 253, 254, 255, 0, 255]
+    weight = weight.repeat(4)
+    weight[-1] = 5.0
+    save_sparse({"weight": weight, "end": torch.eye(1, 9000).flip(1)}, tmp_path / "file")
+    loaded = load_sparse(tmp_path / "file")
+    assert torch.equal(loaded["weight"], weight)
+    assert torch.equal(loaded["end"], torch.eye(1, 9000).flip(1))
+
+
+def test_files_of_the_first_format_still_load(tmp_path):
+    places, values = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([1.0, 2.0, 3.0])
+    header = {"format": "lightning_sparse 1", "sparse": '{"a": [2, 4]}', "tied": '{"b": "a"}'}
+    parts = {"a.indices": places, "a.values": values, "bias": torch.ones(2)}
+    pytest.importorskip("safetensors.torch").save_file(parts, tmp_path / "file", metadata=header)
+    loaded = load_sparse(tmp_path / "file")
+    assert loaded["a"].tolist() == [[1, 0, 0, 2], [0, 3, 0, 0]]
+    assert loaded["b"] is loaded["a"]
+    assert loaded["bias"].tolist() == [1, 1]
+
+
+def test_no_more_memory_is_asked_for_gaps_than_for_indices(tmp_path):
+    layer = SparseLinear(2**20, 2**20, nnz=5)
+    with Largest() as largest:
+        save_sparse(layer, tmp_path / "file")
+    assert largest.size <= 2**20 + 1
+    assert "weight.indices" in safe_open(tmp_path / "file", "pt").keys()  # noqa: SIM118
 
 
 def test_negative_zeros_take_no_room_and_become_zeros(tmp_path):

@@ -32,6 +32,23 @@ def test_onnx_takes_any_batch_size_and_computes_the_same(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
 
 
+def test_sparse_weights_take_no_room_for_zeros_and_onnxruntime_computes_the_same(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Flatten(1, 2), nn.Linear(4, 70), nn.Linear(70, 3), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight *= torch.rand_like(net[0].weight) > 0.9
+        net[3].weight.zero_()
+    x = torch.randn(2, 3, 6, 6)
+    sizes = {}
+    for sparse in (False, True):
+        to_onnx(net, tmp_path / "net.onnx", x, sparse_weights=sparse)  # compares the outputs
+        sizes[sparse] = (tmp_path / "net.onnx").stat().st_size
+    graph = pytest.importorskip("onnx").load(tmp_path / "net.onnx").graph
+    assert len(graph.sparse_initializer) == 2
+    assert {tuple(weight.dims) for weight in graph.sparse_initializer} == {(40, 3, 3, 3), (4, 70)}
+    saved = sum(layer.weight.nbytes - 12 * int(layer.weight.count_nonzero()) for layer in (net[0], net[3]))
+    assert sizes[False] - sizes[True] == pytest.approx(saved, abs=300)
+
+
 class Unfaithful:
     """A session that gives something else than the module."""
 
