@@ -20,6 +20,7 @@ from lightning_sparse.rules.budgets import Distribution, budget
 from lightning_sparse.trainer.guards import warn_of_equal_scores
 from lightning_sparse.trainer.probe import Probe, probing
 from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.units import Units
 
 __all__ = ["BeforeTraining", "budgets"]
 
@@ -63,10 +64,11 @@ class BeforeTraining(DenseOnly, MaskedCallback):
 
     def choose_masks(self, probe: Probe) -> list[Tensor]:
         """Return the masks: round by round, down to the budget."""
-        chosen = [torch.ones_like(W, dtype=torch.bool, requires_grad=False) for W in probe.weights]
-        sizes = [mask.numel() for mask in chosen]
+        weights = self.units([self._weights[name] for name in probe.names])
+        outputs = [weight.outputs for weight in weights]
+        chosen = [torch.ones_like(weight.mask) for weight in weights]
+        sizes = [weight.size for weight in weights]
         final = budget(self.sparsity_target, sum(sizes))
-        weights = [self._weights[name] for name in probe.names]
         at_least = floors(weights, self.min_layer_density, final)
         for k in budgets(sum(sizes), final, self.num_rounds):
             scores = self.scores(probe)
@@ -76,16 +78,19 @@ class BeforeTraining(DenseOnly, MaskedCallback):
                         f"{self!r} got scores of {name} that are NaN or infinite. Check that the loss and its "
                         "gradients are finite at the start: input values, initial weights, precision."
                     )
+            scores = [_of_units(weight, score) for weight, score in zip(weights, scores, strict=True)]
             alike = [name for name, score in zip(probe.names, scores, strict=True) if select.all_equal(score)]
             warn_of_equal_scores(self, alike)
             ranked = [
                 select.first_of_rows(score, weight.nonempty, among)
                 for score, weight, among in zip(scores, weights, chosen, strict=True)
             ]
-            chosen = select.global_top_k(ranked, k, chosen, at_least)
-            for W, mask in zip(probe.weights, chosen, strict=True):
+            counts = self.pattern.count_global_top_k(ranked, outputs, k, chosen, at_least)
+            each = zip(ranked, outputs, counts, chosen, strict=True)
+            chosen = [self.pattern.top_k(score, where, n, among) for score, where, n, among in each]
+            for W, mask in zip(probe.weights, _of_weights(weights, chosen), strict=True):
                 select.zero_outside_(W.data, mask)
-        return chosen
+        return _of_weights(weights, chosen)
 
     # ------------------------------------------------------------------ when
 
@@ -127,6 +132,7 @@ class BeforeTraining(DenseOnly, MaskedCallback):
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Leave all weights active until there are scores."""
+        weights = self.units(weights)
         floors(weights, self.min_layer_density, budget(self.sparsity_target, sum(weight.size for weight in weights)))
         self._scored = False
 
@@ -138,6 +144,17 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         """Take up a state."""
         super().load_state_dict(state_dict)
         self._scored = state_dict["scored"]
+
+
+def _of_units(weight: Weight, scores: Tensor) -> Tensor:
+    """Return the scores of units: the means of those of their members."""
+    return weight.tiles.means(scores) if isinstance(weight, Units) else scores
+
+
+def _of_weights(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return the masks of weights, of which ``masks`` says which units are active."""
+    each = zip(weights, masks, strict=True)
+    return [weight.tiles.whole(mask) if isinstance(weight, Units) else mask for weight, mask in each]
 
 
 def budgets(size: int, k: int, rounds: int) -> list[int]:

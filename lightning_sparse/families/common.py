@@ -11,6 +11,7 @@ __all__ = [
     "DISTRIBUTION",
     "FINAL_SPARSITY",
     "MIN_LAYER_DENSITY",
+    "PATTERN",
     "PRUNING_SCOPE",
     "SCALE_INIT",
     "SCOPE",
@@ -29,6 +30,12 @@ DISTRIBUTION = (
     "or a density for each glob pattern on parameter names."
 )
 MIN_LAYER_DENSITY = "no layer falls below this density."
+PATTERN = (
+    'which connections go together. ``"unstructured"``: each by itself; ``"N:M"``, such as ``"2:4"``: at most N of '
+    "every M neighbouring inputs of an output (input channels of a convolution, at each place of its kernel); "
+    '``"block:RxC"``: blocks of R outputs by C inputs, whole or absent; ``"row"``: all inputs of an output. With '
+    "blocks and rows, ``sparsity`` and the other shares count these. Weights that cannot be divided so stay dense."
+)
 SCALE_INIT = (
     "scale the weights of a network made anew to the connections that are left. Without it activations shrink from "
     "layer to layer, and short trainings stay far behind."
