@@ -128,12 +128,9 @@ class MaskedCallback(Stored, SparseCallback):
                 f"sparsity must be at least {1 - density:.6g} with {name}, got {self.sparsity_target!r}: no more than "
                 f"{density:.6g} of the connections fit. Raise it, or give another pattern."
             )
-        dense = (
-            {key: d for key, d in self.distribution.items() if d > density}
-            if isinstance(self.distribution, Mapping)
-            else {}
-        )
-        if dense or self.distribution == "uniform_first_dense" or self.min_layer_density > density:
+        given = self.distribution.values() if isinstance(self.distribution, Mapping) else ()
+        dense = self.distribution == "uniform_first_dense" or any(each > density for each in given)
+        if dense or self.min_layer_density > density:
             raise ValueError(
                 f"distribution and min_layer_density must give no layer a density above {density:.6g} with {name}, got "
                 f"{self.distribution!r} and {self.min_layer_density!r}. Leave layers that are to be dense out with "
@@ -398,7 +395,22 @@ class MaskedCallback(Stored, SparseCallback):
                 f"{self!r} has {after} active weights after moving connections, not "
                 f"{before if planned is None else planned}. Please report this."
             )
+        self._refuse_broken_pattern(weights)
         return versions != [weight.mask_version for weight in weights]
+
+    def _refuse_broken_pattern(self, weights: Sequence[Weight]) -> None:
+        """Raise if groups have more than N connections, unless the weight still has more than fit into all of them.
+
+        Blocks and rows cannot be broken: a method sees nothing else.
+        """
+        for weight in weights if self.pattern.density < 1 else ():
+            within = weight.num_active <= self.pattern.capacity(weight)
+            if within and not self.pattern.fits(weight.mask, weight.outputs):
+                raise RuntimeError(
+                    f"{self!r} has moved connections of {weight.name} so that they have no pattern any more. In a "
+                    "method of your own, let self.pattern choose what is dropped and grown, or name N:M in "
+                    "unfit_patterns."
+                )
 
     # ------------------------------------------------------------------ copies
 
