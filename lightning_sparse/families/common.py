@@ -1,11 +1,13 @@
 """What the arguments that several families take are, and which values they may have."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
 from lightning_sparse.compat import checks
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import DISTRIBUTIONS, Distribution
+from lightning_sparse.rules.patterns import Pattern
 
 __all__ = [
     "DISTRIBUTION",
@@ -21,6 +23,7 @@ __all__ = [
     "check_interval",
     "check_min_layer_density",
     "check_sparsity",
+    "leave_misfits",
 ]
 
 SPARSITY = "share of zeros over all selected weights, in [0, 1)."
@@ -72,3 +75,12 @@ def check_distribution(distribution: Distribution | Mapping[str, float]) -> None
         )
     for pattern, density in distribution.items():
         checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)
+
+
+def leave_misfits(choices: Sequence[ParameterChoice], pattern: Pattern, name: str) -> list[ParameterChoice]:
+    """Leave the weights dense that cannot have a pattern, which the table calls by this ``name``."""
+    for choice in choices:
+        if choice.reason is None:
+            misfit = pattern.misfit(choice.shape, choice.outputs, choice.nonempty)
+            choice.reason = f"{name}: {misfit}" if misfit else None
+    return list(choices)

@@ -28,6 +28,7 @@ from lightning_sparse.families.common import (
     check_distribution,
     check_min_layer_density,
     check_sparsity,
+    leave_misfits,
 )
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import patterns
@@ -219,12 +220,7 @@ class MaskedCallback(Stored, SparseCallback):
 
     def choices_in(self, module: nn.Module) -> list[ParameterChoice]:
         """Leave weights dense that cannot have the pattern."""
-        choices = super().choices_in(module)
-        for choice in choices:
-            if choice.reason is None:
-                misfit = self.pattern.misfit(choice.shape, choice.outputs, choice.nonempty)
-                choice.reason = f"{self.pattern_name}: {misfit}" if misfit else None
-        return choices
+        return leave_misfits(super().choices_in(module), self.pattern, self.pattern_name)
 
     # ------------------------------------------------------------------ verbs
 

@@ -23,6 +23,14 @@ from lightning_sparse.rules.tiles import Tiles
 __all__ = ["UNSTRUCTURED", "Blocks", "NOfM", "Pattern", "Unstructured", "check_pattern", "first_of_rows", "named"]
 
 
+class Sized(Protocol):
+    """What a capacity depends on."""
+
+    @property
+    def size(self) -> int:
+        """Number of connections there might be."""
+
+
 class Pattern(Protocol):
     """What a pattern decides; connections are flat positions, ascending unless said otherwise."""
 
@@ -43,7 +51,7 @@ class Pattern(Protocol):
     def fits(self, mask: Tensor, outputs: Outputs) -> bool:
         """Tell whether a mask is one of the pattern."""
 
-    def capacity(self, weight: Connections) -> int:
+    def capacity(self, weight: Sized) -> int:
         """Return how many connections a weight has at most."""
 
     def draw(
@@ -108,7 +116,7 @@ class Unstructured:
         """Any mask will do."""
         return True
 
-    def capacity(self, weight: Connections) -> int:
+    def capacity(self, weight: Sized) -> int:
         """Return the size of the weight."""
         return weight.size
 
@@ -217,7 +225,7 @@ class NOfM(Unstructured):
         """Tell whether no group has more than ``n``."""
         return bool((Tiles(tuple(mask.shape), outputs, 1, self.m).sums(mask) <= self.n).all())
 
-    def capacity(self, weight: Connections) -> int:
+    def capacity(self, weight: Sized) -> int:
         """Return ``N / M`` of the size of the weight."""
         return weight.size // self.m * self.n
 
