@@ -26,6 +26,8 @@ from lightning_sparse import (
     SET,
     SNFS,
     SNIP,
+    SRSTE,
+    SSTE,
     STR,
     SWAT,
     AutoSparse,
@@ -83,6 +85,8 @@ MASKED: dict[str, Callable] = {
 SETTINGS: dict[str, Callable] = {**LATENT, **MASKED}
 # Methods that divide the epochs of a fit, here three.
 ROUNDS: dict[str, Callable] = {"LotteryTicket": lambda **kw: LotteryTicket(**{"sparsity": 0.8, "rounds": 2, **kw})}
+# Methods whose sparsity is that of their pattern, here half of the weights.
+N_OF_M: dict[str, Callable] = {"SRSTE": lambda **kw: SRSTE(**kw), "SSTE": lambda **kw: SSTE(**kw)}
 
 
 class Representatives(NamedTuple):
