@@ -5,7 +5,7 @@ import warnings
 
 import lightning.pytorch as pl
 import torch
-from helpers import HOOKED, N_OF_M, REPRESENTATIVES, ROUNDS, SETTINGS, Lit, data, mlp, state, trainer
+from helpers import HOOKED, REPRESENTATIVES, ROUNDS, SETTINGS, Lit, data, mlp, state, trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.optim.lr_scheduler import StepLR
@@ -18,11 +18,8 @@ TARGETS = {
     "DFBST with a target": lambda: DFBST(sparsity=0.8, beta=0.5, min_layer_density=0.05),
     "STR with a target": lambda: STR(sparsity=0.8),
 }
-PATTERNS = {
-    "RigL 1:2": lambda: SETTINGS["RigL"](pattern="1:2"),
-    "SET blocks": lambda: SETTINGS["SET"](pattern="block:2x2"),
-}
-METHODS = {**SETTINGS, **ROUNDS, **TARGETS, **PATTERNS, **N_OF_M}
+PATTERNS = {"RigL 1:2": lambda: SETTINGS["RigL"](pattern="1:2")}
+METHODS = {**SETTINGS, **ROUNDS, **TARGETS, **PATTERNS}
 ACCUMULATED = (*REPRESENTATIVES, *HOOKED, *ROUNDS, *TARGETS)
 
 
