@@ -75,8 +75,8 @@ class SSTE(NOfMCallback):
 
     def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
         """Write ``beta sign(W) max(|W| - t, 0)``."""
-        torch.abs(W, out=out)
-        out.sub_(weight.matrix(weight.buffers["t"])).clamp_(min=0).mul_(W.sign()).mul_(self._betas.get(weight.name, 1.0))
+        t, beta = weight.matrix(weight.buffers["t"]), self._betas.get(weight.name, 1.0)
+        torch.abs(W, out=out).sub_(t).clamp_(min=0).mul_(W.sign()).mul_(beta)
 
     def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
         """``dW = dP``, straight through."""
