@@ -24,6 +24,8 @@ from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.set import SET
 from lightning_sparse.methods.snfs import SNFS
 from lightning_sparse.methods.snip import SNIP
+from lightning_sparse.methods.srste import SRSTE
+from lightning_sparse.methods.sste import SSTE
 from lightning_sparse.methods.str import STR
 from lightning_sparse.methods.swat import SWAT
 from lightning_sparse.methods.synflow import SynFlow
@@ -48,6 +50,8 @@ __all__ = [
     "SET",
     "SNFS",
     "SNIP",
+    "SRSTE",
+    "SSTE",
     "STR",
     "SWAT",
     "Attached",

@@ -28,6 +28,8 @@ from lightning_sparse import (
     SET,
     SNFS,
     SNIP,
+    SRSTE,
+    SSTE,
     STR,
     SWAT,
     AutoSparse,
@@ -91,6 +93,8 @@ ROUNDS: dict[str, Callable] = {
     "LotteryTicket": lambda **kw: LotteryTicket(**{"sparsity": 0.8, "rounds": 2, **kw}),
     "ACDC": lambda **kw: ACDC(**{"sparsity": 0.8, **kw}),
 }
+# Methods whose sparsity is that of their pattern, here half of the weights.
+N_OF_M: dict[str, Callable] = {"SRSTE": lambda **kw: SRSTE(**kw), "SSTE": lambda **kw: SSTE(**kw)}
 
 
 class Representatives(NamedTuple):

@@ -18,7 +18,8 @@ TARGETS = {
     "DFBST with a target": lambda: DFBST(sparsity=0.8, beta=0.5, min_layer_density=0.05),
     "STR with a target": lambda: STR(sparsity=0.8),
 }
-METHODS = {**SETTINGS, **ROUNDS, **TARGETS}
+PATTERNS = {"RigL 1:2": lambda: SETTINGS["RigL"](pattern="1:2")}
+METHODS = {**SETTINGS, **ROUNDS, **TARGETS, **PATTERNS}
 ACCUMULATED = (*REPRESENTATIVES, *HOOKED, *ROUNDS, *TARGETS)
 
 

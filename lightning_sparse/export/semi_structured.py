@@ -27,7 +27,7 @@ def to_semi_structured(module: nn.Module) -> nn.Module:
     """Return a copy of ``module`` for inference whose linear layers of 2:4 pattern use the GPU's sparse tensor cores.
 
     Layers of another pattern stay dense, as do those of sizes that torch's kernels do not take (out a multiple of 32,
-    in of 64). The methods of this package do not make the pattern by themselves. ``module`` is not changed.
+    in of 64). Methods with masks make the pattern with ``pattern="2:4"``. ``module`` is not changed.
 
     Args:
         module: on a CUDA device of compute capability 8.0 or more, in float16 or bfloat16.

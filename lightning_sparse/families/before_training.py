@@ -20,8 +20,9 @@ from lightning_sparse.rules.budgets import Distribution, budget
 from lightning_sparse.trainer.guards import warn_of_equal_scores
 from lightning_sparse.trainer.probe import Probe, probing
 from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.units import Units
 
-__all__ = ["BeforeTraining", "budgets"]
+__all__ = ["BeforeTraining", "budgets", "of_units", "of_weights"]
 
 
 class BeforeTraining(DenseOnly, MaskedCallback):
@@ -68,21 +69,25 @@ class BeforeTraining(DenseOnly, MaskedCallback):
 
     def choose_masks(self, probe: Probe) -> list[Tensor]:
         """Return the masks: round by round, down to the budget."""
-        chosen = [torch.ones_like(W, dtype=torch.bool, requires_grad=False) for W in probe.weights]
-        sizes = [mask.numel() for mask in chosen]
+        weights = self.units([self._weights[name] for name in probe.names])
+        outputs = [weight.outputs for weight in weights]
+        chosen = [torch.ones_like(weight.mask) for weight in weights]
+        sizes = [weight.size for weight in weights]
         final = budget(self.sparsity_target, sum(sizes))
-        weights = [self._weights[name] for name in probe.names]
         at_least = floors(weights, self.min_layer_density, final)
         for k in budgets(sum(sizes), final, self.num_rounds):
             scores = self.finite_scores(probe)
+            scores = [of_units(weight, score) for weight, score in zip(weights, scores, strict=True)]
             ranked = [
                 select.first_of_rows(score, weight.nonempty, among)
                 for score, weight, among in zip(scores, weights, chosen, strict=True)
             ]
-            chosen = select.global_top_k(ranked, k, chosen, at_least)
-            for W, mask in zip(probe.weights, chosen, strict=True):
+            counts = self.pattern.count_global_top_k(ranked, outputs, k, chosen, at_least)
+            each = zip(ranked, outputs, counts, chosen, strict=True)
+            chosen = [self.pattern.top_k(score, where, n, among) for score, where, n, among in each]
+            for W, mask in zip(probe.weights, of_weights(weights, chosen), strict=True):
                 select.zero_outside_(W.data, mask)
-        return chosen
+        return of_weights(weights, chosen)
 
     def finite_scores(self, probe: Probe) -> list[Tensor]:
         """Return the scores; raise if some are not finite, and warn if a weight's are all equal."""
@@ -137,6 +142,7 @@ class BeforeTraining(DenseOnly, MaskedCallback):
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Leave all weights active until there are scores."""
+        weights = self.units(weights)
         floors(weights, self.min_layer_density, budget(self.sparsity_target, sum(weight.size for weight in weights)))
         self._scored = False
 
@@ -148,6 +154,17 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         """Take up a state."""
         super().load_state_dict(state_dict)
         self._scored = state_dict["scored"]
+
+
+def of_units(weight: Weight, scores: Tensor) -> Tensor:
+    """Return the scores of units: the means of those of their members."""
+    return weight.tiles.means(scores) if isinstance(weight, Units) else scores
+
+
+def of_weights(weights: Sequence[Weight], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return the masks of weights, of which ``masks`` says which units are active."""
+    each = zip(weights, masks, strict=True)
+    return [weight.tiles.whole(mask) if isinstance(weight, Units) else mask for weight, mask in each]
 
 
 def budgets(size: int, k: int, rounds: int) -> list[int]:

@@ -1,16 +1,19 @@
 """What the arguments that several families take are, and which values they may have."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
 from lightning_sparse.compat import checks
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import DISTRIBUTIONS, Distribution
+from lightning_sparse.rules.patterns import Pattern
 
 __all__ = [
     "DISTRIBUTION",
     "FINAL_SPARSITY",
     "MIN_LAYER_DENSITY",
+    "PATTERN",
     "PRUNING_SCOPE",
     "SCALE_INIT",
     "SCOPE",
@@ -20,6 +23,7 @@ __all__ = [
     "check_interval",
     "check_min_layer_density",
     "check_sparsity",
+    "leave_misfits",
 ]
 
 SPARSITY = "share of zeros over all selected weights, in [0, 1)."
@@ -29,6 +33,12 @@ DISTRIBUTION = (
     "or a density for each glob pattern on parameter names."
 )
 MIN_LAYER_DENSITY = "no layer falls below this density."
+PATTERN = (
+    'which connections go together. ``"unstructured"``: each by itself; ``"N:M"``, such as ``"2:4"``: at most N of '
+    "every M neighbouring inputs of an output (input channels of a convolution, at each place of its kernel); "
+    '``"block:RxC"``: blocks of R outputs by C inputs, whole or absent; ``"row"``: all inputs of an output. With '
+    "blocks and rows, ``sparsity`` and the other shares count these. Weights that cannot be divided so stay dense."
+)
 SCALE_INIT = (
     "scale the weights of a network made anew to the connections that are left. Without it activations shrink from "
     "layer to layer, and short trainings stay far behind."
@@ -65,3 +75,12 @@ def check_distribution(distribution: Distribution | Mapping[str, float]) -> None
         )
     for pattern, density in distribution.items():
         checks.fraction(f"It is the density of the weights {pattern!r}.", distribution=density)
+
+
+def leave_misfits(choices: Sequence[ParameterChoice], pattern: Pattern, name: str) -> list[ParameterChoice]:
+    """Leave the weights dense that cannot have a pattern, which the table calls by this ``name``."""
+    for choice in choices:
+        if choice.reason is None:
+            misfit = pattern.misfit(choice.shape, choice.outputs, choice.nonempty)
+            choice.reason = f"{name}: {misfit}" if misfit else None
+    return list(choices)

@@ -1,6 +1,6 @@
 """Exploring: methods that tell how many of the connections have been active at any time."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -45,15 +45,15 @@ class Exploring(MaskedCallback):
         """Take the weights over, and forget those of an earlier fit."""
         super().attach(choices, optimizers, resumed)
         self.explored.keep(self._weights)
-        self._explore(weight for name, weight in self._weights.items() if name not in self.explored.bits)
+        self._explore([weight for name, weight in self._weights.items() if name not in self.explored.bits])
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Begin with the first connections."""
         super().initial_masks(weights)
         self._explore(weights)
 
-    def _explore(self, weights: Iterable[Weight]) -> None:
-        for weight in weights:
+    def _explore(self, weights: Sequence[Weight]) -> None:
+        for weight in self.units(weights):
             self.explored.start(weight.name, weight.active_indices.cpu(), weight.size)
             weight.forget_indices()
 

@@ -88,7 +88,7 @@ class GradualPruning(DenseOnly, MaskedCallback):
         super().on_train_start(trainer, pl_module)
         refuse_unknown_length(self, self.total_steps, f"of which it prunes in the first {self.end_at:.0%}")
         for group in self._groups:
-            floors(group.weights, self.min_layer_density, self.final(group))
+            floors(self.units(group.weights), self.min_layer_density, self.final(group))
         ticks = [tick for tick in self.clock.ticks(int(self.total_steps) - 1) if tick <= self.span()[1]]
         rank_zero_info(
             f"{self!r} prunes {len(ticks)} times, every {self.every} steps from step {ticks[0]} to {ticks[-1]}, "
@@ -128,7 +128,7 @@ class GradualPruning(DenseOnly, MaskedCallback):
         super().attach_added(choices, optimizer)
         group = self._groups.of(optimizer)
         group.due = True
-        new = sum(self._weights[choice.name].num_active for choice in choices)
+        new = sum(weight.num_active for weight in self.units([self._weights[choice.name] for choice in choices]))
         group.values |= {key: group.values[key] + new for key in ("start", "asked") if key in group.values}
 
     # ------------------------------------------------------------------ how many
@@ -139,10 +139,14 @@ class GradualPruning(DenseOnly, MaskedCallback):
         if self.scope == "global":
             return {}
         counts: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for group in self._groups:
-            ends = magnitude.final_counts(group.weights, self.final(group), self.distribution, self.min_layer_density)
-            counts |= ends
-        return {name: count / self._weights[name].size for name, count in counts.items()}
+            weights = self.units(group.weights)
+            sizes |= {weight.name: weight.size for weight in weights}
+            counts |= magnitude.final_counts(
+                weights, self.pattern, self.final(group), self.distribution, self.min_layer_density
+            )
+        return {name: count / sizes[name] for name, count in counts.items()}
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Choose the masks of each optimizer's weights by themselves, as their schedule will go on."""
@@ -156,9 +160,12 @@ class GradualPruning(DenseOnly, MaskedCallback):
     def refuse_number(self, weights: Sequence[Weight]) -> None:
         """Raise unless there are zeros, if they are to be kept, and each layer has its least density."""
         starts.refuse_found(self, weights)
+        if self.pattern.density == 1:  # or it may come about on the way
+            starts.refuse_other_pattern(self, weights)
 
     def _refuse_too_sparse(self, weights: Sequence[Weight]) -> None:
         """Raise if there are fewer connections than the schedule ends with."""
+        weights = self.units(weights)
         active, final = sum(w.num_active for w in weights), budget(self.sparsity_target, sum(w.size for w in weights))
         if active < final:
             raise MisconfigurationException(
@@ -167,14 +174,14 @@ class GradualPruning(DenseOnly, MaskedCallback):
             )
 
     def final(self, group: WeightGroup) -> int:
-        """Return the number of connections at the end of the schedule."""
-        return budget(self.sparsity_target, group.size)
+        """Return the number of connections, or of units of the pattern, at the end of the schedule."""
+        return budget(self.sparsity_target, sum(weight.size for weight in self.units(group.weights)))
 
     def plan(self, group: WeightGroup) -> None:
         """Note the number of connections that the schedule leaves now, and at the first move where it began."""
         first, last = self.span()
         final = self.final(group)
-        start = group.values.setdefault("start", group.num_active)
+        start = group.values.setdefault("start", self.num_active(group))
         progress = (group.step - first) / (last - first) if last > first else 1.0
         now = final + round((start - final) * cubic(progress))
         group.values["asked"] = min(now, group.values.get("asked", start))  # a run may be resumed with more epochs
@@ -186,15 +193,16 @@ class GradualPruning(DenseOnly, MaskedCallback):
     def prune(self, group: WeightGroup) -> None:
         """Keep as many of the largest ``|W|`` as the schedule says; see ``magnitude.prune``."""
         total, final = self.target_count(group), self.final(group)
-        magnitude.prune(group.weights, total, final, self.scope, self.distribution, self.min_layer_density)
+        weights = self.units(group.weights)
+        magnitude.prune(weights, self.pattern, total, final, self.scope, self.distribution, self.min_layer_density)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before its schedule."""
         super().on_train_end(trainer, pl_module)
         for group in self._groups:
-            if group.num_active <= self.final(group):
+            if self.num_active(group) <= self.final(group):
                 continue
-            counts = f"{self!r} has {group.num_active} active weights, not {self.final(group)}:"
+            counts = f"{self!r} has {self.num_active(group)} active weights, not {self.final(group)}:"
             if group.halted_by:
                 self.warn_once(f"{counts} gradients of {listed(group.halted_by)} were not finite. {REMEDY}")
             else:

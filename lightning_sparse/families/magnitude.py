@@ -4,17 +4,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lightning_sparse.families.shares import layer_counts, least
+from lightning_sparse.families.shares import least, unit_counts
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, shrunk
+from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.weights.base import Weight
-from lightning_sparse.weights.masked import dense
+from lightning_sparse.weights.masked import MaskedWeight
+from lightning_sparse.weights.units import Units
 
 __all__ = ["final_counts", "prune"]
 
 
 def prune(
     weights: Sequence[Weight],
+    pattern: Pattern,
     total: int,
     final: int,
     scope: Scope,
@@ -24,7 +27,8 @@ def prune(
     """Keep the connections of largest ``|W|``, exactly ``total`` of all weights.
 
     Args:
-        weights: of one optimizer; dense parameters.
+        weights: of one optimizer; dense parameters, or views of them with the units of a pattern.
+        pattern: which connections go together.
         total: how many to keep now.
         final: how many the last pruning keeps.
         scope: the largest of all weights (``"global"``), or as many of each ``"layer"`` as go from what it has to its
@@ -32,28 +36,30 @@ def prune(
         distribution: under ``scope="layer"``, how ``final`` is divided; see ``MaskedCallback``.
         min_layer_density: no weight falls below this density.
     """
-    held = dense(weights)
+    held = [weight for weight in weights if isinstance(weight, (MaskedWeight, Units))]
     if scope == "global":
-        counts = select.count_global_top_k(
+        counts = pattern.count_global_top_k(
             [weight.W for weight in held],
+            [weight.outputs for weight in held],
             total,
             [weight.mask for weight in held],
             [least(weight, min_layer_density) for weight in weights],
             score=torch.abs,
         )
     else:
-        ends = final_counts(weights, final, distribution, min_layer_density)
+        ends = final_counts(weights, pattern, final, distribution, min_layer_density)
         counts = shrunk([weight.num_active for weight in held], list(ends.values()), total)
     for weight, count in zip(held, counts, strict=True):
         magnitudes = select.first_of_rows(weight.W.abs(), weight.nonempty, among=weight.mask)
-        weight.keep(select.top_k(magnitudes, count, among=weight.mask))
+        weight.keep(pattern.top_k(magnitudes, weight.outputs, count, among=weight.mask))
 
 
 def final_counts(
     weights: Sequence[Weight],
+    pattern: Pattern,
     final: int,
     distribution: Distribution | Mapping[str, float],
     min_layer_density: float,
 ) -> dict[str, int]:
     """Return how many connections each layer has in the end under ``scope="layer"``; arguments as of ``prune``."""
-    return layer_counts(weights, distribution, final, min_layer_density)
+    return unit_counts(weights, pattern, distribution, final, min_layer_density)

@@ -8,10 +8,10 @@ at a step whose gradients are whole and averaged over processes, so all processe
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
@@ -22,13 +22,16 @@ from lightning_sparse.families import starts
 from lightning_sparse.families.common import (
     DISTRIBUTION,
     MIN_LAYER_DENSITY,
+    PATTERN,
     SCALE_INIT,
     SPARSITY,
     check_distribution,
     check_min_layer_density,
     check_sparsity,
+    leave_misfits,
 )
 from lightning_sparse.layers.selection import ParameterChoice
+from lightning_sparse.rules import patterns
 from lightning_sparse.rules.budgets import Distribution
 from lightning_sparse.rules.patterns import UNSTRUCTURED
 from lightning_sparse.storage import STORES
@@ -45,6 +48,7 @@ from lightning_sparse.trainer.guards import (
 )
 from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
+from lightning_sparse.weights.units import units
 
 __all__ = ["DenseOnly", "MaskedCallback"]
 
@@ -56,6 +60,7 @@ class MaskedCallback(Stored, SparseCallback):
     initial: str = option(default="random", check=starts.check_initial, doc=starts.INITIAL)
     distribution: Distribution | Mapping[str, float] = option(default="erk", check=check_distribution, doc=DISTRIBUTION)
     min_layer_density: float = option(default=0.0, check=check_min_layer_density, doc=MIN_LAYER_DENSITY)
+    pattern_name: str = option(default="unstructured", alias="pattern", check=patterns.check_pattern, doc=PATTERN)
     scale_init: bool = option(
         default=True,
         doc=f"{SCALE_INIT} Each neuron's weights are multiplied by the square root of its fan-in over its number of "
@@ -80,6 +85,11 @@ class MaskedCallback(Stored, SparseCallback):
     #: what the units of sparsity are
     pattern = UNSTRUCTURED
 
+    #: kinds of patterns that the method cannot have, and why
+    unfit_patterns: ClassVar[Mapping[str, str]] = {}
+
+    must_stay: ClassVar[Sequence[str]] = ("pattern",)
+
     #: the step at which connections are moved applies no update of the optimizer
     skips_update = False
 
@@ -88,6 +98,7 @@ class MaskedCallback(Stored, SparseCallback):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.initial = os.fspath(self.initial)
+        self._take_pattern()
         if self.sparsity_target is None and not starts.start(self.initial).knows_number:
             raise ValueError(
                 f"sparsity must be a number from 0 to 1 with initial={self.initial!r}, got None. Only initial='zeros' "
@@ -98,6 +109,34 @@ class MaskedCallback(Stored, SparseCallback):
         self._weights: dict[str, Weight] = {}
         self._groups = WeightGroups()
         self._epoch = 0
+
+    def _take_pattern(self) -> None:
+        """Take the pattern of ``pattern_name``, and for ``sparsity=None`` the sparsity that N:M has.
+
+        Raises:
+            ValueError: the method cannot have it, or the other arguments ask for more connections than it allows.
+        """
+        self.pattern = pattern = patterns.named(self.pattern_name)
+        name, density = f"pattern={self.pattern_name!r}", pattern.density
+        if pattern.kind in self.unfit_patterns:
+            raise ValueError(f"{type(self).__name__} cannot have {name}: {self.unfit_patterns[pattern.kind]}")
+        if density == 1:
+            return
+        if self.sparsity_target is None:
+            self.sparsity_target = None if starts.start(self.initial).knows_number else 1 - density
+        elif self.sparsity_target < 1 - density - 1e-9:
+            raise ValueError(
+                f"sparsity must be at least {1 - density:.6g} with {name}, got {self.sparsity_target!r}: no more than "
+                f"{density:.6g} of the connections fit. Raise it, or give another pattern."
+            )
+        given = self.distribution.values() if isinstance(self.distribution, Mapping) else ()
+        dense = self.distribution == "uniform_first_dense" or any(each > density for each in given)
+        if dense or self.min_layer_density > density:
+            raise ValueError(
+                f"distribution and min_layer_density must give no layer a density above {density:.6g} with {name}, got "
+                f"{self.distribution!r} and {self.min_layer_density!r}. Leave layers that are to be dense out with "
+                "exclude."
+            )
 
     # ------------------------------------------------------------------ what a method defines
 
@@ -125,10 +164,13 @@ class MaskedCallback(Stored, SparseCallback):
         """Note what a move is about to do, in ``group.values``."""
 
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
-        """Move connections with ``Weight.rewire``; the gradients are dense, finite and times ``scale``."""
+        """Move connections, or units of the pattern, with ``Weight.rewire``.
+
+        Gradients are dense, finite and times ``scale``.
+        """
 
     def target_count(self, group: WeightGroup) -> int | None:
-        """Return how many connections the weights of ``group`` have after a move; None: as many as before."""
+        """Return how many units the weights of ``group`` have after a move; None: as many as before."""
         return None
 
     def updated(self, weights: Sequence[Weight]) -> None:
@@ -165,6 +207,20 @@ class MaskedCallback(Stored, SparseCallback):
         else:
             self._weights = loaded
         super().load_state_dict(state_dict)
+
+    # ------------------------------------------------------------------ units
+
+    def units(self, weights: Sequence[Weight]) -> list[Weight]:
+        """Return weights whose connections are the units of the pattern: blocks, rows, or the connections there are."""
+        return units(weights, self.pattern)
+
+    def num_active(self, group: WeightGroup) -> int:
+        """Return how many units of a group are active."""
+        return sum(weight.num_active for weight in self.units(group.weights))
+
+    def choices_in(self, module: nn.Module) -> list[ParameterChoice]:
+        """Leave weights dense that cannot have the pattern."""
+        return leave_misfits(super().choices_in(module), self.pattern, self.pattern_name)
 
     # ------------------------------------------------------------------ verbs
 
@@ -214,6 +270,7 @@ class MaskedCallback(Stored, SparseCallback):
 
     def refuse_number(self, weights: Sequence[Weight]) -> None:  # noqa: D102
         starts.refuse_found(self, weights)
+        starts.refuse_other_pattern(self, weights)
         starts.refuse_other_number(self, weights, self.sparsity_target, self.surplus)
 
     def refuse_made_sparse(self, names: Sequence[str]) -> None:  # noqa: D102
@@ -322,19 +379,34 @@ class MaskedCallback(Stored, SparseCallback):
     def _move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> bool:
         """Move connections, make sure that their number is the planned one, and tell whether any moved."""
         self.store.before_move(weights)
-        versions, before = [weight.mask_version for weight in weights], group.num_active
+        versions, before = [weight.mask_version for weight in weights], self.num_active(group)
         by_gradient = self.dense_gradient_to_move
         alike = [weight.name for weight in weights if weight.alike or (by_gradient and weight.gradients_alike)]
         warn_of_equal_scores(self, alike)
         self.plan(group)
-        self.move(weights, group, scale)
-        planned, after = self.target_count(group), group.num_active
+        self.move(self.units(weights), group, scale)
+        planned, after = self.target_count(group), self.num_active(group)
         if after != (before if planned is None else planned):
             raise RuntimeError(
                 f"{self!r} has {after} active weights after moving connections, not "
                 f"{before if planned is None else planned}. Please report this."
             )
+        self._refuse_broken_pattern(weights)
         return versions != [weight.mask_version for weight in weights]
+
+    def _refuse_broken_pattern(self, weights: Sequence[Weight]) -> None:
+        """Raise if groups have more than N connections, unless the weight still has more than fit into all of them.
+
+        Blocks and rows cannot be broken: a method sees nothing else.
+        """
+        for weight in weights if self.pattern.density < 1 else ():
+            within = weight.num_active <= self.pattern.capacity(weight)
+            if within and not self.pattern.fits(weight.mask, weight.outputs):
+                raise RuntimeError(
+                    f"{self!r} has moved connections of {weight.name} so that they have no pattern any more. In a "
+                    "method of your own, let self.pattern choose what is dropped and grown, or name N:M in "
+                    "unfit_patterns."
+                )
 
     # ------------------------------------------------------------------ copies
 

@@ -6,9 +6,10 @@ from typing import Protocol
 from lightning_sparse.rules import budgets
 from lightning_sparse.rules.budgets import Distribution, Stack, apportion
 from lightning_sparse.rules.matrices import Outputs
+from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.weights.base import Weight
 
-__all__ = ["droppable", "floors", "layer_counts", "least", "needed", "shared_out"]
+__all__ = ["droppable", "floors", "layer_counts", "least", "needed", "shared_out", "unit_counts"]
 
 
 class _Sized(Protocol):
@@ -52,9 +53,26 @@ def layer_counts(
     min_layer_density: float,
 ) -> dict[str, int]:
     """Divide ``total`` connections among weights, by name; see ``budgets.layer_counts``."""
-    shapes = {weight.name: Stack(weight.shape) if weight.outputs.stacked else weight.shape for weight in weights}
     rows = [_rows(weight) for weight in weights]
-    return budgets.layer_counts(distribution, shapes, total, min_layer_density, rows)
+    return budgets.layer_counts(distribution, _shapes(weights), total, min_layer_density, rows)
+
+
+def unit_counts(
+    weights: Sequence[Weight],
+    pattern: Pattern,
+    distribution: Distribution | Mapping[str, float],
+    total: int,
+    min_layer_density: float,
+) -> dict[str, int]:
+    """Divide ``total`` units of a pattern among weights, by name, so that layers have the densities of their shapes."""
+    shapes = _shapes([weight.whole for weight in weights])
+    rows, sizes = ([each(weight) for weight in weights] for each in (_rows, lambda weight: weight.size))
+    capacities = [pattern.capacity(weight) for weight in weights]
+    return budgets.layer_counts(distribution, shapes, total, min_layer_density, rows, sizes, capacities)
+
+
+def _shapes(weights: Sequence[_Sized]) -> dict[str, tuple[int, ...]]:
+    return {weight.name: Stack(weight.shape) if weight.outputs.stacked else weight.shape for weight in weights}
 
 
 def droppable(weights: Sequence[Weight], wanted: Sequence[int], min_layer_density: float) -> list[int]:

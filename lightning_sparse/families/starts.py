@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat.compiled import plain_name
 from lightning_sparse.compat.lightning import MisconfigurationException, rank_zero_info
-from lightning_sparse.families.shares import floors, layer_counts, least
+from lightning_sparse.families.shares import floors, least, unit_counts
 from lightning_sparse.layers.seen import behind_seen_norms
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, budget
@@ -32,6 +32,7 @@ __all__ = [
     "refuse_found",
     "refuse_made_sparse",
     "refuse_other_number",
+    "refuse_other_pattern",
     "start",
     "warn_of_trained",
 ]
@@ -57,16 +58,20 @@ class _Method(Protocol):
 
     initial: str
     pattern: Pattern
+    pattern_name: str
     distribution: Distribution | Mapping[str, float]
     min_layer_density: float
     generator: Generator
     scale_init: bool
     _fit: Fit
 
+    def units(self, weights: Sequence[Weight]) -> list[Weight]: ...
+
     def warn_once(self, message: str) -> None: ...
 
 
-#: the flat positions, ascending, of each weight's connections: as many in all as the sparsity, if given, leaves
+#: the flat positions, ascending, of each weight's connections (or units of the pattern), as many in all as the
+#: sparsity, if given, leaves
 Positions = Callable[[_Method, Sequence[Weight], float | None], Iterator[Tensor]]
 
 
@@ -77,7 +82,7 @@ class Start:
     Attributes:
         positions: chooses the connections.
         keeps_weights: the network is there already: its weights are chosen by what they are, and stay as they are.
-        knows_number: it finds how many connections there are; the sparsity may be None.
+        knows_number: it finds how many connections there are, not units of a pattern; the sparsity may be None.
     """
 
     positions: Positions
@@ -88,6 +93,7 @@ class Start:
 def begin(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> None:
     """Give weights their first connections, as ``method.initial`` says, as many as ``sparsity`` leaves to all."""
     first = start(method.initial)
+    weights = weights if first.knows_number else method.units(weights)
     for weight, positions in zip(weights, first.positions(method, weights, sparsity), strict=True):
         weight.start(positions, method.generator)
         if method.scale_init and not first.keeps_weights:
@@ -135,14 +141,14 @@ def _random(method: _Method, weights: Sequence[Weight], sparsity: float | None) 
     """Draw as many of each layer as the distribution gives; note which weights look trained."""
     for weight, n in zip(weights, _shares(method, weights, sparsity), strict=True):
         if sparsity:
-            method._fit.drawn[weight.name] = not weight.given.is_meta and looks_trained(weight.given)
-        yield method.pattern.draw(n, weight.shape, method.generator, weight.nonempty)
+            method._fit.drawn[weight.name] = _looks_trained(weight.whole)
+        yield method.pattern.draw(n, weight.shape, method.generator, weight.nonempty, weight.outputs)
 
 
 def _magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
     """Take the largest of each layer, as many as the distribution gives."""
     for weight, n in zip(weights, _shares(method, weights, sparsity), strict=True):
-        yield select.top_k_positions(select.first_of_rows(_finite(method, weight).abs(), weight.nonempty), n)
+        yield _largest(method, weight, _finite(method, weight), n)
 
 
 def _global_magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -151,9 +157,16 @@ def _global_magnitude(method: _Method, weights: Sequence[Weight], sparsity: floa
     given = [_finite(method, weight) for weight in weights]
     everywhere = [torch.ones_like(W, dtype=torch.bool) for W in given]
     at_least = floors(weights, method.min_layer_density, total)
-    counts = select.count_global_top_k(given, total, everywhere, at_least, score=torch.abs)
+    outputs = [weight.outputs for weight in weights]
+    counts = method.pattern.count_global_top_k(given, outputs, total, everywhere, at_least, torch.abs)
     for weight, W, n in zip(weights, given, counts, strict=True):
-        yield select.top_k_positions(select.first_of_rows(W.abs(), weight.nonempty), n)
+        yield _largest(method, weight, W, n)
+
+
+def _largest(method: _Method, weight: Weight, W: Tensor, n: int) -> Tensor:
+    """Return the positions of the ``n`` largest magnitudes of a weight that the pattern allows."""
+    scores = select.first_of_rows(W.abs(), weight.nonempty)
+    return select.positions(method.pattern.top_k(scores, weight.outputs, n))
 
 
 def _zeros(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -197,7 +210,12 @@ def _total(weights: Sequence[Weight], sparsity: float | None) -> int:
 def _shares(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> list[int]:
     """Return the number of connections of each weight."""
     total = _total(weights, sparsity)
-    return list(layer_counts(weights, method.distribution, total, method.min_layer_density).values())
+    counts = unit_counts(weights, method.pattern, method.distribution, total, method.min_layer_density)
+    return list(counts.values())
+
+
+def _looks_trained(weight: Weight) -> bool:
+    return not weight.given.is_meta and looks_trained(weight.given)
 
 
 def _given(method: _Method, weight: Weight) -> Tensor:
@@ -241,7 +259,7 @@ def refuse_found(method: _Method, weights: Sequence[Weight]) -> None:
             f"{method!r} must leave a connection in each row of {', '.join(empty)}, which is divided by its norm, as "
             "by weight_norm, but some begin with none: 0 / 0. Give another start, or leave it dense with exclude."
         )
-    below = [w.name for w in weights if w.num_active < least(w, method.min_layer_density)]
+    below = [w.name for w in method.units(weights) if w.num_active < least(w, method.min_layer_density)]
     if below:
         raise MisconfigurationException(
             f"{method!r} must leave every layer a density of min_layer_density={method.min_layer_density!r}, but "
@@ -256,6 +274,7 @@ def refuse_found(method: _Method, weights: Sequence[Weight]) -> None:
 
 def refuse_other_number(method: _Method, weights: Sequence[Weight], sparsity: float | None, surplus: int) -> None:
     """Raise unless the weights have just the connections that the sparsity, if given, leaves, and the ``surplus``."""
+    weights = method.units(weights)
     active = sum(weight.num_active for weight in weights)
     if sparsity is None or active == _total(weights, sparsity) + surplus:
         return
@@ -269,6 +288,19 @@ def refuse_other_number(method: _Method, weights: Sequence[Weight], sparsity: fl
         f"The weights of {method!r} have {active} connections, sparsity={sparsity!r} asks for "
         f"{_total(weights, sparsity) + surplus}. Give {remedy}."
     )
+
+
+def refuse_other_pattern(method: _Method, weights: Sequence[Weight]) -> None:
+    """Raise unless the connections of all weights have the pattern."""
+    if method.pattern.kind == "unstructured":
+        return
+    others = [weight.name for weight in weights if not method.pattern.fits(weight.mask, weight.outputs)]
+    if others:
+        raise MisconfigurationException(
+            f"{method!r} must have weights of pattern={method.pattern_name!r}, but those that it begins with in "
+            f"{', '.join(others)} are not. Give initial='magnitude' and a sparsity to choose others, or leave pattern "
+            "out."
+        )
 
 
 def refuse_made_sparse(method: _Method, names: Sequence[str]) -> None:

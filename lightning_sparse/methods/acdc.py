@@ -108,10 +108,12 @@ class ACDC(DenseOnly, MaskedCallback):
         """The density of each layer in a sparse phase, unless they compete."""
         if self.scope == "global":
             return {}
-        ends: dict[str, int] = {}
+        ends: dict[str, float] = {}
         for group in self._groups:
-            ends |= magnitude.final_counts(group.weights, self.final(group), self.distribution, self.min_layer_density)
-        return {name: count / self._weights[name].size for name, count in ends.items()}
+            weights, final = self.units(group.weights), self.final(group)
+            counts = magnitude.final_counts(weights, self.pattern, final, self.distribution, self.min_layer_density)
+            ends |= {weight.name: counts[weight.name] / weight.size for weight in weights}
+        return ends
 
     # ------------------------------------------------------------------ when
 
@@ -120,7 +122,7 @@ class ACDC(DenseOnly, MaskedCallback):
         super().on_train_start(trainer, pl_module)
         refuse_unknown_length(self, self.total_steps, "which it divides into phases")
         for group in self._groups:
-            floors(group.weights, self.min_layer_density, self.final(group))
+            floors(self.units(group.weights), self.min_layer_density, self.final(group))
         self._phases = self._divide(int(self.total_steps), epochs(trainer))
         rank_zero_info(
             f"{self!r} alternates: sparse and dense from steps {', '.join(map(str, self._phases.begins))} on in turn."
@@ -156,8 +158,8 @@ class ACDC(DenseOnly, MaskedCallback):
         """Begin dense, as all weights are."""
 
     def final(self, group: WeightGroup) -> int:
-        """Return the number of connections in a sparse phase."""
-        return budget(self.sparsity_target, group.size)
+        """Return the number of connections, or of units of the pattern, in a sparse phase."""
+        return budget(self.sparsity_target, self._size(group))
 
     def plan(self, group: WeightGroup) -> None:
         """Note which phase begins."""
@@ -165,8 +167,11 @@ class ACDC(DenseOnly, MaskedCallback):
             group.values["phase"] = self._phases.at(group.step)
 
     def target_count(self, group: WeightGroup) -> int:
-        """Return the number of connections in the phase that begins."""
-        return self.final(group) if self._phase(group) % 2 else group.size
+        """Return the number of connections, or of units, in the phase that begins."""
+        return self.final(group) if self._phase(group) % 2 else self._size(group)
+
+    def _size(self, group: WeightGroup) -> int:
+        return sum(weight.size for weight in self.units(group.weights))
 
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Prune the smallest ``|W|``, or bring all weights back; keep the network that is pruned for good."""
@@ -175,8 +180,8 @@ class ACDC(DenseOnly, MaskedCallback):
             return
         if self._phase(group) == self._phases.last and group.num_active == group.size:
             self._keep_dense(group)
-        total = self.final(group)
-        magnitude.prune(group.weights, total, total, self.scope, self.distribution, self.min_layer_density)
+        total, weights = self.final(group), self.units(group.weights)
+        magnitude.prune(weights, self.pattern, total, total, self.scope, self.distribution, self.min_layer_density)
 
     def _decompress(self, group: WeightGroup) -> None:
         """Bring back all weights, if some are pruned; momentum of before that is of no use."""

@@ -69,6 +69,7 @@ class CHT(DenseOnly, PruneAndGrow):
     )
 
     paper_update_every = None
+    unfit_patterns = dict.fromkeys(("N:M", "block", "row"), "paths predict single links. Use SET or RigL.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

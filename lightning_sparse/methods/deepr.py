@@ -59,6 +59,10 @@ class DeepR(DenseOnly, MaskedCallback):
     )
     scope: Scope = option(default="layer", doc='grow in the same ``"layer"``, or anywhere (``"global"``).')
 
+    unfit_patterns = dict.fromkeys(
+        ("N:M", "block", "row"), "a connection is dropped when its own weight changes its sign. Use SET or RigL."
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._stepping: set[str] = set()

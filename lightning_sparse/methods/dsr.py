@@ -69,6 +69,10 @@ class DSR(PruneAndGrow):
         "``update_every=100`` and ``stop_at=0.95``.",
     )
     resizes = True
+    unfit_patterns = dict.fromkeys(
+        ("N:M", "block", "row"),
+        "it drops each connection by itself, by one threshold of |W| for all layers. Use SET or RigL.",
+    )
 
     def __post_init__(self) -> None:
         """Hold the shares as a list, as a record of the run does."""

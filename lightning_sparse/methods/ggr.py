@@ -4,8 +4,9 @@ Section 3. Decisions: connections that were just dropped are not candidates for 
 goes by gradient; the step that moves connections applies its update, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -47,6 +48,10 @@ class GGR(PruneAndGrow):
 
     paper_update_every = None
     resizes = True
+    unfit_patterns: ClassVar[Mapping[str, str]] = {
+        "N:M": "its layers compete for connections before they drop any, so it cannot know which groups have room. Use "
+        "RigL or SET."
+    }
     dense_gradient_to_move = True
     new_value = 1e-10  # Sec. 3.3: active, though tiny
 

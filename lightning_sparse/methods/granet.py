@@ -6,8 +6,9 @@ at 0; the gradient is that of the step's own batch, and the optimizer's update i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
@@ -51,6 +52,10 @@ class GraNet(GradualPruning):
 
     paper_update_every = 1000
     dense_gradient_to_move = True
+    unfit_patterns: ClassVar[Mapping[str, str]] = {
+        "N:M": "it regenerates connections while groups still have more than N, and N:M says nothing of these. Use GMP "
+        "or RigL."
+    }
 
     @property
     def clock(self) -> Clock:

@@ -78,7 +78,7 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     scope: Scope = option(default="global", doc=PRUNING_SCOPE)
     distribution: Distribution | Mapping[str, float] = "uniform"
 
-    must_stay = ("rewind_step",)
+    must_stay = ("pattern", "rewind_step")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +115,8 @@ class LotteryTicket(DenseOnly, MaskedCallback):
         self._refuse_early_average(trainer)
         self._warn_of_long_schedules(trainer, pl_module)
         for group in self._groups:
-            floors(group.weights, self.min_layer_density, self.count(group.weights, self._rounds))
+            weights = self.units(group.weights)
+            floors(weights, self.min_layer_density, self.count(weights, self._rounds))
 
     def _divide(self, trainer: Trainer) -> Trainings:
         """Divide this fit into its trainings: in steps; in epochs, which then count as one step, if data are endless.
@@ -220,9 +221,10 @@ class LotteryTicket(DenseOnly, MaskedCallback):
     @torch.no_grad()
     def _prune(self, weights: Sequence[Weight]) -> None:
         """Keep the largest ``|W|``, as many as the rounds so far leave."""
-        total, final = (self.count(weights, rounds) for rounds in (self._pruned, self._rounds))
         warn_of_equal_scores(self, [weight.name for weight in weights if weight.alike])
-        magnitude.prune(weights, total, final, self.scope, self.distribution, self.min_layer_density)
+        weights = self.units(weights)
+        total, final = (self.count(weights, rounds) for rounds in (self._pruned, self._rounds))
+        magnitude.prune(weights, self.pattern, total, final, self.scope, self.distribution, self.min_layer_density)
 
     @torch.no_grad()
     def _rewind(self, trainer: Trainer, pl_module: LightningModule) -> None:

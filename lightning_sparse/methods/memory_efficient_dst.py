@@ -80,6 +80,9 @@ class MemoryEfficientDST(PruneAndGrow):
 
     paper_update_every = 1000
     resizes = True
+    unfit_patterns = dict.fromkeys(
+        ("N:M", "block", "row"), "it samples pairs of an input and an output, single connections. Use RigL or SET."
+    )
 
     def __post_init__(self) -> None:
         """Check that there is something to choose from."""

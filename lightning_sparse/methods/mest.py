@@ -55,6 +55,11 @@ class MEST(PruneAndGrow):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.resizes = self.soft_bound
+        if self.soft_bound and self.pattern.kind == "N:M":
+            raise ValueError(
+                f"soft_bound must be False with pattern={self.pattern_name!r}, got True: groups that have their N "
+                "connections have no room for more between updates. Leave it out."
+            )
         self._above: Counter[str] = Counter()  # connections above the budget, by the layers' names
 
     def drop_scores(self, weight: Weight, scale: float) -> Tensor:
@@ -74,7 +79,7 @@ class MEST(PruneAndGrow):
         if not self.soft_bound:
             super().move(weights, group, scale)
             return
-        for weight in group.weights:
+        for weight in self.units(group.weights):
             more = self.extra(weight, group)
             dropped = self.drop(weight, self._above[weight.name], scale)
             weight.rewire(dropped, self.grow(weight, more, dropped))
@@ -99,7 +104,7 @@ class MEST(PruneAndGrow):
         """Return the budget and what is above it now."""
         if not self.soft_bound:
             return None
-        return sum(self.budget(weight) + self.extra(weight, group) for weight in group.weights)
+        return sum(self.budget(weight) + self.extra(weight, group) for weight in self.units(group.weights))
 
     def last_step(self) -> int:
         """Return the step at which the soft bound ends."""

@@ -22,9 +22,9 @@ from torch import Tensor
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import MisconfigurationException
 from lightning_sparse.compat.options import fixed, option
-from lightning_sparse.families.before_training import BeforeTraining
+from lightning_sparse.families.before_training import BeforeTraining, of_units, of_weights
 from lightning_sparse.families.common import DISTRIBUTION, check_distribution
-from lightning_sparse.families.shares import floors, layer_counts
+from lightning_sparse.families.shares import floors, unit_counts
 from lightning_sparse.layers.input_norms import InputSquares
 from lightning_sparse.layers.unit_activity import readable
 from lightning_sparse.rules import select
@@ -63,7 +63,7 @@ class OneShot(BeforeTraining):
     scope: Competition | None = option(
         default=None,
         doc='which weights compete: those of all layers (``"global"``), of each ``"layer"``, or of each ``"output"``. '
-        "Default: global for magnitudes, and the outputs for Wanda, as in the papers.",
+        "Default: global for magnitudes, and for Wanda the outputs, as in the papers, or with a pattern the layer.",
     )
     distribution: Distribution | Mapping[str, float] = option(
         default="uniform", check=check_distribution, doc=f'unless ``scope`` is ``"global"``, {DISTRIBUTION}'
@@ -85,6 +85,11 @@ class OneShot(BeforeTraining):
                 f"calibration_batches is for criterion='wanda', got {self.calibration_batches!r} with "
                 "criterion='magnitude', which looks at no data. Leave it out."
             )
+        if self.scope == "output" and self.pattern.kind != "unstructured":
+            raise ValueError(
+                f"scope must be 'layer' or 'global' with pattern={self.pattern_name!r}, got 'output': as many "
+                "connections of each output may not have the pattern. Leave it out, or use 'layer'."
+            )
 
     @property
     def runs_network(self) -> bool:
@@ -94,7 +99,11 @@ class OneShot(BeforeTraining):
     @property
     def competition(self) -> Competition:
         """Which weights compete: what ``scope`` says, or the criterion's own."""
-        return self.scope or ("global" if self.criterion == "magnitude" else "output")
+        if self.scope is not None:
+            return self.scope
+        if self.criterion == "magnitude":
+            return "global"
+        return "output" if self.pattern.kind == "unstructured" else "layer"
 
     def scores(self, probe: Probe) -> list[Tensor]:
         """Return ``|W|``, or ``|W|`` times the norms of the inputs."""
@@ -109,19 +118,21 @@ class OneShot(BeforeTraining):
 
     def choose_masks(self, probe: Probe) -> list[Tensor]:
         """Keep the largest scores of all layers, or as many of each layer as ``distribution`` gives."""
-        weights = [self._weights[name] for name in probe.names]
-        scores = self.finite_scores(probe)
+        weights = self.units([self._weights[name] for name in probe.names])
+        outputs = [weight.outputs for weight in weights]
+        scores = [of_units(weight, score) for weight, score in zip(weights, self.finite_scores(probe), strict=True)]
+        ranked = [select.first_of_rows(score, weight.nonempty) for score, weight in zip(scores, weights, strict=True)]
         total = budget(self.sparsity_target, sum(weight.size for weight in weights))
         if self.competition == "global":
             at_least = floors(weights, self.min_layer_density, total)
             everywhere = [torch.ones_like(score, dtype=torch.bool) for score in scores]
-            ranked = [select.first_of_rows(s, weight.nonempty) for s, weight in zip(scores, weights, strict=True)]
-            return select.global_top_k(ranked, total, everywhere, at_least)
-        counts = layer_counts(weights, self.distribution, total, self.min_layer_density).values()
-        each = zip(scores, weights, counts, strict=True)
+            counts = self.pattern.count_global_top_k(ranked, outputs, total, everywhere, at_least)
+        else:
+            shares = unit_counts(weights, self.pattern, self.distribution, total, self.min_layer_density)
+            counts = [shares[weight.name] for weight in weights]
         if self.competition == "output":
-            return [top_k_of_rows(score, k, weight.outputs) for score, weight, k in each]
-        return [select.top_k(select.first_of_rows(score, weight.nonempty), k) for score, weight, k in each]
+            return [top_k_of_rows(*each) for each in zip(scores, counts, outputs, strict=True)]
+        return of_weights(weights, [self.pattern.top_k(*each) for each in zip(ranked, outputs, counts, strict=True)])
 
     def _norms(self, probe: Probe) -> dict[str, Tensor]:
         """Return root mean squares of the inputs by name, ``(groups, in / groups * kernel)``, as far as they are seen.

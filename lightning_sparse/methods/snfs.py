@@ -6,8 +6,9 @@ optimizer's ratio of moments; a layer that gets more than it has room for passes
 proportion; connections that were just dropped are not grown again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,10 @@ class SNFS(DenseOnly, PruneAndGrow):
     paper_update_every = None
 
     needs_whole_gradients = True
+    unfit_patterns: ClassVar[Mapping[str, str]] = {
+        "N:M": "it moves connections from layer to layer, but groups that have N connections take no more. Use RigL or "
+        "SET."
+    }
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:

@@ -153,34 +153,34 @@ def shrunk(counts: Sequence[int], final: Sequence[int], total: int) -> list[int]
     return [n + more for n, more in zip(final, left, strict=True)]
 
 
-def uniform(shapes: Sequence[Shape], total: int) -> list[int]:
+def uniform(shapes: Sequence[Shape], total: int, sizes: Sequence[int] | None = None) -> list[int]:
     """Give every layer the same density."""
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = _sizes(shapes) if sizes is None else sizes
     return apportion(total, sizes, sizes)
 
 
-def uniform_first_dense(shapes: Sequence[Shape], total: int) -> list[int]:
+def uniform_first_dense(shapes: Sequence[Shape], total: int, sizes: Sequence[int] | None = None) -> list[int]:
     """Leave the first layer dense and give all others the same density (RigL, Sec. 3)."""
-    first = math.prod(shapes[0])
+    first, *others = _sizes(shapes) if sizes is None else sizes
     if first > total:
         raise ValueError(
             f"distribution='uniform_first_dense' keeps the first layer whole, which has {first} weights, but sparsity "
             f"leaves {total} in all. Lower sparsity, or use 'uniform'."
         )
-    return [first, *uniform(shapes[1:], total - first)]
+    return [first, *uniform(shapes[1:], total - first, others)]
 
 
-def er(shapes: Sequence[Shape], total: int) -> list[int]:
+def er(shapes: Sequence[Shape], total: int, sizes: Sequence[int] | None = None) -> list[int]:
     """Erdős-Rényi: density proportional to ``(n_in + n_out) / (n_in n_out)``, at most 1 (SET).
 
     >>> er([(10, 10), (10, 40)], 70)
     [20, 50]
     """
     weights = [n * (s[0] + s[1]) * math.prod(s[2:]) for n, s in map(_matrices, shapes)]
-    return apportion(total, weights, [math.prod(shape) for shape in shapes])
+    return _by_weights(total, weights, shapes, sizes)
 
 
-def erk(shapes: Sequence[Shape], total: int) -> list[int]:
+def erk(shapes: Sequence[Shape], total: int, sizes: Sequence[int] | None = None) -> list[int]:
     """Erdős-Rényi-kernel: density proportional to ``(c_in + c_out + k_h + k_w) / (c_in c_out k_h k_w)``, at most 1.
 
     The rule of RigL (Sec. 3): layers that would exceed 1 become dense and the others share the rest.
@@ -188,7 +188,19 @@ def erk(shapes: Sequence[Shape], total: int) -> list[int]:
     >>> erk([(8, 4, 3, 3), (10, 8)], 180)
     [100, 80]
     """
-    return apportion(total, [n * sum(s) for n, s in map(_matrices, shapes)], [math.prod(shape) for shape in shapes])
+    return _by_weights(total, [n * sum(s) for n, s in map(_matrices, shapes)], shapes, sizes)
+
+
+def _sizes(shapes: Sequence[Shape]) -> list[int]:
+    return [math.prod(shape) for shape in shapes]
+
+
+def _by_weights(total: int, weights: Sequence[int], shapes: Sequence[Shape], sizes: Sequence[int] | None) -> list[int]:
+    """Divide ``total`` units so that layers have densities as if connections were divided in proportion to weights."""
+    whole = _sizes(shapes)
+    if sizes is None or list(sizes) == whole:
+        return apportion(total, weights, whole)
+    return apportion(total, [w * n / size for w, n, size in zip(weights, sizes, whole, strict=True)], sizes)
 
 
 def _matrices(shape: Shape) -> tuple[int, Shape]:
@@ -196,7 +208,7 @@ def _matrices(shape: Shape) -> tuple[int, Shape]:
     return (shape[0], tuple(shape[1:])) if isinstance(shape, Stack) else (1, shape)
 
 
-DISTRIBUTIONS: dict[str, Callable[[Sequence[Shape], int], list[int]]] = {
+DISTRIBUTIONS: dict[str, Callable[[Sequence[Shape], int, Sequence[int] | None], list[int]]] = {
     function.__name__: function for function in (uniform, uniform_first_dense, er, erk)
 }
 
@@ -207,8 +219,10 @@ def layer_counts(
     total: int,
     floor: float = 0.0,
     rows: Sequence[int] | None = None,
+    units: Sequence[int] | None = None,
+    capacities: Sequence[int] | None = None,
 ) -> dict[str, int]:
-    """Return the number of active weights of each layer, ``total`` in all.
+    """Return the number of active weights of each layer, or of active units of several weights, ``total`` in all.
 
     Args:
         distribution: a name of ``DISTRIBUTIONS``, or densities by glob pattern on the layers' names; the layers that no
@@ -217,15 +231,20 @@ def layer_counts(
         total: the budget.
         floor: the least density of a layer.
         rows: number of rows of each layer none of which may be empty; None: any may.
+        units: number of units of each layer; None: its weights.
+        capacities: how many of these may be active; None: all. What a layer cannot take goes to the others.
 
     Raises:
         ValueError: the densities given do not add up to the budget.
     """
-    names, sizes = list(shapes), {name: math.prod(shape) for name, shape in shapes.items()}
+    names, found = list(shapes), list(shapes.values())
+    sizes = dict(zip(names, _sizes(found) if units is None else units, strict=True))
     if isinstance(distribution, str):
-        counts = dict(zip(names, DISTRIBUTIONS[distribution](list(shapes.values()), total), strict=True))
+        counts = dict(zip(names, DISTRIBUTIONS[distribution](found, total, list(sizes.values())), strict=True))
     else:
         counts = _by_pattern(distribution, sizes, total)
+    if capacities is not None and any(counts[name] > n for name, n in zip(names, capacities, strict=True)):
+        counts = dict(zip(names, apportion(total, list(counts.values()), capacities), strict=True))
     lowest = dict(zip(names, floors(floor, list(sizes.values()), total, rows), strict=True))
     raised = [name for name in names if counts[name] < lowest[name]]
     if raised:

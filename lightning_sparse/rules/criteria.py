@@ -1,6 +1,7 @@
 """Criteria: what connections are scored by. The least score is dropped; each is in the order of active connections."""
 
 import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -21,6 +22,10 @@ class Connections(Protocol):
     @property
     def size(self) -> int:
         """Number of connections there might be."""
+
+    @property
+    def outputs(self) -> Outputs:
+        """Where the layer's outputs lie."""
 
     @property
     def num_active(self) -> int:
@@ -48,6 +53,9 @@ class Connections(Protocol):
 
     def sample_inactive(self, stride: int) -> Tensor:
         """Return ``|dP|`` of the inactive ones among every ``stride``-th."""
+
+    def gradient_parts(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``|dP|`` of some rows at a time, -1 where active, after the position where these begin."""
 
     def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return the ``n`` inactive ones of largest ``|dP|`` and these."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FIRST", "Outputs", "as_matrix", "outputs_first", "row_sums", "rows_of", "write_matrix"]
+__all__ = ["FIRST", "Outputs", "as_matrix", "outputs_first", "parts", "row_sums", "rows_of", "write_matrix"]
 
 
 class Outputs(NamedTuple):
@@ -51,7 +51,7 @@ def as_matrix(x: Tensor, outputs: Outputs = FIRST) -> Tensor:
     strides are equal.
     """
     if outputs is not FIRST and outputs != FIRST:
-        return _parts(x, outputs).reshape(outputs.rows(x.shape), -1)
+        return parts(x, outputs).reshape(outputs.rows(x.shape), -1)
     if x.ndim == 2:
         return x
     for layout in (torch.channels_last, torch.channels_last_3d):
@@ -64,7 +64,7 @@ def write_matrix(x: Tensor, matrix: Tensor, outputs: Outputs = FIRST) -> None:
     """Bring ``matrix``, got from ``as_matrix(x)``, back into ``x``, unless it is a view of it."""
     if matrix.data_ptr() == x.data_ptr():
         return
-    like = x if outputs == FIRST else _parts(x, outputs)
+    like = x if outputs == FIRST else parts(x, outputs)
     like.copy_(matrix.reshape(like.shape))
 
 
@@ -76,11 +76,11 @@ def outputs_first(x: Tensor, outputs: Outputs) -> Tensor:
             [2, 5],
             [3, 6]])
     """
-    return x if outputs == FIRST else _parts(x, outputs).flatten(0, 1)
+    return x if outputs == FIRST else parts(x, outputs).flatten(0, 1)
 
 
-def _parts(x: Tensor, outputs: Outputs) -> Tensor:
-    """Return ``x`` as a view ``(groups, out / groups, in / groups, ...)``."""
+def parts(x: Tensor, outputs: Outputs) -> Tensor:
+    """Return ``x``, a weight or one of its like, as a view ``(groups, out / groups, in / groups, ...)``."""
     if outputs.stacked:
         return x.movedim(outputs.axis, 1)
     parts: Tensor = torch.unflatten(x, 0, (outputs.groups, -1))

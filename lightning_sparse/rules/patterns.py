@@ -1,27 +1,82 @@
 """Patterns: which connections a mask may hold together, and so what is drawn, dropped and grown as one.
 
 A criterion scores connections, a pattern says what the units are, ``select`` picks the exact number of them, and
-``ties`` tells equals apart.
+``ties`` tells equals apart. There are two kinds of patterns. Blocks and rows are units of several connections, which
+are active as a whole or not at all: what follows then sees a weight whose connections are these units
+(:class:`~lightning_sparse.weights.units.Units`). ``N:M`` keeps single connections, but at most N in each group of M.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Generator, Tensor
 
 from lightning_sparse.rules import ascending, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
-from lightning_sparse.rules.matrices import Outputs
+from lightning_sparse.rules.matrices import FIRST, Outputs, parts
+from lightning_sparse.rules.tiles import Tiles
 
-__all__ = ["UNSTRUCTURED", "Pattern", "Unstructured", "first_of_rows"]
+__all__ = ["UNSTRUCTURED", "Blocks", "NOfM", "Pattern", "Unstructured", "check_pattern", "first_of_rows", "named"]
+
+
+class Sized(Protocol):
+    """What a capacity depends on."""
+
+    @property
+    def size(self) -> int:
+        """Number of connections there might be."""
 
 
 class Pattern(Protocol):
     """What a pattern decides; connections are flat positions, ascending unless said otherwise."""
 
-    def draw(self, n: int, shape: Sequence[int], generator: Generator, nonempty: Outputs | None = None) -> Tensor:
+    @property
+    def kind(self) -> str:
+        """``"unstructured"``, ``"N:M"``, ``"block"`` or ``"row"``."""
+
+    @property
+    def density(self) -> float:
+        """The largest density that it allows."""
+
+    def misfit(self, shape: tuple[int, ...], outputs: Outputs, nonempty: Outputs | None) -> str | None:
+        """Return why a weight cannot have it; None: it can."""
+
+    def units(self, shape: tuple[int, ...], outputs: Outputs) -> Tiles | None:
+        """Return the tiles of a weight that are its units; None: these are single connections."""
+
+    def fits(self, mask: Tensor, outputs: Outputs) -> bool:
+        """Tell whether a mask is one of the pattern."""
+
+    def capacity(self, weight: Sized) -> int:
+        """Return how many connections a weight has at most."""
+
+    def draw(
+        self,
+        n: int,
+        shape: tuple[int, ...],
+        generator: Generator,
+        nonempty: Outputs | None = None,
+        outputs: Outputs = FIRST,
+    ) -> Tensor:
         """Return the ``n`` connections that a weight of this ``shape`` begins with, some in each ``nonempty`` row."""
+
+    def top_k(self, scores: Tensor, outputs: Outputs, k: int, among: Tensor | None = None) -> Tensor:
+        """Mark the ``k`` of largest score; see ``select.top_k``."""
+
+    def count_global_top_k(
+        self,
+        tensors: Sequence[Tensor],
+        outputs: Sequence[Outputs],
+        k: int,
+        among: Sequence[Tensor],
+        at_least: Sequence[int],
+        score: select.Score = torch.Tensor.detach,
+    ) -> list[int]:
+        """Return how many of the ``k`` of largest score lie in each weight; see ``select.count_global_top_k``."""
 
     def num_movable(self, weight: Connections) -> int:
         """Return how many connections can be dropped with others to take their places."""
@@ -39,13 +94,62 @@ class Pattern(Protocol):
 class Unstructured:
     """Every connection by itself: any mask will do."""
 
-    def draw(self, n: int, shape: Sequence[int], generator: Generator, nonempty: Outputs | None = None) -> Tensor:
+    @property
+    def kind(self) -> str:
+        """``"unstructured"``."""
+        return "unstructured"
+
+    @property
+    def density(self) -> float:
+        """Any density will do."""
+        return 1.0
+
+    def misfit(self, shape: tuple[int, ...], outputs: Outputs, nonempty: Outputs | None) -> str | None:
+        """Return None: any weight can have it."""
+        return None
+
+    def units(self, shape: tuple[int, ...], outputs: Outputs) -> Tiles | None:
+        """Return None: units are single connections."""
+        return None
+
+    def fits(self, mask: Tensor, outputs: Outputs) -> bool:
+        """Any mask will do."""
+        return True
+
+    def capacity(self, weight: Sized) -> int:
+        """Return the size of the weight."""
+        return weight.size
+
+    def draw(
+        self,
+        n: int,
+        shape: tuple[int, ...],
+        generator: Generator,
+        nonempty: Outputs | None = None,
+        outputs: Outputs = FIRST,
+    ) -> Tensor:
         """Return ``n`` different positions, all equally likely, but one in each row that must not be empty."""
         size = math.prod(shape)
         if nonempty is None:
             return sampling.distinct(n, size, generator)
         first = sampling.one_a_row(shape, nonempty, generator)
         return ascending.merged(first, sampling.free_positions(n - len(first), first, size, generator))
+
+    def top_k(self, scores: Tensor, outputs: Outputs, k: int, among: Tensor | None = None) -> Tensor:
+        """Mark the ``k`` of largest score."""
+        return select.top_k(scores, k, among)
+
+    def count_global_top_k(
+        self,
+        tensors: Sequence[Tensor],
+        outputs: Sequence[Outputs],
+        k: int,
+        among: Sequence[Tensor],
+        at_least: Sequence[int],
+        score: select.Score = torch.Tensor.detach,
+    ) -> list[int]:
+        """Return how many of the ``k`` of largest score lie in each weight."""
+        return select.count_global_top_k(tensors, k, among, at_least, score)
 
     def num_movable(self, weight: Connections) -> int:
         """Return the number of free places, so that none that is dropped has to come back; or what rows can spare."""
@@ -67,6 +171,220 @@ class Unstructured:
         return sampling.free_positions(n, weight.active_indices.cpu(), weight.size, generator)
 
 
+@dataclass(frozen=True)
+class Blocks(Unstructured):
+    """Blocks of ``rows`` outputs by ``columns`` inputs, each whole or absent; ``columns=None``: whole rows."""
+
+    rows: int
+    columns: int | None
+
+    @property
+    def kind(self) -> str:
+        """``"row"`` or ``"block"``."""
+        return "row" if self.columns is None else "block"
+
+    def misfit(self, shape: tuple[int, ...], outputs: Outputs, nonempty: Outputs | None) -> str | None:
+        """Return why a weight cannot be divided into the blocks."""
+        return _other_rows(outputs, nonempty) or Tiles(shape, outputs, self.rows, self.columns).misfit
+
+    def units(self, shape: tuple[int, ...], outputs: Outputs) -> Tiles | None:
+        """Return the blocks of a weight."""
+        return Tiles(shape, outputs, self.rows, self.columns)
+
+    def fits(self, mask: Tensor, outputs: Outputs) -> bool:
+        """Tell whether all blocks are whole or absent."""
+        return Tiles(tuple(mask.shape), outputs, self.rows, self.columns).fits(mask)
+
+
+@dataclass(frozen=True)
+class NOfM(Unstructured):
+    """At most ``n`` of every ``m`` neighbouring inputs of an output; of a convolution, at each place of the kernel.
+
+    Where a method still has more connections than that, as gradual pruning has, those that are not among the ``n``
+    largest of their group come last.
+    """
+
+    n: int
+    m: int
+
+    @property
+    def kind(self) -> str:
+        """``"N:M"``."""
+        return "N:M"
+
+    @property
+    def density(self) -> float:
+        """``N / M``."""
+        return self.n / self.m
+
+    def misfit(self, shape: tuple[int, ...], outputs: Outputs, nonempty: Outputs | None) -> str | None:
+        """Return why the inputs of a weight cannot be divided into groups of ``m``."""
+        return _other_rows(outputs, nonempty) or Tiles(shape, outputs, 1, self.m).misfit
+
+    def fits(self, mask: Tensor, outputs: Outputs) -> bool:
+        """Tell whether no group has more than ``n``."""
+        return bool((Tiles(tuple(mask.shape), outputs, 1, self.m).sums(mask) <= self.n).all())
+
+    def capacity(self, weight: Sized) -> int:
+        """Return ``N / M`` of the size of the weight."""
+        return weight.size // self.m * self.n
+
+    def draw(
+        self,
+        n: int,
+        shape: tuple[int, ...],
+        generator: Generator,
+        nonempty: Outputs | None = None,
+        outputs: Outputs = FIRST,
+    ) -> Tensor:
+        """Return ``n`` different positions: each of the N places that a group has is equally likely to be taken."""
+        groups = Tiles(shape, outputs, 1, self.m)
+        first = torch.empty(0, dtype=torch.long)
+        if nonempty is not None:
+            first = sampling.one_a_row(shape, nonempty, generator)
+        room = self.n - torch.bincount(groups.of(first), minlength=math.prod(groups.grid))
+        return ascending.merged(first, _drawn(n - len(first), room, first, groups, generator))
+
+    def top_k(self, scores: Tensor, outputs: Outputs, k: int, among: Tensor | None = None) -> Tensor:
+        """Mark the ``k`` of largest score among the ``n`` largest of each group; if these are fewer, others as well."""
+        first = self._largest(scores, outputs, among)
+        rest = k - select.count(first)
+        if rest <= 0:
+            return select.top_k(scores, k, first)
+        return first | select.top_k(scores, rest, ~first if among is None else among & ~first)
+
+    def count_global_top_k(
+        self,
+        tensors: Sequence[Tensor],
+        outputs: Sequence[Outputs],
+        k: int,
+        among: Sequence[Tensor],
+        at_least: Sequence[int],
+        score: select.Score = torch.Tensor.detach,
+    ) -> list[int]:
+        """Return how many lie in each weight of the ``k`` that ``top_k`` would mark in all weights together."""
+        each = zip(tensors, outputs, among, strict=True)
+        first = [self._largest(score(tensor), where, candidates) for tensor, where, candidates in each]
+        counts = [select.count(mask) for mask in first]
+        if k <= sum(counts):
+            return select.count_global_top_k(tensors, k, first, at_least, score)
+        others = [candidates & ~mask for candidates, mask in zip(among, first, strict=True)]
+        least = [max(0, n - count) for n, count in zip(at_least, counts, strict=True)]
+        more = select.count_global_top_k(tensors, k - sum(counts), others, least, score)
+        return [count + n for count, n in zip(counts, more, strict=True)]
+
+    def num_movable(self, weight: Connections) -> int:
+        """Return how many can go so that all their groups can take others, and rows keep what they must."""
+        _, active = self._groups(weight)
+        movable = int(active.minimum(self.m - active).sum())
+        if weight.nonempty is None:
+            return movable
+        rows = weight.nonempty.rows(weight.shape)
+        return max(0, min(movable, weight.num_active) - rows)
+
+    def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
+        """Return the ``n`` of least score, but of no group more than there are inactive ones to take their places."""
+        if 2 * self.n <= self.m:  # then there always are
+            return super().drop(weight, scores, n)
+        scores = first_of_rows(weight, scores).nan_to_num(nan=math.inf, posinf=math.inf)
+        places, (groups, active) = weight.active_indices, self._groups(weight)
+        dense = scores.new_full((weight.size,), -math.inf)
+        dense[places] = -scores
+        limits = (self.m - active).to(dense.device)
+        droppable = _largest_of_each(groups, dense.view(weight.shape), limits).view(-1)[places]
+        droppable &= scores != math.inf
+        order = ties.at(places, weight.shape)
+        return places[select.lowest_positions(scores, n, droppable, order)]
+
+    def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
+        """Return the ``n`` of largest ``|dP|`` that groups have room for once others are ``dropped``."""
+        groups, room = self._room(weight, dropped)
+        return select.largest(_candidates(groups, weight, room), n, weight.shape)[0]
+
+    def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:
+        """Return ``n``: each place that a group has once others are ``dropped`` is equally likely to be taken."""
+        groups, room = self._room(weight, dropped)
+        return _drawn(n, room, weight.active_indices.cpu(), groups, generator)
+
+    def _groups(self, weight: Connections) -> tuple[Tiles, Tensor]:
+        """Return the groups of a weight, and how many active connections each has: ``(groups,)``, on the CPU."""
+        groups = Tiles(weight.shape, weight.outputs, 1, self.m)
+        return groups, _counts(groups, weight.active_indices)
+
+    def _room(self, weight: Connections, dropped: Tensor) -> tuple[Tiles, Tensor]:
+        """Return the groups, and how many each can take once others are ``dropped``, which do not come back at once.
+
+        A group that still has more than N may have back as many as it loses.
+        """
+        groups, active = self._groups(weight)
+        room = (self.n - active).clamp_(min=0).add_(_counts(groups, dropped))
+        return groups, room.minimum(self.m - active)
+
+    def _largest(self, scores: Tensor, outputs: Outputs, among: Tensor | None) -> Tensor:
+        """Mark the ``n`` largest of each group."""
+        groups = Tiles(tuple(scores.shape), outputs, 1, self.m)
+        limits = torch.full((math.prod(groups.grid),), self.n)
+        return _largest_of_each(groups, scores if among is None else scores.masked_fill(~among, -math.inf), limits)
+
+
+def _counts(groups: Tiles, positions: Tensor) -> Tensor:
+    """Return how many of some flat positions are in each group."""
+    return torch.bincount(groups.of(positions.cpu()), minlength=math.prod(groups.grid))
+
+
+def _largest_of_each(groups: Tiles, scores: Tensor, limits: Tensor, first: int = 0) -> Tensor:
+    """Mark the largest scores of each group, as many as its limit says.
+
+    Args:
+        groups: of the weight.
+        scores: of the weight, or of some of its rows; -inf is never marked.
+        limits: one for each of these groups.
+        first: flat position of the first score.
+    """
+    outputs, shape = groups.outputs, scores.shape
+    view = parts(scores, outputs)
+
+    def order() -> Tensor:
+        positions = torch.arange(first, first + scores.numel(), device=scores.device)
+        return parts(ties.spread(positions, groups.shape).view(shape), outputs)
+
+    marks = torch.empty(shape, dtype=torch.bool, device=scores.device)
+    across = view.shape[2] // (groups.columns or 1)
+    limits = limits.view(*view.shape[:2], across, *view.shape[3:])
+    parts(marks, outputs).copy_(groups.largest_of_each(view, limits, order))
+    return marks
+
+
+def _candidates(groups: Tiles, weight: Connections, room: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield ``|dP|`` of inactive connections, some rows at a time, and -1 where their groups have room for larger ones.
+
+    Each part is flat and comes after the position where it begins.
+    """
+    done = 0
+    for first, gradients in weight.gradient_parts():
+        limits = room[done : done + gradients.numel() // groups.size]
+        done += len(limits)
+        inactive = gradients.masked_fill(gradients < 0, -math.inf)
+        marks = _largest_of_each(groups, inactive, limits, first)
+        yield first, gradients.masked_fill_(~marks, -1).reshape(-1)
+
+
+def _drawn(n: int, room: Tensor, taken: Tensor, groups: Tiles, generator: Generator) -> Tensor:
+    """Draw ``n`` different positions that are not ``taken``, of each group at most as many as it has ``room`` for."""
+    ends = room.cumsum(0)
+    places = sampling.distinct(n, int(ends[-1]), generator)
+    chosen, counts = torch.unique_consecutive(torch.searchsorted(ends, places, right=True), return_counts=True)
+    members = groups.members(chosen)
+    keys = torch.rand(members.shape, generator=generator).masked_fill_(torch.isin(members, taken), 2)
+    nearest = members.gather(1, keys.argsort(1))
+    return nearest[torch.arange(groups.size) < counts[:, None]].sort().values
+
+
+def _other_rows(outputs: Outputs, nonempty: Outputs | None) -> str | None:
+    """Return why a pattern cannot keep rows from being empty; None: it can."""
+    return None if nonempty in (None, outputs) else "divided by norms along another dimension than its outputs"
+
+
 def first_of_rows(weight: Connections, scores: Tensor) -> Tensor:
     """Return scores of the active connections, infinite for the largest of each row that must not be empty."""
     if weight.nonempty is None:
@@ -78,3 +396,39 @@ def first_of_rows(weight: Connections, scores: Tensor) -> Tensor:
 
 
 UNSTRUCTURED: Pattern = Unstructured()
+
+
+# ---------------------------------------------------------------------- names
+
+_N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
+_BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
+
+
+def named(name: str) -> Pattern:
+    """Return the pattern of a name.
+
+    >>> named("2:4"), named("block:16x8"), named("row")
+    (NOfM(n=2, m=4), Blocks(rows=16, columns=8), Blocks(rows=1, columns=None))
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name == "unstructured":
+        return UNSTRUCTURED
+    if name == "row":
+        return Blocks(1, None)
+    if isinstance(name, str) and (block := _BLOCK.fullmatch(name)):
+        return Blocks(*map(int, block.groups()))
+    if isinstance(name, str) and (numbers := _N_OF_M.fullmatch(name)):
+        n, m = map(int, numbers.groups())
+        if n < m:
+            return NOfM(n, m)
+    raise ValueError(
+        f'pattern must be "unstructured", "N:M" with N below M such as "2:4", "block:RxC" such as "block:16x16", or '
+        f'"row", got {name!r}.'
+    )
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise unless it is the name of a pattern."""
+    named(pattern)

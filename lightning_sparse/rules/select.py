@@ -18,6 +18,7 @@ from lightning_sparse.rules.matrices import Outputs, as_matrix, write_matrix
 __all__ = [
     "CHUNK",
     "INTEGERS",
+    "Score",
     "all_equal",
     "count",
     "count_global_top_k",
@@ -34,6 +35,9 @@ __all__ = [
     "where",
     "zero_outside_",
 ]
+
+#: what is compared, element by element, of a tensor
+Score = Callable[[Tensor], Tensor]
 
 #: number of elements that a CPU's cache holds beside as many of a mask
 CHUNK = 1 << 18

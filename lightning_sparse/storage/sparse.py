@@ -24,7 +24,7 @@ from lightning_sparse.compat.lightning import (
 from lightning_sparse.compat.optimizers import takes_matrices_alone
 from lightning_sparse.kernels import dispatch
 from lightning_sparse.kernels.products import DENSE
-from lightning_sparse.layers.selection import ParameterChoice, select_parameters
+from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_
 from lightning_sparse.layers.stand_in import shaped
 from lightning_sparse.layers.unit_activity import Hooks
@@ -100,9 +100,7 @@ class SparseStore(Store):
     def _exchange_layers(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw the connections, or take those of an earlier fit of the same weights, and exchange the layers."""
         method = self.method
-        choices = [
-            choice for choice in select_parameters(module, method.include, method.exclude) if choice.reason is None
-        ]
+        choices = [choice for choice in method.choices_in(module) if choice.reason is None]
         if all(choice.sparse is not None for choice in choices):
             # an earlier fit left them so, or there are none; adopt looks whether they are what was asked for
             if choices and not method._weights:

@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks, lightning_private
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, option
-from lightning_sparse.layers.selection import select_parameters, table
+from lightning_sparse.layers.selection import ParameterChoice, select_parameters, table
 from lightning_sparse.trainer import agreement, guards
 from lightning_sparse.trainer.averages import mask_averages
 from lightning_sparse.trainer.fit import Fit, epochs, steps
@@ -70,6 +70,10 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         own = steps(self._fit.trainer, self._before_fit)
         return self._fit.first_steps.get(own, own)
 
+    def choices_in(self, module: nn.Module) -> list[ParameterChoice]:
+        """Return all parameters of ``module``, and of each whether it is made sparse, or why not."""
+        return select_parameters(module, self.include, self.exclude)
+
     # ------------------------------------------------------------------ a fit begins and ends
 
     @property
@@ -91,7 +95,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         guards.refuse_trainer(self, trainer)
         guards.refuse_unread_checkpoint(self, trainer, self._restored)
         self.refuse_trainer(trainer)
-        choices = select_parameters(pl_module, self.include, self.exclude)
+        choices = self.choices_in(pl_module)
         guards.refuse_unowned(self, choices, trainer.optimizers)
         guards.refuse_overlap(self, choices, trainer)
         if self.include is None and not self.exclude:
@@ -217,7 +221,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         assert self._fit.module is not None
         assert self._fit.trainer is not None
         theirs = owned(optimizer)
-        choices = select_parameters(self._fit.module, self.include, self.exclude)
+        choices = self.choices_in(self._fit.module)
         ours = [choice for choice in choices if choice.reason is None and id(choice.parameter) in theirs]
         guards.refuse_replaced(self, ours)
         added = [choice for choice in ours if choice.name not in self._weights]

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.layers.selection import ParameterChoice
@@ -58,6 +58,10 @@ class Verbs(ABC):
     @abstractmethod
     def total_steps(self) -> float:
         """Number of optimizer steps of the whole fit; infinite if nothing tells how many."""
+
+    @abstractmethod
+    def choices_in(self, module: nn.Module) -> list[ParameterChoice]:
+        """Return all parameters of ``module``, and of each whether it is made sparse, or why not."""
 
     @abstractmethod
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:

@@ -54,6 +54,11 @@ class Weight(ABC):
         self.optimizer: Optimizer | None = None
         self.mask_version = new_version()
 
+    @property
+    def whole(self) -> "Weight":
+        """The weight itself, of which this one may be a view; see ``weights.units``."""
+        return self
+
     # ------------------------------------------------------------------ which connections
 
     @property
@@ -123,6 +128,13 @@ class Weight(ABC):
     @abstractmethod
     def sample_inactive(self, stride: int) -> Tensor:
         """Return ``|dP|`` of the inactive ones among every ``stride``-th connection."""
+
+    @abstractmethod
+    def gradient_parts(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``|dP|`` of some rows at a time, -1 where active, after the flat position where these begin.
+
+        The first dimension of each part counts rows of the weight; it may be written into.
+        """
 
     def smallest(self, n: int, scores: Tensor | None = None) -> Tensor:
         """Return the flat positions of the ``n`` active connections of smallest ``|W|``, ascending.

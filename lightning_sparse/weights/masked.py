@@ -1,6 +1,6 @@
 """MaskedWeight: a dense parameter, which is exactly 0 outside of a mask."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,9 @@ class MaskedWeight(Weight):
 
     def sample_inactive(self, stride: int) -> Tensor:  # noqa: D102  (inherited)
         return self.dP.reshape(-1)[::stride].abs()[~self.mask.reshape(-1)[::stride]]
+
+    def gradient_parts(self) -> Iterator[tuple[int, Tensor]]:  # noqa: D102  (inherited)
+        yield 0, self.dP.abs().masked_fill_(self.mask, -1)
 
     def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
         likely = None

@@ -1,7 +1,7 @@
 """SparseWeight: one weight of a truly sparse layer while it is trained."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,10 @@ class SparseWeight(Weight):
         every = torch.arange(0, self.size, stride)
         every = every[~contains(self.active_indices.cpu(), every)]
         return self.gradient_at(every).abs()
+
+    def gradient_parts(self) -> Iterator[tuple[int, Tensor]]:  # noqa: D102  (inherited)
+        for first, gradients in self.gradient.inactive(self.sparse):
+            yield first, gradients.view(-1, *self.shape[1:])
 
     def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
         likely = None

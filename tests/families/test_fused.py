@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import LATENT, MASKED, SavesFirst, cnn, effective, fit, loader, mlp, saved, seeded, state, trainer
+from helpers import LATENT, MASKED, N_OF_M, SavesFirst, cnn, effective, fit, loader, mlp, saved, seeded, state, trainer
 from helpers import Lit as Module
 from torch import nn
 
@@ -25,7 +25,7 @@ NETWORKS = {"cnn": cnn, "transposed": transposed}
 
 def trained(kernels, method, network, dtype=torch.float64, monkeypatch=None, **options):
     monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", kernels)
-    callback = LATENT[method](**options)
+    callback = {**LATENT, **N_OF_M}[method](**options)
     module = seeded(lambda: Module(NETWORKS[network]().to(dtype), lambda p: torch.optim.SGD(p, **SGD)))
     precision = "64-true" if dtype == torch.float64 else "32-true"
     fit(callback, module, loader(dtype=dtype), max_epochs=1, max_steps=12, precision=precision)
@@ -37,6 +37,7 @@ def trained(kernels, method, network, dtype=torch.float64, monkeypatch=None, **o
     ("method", "options"),
     [
         *((name, {}) for name in LATENT),
+        ("SRSTE", {"pattern": "1:2"}),
         ("DFBST", {"granularity": "layer"}),
         ("DST", {"granularity": "weight"}),
         ("DST", {"alpha": None, "sparsity": 0.8}),
