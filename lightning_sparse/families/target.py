@@ -6,7 +6,7 @@ of the plan the masks are frozen, at the target exactly.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -169,7 +169,7 @@ class Target:
         if plan is None or not share or plan.updates < self.span()[0]:
             return
         if plan.start is None:
-            plan.start = sum(near.count(0.0) for near in self._near(plan.open, Look()))
+            plan.start = self._near(plan.group, plan.open, Look()).count(0.0)
             plan.start += sum(_count(weight) for weight in plan.group.weights)
 
     def follow(self, optimizer: Optimizer) -> bool:
@@ -187,28 +187,34 @@ class Target:
     def _bring(self, plan: Plan, weights: Sequence[LatentWeight], k: int) -> None:
         """Leave ``k`` of some weights, for good if the plan has come to its end."""
         lowest = [least(weight, self.method.min_layer_density) for weight in weights]
-        found, plan.look = cuts(partial(self._near, weights), k, lowest, plan.look)
+        found, plan.look = cuts(partial(self._near, plan.group, weights), k, lowest, plan.look)
         frozen = self._chosen(weights, found) if plan.updates >= self.span()[1] else []
-        for weight, cut in zip(weights, found, strict=True):
-            self._shift(weight, cut.level)
+        self._shift(plan.group, weights, [cut.level for cut in found])
         for weight, mask in zip(weights, frozen, strict=False):
             self._freeze(weight, mask)
 
-    def _near(self, weights: Iterable[LatentWeight], look: Look) -> list[Near]:
-        """Return the margins of weights that are about as large as it says."""
-        return [self._near_one(weight, look) for weight in weights]
+    def _near(self, group: LatentGroup, weights: Sequence[LatentWeight], look: Look) -> Near:
+        """Return the margins of some weights of a group that are about as large as it says."""
+        for buffer in group.buffers:
+            for bound, by in zip(buffer.bounds, look.bounds, strict=True):
+                bound.copy_(self.method.level(self.method.shifted(buffer.values["t"], by)).clamp_(min=0))
+        above, found = zip(*(_near_one(weight) for weight in weights), strict=True)
+        magnitudes, theirs = torch.cat(found, 1).unbind()
+        return Near(above, [each.shape[1] for each in found], self.method.margins(magnitudes, theirs).numpy())
 
-    def _near_one(self, weight: LatentWeight, look: Look) -> Near:
-        W, t = weight.matrix(weight.latent, "W"), weight.thresholds.per_row()
-        low, high = (self.method.level(self.method.shifted(t, by)).clamp_(min=0) for by in look.bounds)
-        above, magnitudes, theirs = weight.kernels.near(W, low, high, t)  # NaN is above: it must stay in sight
-        return Near(above, self.method.margins(magnitudes, theirs))
+    def _shift(self, group: LatentGroup, weights: Sequence[LatentWeight], by: Sequence[float]) -> None:
+        """Shift the thresholds of some weights of a group, all at once where it is by the same number."""
+        if len(weights) == len(group.weights) and len(set(by)) == 1:
+            for buffer in group.buffers:
+                self._shift_one(buffer.values["t"], by[0])
+        else:
+            for weight, each in zip(weights, by, strict=True):
+                self._shift_one(weight.thresholds["t"].detach(), each)
 
-    def _shift(self, weight: LatentWeight, by: float) -> None:
-        """Shift the thresholds of a weight; their values are rounded once."""
-        t = weight.thresholds["t"]
+    def _shift_one(self, t: Tensor, by: float) -> None:
+        """Shift thresholds; their values are rounded once."""
         if by:
-            t.copy_(self.method.shifted(_exact(t.detach()), by))
+            t.copy_(self.method.shifted(_exact(t), by))
 
     # ------------------------------------------------------------------ the end
 
@@ -256,6 +262,13 @@ class Target:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the weights of a fit."""
         return {**self.__dict__, "_clocks": list(self.state()["plans"].values()), "_plans": {}, "_span": None}
+
+
+def _near_one(weight: LatentWeight) -> tuple[int, Tensor]:
+    """Return how many magnitudes are above the bounds, and those within over their thresholds."""
+    low, high = weight.thresholds.bounds
+    W, t = weight.matrix(weight.latent, "W"), weight.thresholds.per_row()
+    return weight.kernels.near(W, low, high, t)  # NaN is above: it must stay in sight
 
 
 def _count(weight: LatentWeight) -> int:

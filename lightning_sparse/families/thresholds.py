@@ -232,12 +232,14 @@ class Thresholds:
                 "AdamW, or take a method without thresholds, such as TopKAST or RigL."
             )
 
-    def lay_out(self, optimizer: Optimizer, weights: Iterable[LatentWeight]) -> list[LatentWeight]:
-        """Lay the thresholds of the weights of an optimizer end to end; return the weights in this order."""
+    def lay_out(
+        self, optimizer: Optimizer, weights: Iterable[LatentWeight]
+    ) -> tuple[list[LatentWeight], list[ThresholdBuffer]]:
+        """Lay the thresholds of the weights of an optimizer end to end; return the weights in this order, and them."""
         of = {weight.thresholds: weight for weight in weights}
         laid = buffers(of, self.method.sum_names, lambda thresholds: self._kind(of[thresholds]))
         self._laid_out[id(optimizer)] = laid
-        return [of[thresholds] for buffer in laid for thresholds in buffer.thresholds]
+        return [of[thresholds] for buffer in laid for thresholds in buffer.thresholds], laid
 
     def _kind(self, weight: LatentWeight) -> torch.dtype | None:
         """Return the dtype of a weight that is to lie among others of its dtype, None: by itself."""

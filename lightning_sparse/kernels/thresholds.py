@@ -37,8 +37,8 @@ class ThresholdKernels(Protocol):
     ) -> None:
         """Mask a gradient by contribution scores."""
 
-    def near(self, W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Return how many magnitudes are above ``high``, and those from ``low`` up to it beside their ``t``."""
+    def near(self, W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor]:
+        """Return how many magnitudes are above ``high``, and ``(2, n)`` those from ``low`` up to it over their ``t``."""
 
     def add_rows(self, x: Tensor, out: Tensor) -> None:
         """Write the sum of ``x (out, 1)``."""

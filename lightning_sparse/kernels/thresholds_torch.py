@@ -161,7 +161,7 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
             G[rows] = g.to(G.dtype)
 
 
-def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, Tensor]:
+def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor]:
     """Return which ``|W|`` lie near their threshold.
 
     Args:
@@ -171,8 +171,8 @@ def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, 
         t: thresholds, likewise.
 
     Returns:
-        How many ``|W|`` are above ``high``; those between the two, in their order; the ``t`` of each of them. Both in
-        float64 on the CPU.
+        How many ``|W|`` are above ``high``; and ``(2, n)``, in float64 on the CPU, those between the two in their
+        order, over the ``t`` of each of them.
     """
     above, found, theirs = 0, [], []
     for rows in _chunks(W):
@@ -183,7 +183,7 @@ def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, 
         here = torch.from_numpy(within.numpy().nonzero()[0]) if within.is_cpu else within.nonzero().squeeze(1)
         found.append(magnitudes.reshape(-1)[here])
         theirs.append(t[rows].reshape(-1)[here if t.shape[1] > 1 else here // W.shape[1]])
-    return above, torch.cat(found).cpu().double(), torch.cat(theirs).cpu().double()
+    return above, torch.stack([torch.cat(found).to(t.dtype), torch.cat(theirs)]).cpu().double()
 
 
 def add_rows(x: Tensor, out: Tensor) -> None:

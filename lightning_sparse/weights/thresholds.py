@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ class WeightThresholds:
         tau: what ``|W|`` is compared with by the latest ``P``, ``(out, 1)`` or ``(out, n)``.
         dtau: where a step's gradients of ``tau`` (and what else the method sums like them) are written, by name.
         gradients: the same added up to the shape of the thresholds.
+        bounds: room for two numbers beside each threshold, as ``tau`` in shape; see ``ThresholdBuffer.bounds``.
     """
 
     values: dict[str, nn.Parameter]
@@ -40,6 +42,7 @@ class WeightThresholds:
     tau: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
     dtau: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    bounds: Sequence[Tensor] = ()
     _views: dict[str, Tensor] = field(default_factory=dict)
     _among: tuple[Tensor, int] | None = None  # a vector that has "t" from a place on, all levels of which are computed
 
@@ -86,11 +89,15 @@ class WeightThresholds:
         kept = self._views.get(key)
         if kept is not None and kept.data_ptr() == t.data_ptr():
             return kept
-        rows = as_matrix(t.detach(), self.outputs) if t.ndim > 1 else t.detach().unsqueeze(1)
-        rows = rows.expand(self.rows, -1)
+        rows = self.as_rows(t.detach())
         if rows.data_ptr() == t.data_ptr():
             self._views[key] = rows
         return rows
+
+    def as_rows(self, t: Tensor) -> Tensor:
+        """Return a tensor of the shape of thresholds as ``(out, 1)`` or ``(out, n)``."""
+        rows = as_matrix(t, self.outputs) if t.ndim > 1 else t.unsqueeze(1)
+        return rows.expand(self.rows, -1)
 
     def lie_among(self, values: Tensor, place: int) -> None:
         """Have levels computed in a vector that holds ``t`` from a place on: so they are rounded alike."""
@@ -137,12 +144,12 @@ class WeightThresholds:
         """Let go of the other weights; keep the state on the CPU."""
         for t in self.values.values():
             t.data = torch.empty_like(t, device="cpu").copy_(t.data)
-        self.dtau, self.gradients, self._views, self._among = {}, {}, {}, None
+        self.dtau, self.gradients, self.bounds, self._views, self._among = {}, {}, (), {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the other weights."""
         values = {key: nn.Parameter(t.detach().clone()) for key, t in self.values.items()}
-        loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "_views": {}, "_among": None}
+        loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "bounds": (), "_views": {}, "_among": None}
         return {**self.__dict__, "values": values, "tau": torch.zeros(1, 1), **loose}
 
 
@@ -198,6 +205,15 @@ class ThresholdBuffer:
             each.gradients[key] = dt
             rows = as_matrix(dt, each.outputs) if dt.ndim > 1 else dt.unsqueeze(1)
             each.dtau[key] = rows if len(rows) == each.rows else rows.new_empty(each.rows, 1)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Room for two numbers beside each forward threshold, of which each weight has its part."""
+        low, high = torch.empty_like(self.values["t"]), torch.empty_like(self.values["t"])
+        ours = [each["t"] for each in self.thresholds]
+        for each, *parts in zip(self.thresholds, views(low, ours), views(high, ours), strict=True):
+            each.bounds = [each.as_rows(part) for part in parts]
+        return low, high
 
     @property
     def parameters(self) -> list[nn.Parameter]:

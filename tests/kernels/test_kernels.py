@@ -237,7 +237,7 @@ def test_magnitudes_near_thresholds_are_found_and_those_above_counted(kernels, s
     W, _, tau = draw(shape, seed)
     W[0, 0] = float("nan")
     low, high = (tau - width).clamp(min=0), tau + width
-    above, magnitudes, theirs = kernels.near(W, low, high, tau)
+    above, (magnitudes, theirs) = kernels.near(W, low, high, tau)
     within = (W.abs() > low) & (W.abs() <= high)
     assert above == int((~(W.abs() <= high)).sum())
     assert torch.equal(magnitudes, W.abs()[within].double())
