@@ -98,7 +98,7 @@ class Target:
         method = self.method
         refuse_unknown_length(method, method.total_steps, f"of which it prunes in the first {method.end_at:.0%}")
         for plan in self._plans.values():
-            floors(plan.group.weights, method.min_layer_density, self.final(plan))
+            floors(plan.group.weights, method.min_layer_density, budget(self.sparsity, plan.size))
 
     def join(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Bring weights that join a plan under way to what it leaves of them."""
@@ -106,7 +106,7 @@ class Target:
         if plan.start is None:
             return
         size = sum(weight.size for weight in weights)
-        before = budget(self.sparsity, plan.size - size) + self._above(plan, plan.size - size, plan.start)
+        before = self._left(plan, plan.size - size, plan.start)
         plan.start += size
         self._bring(plan, weights, self.planned(plan) - before)
 
@@ -139,19 +139,16 @@ class Target:
             self._span = min(int(self.method.begin_at * total), last - 1), last
         return self._span
 
-    def final(self, plan: Plan) -> int:
-        """Return the number of nonzeros at the end."""
-        return budget(self.sparsity, plan.size)
-
     def planned(self, plan: Plan) -> int:
         """Return the number of nonzeros now."""
         assert plan.start is not None
-        return self.final(plan) + self._above(plan, plan.size, plan.start)
+        return self._left(plan, plan.size, plan.start)
 
-    def _above(self, plan: Plan, size: int, start: int) -> int:
-        """Return how many nonzeros more than at the end ``size`` weights have now."""
+    def _left(self, plan: Plan, size: int, start: int) -> int:
+        """Return how many nonzeros ``size`` weights have now that began with ``start``."""
         first, last = self.span()
-        return round((start - budget(self.sparsity, size)) * cubic((plan.updates - first) / (last - first)))
+        final = budget(self.sparsity, size)
+        return final + round((start - final) * cubic((plan.updates - first) / (last - first)))
 
     @property
     def planned_sparsity(self) -> float | None:
@@ -189,7 +186,7 @@ class Target:
         lowest = [least(weight, self.method.min_layer_density) for weight in weights]
         found, plan.look = cuts(partial(self._near, plan.group, weights), k, lowest, plan.look)
         frozen = self._chosen(weights, found) if plan.updates >= self.span()[1] else []
-        self._shift(plan.group, weights, [cut.level for cut in found])
+        self._shift(plan.group, weights, found)
         for weight, mask in zip(weights, frozen, strict=False):
             self._freeze(weight, mask)
 
@@ -197,19 +194,19 @@ class Target:
         """Return the margins of some weights of a group that are about as large as it says."""
         for buffer in group.buffers:
             for bound, by in zip(buffer.bounds, look.bounds, strict=True):
-                bound.copy_(self.method.level(self.method.shifted(buffer.values["t"], by)).clamp_(min=0))
+                torch.clamp(self.method.level(self.method.shifted(buffer.values["t"], by)), min=0, out=bound)
         above, found = zip(*(_near_one(weight) for weight in weights), strict=True)
         magnitudes, theirs = torch.cat(found, 1).unbind()
         return Near(above, [each.shape[1] for each in found], self.method.margins(magnitudes, theirs).numpy())
 
-    def _shift(self, group: LatentGroup, weights: Sequence[LatentWeight], by: Sequence[float]) -> None:
-        """Shift the thresholds of some weights of a group, all at once where it is by the same number."""
-        if len(weights) == len(group.weights) and len(set(by)) == 1:
+    def _shift(self, group: LatentGroup, weights: Sequence[LatentWeight], found: Sequence[Cut]) -> None:
+        """Shift the thresholds of some weights of a group to their cuts, all at once where they have the same."""
+        if len(weights) == len(group.weights) and len(set(found)) == 1:
             for buffer in group.buffers:
-                self._shift_one(buffer.values["t"], by[0])
+                self._shift_one(buffer.values["t"], found[0].level)
         else:
-            for weight, each in zip(weights, by, strict=True):
-                self._shift_one(weight.thresholds["t"].detach(), each)
+            for weight, cut in zip(weights, found, strict=True):
+                self._shift_one(weight.thresholds["t"].detach(), cut.level)
 
     def _shift_one(self, t: Tensor, by: float) -> None:
         """Shift thresholds; their values are rounded once."""

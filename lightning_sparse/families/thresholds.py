@@ -292,23 +292,25 @@ class Thresholds:
             scale: likewise.
         """
         laid = self._laid_out.get(id(optimizer), [])
-        if self.needs_sums:
+        if self.train:
             _add_up(weights, stepping)
         for buffer in () if self.target else laid:
             self.method.threshold_gradients(buffer, share * scale)
-        for weight in weights:
+        for weight in weights if self.train else ():
             _hand_out(weight, self.method.regularised and share > 0, rests=self.target is not None)
         if self.target:
             self.target.prepare(optimizer, share)
         self.method.finish_gradients([weight for weight in weights if weight.frozen is None], laid, share)
 
     @property
-    def needs_sums(self) -> bool:
-        """Someone uses the gradients of thresholds: these follow no plan, or the backward ones are trained."""
+    def train(self) -> bool:
+        """Some thresholds take steps of their own: they follow no plan, or there are backward ones, which never do."""
         return self.target is None or len(self.method.threshold_names) > 1
 
     def before_update(self, optimizer: Optimizer) -> None:
         """Make the gradients of thresholds those that the optimizer is to see."""
+        if not self.train:
+            return
         self.make_finite(optimizer)
         thresholds = [t for buffer in self._laid_out.get(id(optimizer), ()) for t in buffer.parameters]
         own = self.method.threshold_weight_decay

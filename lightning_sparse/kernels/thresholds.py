@@ -38,7 +38,7 @@ class ThresholdKernels(Protocol):
         """Mask a gradient by contribution scores."""
 
     def near(self, W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor]:
-        """Return how many magnitudes are above ``high``, and ``(2, n)`` those from ``low`` up to it over their ``t``."""
+        """Return how many magnitudes are above ``high``; over their ``t`` those from ``low`` up to it, ``(2, n)``."""
 
     def add_rows(self, x: Tensor, out: Tensor) -> None:
         """Write the sum of ``x (out, 1)``."""

@@ -36,7 +36,7 @@ class Look(NamedTuple):
 
     def next(self, found: Sequence["Cut"]) -> "Look":
         """Return where to look next time: about the levels that were found, less wide where these were close."""
-        levels = [cut.level for cut in found]
+        levels = {cut.level for cut in set(found)}
         centre = (min(levels) + max(levels)) / 2
         apart = max(abs(self.centre - level) for level in (min(levels), max(levels)))
         width = min(self.width, _WIDEST)

@@ -200,6 +200,14 @@ class Planned(Reference):
         return super().effective(name) if frozen is None else self.W[name] * frozen[name]
 
 
+@torch.no_grad()
+def plain_steps(parameters, rate):
+    """Adam would take the size out of gradients: descend along these, and leave none to it."""
+    for t in (t for t in parameters if t.grad is not None):
+        t.sub_(rate * t.grad)
+        t.grad = None
+
+
 def train_planned(method, optimizer, batches, options):
     names = ["0.weight", "2.weight", "4.weight"]
     reference = Planned(seeded(lambda: mlp(torch.float64)), names, method, options.pop("granularity"), **options)
@@ -219,6 +227,8 @@ def train_planned(method, optimizer, batches, options):
             start = sum(int(mask.sum()) for mask in reference.masks().values())
         for t in reference.t.values():
             t.grad = None
+        if isinstance(optimizer, torch.optim.Adam):
+            plain_steps(reference.t_b.values(), optimizer.param_groups[0]["lr"])
         optimizer.step()
         if first <= i < last:
             k = budget(0.8, size) + round((start - budget(0.8, size)) * (1 - (i + 1 - first) / (last - first)) ** 3)
