@@ -146,9 +146,13 @@ class Target:
 
     def _left(self, plan: Plan, size: int, start: int) -> int:
         """Return how many nonzeros ``size`` weights have now that began with ``start``."""
-        first, last = self.span()
         final = budget(self.sparsity, size)
-        return final + round((start - final) * cubic((plan.updates - first) / (last - first)))
+        return final + round((start - final) * cubic(self._progress(plan)))
+
+    def _progress(self, plan: Plan) -> float:
+        """Return how far between its beginning, 0, and its end, 1, a plan is."""
+        first, last = self.span()
+        return min(max((plan.updates - first) / (last - first), 0.0), 1.0)
 
     @property
     def planned_sparsity(self) -> float | None:
@@ -166,8 +170,8 @@ class Target:
         if plan is None or not share or plan.updates < self.span()[0]:
             return
         if plan.start is None:
-            plan.start = self._near(plan.group, plan.open, Look()).count(0.0)
-            plan.start += sum(_count(weight) for weight in plan.group.weights)
+            plan.start = sum(_count(weight) for weight in plan.group.weights)
+            plan.start += self._near(plan.group, plan.open, Look()).count(0.0) if plan.open else 0
 
     def follow(self, optimizer: Optimizer) -> bool:
         """Count an update and do as planned; tell whether thresholds or masks are others now."""
@@ -187,6 +191,8 @@ class Target:
         found, plan.look = cuts(partial(self._near, plan.group, weights), k, lowest, plan.look)
         frozen = self._chosen(weights, found) if plan.updates >= self.span()[1] else []
         self._shift(plan.group, weights, found)
+        for weight in weights:
+            weight.thresholds.shrinkage = 1 - self._progress(plan)
         for weight, mask in zip(weights, frozen, strict=False):
             self._freeze(weight, mask)
 
@@ -240,7 +246,6 @@ class Target:
         frozen = weight.freeze(mask)
         for key in weight.bits:
             weight.keep_mask(key, frozen)
-        self.method.settle(weight)
 
     # ------------------------------------------------------------------ state
 

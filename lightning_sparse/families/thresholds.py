@@ -127,9 +127,6 @@ class Thresholded(Options, Readouts, Verbs, ABC):
         """Return how far thresholds may be shifted until they reach ``magnitudes``; broadcasts."""
         return magnitudes - self.level(t)
 
-    def settle(self, weight: LatentWeight) -> None:
-        """See a weight whose mask will stay: where ``P`` is not ``W`` at its nonzeros, make ``W`` be ``P``."""
-
     @abstractmethod
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
         """Turn ``buffer.gradients["t"]``, those of ``tau``, into those of ``t``; add ``share`` times the penalty's."""

@@ -96,17 +96,18 @@ def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor) -> None:
 
 
 @compiled
-def _soft_project(W, tau, out):  # type: ignore[no-untyped-def]
+def _soft_project(W, tau, out, shrinkage):  # type: ignore[no-untyped-def]
+    zero, part = W.dtype.type(0), W.dtype.type(shrinkage)
     for i in range(W.shape[0]):
         t = tau[i, 0]
         for j in range(W.shape[1]):
             w = W[i, j]
-            out[i, j] = w - min(max(w, -t), t)
+            out[i, j] = zero if abs(w) <= t else w - part * min(max(w, -t), t)  # NaN stays NaN
 
 
-def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
+def soft_project(W: Tensor, tau: Tensor, out: Tensor, shrinkage: float = 1.0) -> None:
     """As ``thresholds_torch.soft_project``."""
-    _over_rows(_soft_project, (W, tau, out))
+    _over_rows(_soft_project, (W, tau, out), shrinkage)
 
 
 @compiled

@@ -104,12 +104,13 @@ def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor) -> None:
     dtau.neg_()
 
 
-def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
-    """Write ``sign(W) max(|W| - tau, 0)`` into ``out``."""
+def soft_project(W: Tensor, tau: Tensor, out: Tensor, shrinkage: float = 1.0) -> None:
+    """Write ``sign(W) (|W| - shrinkage tau) 1[|W| > tau]`` into ``out``; ``shrinkage``: from 0, hard, to 1, soft."""
     for rows in _chunks(W):
         w, t = W[rows].to(tau.dtype), tau[rows]
         within = torch.maximum(w, -t, out=_buffer(w, 0))
-        out[rows] = torch.sub(w, torch.minimum(within, t, out=within), out=within)
+        P = torch.sub(w, torch.minimum(within, t, out=within), alpha=shrinkage, out=within)
+        out[rows] = P if shrinkage == 1 else P.mul_(torch.abs(w, out=_buffer(w, 1)).gt_(t))
 
 
 def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor, alpha: float) -> None:

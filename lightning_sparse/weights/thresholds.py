@@ -31,6 +31,7 @@ class WeightThresholds:
         tau: what ``|W|`` is compared with by the latest ``P``, ``(out, 1)`` or ``(out, n)``.
         dtau: where a step's gradients of ``tau`` (and what else the method sums like them) are written, by name.
         gradients: the same added up to the shape of the thresholds.
+        shrinkage: by how much of ``tau`` a method with a soft threshold shrinks the weights above it, from 0 to 1.
         bounds: room for two numbers beside each threshold, as ``tau`` in shape; see ``ThresholdBuffer.bounds``.
     """
 
@@ -39,6 +40,7 @@ class WeightThresholds:
     outputs: Outputs = FIRST
     places: dict[str, int] = field(default_factory=dict)
     resets: int | Tensor = 0
+    shrinkage: float = 1.0
     tau: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
     dtau: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -67,7 +69,9 @@ class WeightThresholds:
     def loaded(cls, latent: Tensor, outputs: Outputs, state: Mapping[str, Any]) -> "WeightThresholds":
         """Return those of a weight of a checkpoint."""
         values = {key: nn.Parameter(t) for key, t in state["thresholds"].items()}
-        return cls(values, outputs.rows(latent.shape), outputs, places=dict(state.get("places", {})))
+        loaded = cls(values, outputs.rows(latent.shape), outputs, places=dict(state.get("places", {})))
+        loaded.shrinkage = state.get("shrinkage", 1.0)  # earlier versions wrote none
+        return loaded
 
     def __getitem__(self, key: str) -> nn.Parameter:
         """Return the thresholds of a name."""
@@ -125,10 +129,12 @@ class WeightThresholds:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"thresholds": {key: t.detach() for key, t in self.values.items()}, "places": dict(self.places)}
+        values = {key: t.detach() for key, t in self.values.items()}
+        return {"thresholds": values, "places": dict(self.places), "shrinkage": self.shrinkage}
 
     def copy_(self, others: "WeightThresholds") -> None:
         """Take the values of others of the same names and shapes."""
+        self.shrinkage = others.shrinkage
         for key, t in self.values.items():
             t.copy_(others[key])
 

@@ -173,6 +173,8 @@ def test_no_layer_falls_below_its_floor(method):
 class Planned(Reference):
     """The autograd reference, whose thresholds are shifted by sorting all margins after each step."""
 
+    shrinkage = 1.0
+
     def margins(self):
         found = []
         for name, W in self.W.items():
@@ -192,12 +194,16 @@ class Planned(Reference):
     def freeze(self):
         left = {name: self.effective(name) for name in self.names}
         self.frozen = {name: P != 0 for name, P in left.items()}
-        for name, W in self.W.items() if self.method in ("AutoSparse", "STR") else ():
-            W.copy_(left[name])
 
     def effective(self, name):
-        frozen = getattr(self, "frozen", None)
-        return super().effective(name) if frozen is None else self.W[name] * frozen[name]
+        W, frozen = self.W[name], getattr(self, "frozen", None)
+        if frozen is not None:
+            return W * frozen[name]
+        P = super().effective(name)
+        if self.method in ("AutoSparse", "STR"):
+            T = torch.sigmoid(broadcast(self.t[name], W)).detach()
+            P = P + (1 - self.shrinkage) * T * W.sign() * (W.abs() > T)
+        return P
 
 
 @torch.no_grad()
@@ -233,6 +239,7 @@ def train_planned(method, optimizer, batches, options):
         if first <= i < last:
             k = budget(0.8, size) + round((start - budget(0.8, size)) * (1 - (i + 1 - first) / (last - first)) ** 3)
             reference.shift(k)
+            reference.shrinkage = 1 - (i + 1 - first) / (last - first)
         if i + 1 == last:
             reference.freeze()
     return reference
