@@ -1,16 +1,21 @@
 """Threshold methods with a target beside GMP and hand-tuned alphas, on part of MNIST: the tables of guides/targets.md.
 
-``python docs/targets.py DIR --out results.csv`` trains what the file does not hold yet, a line a run, and prints the
-tables. DIR holds MNIST/raw. Networks, methods, sparsities and seeds may be chosen; one CPU thread.
+``python docs/targets.py DIR --out results.csv`` trains what the file does not hold yet and adds a line to it after each
+run, so it may be broken off and started again. Then it prints the mean accuracy over the seeds that the file holds. DIR
+holds MNIST/raw. Networks, optimizers, methods, sparsities, seeds, images and epochs may be chosen; one CPU thread.
 """
 
 import argparse
 import csv
+import statistics
+import subprocess
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -60,6 +65,24 @@ METHODS: dict[str, Callable[[float], pl.Callback]] = {
     "STR": lambda s: STR(sparsity=s),
 }
 ALPHAS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RESULTS = ("accuracy", "density", "seconds", "revision")
+
+
+class Run(NamedTuple):
+    """What is trained; ``setting`` is the sparsity, or the alpha of ``DST alpha``."""
+
+    network: str
+    optimizer: str
+    images: int
+    epochs: int
+    seed: int
+    method: str
+    setting: float
+
+    @property
+    def callback(self) -> pl.Callback:
+        """The method."""
+        return DST(alpha=self.setting) if self.method == "DST alpha" else METHODS[self.method](self.setting)
 
 
 class Batches(IterableDataset):
@@ -78,53 +101,73 @@ class Batches(IterableDataset):
         return -(-len(self.images) // self.size)
 
 
-def run(data, network, optimizer, seed, callback):
+def trained(data, run: Run):
     """Train; return accuracy in percent on the test images and the density."""
-    build, count, epochs = NETWORKS[network]
-    pl.seed_everything(seed, verbose=False)
-    rate = OPTIMIZERS[optimizer]
-    if network == "lstm" and optimizer == "SGD":
+    pl.seed_everything(run.seed, verbose=False)
+    rate = OPTIMIZERS[run.optimizer]
+    if run.network == "lstm" and run.optimizer == "SGD":
         rate = lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9)  # noqa: E731
-    module = build(optimizer=rate)
+    module, callback = NETWORKS[run.network][0](optimizer=rate), run.callback
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=epochs, callbacks=[] if callback is None else [callback], logger=False,
+        accelerator="cpu", max_epochs=run.epochs, callbacks=[callback], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        gradient_clip_val=1.0 if network == "lstm" else None,
+        gradient_clip_val=1.0 if run.network == "lstm" else None,
     )  # fmt: skip
-    train = Batches(data.train.images[:count], data.train.labels[:count], 64, seed)
+    train = Batches(data.train.images[: run.images], data.train.labels[: run.images], 64, run.seed)
     trainer.fit(module, DataLoader(train, batch_size=None))
     module.eval()
     with torch.no_grad():
         pairs = zip(data.test.images.split(1000), data.test.labels.split(1000), strict=True)
         right = sum(int((module(x).argmax(1) == y).sum()) for x, y in pairs)
-    return right / 100, 1.0 if callback is None else callback.density
+    return right / 100, callback.density
 
 
-def rows(chosen):
-    """Yield what is to be trained, the first seed of everything first: network, optimizer, seed, method, setting."""
+def runs(chosen) -> Iterator[Run]:
+    """Yield what is to be trained, the first seed of everything first."""
     networks, optimizers, methods = (part.split(",") for part in (chosen.networks, chosen.optimizers, chosen.methods))
-    for seed in range(chosen.seeds):
-        for target, network, optimizer, method in product(chosen.targets.split(","), networks, optimizers, methods):
-            yield network, optimizer, seed, method, float(target)
-        for network, optimizer, alpha in product(networks, optimizers, chosen.alphas.split(",")):
-            yield network, optimizer, seed, "DST alpha", float(alpha)
+    targets, alphas = ([float(x) for x in part.split(",") if x] for part in (chosen.targets, chosen.alphas))
+    tuned = [("DST alpha", alpha) for alpha in alphas]
+    settings = [(method, target) for target in targets for method in methods] + tuned
+    for seed, network, optimizer, setting in product(range(chosen.seeds), networks, optimizers, settings):
+        _, images, epochs = NETWORKS[network]
+        yield Run(network, optimizer, chosen.images or images, chosen.epochs or epochs, seed, *setting)
+
+
+def rows(file: Path) -> dict[Run, dict[str, str]]:
+    """Return what a file holds."""
+    found = csv.DictReader(file.open()) if file.exists() else ()
+    types = Run.__annotations__
+    return {Run(**{name: kind(row[name]) for name, kind in types.items()}): row for row in found}
 
 
 def train(chosen):
-    """Train all rows that the file lacks."""
+    """Train all that the file lacks."""
     file = Path(chosen.out)
-    known = {tuple(row[:5]) for row in csv.reader(file.open())} if file.exists() else set()
+    if not file.exists():
+        file.write_text(",".join((*Run._fields, *RESULTS)) + "\n")
+    here = Path(__file__).parent
+    revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     data = MNISTDataModule(chosen.data_dir)
     data.setup("fit")
-    for row in rows(chosen):
-        key = tuple(map(str, row))
-        if key in known:
-            continue
-        callback = DST(alpha=row[4]) if row[3] == "DST alpha" else METHODS[row[3]](row[4])
+    known = rows(file)
+    for run in (run for run in runs(chosen) if run not in known):
         start = time.perf_counter()
-        accuracy, density = run(data, *row[:3], callback)
+        results = trained(data, run)
         with file.open("a") as out:
-            csv.writer(out).writerow([*key, accuracy, density, round(time.perf_counter() - start, 1)])
+            csv.writer(out).writerow([*run, *results, round(time.perf_counter() - start, 1), revision.stdout.strip()])
+
+
+def tables(chosen):
+    """Print mean accuracies, in percent, over seeds, and how many seeds there are."""
+    found = defaultdict(list)
+    for run, row in rows(Path(chosen.out)).items():
+        found[run._replace(seed=0)].append((float(row["accuracy"]), float(row["density"])))
+    print("| network, optimizer, images, epochs | method | setting | seeds | accuracy | density |")
+    print("|---|---|---|---|---|---|")
+    for run, results in sorted(found.items()):
+        accuracy, density = (statistics.mean(column) for column in zip(*results, strict=True))
+        training = f"{run.network}, {run.optimizer}, {run.images}, {run.epochs}"
+        print(f"| {training} | {run.method} | {run.setting:g} | {len(results)} | {accuracy:.2f} | {density:.4f} |")
 
 
 def main():
@@ -136,12 +179,15 @@ def main():
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)))
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--alphas", default=",".join(map(str, ALPHAS)))
+    parser.add_argument("--alphas", default=",".join(map(str, ALPHAS)), help="of DST without a target; empty: none")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, help="number of training images; default: the network's")
+    parser.add_argument("--epochs", type=int, help="default: the network's")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     train(chosen)
+    tables(chosen)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ class LatentCallback(SparseCallback):
             if self._thresholds:
                 self._thresholds.release()
             for group in self._groups.values():
-                group.joined = []
+                group.joined, group.buffers = [], []
             for weight in self._weights.values():
                 weight.release()
 
@@ -245,7 +245,7 @@ class LatentCallback(SparseCallback):
                 if members and self._thresholds is not None:
                     self._thresholds.join(each, group, members)
         if self._thresholds:
-            ours.weights = self._thresholds.lay_out(optimizer, ours.weights)
+            ours.weights, ours.buffers = self._thresholds.lay_out(optimizer, ours.weights)
             ours.joined = self._thresholds.joined(optimizer, ours.weights)
             for joined in ours.joined:  # P to the last bit as it will be made from now on
                 self._thresholds.set_levels(cast(LatentWeight, joined))

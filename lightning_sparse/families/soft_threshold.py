@@ -1,7 +1,5 @@
 """SoftThresholded: the function and the derivatives that STR and AutoSparse share."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -29,8 +27,8 @@ class SoftThresholded(Thresholded):
         return torch.logit(magnitudes.clamp(max=1)) - t
 
     def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
-        """Write ``sign(W) max(|W| - T, 0)``."""
-        weight.kernels.soft_project(W, weight.thresholds.tau, out)
+        """Write ``sign(W) max(|W| - T, 0)``; with a target, survivors shrink by less and less of ``T``."""
+        weight.kernels.soft_project(W, weight.thresholds.tau, out, weight.thresholds.shrinkage)
 
     def latent(self, weight: LatentWeight, P: Tensor) -> Tensor:
         """``P + sign(P) T``, which shrinks to ``P``; a weight whose mask is frozen does not shrink."""
@@ -38,16 +36,9 @@ class SoftThresholded(Thresholded):
             return P
         W = torch.empty_like(weight.latent).copy_(P)
         rows = weight.matrix(W)
-        rows.addcmul_(rows.sign(), weight.thresholds.tau.to(rows.dtype))
+        rows.addcmul_(rows.sign(), weight.thresholds.tau.to(rows.dtype), value=weight.thresholds.shrinkage)
         write_matrix(W, rows, weight.outputs)
         return W
-
-    def settle(self, weight: LatentWeight) -> None:
-        """Make ``W`` what it has shrunk to."""
-        weight.thresholds.tau = self.level(weight.thresholds.per_row())
-        P = torch.empty_like(weight.latent)
-        weight.write(P, partial(self.effective, weight))
-        weight.latent.copy_(P)
 
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
         """``ds = g'(s) dT`` with ``g'(s) = T (1 - T)``; no regulariser but weight decay."""

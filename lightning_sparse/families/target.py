@@ -6,7 +6,7 @@ of the plan the masks are frozen, at the target exactly.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -98,7 +98,7 @@ class Target:
         method = self.method
         refuse_unknown_length(method, method.total_steps, f"of which it prunes in the first {method.end_at:.0%}")
         for plan in self._plans.values():
-            floors(plan.group.weights, method.min_layer_density, self.final(plan))
+            floors(plan.group.weights, method.min_layer_density, budget(self.sparsity, plan.size))
 
     def join(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Bring weights that join a plan under way to what it leaves of them."""
@@ -106,7 +106,7 @@ class Target:
         if plan.start is None:
             return
         size = sum(weight.size for weight in weights)
-        before = budget(self.sparsity, plan.size - size) + self._above(plan, plan.size - size, plan.start)
+        before = self._left(plan, plan.size - size, plan.start)
         plan.start += size
         self._bring(plan, weights, self.planned(plan) - before)
 
@@ -139,19 +139,20 @@ class Target:
             self._span = min(int(self.method.begin_at * total), last - 1), last
         return self._span
 
-    def final(self, plan: Plan) -> int:
-        """Return the number of nonzeros at the end."""
-        return budget(self.sparsity, plan.size)
-
     def planned(self, plan: Plan) -> int:
         """Return the number of nonzeros now."""
         assert plan.start is not None
-        return self.final(plan) + self._above(plan, plan.size, plan.start)
+        return self._left(plan, plan.size, plan.start)
 
-    def _above(self, plan: Plan, size: int, start: int) -> int:
-        """Return how many nonzeros more than at the end ``size`` weights have now."""
+    def _left(self, plan: Plan, size: int, start: int) -> int:
+        """Return how many nonzeros ``size`` weights have now that began with ``start``."""
+        final = budget(self.sparsity, size)
+        return final + round((start - final) * cubic(self._progress(plan)))
+
+    def _progress(self, plan: Plan) -> float:
+        """Return how far between its beginning, 0, and its end, 1, a plan is."""
         first, last = self.span()
-        return round((start - budget(self.sparsity, size)) * cubic((plan.updates - first) / (last - first)))
+        return min(max((plan.updates - first) / (last - first), 0.0), 1.0)
 
     @property
     def planned_sparsity(self) -> float | None:
@@ -169,8 +170,8 @@ class Target:
         if plan is None or not share or plan.updates < self.span()[0]:
             return
         if plan.start is None:
-            plan.start = sum(near.count(0.0) for near in self._near(plan.open, Look()))
-            plan.start += sum(_count(weight) for weight in plan.group.weights)
+            plan.start = sum(_count(weight) for weight in plan.group.weights)
+            plan.start += self._near(plan.group, plan.open, Look()).count(0.0) if plan.open else 0
 
     def follow(self, optimizer: Optimizer) -> bool:
         """Count an update and do as planned; tell whether thresholds or masks are others now."""
@@ -187,28 +188,36 @@ class Target:
     def _bring(self, plan: Plan, weights: Sequence[LatentWeight], k: int) -> None:
         """Leave ``k`` of some weights, for good if the plan has come to its end."""
         lowest = [least(weight, self.method.min_layer_density) for weight in weights]
-        found, plan.look = cuts(partial(self._near, weights), k, lowest, plan.look)
+        found, plan.look = cuts(partial(self._near, plan.group, weights), k, lowest, plan.look)
         frozen = self._chosen(weights, found) if plan.updates >= self.span()[1] else []
-        for weight, cut in zip(weights, found, strict=True):
-            self._shift(weight, cut.level)
+        self._shift(plan.group, weights, found)
+        for weight in weights:
+            weight.thresholds.shrinkage = 1 - self._progress(plan)
         for weight, mask in zip(weights, frozen, strict=False):
             self._freeze(weight, mask)
 
-    def _near(self, weights: Iterable[LatentWeight], look: Look) -> list[Near]:
-        """Return the margins of weights that are about as large as it says."""
-        return [self._near_one(weight, look) for weight in weights]
+    def _near(self, group: LatentGroup, weights: Sequence[LatentWeight], look: Look) -> Near:
+        """Return the margins of some weights of a group that are about as large as it says."""
+        for buffer in group.buffers:
+            for bound, by in zip(buffer.bounds, look.bounds, strict=True):
+                torch.clamp(self.method.level(self.method.shifted(buffer.values["t"], by)), min=0, out=bound)
+        above, found = zip(*(_near_one(weight) for weight in weights), strict=True)
+        magnitudes, theirs = torch.cat(found, 1).unbind()
+        return Near(above, [each.shape[1] for each in found], self.method.margins(magnitudes, theirs).numpy())
 
-    def _near_one(self, weight: LatentWeight, look: Look) -> Near:
-        W, t = weight.matrix(weight.latent, "W"), weight.thresholds.per_row()
-        low, high = (self.method.level(self.method.shifted(t, by)).clamp_(min=0) for by in look.bounds)
-        above, magnitudes, theirs = weight.kernels.near(W, low, high, t)  # NaN is above: it must stay in sight
-        return Near(above, self.method.margins(magnitudes, theirs))
+    def _shift(self, group: LatentGroup, weights: Sequence[LatentWeight], found: Sequence[Cut]) -> None:
+        """Shift the thresholds of some weights of a group to their cuts, all at once where they have the same."""
+        if len(weights) == len(group.weights) and len(set(found)) == 1:
+            for buffer in group.buffers:
+                self._shift_one(buffer.values["t"], found[0].level)
+        else:
+            for weight, cut in zip(weights, found, strict=True):
+                self._shift_one(weight.thresholds["t"].detach(), cut.level)
 
-    def _shift(self, weight: LatentWeight, by: float) -> None:
-        """Shift the thresholds of a weight; their values are rounded once."""
-        t = weight.thresholds["t"]
+    def _shift_one(self, t: Tensor, by: float) -> None:
+        """Shift thresholds; their values are rounded once."""
         if by:
-            t.copy_(self.method.shifted(_exact(t.detach()), by))
+            t.copy_(self.method.shifted(_exact(t), by))
 
     # ------------------------------------------------------------------ the end
 
@@ -237,7 +246,6 @@ class Target:
         frozen = weight.freeze(mask)
         for key in weight.bits:
             weight.keep_mask(key, frozen)
-        self.method.settle(weight)
 
     # ------------------------------------------------------------------ state
 
@@ -256,6 +264,13 @@ class Target:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the weights of a fit."""
         return {**self.__dict__, "_clocks": list(self.state()["plans"].values()), "_plans": {}, "_span": None}
+
+
+def _near_one(weight: LatentWeight) -> tuple[int, Tensor]:
+    """Return how many magnitudes are above the bounds, and those within over their thresholds."""
+    low, high = weight.thresholds.bounds
+    W, t = weight.matrix(weight.latent, "W"), weight.thresholds.per_row()
+    return weight.kernels.near(W, low, high, t)  # NaN is above: it must stay in sight
 
 
 def _count(weight: LatentWeight) -> int:

@@ -127,9 +127,6 @@ class Thresholded(Options, Readouts, Verbs, ABC):
         """Return how far thresholds may be shifted until they reach ``magnitudes``; broadcasts."""
         return magnitudes - self.level(t)
 
-    def settle(self, weight: LatentWeight) -> None:
-        """See a weight whose mask will stay: where ``P`` is not ``W`` at its nonzeros, make ``W`` be ``P``."""
-
     @abstractmethod
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
         """Turn ``buffer.gradients["t"]``, those of ``tau``, into those of ``t``; add ``share`` times the penalty's."""
@@ -232,12 +229,14 @@ class Thresholds:
                 "AdamW, or take a method without thresholds, such as TopKAST or RigL."
             )
 
-    def lay_out(self, optimizer: Optimizer, weights: Iterable[LatentWeight]) -> list[LatentWeight]:
-        """Lay the thresholds of the weights of an optimizer end to end; return the weights in this order."""
+    def lay_out(
+        self, optimizer: Optimizer, weights: Iterable[LatentWeight]
+    ) -> tuple[list[LatentWeight], list[ThresholdBuffer]]:
+        """Lay the thresholds of the weights of an optimizer end to end; return the weights in this order, and them."""
         of = {weight.thresholds: weight for weight in weights}
         laid = buffers(of, self.method.sum_names, lambda thresholds: self._kind(of[thresholds]))
         self._laid_out[id(optimizer)] = laid
-        return [of[thresholds] for buffer in laid for thresholds in buffer.thresholds]
+        return [of[thresholds] for buffer in laid for thresholds in buffer.thresholds], laid
 
     def _kind(self, weight: LatentWeight) -> torch.dtype | None:
         """Return the dtype of a weight that is to lie among others of its dtype, None: by itself."""
@@ -290,23 +289,25 @@ class Thresholds:
             scale: likewise.
         """
         laid = self._laid_out.get(id(optimizer), [])
-        if self.needs_sums:
+        if self.train:
             _add_up(weights, stepping)
         for buffer in () if self.target else laid:
             self.method.threshold_gradients(buffer, share * scale)
-        for weight in weights:
+        for weight in weights if self.train else ():
             _hand_out(weight, self.method.regularised and share > 0, rests=self.target is not None)
         if self.target:
             self.target.prepare(optimizer, share)
         self.method.finish_gradients([weight for weight in weights if weight.frozen is None], laid, share)
 
     @property
-    def needs_sums(self) -> bool:
-        """Someone uses the gradients of thresholds: these follow no plan, or the backward ones are trained."""
+    def train(self) -> bool:
+        """Some thresholds take steps of their own: they follow no plan, or there are backward ones, which never do."""
         return self.target is None or len(self.method.threshold_names) > 1
 
     def before_update(self, optimizer: Optimizer) -> None:
         """Make the gradients of thresholds those that the optimizer is to see."""
+        if not self.train:
+            return
         self.make_finite(optimizer)
         thresholds = [t for buffer in self._laid_out.get(id(optimizer), ()) for t in buffer.parameters]
         own = self.method.threshold_weight_decay

@@ -26,8 +26,8 @@ class ThresholdKernels(Protocol):
     def hard_gradient(self, dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor) -> None:
         """Turn the gradient of what ``hard_project`` wrote into those of ``W`` and ``tau``."""
 
-    def soft_project(self, W: Tensor, tau: Tensor, out: Tensor) -> None:
-        """Write ``sign(W) max(|W| - tau, 0)``."""
+    def soft_project(self, W: Tensor, tau: Tensor, out: Tensor, shrinkage: float = 1.0) -> None:
+        """Write ``sign(W) (|W| - shrinkage tau)`` where ``|W| > tau``, else 0."""
 
     def soft_gradient(self, dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor, alpha: float) -> None:
         """Turn the gradient of what ``soft_project`` wrote into those of ``W`` and ``tau``."""
@@ -37,8 +37,8 @@ class ThresholdKernels(Protocol):
     ) -> None:
         """Mask a gradient by contribution scores."""
 
-    def near(self, W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Return how many magnitudes are above ``high``, and those from ``low`` up to it beside their ``t``."""
+    def near(self, W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor]:
+        """Return how many magnitudes are above ``high``; over their ``t`` those from ``low`` up to it, ``(2, n)``."""
 
     def add_rows(self, x: Tensor, out: Tensor) -> None:
         """Write the sum of ``x (out, 1)``."""
@@ -80,8 +80,8 @@ class FusedKernels(Protocol):
     def hard_gradient(self, dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor) -> None:
         """Turn the gradient of what ``hard_project`` wrote into those of ``W`` and ``tau``."""
 
-    def soft_project(self, W: Tensor, tau: Tensor, out: Tensor) -> None:
-        """Write ``sign(W) max(|W| - tau, 0)``."""
+    def soft_project(self, W: Tensor, tau: Tensor, out: Tensor, shrinkage: float = 1.0) -> None:
+        """Write ``sign(W) (|W| - shrinkage tau)`` where ``|W| > tau``, else 0."""
 
     def soft_gradient(self, dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor, alpha: float) -> None:
         """Turn the gradient of what ``soft_project`` wrote into those of ``W`` and ``tau``."""

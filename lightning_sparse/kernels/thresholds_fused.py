@@ -100,7 +100,7 @@ def _hard_gradient(dP, W, tau, dtau, starts, widths, of, R, ROWS: tl.constexpr, 
 
 
 @_kernel
-def _soft_project(W, tau, out, starts, widths, of, R, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _soft_project(W, tau, out, starts, widths, of, R, shrinkage, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < R
     start, width = tl.load(starts + row, live, 0)[:, None], tl.load(widths + row, live, 0)
@@ -109,7 +109,7 @@ def _soft_project(W, tau, out, starts, widths, of, R, ROWS: tl.constexpr, BLOCK:
         column = first + tl.arange(0, BLOCK)[None, :]
         inside = column < width[:, None]
         w = tl.load(W + start + column, inside, 0).to(t.dtype)
-        w = w - tl.minimum(tl.maximum(w, -t), t)
+        w = tl.where(tl.abs(w) <= t, 0, w - shrinkage * tl.minimum(tl.maximum(w, -t), t))  # NaN stays NaN
         tl.store(out + start + column, w.to(out.dtype.element_ty), inside)
 
 
@@ -237,9 +237,9 @@ class Rows:
         """As ``thresholds_torch.hard_gradient``."""
         self._launch(_hard_gradient, dP, W, tau, dtau, self.starts, self.widths, self.of, len(self.starts))
 
-    def soft_project(self, W: Tensor, tau: Tensor, out: Tensor) -> None:
+    def soft_project(self, W: Tensor, tau: Tensor, out: Tensor, shrinkage: float = 1.0) -> None:
         """As ``thresholds_torch.soft_project``."""
-        self._launch(_soft_project, W, tau, out, self.starts, self.widths, self.of, len(self.starts))
+        self._launch(_soft_project, W, tau, out, self.starts, self.widths, self.of, len(self.starts), float(shrinkage))
 
     def soft_gradient(self, dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor, alpha: float) -> None:
         """As ``thresholds_torch.soft_gradient``."""

@@ -3,7 +3,7 @@
 A row's result depends on that row alone, so rows may be shared among threads without changing a bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -96,17 +96,18 @@ def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor) -> None:
 
 
 @compiled
-def _soft_project(W, tau, out):  # type: ignore[no-untyped-def]
+def _soft_project(W, tau, out, shrinkage):  # type: ignore[no-untyped-def]
+    zero, part = W.dtype.type(0), W.dtype.type(shrinkage)
     for i in range(W.shape[0]):
         t = tau[i, 0]
         for j in range(W.shape[1]):
             w = W[i, j]
-            out[i, j] = w - min(max(w, -t), t)
+            out[i, j] = zero if abs(w) <= t else w - part * min(max(w, -t), t)  # NaN stays NaN
 
 
-def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
+def soft_project(W: Tensor, tau: Tensor, out: Tensor, shrinkage: float = 1.0) -> None:
     """As ``thresholds_torch.soft_project``."""
-    _over_rows(_soft_project, (W, tau, out))
+    _over_rows(_soft_project, (W, tau, out), shrinkage)
 
 
 @compiled
@@ -194,7 +195,7 @@ def _near(W, low, high, t):  # type: ignore[no-untyped-def]
         above += W.shape[1] - int(not_above)
         within[i] = int(not_above) - int(below)
         total += within[i]
-    magnitudes, theirs = np.empty(total), np.empty(total)
+    found = np.empty((2, total))
     k = 0
     for i in range(W.shape[0]):
         lo, hi, end = low[i, 0], high[i, 0], k + within[i]
@@ -207,21 +208,15 @@ def _near(W, low, high, t):  # type: ignore[no-untyped-def]
                 some |= (abs(block[j]) > lo) & (abs(block[j]) <= hi)
             for j in range(block.size if some else 0):
                 if lo < abs(block[j]) <= hi:
-                    magnitudes[k], theirs[k] = abs(block[j]), t[i, 0]
+                    found[0, k], found[1, k] = abs(block[j]), t[i, 0]
                     k += 1
-    return above, magnitudes, theirs
+    return above, found
 
 
-def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, Tensor]:
+def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor]:
     """As ``thresholds_torch.near``."""
-    parts = _over_rows(_near, (W, low, high, t))
-    above, magnitudes, theirs = parts[0] if len(parts) == 1 else _joined(parts)
-    return above, torch.from_numpy(magnitudes), torch.from_numpy(theirs)
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    above, magnitudes, theirs = zip(*parts, strict=True)
-    return sum(above), np.concatenate(magnitudes), np.concatenate(theirs)
+    above, found = zip(*_over_rows(_near, (W, low, high, t)), strict=True)
+    return sum(above), torch.from_numpy(found[0] if len(found) == 1 else np.concatenate(found, 1))
 
 
 @compiled

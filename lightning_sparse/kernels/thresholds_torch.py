@@ -104,12 +104,13 @@ def hard_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor) -> None:
     dtau.neg_()
 
 
-def soft_project(W: Tensor, tau: Tensor, out: Tensor) -> None:
-    """Write ``sign(W) max(|W| - tau, 0)`` into ``out``."""
+def soft_project(W: Tensor, tau: Tensor, out: Tensor, shrinkage: float = 1.0) -> None:
+    """Write ``sign(W) (|W| - shrinkage tau) 1[|W| > tau]`` into ``out``; ``shrinkage``: from 0, hard, to 1, soft."""
     for rows in _chunks(W):
         w, t = W[rows].to(tau.dtype), tau[rows]
         within = torch.maximum(w, -t, out=_buffer(w, 0))
-        out[rows] = torch.sub(w, torch.minimum(within, t, out=within), out=within)
+        P = torch.sub(w, torch.minimum(within, t, out=within), alpha=shrinkage, out=within)
+        out[rows] = P if shrinkage == 1 else P.mul_(torch.abs(w, out=_buffer(w, 1)).gt_(t))
 
 
 def soft_gradient(dP: Tensor, W: Tensor, tau: Tensor, dtau: Tensor, alpha: float) -> None:
@@ -161,7 +162,7 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
             G[rows] = g.to(G.dtype)
 
 
-def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, Tensor]:
+def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor]:
     """Return which ``|W|`` lie near their threshold.
 
     Args:
@@ -171,8 +172,8 @@ def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, 
         t: thresholds, likewise.
 
     Returns:
-        How many ``|W|`` are above ``high``; those between the two, in their order; the ``t`` of each of them. Both in
-        float64 on the CPU.
+        How many ``|W|`` are above ``high``; and ``(2, n)``, in float64 on the CPU, those between the two in their
+        order, over the ``t`` of each of them.
     """
     above, found, theirs = 0, [], []
     for rows in _chunks(W):
@@ -183,7 +184,7 @@ def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor, 
         here = torch.from_numpy(within.numpy().nonzero()[0]) if within.is_cpu else within.nonzero().squeeze(1)
         found.append(magnitudes.reshape(-1)[here])
         theirs.append(t[rows].reshape(-1)[here if t.shape[1] > 1 else here // W.shape[1]])
-    return above, torch.cat(found).cpu().double(), torch.cat(theirs).cpu().double()
+    return above, torch.stack([torch.cat(found).to(t.dtype), torch.cat(theirs)]).cpu().double()
 
 
 def add_rows(x: Tensor, out: Tensor) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.optimizers import stepping
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.hard_threshold import HardThresholded
 from lightning_sparse.families.latent import LatentCallback, LatentWeight
 from lightning_sparse.families.thresholds import Granularity, ThresholdBuffer
+from lightning_sparse.trainer.updates import skips
 
 __all__ = ["DFBST"]
 
@@ -70,6 +72,7 @@ class DFBST(HardThresholded, LatentCallback):
         super().__post_init__()
         self._penalised = self.penalty_from_epoch == 0
         self._moments = torch.zeros(2, dtype=torch.float64)  # sum G~, sum G~^2
+        self._by_optimizer = True  # t_b takes the optimizer's steps
 
     # ------------------------------------------------------------------ what users read
 
@@ -120,6 +123,7 @@ class DFBST(HardThresholded, LatentCallback):
 
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102  (inherited)
         self._moments.zero_()
+        self._by_optimizer = self._target is None or isinstance(stepping(optimizer)[0], SGD)
         super().before_step(optimizer, share, scale)
 
     def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
@@ -149,8 +153,20 @@ class DFBST(HardThresholded, LatentCallback):
             t_b, dt_b = buffer.values["t_b"], buffer.gradients["t_b"]
             buffer.kernels.variance_penalty(dt_b, buffer.gradients["plain"], self._moments, N, self.beta * share)
             buffer.kernels.through_abs(dt_b, t_b)
-        for weight in trained:
+        for weight in trained if self._by_optimizer else ():
             weight.thresholds["t_b"].grad = weight.thresholds.gradients["t_b"]
+
+    def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
+        """With a target, descend along the gradient of ``t_b`` itself where the optimizer would take out ``beta``."""
+        if self._by_optimizer or optimizer is None or not self._penalised or skips(optimizer):
+            return
+        of = {id(weight.parameter): weight.thresholds for weight in weights if weight.frozen is None}
+        for group in optimizer.param_groups:
+            own = self.threshold_weight_decay
+            decay = group.get("weight_decay", 0.0) if own is None else own
+            for t in (of[id(p)] for p in group["params"] if id(p) in of):
+                dt_b = t.gradients["t_b"].nan_to_num(0.0, 0.0, 0.0)
+                t["t_b"].sub_(group["lr"] * dt_b.add_(t["t_b"], alpha=decay))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what belongs to a step, and to its device."""

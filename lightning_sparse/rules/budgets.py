@@ -67,6 +67,7 @@ def portion(fraction: float, count: int) -> int:
 
 
 @cache
+@cache
 def least(density: float, size: int) -> int:
     """Return the smallest number among ``size`` that makes at least ``density``.
 

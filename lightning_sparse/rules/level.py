@@ -36,7 +36,7 @@ class Look(NamedTuple):
 
     def next(self, found: Sequence["Cut"]) -> "Look":
         """Return where to look next time: about the levels that were found, less wide where these were close."""
-        levels = [cut.level for cut in found]
+        levels = {cut.level for cut in set(found)}
         centre = (min(levels) + max(levels)) / 2
         apart = max(abs(self.centre - level) for level in (min(levels), max(levels)))
         width = min(self.width, _WIDEST)
@@ -44,19 +44,34 @@ class Look(NamedTuple):
 
 
 class Near(NamedTuple):
-    """What is known of the margins of a layer.
+    """What is known of the margins of several layers.
 
     Attributes:
-        above: how many are above those that were looked at.
-        values: these, ``(n,)``, in float64 on the CPU; all that are not above, if the width is infinite.
+        above: how many of each layer are above those that were looked at.
+        counts: how many of each layer were looked at.
+        values: these, layer by layer, in float64; all that are not above, if the width is infinite.
     """
 
-    above: int
-    values: Tensor
+    above: Sequence[int]
+    counts: Sequence[int]
+    values: np.ndarray
 
     def count(self, level: float) -> int:
         """Return how many exceed a ``level`` that was looked at."""
-        return self.above + int((self.values > level).count_nonzero())
+        return sum(self.above) + int(np.count_nonzero(self.values > level))
+
+    def layer(self, i: int) -> "Near":
+        """Return what is known of one layer."""
+        start = sum(self.counts[:i])
+        return Near([self.above[i]], [self.counts[i]], self.values[start : start + self.counts[i]])
+
+    def layers(self, chosen: Sequence[int]) -> "Near":
+        """Return what is known of some layers, ascending."""
+        if len(chosen) == len(self.above):
+            return self
+        parts = [self.layer(i) for i in chosen]
+        values = np.concatenate([part.values for part in parts])
+        return Near([part.above[0] for part in parts], [part.counts[0] for part in parts], values)
 
 
 class Cut(NamedTuple):
@@ -86,14 +101,14 @@ class Cut(NamedTuple):
         return 2 * self.kth - 1 if math.isinf(self.below) else (self.below + self.kth) / 2
 
 
-def cuts(near: Callable[[Look], Sequence[Near]], k: int, at_least: Sequence[int], look: Look) -> tuple[list[Cut], Look]:
+def cuts(near: Callable[[Look], Near], k: int, at_least: Sequence[int], look: Look) -> tuple[list[Cut], Look]:
     """Return where to cut each layer so that ``k`` margins of all are above, and ``at_least`` so many of each.
 
     It is the same cut for all layers, but for those that would fall below what they have at least. Among equal margins
     at the cut all are above.
 
     Args:
-        near: returns what is known of the margins of each layer, looking no further than its argument.
+        near: returns what is known of the margins of all layers, looking no further than its argument.
         k: at least the sum of ``at_least``, at least 1.
         at_least: for each layer.
         look: where to look first.
@@ -101,8 +116,8 @@ def cuts(near: Callable[[Look], Sequence[Near]], k: int, at_least: Sequence[int]
     Returns:
         The cuts, and where to look next time.
 
-    >>> margins = [torch.tensor([0.3, 0.1, -0.2]).double(), torch.tensor([0.5, 0.4]).double()]
-    >>> found, _ = cuts(lambda look: [Near(0, each) for each in margins], 3, [0, 0], Look(0.0, math.inf))
+    >>> margins = np.array([0.3, 0.1, -0.2, 0.5, 0.4])
+    >>> found, _ = cuts(lambda look: Near([0, 0], [3, 2], margins), 3, [0, 0], Look(0.0, math.inf))
     >>> [round(cut.level, 3) for cut in found]
     [0.2, 0.2]
     """
@@ -113,29 +128,29 @@ def cuts(near: Callable[[Look], Sequence[Near]], k: int, at_least: Sequence[int]
         look = look.wider
 
 
-def _cuts(known: Sequence[Near], k: int, at_least: Sequence[int], whole: bool) -> list[Cut] | None:
+def _cuts(known: Near, k: int, at_least: Sequence[int], whole: bool) -> list[Cut] | None:
     """Return the cuts, None if too little is known."""
     found: dict[int, Cut | None] = {}
-    shared = list(range(len(known)))
+    shared = list(range(len(known.above)))
     while shared:
-        cut = _cut([known[i] for i in shared], k, whole)
+        cut = _cut(known.layers(shared), k, whole)
         if cut is None:
             return None
-        short = [i for i in shared if at_least[i] and known[i].count(cut.level) < at_least[i]]
+        short = [i for i in shared if at_least[i] and known.layer(i).count(cut.level) < at_least[i]]
         if not short:
             found |= dict.fromkeys(shared, cut)
             break
-        found |= {i: _cut([known[i]], at_least[i], whole) for i in short}
+        found |= {i: _cut(known.layer(i), at_least[i], whole) for i in short}
         k -= sum(at_least[i] for i in short)
         shared = [i for i in shared if i not in short]
-    ordered = [found[i] for i in range(len(known))]
+    ordered = [found[i] for i in range(len(known.above))]
     return [cut for cut in ordered if cut is not None] if None not in ordered else None
 
 
-def _cut(known: Sequence[Near], k: int, whole: bool) -> Cut | None:
+def _cut(known: Near, k: int, whole: bool) -> Cut | None:
     """Return the cut below the ``k``-th largest margin of some layers, None if too little is known."""
-    rank = k - sum(each.above for each in known)
-    values = np.sort(np.concatenate([each.values.numpy() for each in known]))
+    rank = k - sum(known.above)
+    values = np.sort(known.values)
     if not whole and not 1 <= rank < len(values):
         return None
     kth = float(values[max(0, len(values) - rank)]) if rank >= 1 and len(values) else math.inf

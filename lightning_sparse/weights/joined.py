@@ -146,6 +146,11 @@ class JoinedThresholds:
             each.resets = resets
         self._limits: dict[float, Tensor] = {}
 
+    @property
+    def shrinkage(self) -> float:
+        """By how much of ``tau`` weights above it shrink: those of an optimizer follow one plan."""
+        return self._buffer.thresholds[0].shrinkage
+
     def per_row(self, key: str = "t") -> Tensor:
         """Return the thresholds of a name: a vector."""
         return self._buffer.values[key]

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_sparse.weights.joined import Joined
 from lightning_sparse.weights.latent import LatentWeight
+from lightning_sparse.weights.thresholds import ThresholdBuffer
 
 __all__ = ["LatentGroup"]
 
@@ -18,15 +19,17 @@ class LatentGroup:
         weights: in the order in which its param groups have them.
         updates: number of its updates, by which a method can tell when it is time.
         joined: weights that are computed with at once where all of them take part.
+        buffers: their thresholds, laid end to end in the order of ``weights``; empty if the method has none.
     """
 
     weights: list[LatentWeight] = field(default_factory=list)
     updates: int = 0
     joined: list[Joined] = field(default_factory=list)
+    buffers: list[ThresholdBuffer] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy weights by themselves."""
-        return {**self.__dict__, "joined": []}
+        return {**self.__dict__, "joined": [], "buffers": []}
 
     def parts(self, weights: Sequence[LatentWeight]) -> list[LatentWeight | Joined]:
         """Return what some of the weights are computed with as: joined ones, and the others by themselves."""

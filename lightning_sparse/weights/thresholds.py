@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,8 @@ class WeightThresholds:
         tau: what ``|W|`` is compared with by the latest ``P``, ``(out, 1)`` or ``(out, n)``.
         dtau: where a step's gradients of ``tau`` (and what else the method sums like them) are written, by name.
         gradients: the same added up to the shape of the thresholds.
+        shrinkage: by how much of ``tau`` a method with a soft threshold shrinks the weights above it, from 0 to 1.
+        bounds: room for two numbers beside each threshold, as ``tau`` in shape; see ``ThresholdBuffer.bounds``.
     """
 
     values: dict[str, nn.Parameter]
@@ -37,9 +40,11 @@ class WeightThresholds:
     outputs: Outputs = FIRST
     places: dict[str, int] = field(default_factory=dict)
     resets: int | Tensor = 0
+    shrinkage: float = 1.0
     tau: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
     dtau: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    bounds: Sequence[Tensor] = ()
     _views: dict[str, Tensor] = field(default_factory=dict)
     _among: tuple[Tensor, int] | None = None  # a vector that has "t" from a place on, all levels of which are computed
 
@@ -64,7 +69,9 @@ class WeightThresholds:
     def loaded(cls, latent: Tensor, outputs: Outputs, state: Mapping[str, Any]) -> "WeightThresholds":
         """Return those of a weight of a checkpoint."""
         values = {key: nn.Parameter(t) for key, t in state["thresholds"].items()}
-        return cls(values, outputs.rows(latent.shape), outputs, places=dict(state.get("places", {})))
+        loaded = cls(values, outputs.rows(latent.shape), outputs, places=dict(state.get("places", {})))
+        loaded.shrinkage = state.get("shrinkage", 1.0)  # earlier versions wrote none
+        return loaded
 
     def __getitem__(self, key: str) -> nn.Parameter:
         """Return the thresholds of a name."""
@@ -86,11 +93,15 @@ class WeightThresholds:
         kept = self._views.get(key)
         if kept is not None and kept.data_ptr() == t.data_ptr():
             return kept
-        rows = as_matrix(t.detach(), self.outputs) if t.ndim > 1 else t.detach().unsqueeze(1)
-        rows = rows.expand(self.rows, -1)
+        rows = self.as_rows(t.detach())
         if rows.data_ptr() == t.data_ptr():
             self._views[key] = rows
         return rows
+
+    def as_rows(self, t: Tensor) -> Tensor:
+        """Return a tensor of the shape of thresholds as ``(out, 1)`` or ``(out, n)``."""
+        rows = as_matrix(t, self.outputs) if t.ndim > 1 else t.unsqueeze(1)
+        return rows.expand(self.rows, -1)
 
     def lie_among(self, values: Tensor, place: int) -> None:
         """Have levels computed in a vector that holds ``t`` from a place on: so they are rounded alike."""
@@ -118,10 +129,12 @@ class WeightThresholds:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"thresholds": {key: t.detach() for key, t in self.values.items()}, "places": dict(self.places)}
+        values = {key: t.detach() for key, t in self.values.items()}
+        return {"thresholds": values, "places": dict(self.places), "shrinkage": self.shrinkage}
 
     def copy_(self, others: "WeightThresholds") -> None:
         """Take the values of others of the same names and shapes."""
+        self.shrinkage = others.shrinkage
         for key, t in self.values.items():
             t.copy_(others[key])
 
@@ -137,12 +150,12 @@ class WeightThresholds:
         """Let go of the other weights; keep the state on the CPU."""
         for t in self.values.values():
             t.data = torch.empty_like(t, device="cpu").copy_(t.data)
-        self.dtau, self.gradients, self._views, self._among = {}, {}, {}, None
+        self.dtau, self.gradients, self.bounds, self._views, self._among = {}, {}, (), {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the other weights."""
         values = {key: nn.Parameter(t.detach().clone()) for key, t in self.values.items()}
-        loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "_views": {}, "_among": None}
+        loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "bounds": (), "_views": {}, "_among": None}
         return {**self.__dict__, "values": values, "tau": torch.zeros(1, 1), **loose}
 
 
@@ -198,6 +211,15 @@ class ThresholdBuffer:
             each.gradients[key] = dt
             rows = as_matrix(dt, each.outputs) if dt.ndim > 1 else dt.unsqueeze(1)
             each.dtau[key] = rows if len(rows) == each.rows else rows.new_empty(each.rows, 1)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Room for two numbers beside each forward threshold, of which each weight has its part."""
+        low, high = torch.empty_like(self.values["t"]), torch.empty_like(self.values["t"])
+        ours = [each["t"] for each in self.thresholds]
+        for each, *parts in zip(self.thresholds, views(low, ours), views(high, ours), strict=True):
+            each.bounds = [each.as_rows(part) for part in parts]
+        return low, high
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -41,6 +41,7 @@ def trained(kernels, method, network, dtype=torch.float64, monkeypatch=None, **o
         ("DFBST", {"granularity": "layer"}),
         ("DST", {"granularity": "weight"}),
         ("DST", {"alpha": None, "sparsity": 0.8}),
+        ("STR", {"sparsity": 0.8}),
     ],
     ids=str,
 )

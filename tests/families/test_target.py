@@ -173,6 +173,8 @@ def test_no_layer_falls_below_its_floor(method):
 class Planned(Reference):
     """The autograd reference, whose thresholds are shifted by sorting all margins after each step."""
 
+    shrinkage = 1.0
+
     def margins(self):
         found = []
         for name, W in self.W.items():
@@ -192,12 +194,24 @@ class Planned(Reference):
     def freeze(self):
         left = {name: self.effective(name) for name in self.names}
         self.frozen = {name: P != 0 for name, P in left.items()}
-        for name, W in self.W.items() if self.method in ("AutoSparse", "STR") else ():
-            W.copy_(left[name])
 
     def effective(self, name):
-        frozen = getattr(self, "frozen", None)
-        return super().effective(name) if frozen is None else self.W[name] * frozen[name]
+        W, frozen = self.W[name], getattr(self, "frozen", None)
+        if frozen is not None:
+            return W * frozen[name]
+        P = super().effective(name)
+        if self.method in ("AutoSparse", "STR"):
+            T = torch.sigmoid(broadcast(self.t[name], W)).detach()
+            P = P + (1 - self.shrinkage) * T * W.sign() * (W.abs() > T)
+        return P
+
+
+@torch.no_grad()
+def plain_steps(parameters, rate):
+    """Adam would take the size out of gradients: descend along these, and leave none to it."""
+    for t in (t for t in parameters if t.grad is not None):
+        t.sub_(rate * t.grad)
+        t.grad = None
 
 
 def train_planned(method, optimizer, batches, options):
@@ -219,10 +233,13 @@ def train_planned(method, optimizer, batches, options):
             start = sum(int(mask.sum()) for mask in reference.masks().values())
         for t in reference.t.values():
             t.grad = None
+        if isinstance(optimizer, torch.optim.Adam):
+            plain_steps(reference.t_b.values(), optimizer.param_groups[0]["lr"])
         optimizer.step()
         if first <= i < last:
             k = budget(0.8, size) + round((start - budget(0.8, size)) * (1 - (i + 1 - first) / (last - first)) ** 3)
             reference.shift(k)
+            reference.shrinkage = 1 - (i + 1 - first) / (last - first)
         if i + 1 == last:
             reference.freeze()
     return reference

@@ -52,10 +52,11 @@ def test_projections(per_row, dtype, exact, tolerance):
         thresholds_torch.hard_project(w, t.expand(len(w), 1), x)
     assert torch.equal(out.nan_to_num(7), flat(theirs).nan_to_num(7))
     assert passing.tolist() == [int((x != 0).sum()) for x in theirs]
-    rows.soft_project(flat(W), flat(tau), out)
-    for w, t, x in zip(W, tau, theirs, strict=True):
-        thresholds_torch.soft_project(w, t.expand(len(w), 1), x)
-    close(out, theirs, tolerance)
+    for shrinkage in (1.0, 0.25):
+        rows.soft_project(flat(W), flat(tau), out, shrinkage)
+        for w, t, x in zip(W, tau, theirs, strict=True):
+            thresholds_torch.soft_project(w, t.expand(len(w), 1), x, shrinkage)
+        close(out, theirs, tolerance)
 
 
 @pytest.mark.parametrize("per_row", [True, False])

@@ -62,9 +62,11 @@ def test_soft_threshold_is_the_papers_formula(kernels, alpha, shape, seed):
     A = (W.abs() > tau).double() * (1 - alpha) + alpha
 
     out, gradient = torch.empty_like(W), dP.clone()
-    kernels.soft_project(W, tau, out)
-    torch.testing.assert_close(out, W.sign() * (W.abs() - tau).clamp(min=0), rtol=0, atol=1e-15)
-    assert torch.equal(out == 0, W.abs() <= tau)
+    for shrinkage in (1.0, 0.25, 0.0):
+        kernels.soft_project(W, tau, out, shrinkage)
+        expected = W.sign() * (W.abs() - shrinkage * tau) * (W.abs() > tau)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-15)
+        assert torch.equal(out == 0, W.abs() <= tau)
     dtau = torch.empty_like(tau)
     kernels.soft_gradient(gradient, W, tau, dtau, alpha)
     torch.testing.assert_close(gradient, dP * A, rtol=1e-12, atol=1e-12)
@@ -237,7 +239,7 @@ def test_magnitudes_near_thresholds_are_found_and_those_above_counted(kernels, s
     W, _, tau = draw(shape, seed)
     W[0, 0] = float("nan")
     low, high = (tau - width).clamp(min=0), tau + width
-    above, magnitudes, theirs = kernels.near(W, low, high, tau)
+    above, (magnitudes, theirs) = kernels.near(W, low, high, tau)
     within = (W.abs() > low) & (W.abs() <= high)
     assert above == int((~(W.abs() <= high)).sum())
     assert torch.equal(magnitudes, W.abs()[within].double())
