@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat.heap import trim_heap
-from lightning_sparse.kernels.positions import moved
+from lightning_sparse.kernels.positions import moved, taken
 from lightning_sparse.layers.sparse import SparseLayer, make_sparse_
 from lightning_sparse.rules import select
 from lightning_sparse.rules.ascending import contains
@@ -190,7 +190,7 @@ class SparseWeight(Weight):
         index = torch.int32 if self.size < 2**31 else torch.int64
         positions, source = moved(*(x.to(index) for x in (held, dropped, grown)))
         source = source.to(device)
-        return lambda x, new: torch.cat((x, new.to(x))).index_select(0, source), positions.to(device)
+        return lambda x, new: taken(x, new.to(x), source), positions.to(device)
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
         indices = self.active_indices
