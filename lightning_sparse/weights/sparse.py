@@ -129,10 +129,13 @@ class SparseWeight(Weight):
         if not at_least:
             likely = select.likely_bound(self.size, n, lambda stride: [self.sample_inactive(stride)])
         if likely is not None:
-            found = select.largest(self.gradient.inactive(self.sparse), n, self.shape, float(likely))
+            found = self._largest(n, float(likely))
             if len(found[0]) == n:
                 return found
-        return select.largest(self.gradient.inactive(self.sparse), n, self.shape, at_least)  # or it was misleading
+        return self._largest(n, at_least)  # or it was misleading
+
+    def _largest(self, n: int, at_least: float) -> tuple[Tensor, Tensor]:
+        return select.largest(self.gradient.inactive(self.sparse, self.active_indices), n, self.shape, at_least)
 
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Make the layer sparse, with its own values at ``positions``; one on the meta device has them drawn."""
