@@ -114,8 +114,8 @@ def count_global_top_k(
 ) -> list[int]:
     """Return how many of the ``k`` largest scores of all tensors together lie in each of them.
 
-    The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3); what cannot
-    be among them, as samples of all tensors tell, is not looked at twice. Of scores that equal the last one, each
+    The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3). What cannot
+    be among them, as samples of all tensors tell, is not looked at twice, and what must be is counted alone. Of scores that equal the last one, each
     tensor gets a share in proportion to how many it has.
 
     Args:
@@ -153,11 +153,10 @@ def _winners(
 ) -> list[int]:
     """Return how many of the ``k`` largest scores of at least ``bound`` lie in each tensor, beside its ``least``.
 
-    Those above ``high`` are counted and not kept; if there are more than ``k``, so many are returned.
+    What is above ``high`` is counted, not kept. If that is more than ``k``, all of it is returned.
     """
-    best, owner = torch.empty(0), torch.empty(0, dtype=torch.long)  # what is above the bound, up to the high one
-    equal = [0] * len(least)  # to the bound
-    higher = [0] * len(least)
+    best, owner = torch.empty(0), torch.empty(0, dtype=torch.long)  # what is above the bound, and not above ``high``
+    equal, higher = [0] * len(least), [0] * len(least)  # to the bound; than ``high``
     for index, (tensor, candidates, sure) in enumerate(zip(tensors, among, least, strict=True)):
         scores = score(tensor)
         if sure:
