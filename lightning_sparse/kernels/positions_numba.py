@@ -38,8 +38,9 @@ def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]
 def taken(x: Tensor, new: Tensor, source: Tensor) -> Tensor:
     """As ``positions_torch.taken``, bit by bit, without the two as one."""
     out = x.new_empty(len(source))
-    bits = (t.detach().contiguous().view(INTEGERS[x.element_size()]).numpy() for t in (x, new, out))
-    _take(*bits, source.numpy())
+    bits = (t.detach().contiguous().view(INTEGERS[x.element_size()]) for t in (x, new, out))
+    arrays = (t.contiguous().numpy() for t in (*bits, source))
+    _take(*arrays)
     return out
 
 

@@ -114,9 +114,9 @@ def count_global_top_k(
 ) -> list[int]:
     """Return how many of the ``k`` largest scores of all tensors together lie in each of them.
 
-    The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3). What cannot
-    be among them, as samples of all tensors tell, is not looked at twice, and what must be is counted alone. Of scores that equal the last one, each
-    tensor gets a share in proportion to how many it has.
+    The tensors are taken one by one, and only the largest ``k`` so far are kept (GGR, Sec. 3.3). Samples of all of them
+    tell what cannot be among them, which is left out, and what is above the last one, which is counted alone. Of scores
+    that equal the last one, each tensor gets a share in proportion to how many it has.
 
     Args:
         tensors: of any shapes.
