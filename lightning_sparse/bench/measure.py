@@ -79,8 +79,8 @@ def peak_above(of: str, arguments: argparse.Namespace, **options: object) -> flo
 def _before_and_peak(arguments: argparse.Namespace) -> tuple[float, float]:
     """Return the memory in MB before the network of ``arguments`` is made, and the peak after five of its steps."""
     prepare = import_module(f"{__package__}.{arguments.of}").prepare
-    small = argparse.Namespace(**{**vars(arguments), "network": "lenet300"})
-    prepare(small)()  # loads and compiles what is needed
+    for small in "lenet300", "small":  # loads and compiles what linear layers and convolutions need
+        prepare(argparse.Namespace(**{**vars(arguments), "network": small}))()
     gc.collect()
     before = megabytes(arguments.device)
     if arguments.device != "cpu":

@@ -68,6 +68,12 @@ def mlp(width: int) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
+def small() -> nn.Module:
+    """Two convolutions and a linear layer."""
+    convolutions = nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
 class _Block(nn.Module):
     """Attention among patches and an MLP, both normalised before and added to their input."""
 
@@ -105,6 +111,7 @@ class VisionTransformer(nn.Module):
 #: by name: how the network is built, and the shape of one input
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lenet300": (LeNet300, (1, 28, 28)),
+    "small": (small, (3, 8, 8)),
     "vgg16": (VGG16, (3, 32, 32)),
     "linear4096": (linear4096, (4096,)),
     "mlp4096": (mlp4096, (4096,)),

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["GATHER", "pack", "unpack"]
+__all__ = ["GATHER", "INTEGERS", "pack", "unpack"]
+
+#: by the number of their bytes
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 #: times eight bytes that are 0 or 1, read as one little-endian integer: their bits stand in its highest byte
 GATHER = 0x0102040810204080

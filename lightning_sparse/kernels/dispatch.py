@@ -45,7 +45,7 @@ _NUMBA = Backend("numba", "cpu", (torch.float32, torch.float64), package="numba"
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "thresholds": (_NUMBA,),
     "products": (_NUMBA,),
-    "positions": (_NUMBA._replace(dtypes=(torch.int32, torch.int64)),),
+    "positions": (_NUMBA._replace(dtypes=(torch.int32, torch.int64, torch.float32, torch.float64)),),
     "convolutions": (_NUMBA,),
 }
 

@@ -1,4 +1,4 @@
-"""What is computed with ascending positions: by torch on any device, or by compiled code where that is installed."""
+"""What is computed with positions, ascending mostly: by torch on any device, or by compiled code where it is there."""
 
 from typing import Protocol
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.kernels import dispatch
+from lightning_sparse.kernels.bits import INTEGERS
 
-__all__ = ["Positions", "moved", "ranks", "shifted", "transposed"]
+__all__ = ["Positions", "intervals", "moved", "ranks", "reached", "shifted", "taken", "transposed"]
 
 _MANY = 1 << 15  # elements for which compiled code repays being loaded
 _SEARCHED = 32  # times as long a vector is searched, not gone through
@@ -21,6 +22,15 @@ class Positions(Protocol):
 
     def moved(self, held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is held when some are dropped and others grown, and where each comes from."""
+
+    def taken(self, x: Tensor, new: Tensor, source: Tensor) -> Tensor:
+        """Return elements of two vectors."""
+
+    def reached(self, x: Tensor, bound: float, largest: bool) -> Tensor:
+        """Return the indices of the elements that a bound does not shut out."""
+
+    def intervals(self, u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
+        """Return the interval that each of some numbers lies in."""
 
     def shifted(self, crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a vector with a number added to the elements of each row."""
@@ -59,6 +69,49 @@ def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]
     (tensor([0, 1, 5, 6]), tensor([3, 0, 4, 2], dtype=torch.int32))
     """
     return _code(held).moved(held, dropped, grown)
+
+
+def taken(x: Tensor, new: Tensor, source: Tensor) -> Tensor:
+    """Return the elements of two vectors, one after the other, at these indices.
+
+    Args:
+        x: a vector.
+        new: another of its dtype.
+        source: the indices, as ``moved`` returns them.
+
+    >>> taken(torch.tensor([1.0, 2.0]), torch.tensor([3.0]), torch.tensor([0, 2], dtype=torch.int32))
+    tensor([1., 3.])
+    """
+    return _code(source, x.element_size() not in INTEGERS).taken(x, new, source)
+
+
+def reached(x: Tensor, bound: float, largest: bool = True) -> Tensor:
+    """Return the indices, ascending, of the elements of a vector that are not less than a bound; so of NaN.
+
+    Args:
+        x: the vector.
+        bound: of its dtype.
+        largest: False: those that are not greater.
+
+    >>> reached(torch.tensor([1.0, 3.0, 2.0]), 2.0), reached(torch.tensor([1.0, 3.0, 2.0]), 2.0, largest=False)
+    (tensor([1, 2]), tensor([0, 2]))
+    """
+    return _code(x).reached(x, bound, largest)
+
+
+def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
+    """Return the interval that each of some numbers lies in, of intervals one after the other from 0 on.
+
+    Args:
+        u: the numbers, from 0 to 1, float64.
+        ends: where the intervals end, ascending, float64.
+        only: the interval in which all numbers of a bucket lie, or -1; of buckets of equal length up to 1, int64.
+
+    >>> ends, only = torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64), torch.tensor([0, -1])
+    >>> intervals(torch.tensor([0.2, 0.7, 0.8], dtype=torch.float64), ends, only)
+    tensor([0, 1, 2])
+    """
+    return _code(u).intervals(u, ends, only)
 
 
 def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:

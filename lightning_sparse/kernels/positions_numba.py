@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sparse.kernels.bits import INTEGERS
 from lightning_sparse.kernels.numba_compiler import compiled
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     checked: Positions = this
 
-__all__ = ["moved", "ranks", "shifted", "transposed"]
+__all__ = ["intervals", "moved", "ranks", "reached", "shifted", "taken", "transposed"]
 
 
 def ranks(ascending: Tensor, x: Tensor, right: bool) -> Tensor:
@@ -31,6 +33,29 @@ def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]
     arrays = (x.contiguous().numpy() for x in (held, dropped, grown, positions, source))
     _move(*arrays)
     return positions, source
+
+
+def taken(x: Tensor, new: Tensor, source: Tensor) -> Tensor:
+    """As ``positions_torch.taken``, bit by bit, without the two as one."""
+    out = x.new_empty(len(source))
+    bits = (t.detach().contiguous().view(INTEGERS[x.element_size()]) for t in (x, new, out))
+    arrays = (t.contiguous().numpy() for t in (*bits, source))
+    _take(*arrays)
+    return out
+
+
+def reached(x: Tensor, bound: float, largest: bool = True) -> Tensor:
+    """As ``positions_torch.reached``; the vector is read twice."""
+    array = x.detach().contiguous().numpy()
+    return torch.from_numpy(_reach(array, array.dtype.type(bound), largest))
+
+
+def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
+    """As ``positions_torch.intervals``, in one pass."""
+    out = torch.empty(len(u), dtype=torch.int64)
+    arrays = (tensor.contiguous().numpy() for tensor in (u, ends, only, out))
+    _locate(*arrays)
+    return out
 
 
 def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,8 +86,15 @@ def _ranks(more, ascending, x, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _move(held, dropped, grown, positions, source):  # type: ignore[no-untyped-def]
-    i = d = g = 0  # the next of each
-    for k in range(positions.size):
+    i = d = g = k = 0  # the next of each
+    # selects instead of branches, which nothing can foresee
+    while k < positions.size and i < held.size and d < dropped.size and g < grown.size:
+        ours, other = held[i], grown[g]
+        grows = other < ours
+        goes = (ours == dropped[d]) and not grows
+        positions[k], source[k] = (other, held.size + g) if grows else (ours, i)
+        i, d, g, k = i + (not grows), d + goes, g + grows, k + (not goes)
+    while k < positions.size:
         while d < dropped.size and held[i] == dropped[d]:
             i, d = i + 1, d + 1
         if g < grown.size and (i == held.size or grown[g] < held[i]):
@@ -71,6 +103,34 @@ def _move(held, dropped, grown, positions, source):  # type: ignore[no-untyped-d
         else:
             positions[k], source[k] = held[i], i
             i += 1
+        k += 1
+
+
+@compiled
+def _take(x, new, out, source):  # type: ignore[no-untyped-def]
+    for k in range(out.size):
+        p = source[k]
+        out[k] = x[p] if p < x.size else new[p - x.size]
+
+
+@compiled
+def _reach(x, bound, largest):  # type: ignore[no-untyped-def]
+    n = 0
+    for i in range(x.size):
+        n += not (x[i] < bound if largest else x[i] > bound)
+    found = np.empty(n + 1, np.int64)
+    n = 0
+    for i in range(x.size):
+        found[n] = i
+        n += not (x[i] < bound if largest else x[i] > bound)
+    return found[:n]
+
+
+@compiled
+def _locate(u, ends, only, out):  # type: ignore[no-untyped-def]
+    for k in range(u.size):
+        found = only[min(np.int64(u[k] * only.size), only.size - 1)]
+        out[k] = found if found >= 0 else np.searchsorted(ends, u[k], side="right")
 
 
 @compiled

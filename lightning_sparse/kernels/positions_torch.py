@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["moved", "ranks", "shifted", "transposed"]
+__all__ = ["intervals", "moved", "ranks", "reached", "shifted", "taken", "transposed"]
 
 _INT16 = 2**15 - 1
 _CHUNK = 1 << 17  # nonzeros at once on the CPU: temporaries take several times the memory of the result
@@ -28,6 +28,26 @@ def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]
     both = torch.arange(len(held), len(held) + len(grown), dtype=torch.int32, device=held.device)
     source.index_copy_(0, of_grown, both)
     return torch.cat((held, grown)).index_select(0, source), source
+
+
+def taken(x: Tensor, new: Tensor, source: Tensor) -> Tensor:
+    """Return the elements of two vectors, one after the other, at these indices."""
+    return torch.cat((x, new)).index_select(0, source)
+
+
+def reached(x: Tensor, bound: float, largest: bool) -> Tensor:
+    """Return the indices, ascending, int64, of the elements that are not less than ``bound``, or not greater."""
+    inside = (torch.lt(x, bound) if largest else torch.gt(x, bound)).logical_not_()
+    if not x.is_cpu:
+        return inside.nonzero().squeeze(1)
+    return torch.from_numpy(inside.numpy().nonzero()[0])  # on one thread up to nine times as fast as torch's
+
+
+def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
+    """Return the interval that each element of ``u`` lies in, int64; arguments as in ``positions.intervals``."""
+    found = only.index_select(0, u.mul(len(only)).long().clamp_(max=len(only) - 1))
+    unsure = (found < 0).nonzero().squeeze(1)
+    return found.index_copy_(0, unsure, torch.searchsorted(ends, u[unsure], right=True))
 
 
 def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from lightning_sparse.kernels.positions import ranks
-from lightning_sparse.rules import select
+from lightning_sparse.kernels.positions import intervals, ranks
 from lightning_sparse.rules.ascending import contains, different, merged
 from lightning_sparse.rules.drawn import drawn
 from lightning_sparse.rules.matrices import Outputs, as_matrix
@@ -205,8 +204,8 @@ class _Intervals:
     def __init__(self, lengths: Tensor) -> None:
         self.lengths, self._edges = lengths, torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         self._ends = self._edges[1:].contiguous()
-        self._buckets = 1 << (16 * len(lengths)).bit_length()  # a power of 2 multiplies exactly
-        limits = torch.arange(self._buckets + 1, dtype=lengths.dtype).div_(self._buckets)
+        buckets = 1 << (16 * len(lengths)).bit_length()  # a power of 2 multiplies exactly
+        limits = torch.arange(buckets + 1, dtype=lengths.dtype).div_(buckets)
         begins = torch.searchsorted(self._ends, limits, right=True)
         self._only = begins[:-1].where(begins[:-1] == begins[1:], -1)  # the interval that a bucket lies in
 
@@ -214,10 +213,7 @@ class _Intervals:
         """Draw ``n`` intervals, from ``low`` on and below ``high``, in proportion to their lengths."""
         begin, end = self._edges[low], self._edges[high]
         u = torch.rand(n, generator=generator, dtype=self._edges.dtype).mul_(end - begin).add_(begin)
-        found = self._only.index_select(0, u.mul(self._buckets).long().clamp_(max=self._buckets - 1))
-        unsure = select.positions(found < 0)
-        found[unsure] = torch.searchsorted(self._ends, u[unsure], right=True)
-        return found.clamp_(low, high - 1)
+        return intervals(u, self._ends, self._only).clamp_(low, high - 1)
 
     def counts(self, n: int, generator: Generator) -> Tensor:
         """Return how often each interval comes in ``n`` draws."""

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sparse.kernels.bits import INTEGERS
+from lightning_sparse.kernels.positions import reached
 from lightning_sparse.rules import ties
 from lightning_sparse.rules.budgets import apportion
 from lightning_sparse.rules.matrices import Outputs, as_matrix, write_matrix
 
 __all__ = [
     "CHUNK",
-    "INTEGERS",
     "Score",
     "all_equal",
     "count",
@@ -41,9 +42,6 @@ Score = Callable[[Tensor], Tensor]
 
 #: number of elements that a CPU's cache holds beside as many of a mask
 CHUNK = 1 << 18
-
-#: by the number of their bytes
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SAMPLED_FROM = 1 << 17
 _NUMPY = torch.float32, torch.float64, torch.int64
@@ -120,9 +118,9 @@ def count_global_top_k(
 ) -> list[int]:
     """Return how many of the ``k`` largest scores of all tensors together lie in each of them.
 
-    The tensors are taken one after the other, and only the largest ``k`` so far are kept (GGR, Sec. 3.3); what cannot
-    be among them, as samples of all tensors tell, is not looked at twice. Of scores that equal the last one, each
-    tensor gets a share in proportion to how many it has.
+    The tensors are taken one by one, and only the largest ``k`` so far are kept (GGR, Sec. 3.3). Samples of all of them
+    tell what cannot be among them, which is left out, and what is above the last one, which is counted alone. Of scores
+    that equal the last one, each tensor gets a share in proportion to how many it has.
 
     Args:
         tensors: of any shapes.
@@ -141,10 +139,10 @@ def count_global_top_k(
         for tensor, candidates in zip(tensors, among, strict=True):
             yield score(tensor.reshape(-1)[::stride])[candidates.reshape(-1)[::stride]]
 
-    bound = likely_bound(sum(tensor.numel() for tensor in tensors), k, sample)
-    won = _winners(tensors, extra, among, least, score, bound)
+    low, high = _likely_between(sum(tensor.numel() for tensor in tensors), extra, k, sample)
+    won = _winners(tensors, extra, among, least, score, low, high)
     if sum(won) != extra:  # the sample was misleading, or there are scores that are not numbers
-        won = _winners(tensors, extra, among, least, lambda tensor: _numbers(score(tensor)), None)
+        won = _winners(tensors, extra, among, least, lambda tensor: _numbers(score(tensor)))
     return [sure + more for sure, more in zip(least, won, strict=True)]
 
 
@@ -154,11 +152,15 @@ def _winners(
     among: Sequence[Tensor],
     least: Sequence[int],
     score: Callable[[Tensor], Tensor],
-    bound: Tensor | None,
+    bound: Tensor | None = None,
+    high: Tensor | None = None,
 ) -> list[int]:
-    """Return how many of the ``k`` largest scores of at least ``bound`` lie in each tensor, beside its ``least``."""
-    best, owner = torch.empty(0), torch.empty(0, dtype=torch.long)  # what is above the bound
-    equal = [0] * len(least)  # to the bound
+    """Return how many of the ``k`` largest scores of at least ``bound`` lie in each tensor, beside its ``least``.
+
+    What is above ``high`` is counted, not kept. If that is more than ``k``, all of it is returned.
+    """
+    best, owner = torch.empty(0), torch.empty(0, dtype=torch.long)  # what is above the bound, and not above ``high``
+    equal, higher = [0] * len(least), [0] * len(least)  # to the bound; than ``high``
     for index, (tensor, candidates, sure) in enumerate(zip(tensors, among, least, strict=True)):
         scores = score(tensor)
         if sure:
@@ -166,6 +168,10 @@ def _winners(
         if bound is not None:
             bound = bound.to(scores.device)
             candidates = torch.lt(scores, bound).logical_not_().logical_and_(candidates)
+        if high is not None:
+            within = torch.le(scores, high.to(scores.device)).logical_and_(candidates)
+            higher[index] = count(candidates) - count(within)
+            candidates = within
         values = scores.reshape(-1)[positions(candidates)]
         if bound is not None:
             above = values != bound
@@ -173,12 +179,15 @@ def _winners(
             values = values[above]
         best = torch.cat((best.to(values), values))
         owner = torch.cat((owner.to(values.device), torch.full((len(values),), index, device=values.device)))
-        if len(best) > 2 * k or (index + 1 == len(tensors) and len(best) > k):
-            bound = _kth(best, k, largest=True)
+        wanted = max(0, k - sum(higher))
+        if wanted and (len(best) > 2 * wanted or (index + 1 == len(tensors) and len(best) > wanted)):
+            bound = _kth(best, wanted, largest=True)
             equal = _members(owner[best == bound], len(least))
             above = torch.le(best, bound).logical_not_()
             best, owner = best[above], owner[above]
-    won = _members(owner, len(least))
+    if sum(higher) >= k:
+        return higher
+    won = [more + n for more, n in zip(higher, _members(owner, len(least)), strict=True)]
     missing = min(k - sum(won), sum(equal))
     shares = apportion(missing, equal, equal) if missing > 0 else [0] * len(least)
     return [n + share for n, share in zip(won, shares, strict=True)]
@@ -198,11 +207,21 @@ def likely_bound(size: int, k: int, sample: Callable[[int], Iterable[Tensor]]) -
         k: how many.
         sample: gives the candidates' scores, tensor by tensor, at every so-many-th position.
     """
+    return _likely_between(size, k, k, sample)[0]
+
+
+def _likely_between(
+    size: int, least: int, most: int, sample: Callable[[int], Iterable[Tensor]]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return scores that a few more than ``most`` candidates reach, and a few less than ``least``; None if unknown."""
     if size < _SAMPLED_FROM:
-        return None
+        return None, None
     stride = _stride(size)
     first, *others = sample(stride)
-    return _likely(torch.cat((first, *(other.to(first) for other in others))), k / stride, largest=True)
+    scores = torch.cat((first, *(other.to(first) for other in others)))
+    rank = int(least / stride - 4 * (least / stride + 1) ** 0.5)
+    high = _kth(scores, rank, largest=True) if 0 < rank <= len(scores) else None
+    return _likely(scores, most / stride, largest=True), high
 
 
 def largest_or_above(scores: Tensor, level: Tensor, density: float) -> Tensor:
@@ -230,7 +249,7 @@ def largest(
     """
     best, places, held = [torch.empty(0)], [torch.empty(0, dtype=torch.long)], 0
     for first, scores in blocks if k else ():
-        found = positions(scores >= at_least)
+        found = reached(scores, at_least)
         if len(found) > k:
             found = top_k_positions(scores, k, scores >= at_least, ties.after(first, shape))
         best.append(scores.index_select(0, found))
@@ -356,6 +375,9 @@ def _extreme(scores: Tensor, k: int, among: Tensor | None, order: ties.Order | N
     if len(values) == k:
         return torch.arange(k, device=flat.device) if candidates is None else candidates
     bound = _kth(values, k, largest)
+    inside = reached(values, bound.item(), largest)
+    if len(inside) == k:  # no equals are left over
+        return inside if candidates is None else candidates[inside]
     chosen = values > bound if largest else values < bound
     equal = positions(values == bound)
     missing = k - count(chosen)
@@ -405,12 +427,10 @@ def _sampled(flat: Tensor, k: int, among: Tensor | None, largest: bool) -> Tenso
     if bound is None:
         return None
     beyond = torch.lt if largest else torch.gt
-
-    def within(scores: Tensor, among: Tensor | None = None) -> Tensor:
-        inside = beyond(scores, bound).logical_not_()  # so with what is no number
-        return inside if among is None else inside.logical_and_(among)
-
-    candidates = where([flat] if among is None else [flat, among], within)
+    if among is None:
+        candidates = reached(flat, bound.item(), largest)
+    else:  # also what is no number
+        candidates = where([flat, among], lambda x, among: beyond(x, bound).logical_not_().logical_and_(among))
     return candidates if len(candidates) >= k else None
 
 

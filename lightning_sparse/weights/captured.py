@@ -48,13 +48,13 @@ class CapturedGradient:
         where = csr(positions.to(layer.values.device), layer.shape, getattr(layer, "groups", 1))
         return self._part(layer, where, (len(positions),))
 
-    def inactive(self, layer: SparseLayer) -> Iterator[tuple[int, Tensor]]:
+    def inactive(self, layer: SparseLayer, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the magnitudes of some rows at a time, computed for them alone, averaged over processes; -1: active.
 
-        Each part is flat and comes after the position where it begins.
+        Each part is flat and comes after the position where it begins; ``positions`` are those of the active ones.
         """
         out, width = layer.shape[0], math.prod(layer.shape[1:])
-        positions, ends = layer.positions, layer.crow.tolist()
+        ends = layer.crow.tolist()
         at_once = max(1, _CHUNK // (width * _exact(layer).itemsize))
         for first in range(0, out, at_once):
             last = min(first + at_once, out)

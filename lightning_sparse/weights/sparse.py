@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat.heap import trim_heap
-from lightning_sparse.kernels.positions import moved
+from lightning_sparse.kernels.positions import moved, taken
 from lightning_sparse.layers.sparse import SparseLayer, make_sparse_
 from lightning_sparse.rules import select
 from lightning_sparse.rules.ascending import contains
@@ -133,10 +133,13 @@ class SparseWeight(Weight):
         if not at_least:
             likely = select.likely_bound(self.size, n, lambda stride: [self.sample_inactive(stride)])
         if likely is not None:
-            found = select.largest(self.gradient.inactive(self.sparse), n, self.shape, float(likely))
+            found = self._largest(n, float(likely))
             if len(found[0]) == n:
                 return found
-        return select.largest(self.gradient.inactive(self.sparse), n, self.shape, at_least)  # or it was misleading
+        return self._largest(n, at_least)  # or it was misleading
+
+    def _largest(self, n: int, at_least: float) -> tuple[Tensor, Tensor]:
+        return select.largest(self.gradient.inactive(self.sparse, self.active_indices), n, self.shape, at_least)
 
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Make the layer sparse, with its own values at ``positions``; one on the meta device has them drawn."""
@@ -194,7 +197,7 @@ class SparseWeight(Weight):
         index = torch.int32 if self.size < 2**31 else torch.int64
         positions, source = moved(*(x.to(index) for x in (held, dropped, grown)))
         source = source.to(device)
-        return lambda x, new: torch.cat((x, new.to(x))).index_select(0, source), positions.to(device)
+        return lambda x, new: taken(x, new.to(x), source), positions.to(device)
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
         indices = self.active_indices

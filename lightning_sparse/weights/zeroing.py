@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.compat.torch_private import copy_each, multiply_each
+from lightning_sparse.kernels.bits import INTEGERS
 from lightning_sparse.kernels.dispatch import is_fused
-from lightning_sparse.rules.select import CHUNK, INTEGERS
+from lightning_sparse.rules.select import CHUNK
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.flat import Scratch, in_memory_order, views
 from lightning_sparse.weights.masked import MaskedWeight

@@ -1,6 +1,7 @@
 """Ascending positions: each form of each function does what plain Python does."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sparse.kernels import positions
+from lightning_sparse.rules import sampling
 
 
 @pytest.fixture(params=["torch", "numba"], scope="module")
@@ -48,6 +50,35 @@ def test_moved_positions_know_where_they_come_from(code, held, others, data, dty
     assert torch.cat((held, grown))[source].tolist() == found.tolist()
     grown_again = source >= len(held)
     assert found[grown_again].tolist() == grown.tolist()
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 20), st.integers(0, 20), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.data()
+)
+def test_elements_are_taken_from_two_vectors(code, a, b, dtype, data):
+    indices = data.draw(st.lists(st.integers(0, a + b - 1), max_size=30) if a + b else st.just([]))
+    x, new = torch.arange(a).to(dtype), torch.arange(a, a + b).to(dtype)
+    assert code.taken(x, new, torch.tensor(indices, dtype=torch.int32)).tolist() == indices
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(-3, 3) | st.sampled_from([math.nan, math.inf, -math.inf])), st.integers(-3, 3), st.booleans()
+)
+def test_what_reaches_a_bound_is_not_beyond_it_and_neither_is_what_is_no_number(code, x, bound, largest):
+    expected = [i for i, value in enumerate(x) if not (value < bound if largest else value > bound)]
+    assert code.reached(torch.tensor(x, dtype=torch.float32), float(bound), largest).tolist() == expected
+
+
+@pytest.mark.parametrize("n", [1, 5, 100])
+def test_numbers_lie_in_the_intervals_that_a_search_finds(code, n):
+    """Also in those of no length."""
+    generator = torch.Generator().manual_seed(n)
+    lengths = torch.rand(n, generator=generator, dtype=torch.float64).mul_(torch.arange(n) % 3)
+    drawn = sampling._Intervals(lengths / max(1.0, float(lengths.sum())))
+    u = torch.rand(500, generator=generator, dtype=torch.float64) * drawn._ends[-1]
+    assert torch.equal(code.intervals(u, drawn._ends, drawn._only), torch.searchsorted(drawn._ends, u, right=True))
 
 
 @settings(deadline=None)

@@ -1,7 +1,9 @@
 """The count of one top-k over several layers."""
 
+import math
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +34,22 @@ def test_counts_of_the_global_top_k_are_those_of_one_over_all_layers(layers, dra
     among = [torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(s), max_size=len(s)))) for s in scores]
     k = draw.draw(st.integers(0, sum(map(select.count, among))))
     assert select.count_global_top_k(iter(scores), k, among) == shares(scores, k, among)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.8, 0.999])
+@pytest.mark.parametrize("kind", ["normal", "few values", "equal", "not finite"])
+def test_many_scores_are_counted_as_few_are(share, kind):
+    """A sample tells which need not be looked at."""
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randn(70000, generator=generator), torch.randn(90000, generator=generator).mul_(2)]
+    if kind in ("few values", "equal"):
+        scores = [x.round().mul_(kind == "few values") for x in scores]
+    if kind == "not finite":
+        scores[0][::7], scores[1][::9] = math.nan, -math.inf
+    among = [torch.rand(len(x), generator=generator) < 0.9 for x in scores]
+    k = int(share * sum(map(select.count, among)))
+    numbers = [x.nan_to_num(math.inf, math.inf, -math.inf) for x in scores]
+    assert select.count_global_top_k(scores, k, among) == shares(numbers, k, among)
 
 
 @given(scores_of_layers, st.data())
