@@ -125,7 +125,7 @@ class SparseWeight(Weight):
         return self.gradient_at(every).abs()
 
     def gradient_parts(self) -> Iterator[tuple[int, Tensor]]:  # noqa: D102  (inherited)
-        for first, gradients in self.gradient.inactive(self.sparse):
+        for first, gradients in self.gradient.inactive(self.sparse, self.active_indices):
             yield first, gradients.view(-1, *self.shape[1:])
 
     def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
