@@ -181,8 +181,13 @@ class Explored:
 
     def rate(self, names: Iterable[str]) -> float:
         """Return the share of the weights ``names`` that have been active at any time."""
+        explored, size = self.counts(names)
+        return explored / size
+
+    def counts(self, names: Iterable[str]) -> tuple[int, int]:
+        """Return how many connections of the weights ``names`` have been active at any time, and how many there are."""
         names = list(names)
-        return sum(_ones(self.bits[name]) for name in names) / sum(self.sizes[name] for name in names)
+        return sum(_ones(self.bits[name]) for name in names), sum(self.sizes[name] for name in names)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

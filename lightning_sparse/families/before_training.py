@@ -87,6 +87,14 @@ class BeforeTraining(DenseOnly, MaskedCallback):
                 select.zero_outside_(W.data, mask)
         return chosen
 
+    @property
+    def needs_whole_weights(self) -> str | None:
+        """Scores are of the whole network."""
+        return (
+            "Choose the connections in a fit of one step on one process, write them with callback.save_masks(path), "
+            "and train with FixedMask(initial=path)."
+        )
+
     # ------------------------------------------------------------------ when
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

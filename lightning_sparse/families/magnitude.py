@@ -7,6 +7,7 @@ import torch
 from lightning_sparse.families.shares import layer_counts, least
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, shrunk
+from lightning_sparse.rules.parts import together
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import dense
 
@@ -34,7 +35,7 @@ def prune(
     """
     held = dense(weights)
     if scope == "global":
-        counts = select.count_global_top_k(
+        counts = together(held).count_global_top_k(
             [weight.W for weight in held],
             total,
             [weight.mask for weight in held],
@@ -46,7 +47,7 @@ def prune(
         counts = shrunk([weight.num_active for weight in held], list(ends.values()), total)
     for weight, count in zip(held, counts, strict=True):
         magnitudes = select.first_of_rows(weight.W.abs(), weight.nonempty, among=weight.mask)
-        weight.keep(select.top_k(magnitudes, count, among=weight.mask))
+        weight.keep(weight.part.top_k(magnitudes, count, among=weight.mask))
 
 
 def final_counts(

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, fixed, option
+from lightning_sparse.compat.shards import local
 from lightning_sparse.compat.torch_private import stored_values
 from lightning_sparse.families import starts
 from lightning_sparse.families.common import (
@@ -30,6 +31,7 @@ from lightning_sparse.families.common import (
 )
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Distribution
+from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.patterns import UNSTRUCTURED
 from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
@@ -43,6 +45,7 @@ from lightning_sparse.trainer.guards import (
     warn_of_cautious,
     warn_of_equal_scores,
 )
+from lightning_sparse.trainer.shards import warn_of_identical_parts
 from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
@@ -169,6 +172,15 @@ class MaskedCallback(Stored, SparseCallback):
     # ------------------------------------------------------------------ verbs
 
     @property
+    def needs_whole_weights(self) -> str | None:
+        """None: masks are kept of the rows that are here; but connections must be by themselves."""
+        if self.storage != "masked":
+            return f"Use storage='masked', got {self.storage!r}, or strategy='ddp'."
+        if self.pattern is not UNSTRUCTURED:
+            return f"Use a method of single connections, without {type(self.pattern).__name__}, or strategy='ddp'."
+        return None
+
+    @property
     def planned_density(self) -> dict[str, float]:
         """The density that each layer begins with."""
         return self.layer_density
@@ -178,6 +190,9 @@ class MaskedCallback(Stored, SparseCallback):
         super().on_fit_start(trainer, pl_module)
         starts.warn_of_trained(self, pl_module, self._weights)
         warn_of_cautious(self, trainer)
+        if not self._fit.awaits_state:
+            held = {name: (weight.part, weight.given) for name, weight in self._weights.items()}
+            warn_of_identical_parts(self, held)
         if self.scale_init and self.keeps_weights:
             rank_zero_info(f"{self!r} keeps the weights that are there, so it does not scale them.")
 
@@ -191,7 +206,9 @@ class MaskedCallback(Stored, SparseCallback):
             self._fit.drawn.clear()
         else:
             self._epoch = 0
-        if adoption == "fresh":
+        if adoption == "fresh" and self._fit.awaits_state and self.keeps_weights:  # which are not there yet
+            self._add_buffers(self._weights.values())
+        elif adoption == "fresh":
             self.draw(list(self._weights.values()), self.run_seed)
             if starts.start(self.initial).knows_number:
                 self.refuse_number(list(self._weights.values()))
@@ -304,7 +321,7 @@ class MaskedCallback(Stored, SparseCallback):
         seen = {id(weight.parameter) for weight in weights}
         others = (p for group in optimizer.param_groups for p in group["params"] if id(p) not in seen)
         broken = {id(p) for p in others if not _finite_gradient(p)}
-        if names or not broken:
+        if names or not together(weights).any(len(broken)):
             return names
         named = self._fit.module.named_parameters() if self._fit.module else ()
         return [name for name, parameter in named if id(parameter) in broken] or ["another parameter"]
@@ -359,4 +376,4 @@ class DenseOnly(Options):
 
 def _finite_gradient(parameter: Tensor) -> bool:
     """Tell whether a parameter's gradient, if it has one, is finite."""
-    return parameter.grad is None or all_finite(stored_values(parameter.grad))
+    return parameter.grad is None or all_finite(stored_values(local(parameter.grad)))

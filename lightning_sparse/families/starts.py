@@ -16,6 +16,7 @@ from lightning_sparse.layers.seen import behind_seen_norms
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, budget
 from lightning_sparse.rules.matrices import as_matrix
+from lightning_sparse.rules.parts import WHOLE, together
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.rules.trained import looks_trained
 from lightning_sparse.trainer.fit import Fit
@@ -136,13 +137,16 @@ def _random(method: _Method, weights: Sequence[Weight], sparsity: float | None) 
     for weight, n in zip(weights, _shares(method, weights, sparsity), strict=True):
         if sparsity:
             method._fit.drawn[weight.name] = not weight.given.is_meta and looks_trained(weight.given)
-        yield method.pattern.draw(n, weight.shape, method.generator, weight.nonempty)
+        if weight.part is WHOLE:
+            yield method.pattern.draw(n, weight.shape, method.generator, weight.nonempty)
+        else:
+            yield weight.part.distinct(n, weight.size, method.generator)  # what the pattern would draw, but for others
 
 
 def _magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
     """Take the largest of each layer, as many as the distribution gives."""
     for weight, n in zip(weights, _shares(method, weights, sparsity), strict=True):
-        yield select.top_k_positions(select.first_of_rows(_finite(method, weight).abs(), weight.nonempty), n)
+        yield _largest(weight, _finite(method, weight), n)
 
 
 def _global_magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -151,15 +155,15 @@ def _global_magnitude(method: _Method, weights: Sequence[Weight], sparsity: floa
     given = [_finite(method, weight) for weight in weights]
     everywhere = [torch.ones_like(W, dtype=torch.bool) for W in given]
     at_least = floors(weights, method.min_layer_density, total)
-    counts = select.count_global_top_k(given, total, everywhere, at_least, score=torch.abs)
+    counts = together(weights).count_global_top_k(given, total, everywhere, at_least, score=torch.abs)
     for weight, W, n in zip(weights, given, counts, strict=True):
-        yield select.top_k_positions(select.first_of_rows(W.abs(), weight.nonempty), n)
+        yield _largest(weight, W, n)
 
 
 def _zeros(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
     """Take all that is not 0."""
     for weight in weights:
-        yield select.positions(_given(method, weight) != 0)
+        yield weight.part.positions(select.positions(_given(method, weight) != 0))
 
 
 def _of_file(path: str, method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -200,6 +204,12 @@ def _shares(method: _Method, weights: Sequence[Weight], sparsity: float | None) 
     return list(layer_counts(weights, method.distribution, total, method.min_layer_density).values())
 
 
+def _largest(weight: Weight, W: Tensor, n: int) -> Tensor:
+    """Return the flat positions of the ``n`` largest ``|W|``."""
+    found = weight.part.top_k_positions(select.first_of_rows(W.abs(), weight.nonempty), n)
+    return weight.part.positions(found)
+
+
 def _given(method: _Method, weight: Weight) -> Tensor:
     """Return what the module has for a weight.
 
@@ -222,7 +232,7 @@ def _finite(method: _Method, weight: Weight) -> Tensor:
         MisconfigurationException: it is not finite.
     """
     W = _given(method, weight)
-    if not all_finite(W):
+    if not weight.part.all(all_finite(W)):
         raise MisconfigurationException(
             f"{method!r} begins with the largest weights, but {weight.name} has values that are NaN or infinite. "
             "Load a checkpoint of before the training diverged, or use initial='random'."

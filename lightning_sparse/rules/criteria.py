@@ -1,6 +1,6 @@
 """Criteria: what connections are scored by. The least score is dropped; each is in the order of active connections."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,10 @@ class Connections(Protocol):
     @property
     def size(self) -> int:
         """Number of connections there might be."""
+
+    @property
+    def part(self) -> Any:
+        """What is here of the weight: ``Whole`` or ``Rows`` of :mod:`~lightning_sparse.rules.parts`."""
 
     @property
     def num_active(self) -> int:

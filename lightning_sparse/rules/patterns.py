@@ -56,7 +56,7 @@ class Unstructured:
     def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
         """Return the ``n`` of least score, but not the largest of a row that must not be empty."""
         order = ties.at(weight.active_indices, weight.shape)
-        return weight.active_indices[select.lowest_positions(first_of_rows(weight, scores), n, order=order)]
+        return weight.active_indices[weight.part.lowest_positions(first_of_rows(weight, scores), n, order=order)]
 
     def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
         """Return the ``n`` of largest ``|dP|``."""
@@ -64,7 +64,8 @@ class Unstructured:
 
     def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:
         """Return ``n`` that are not active."""
-        return sampling.free_positions(n, weight.active_indices.cpu(), weight.size, generator)
+        grown: Tensor = weight.part.free_positions(n, weight.active_indices.cpu(), weight.size, generator)
+        return grown
 
 
 def first_of_rows(weight: Connections, scores: Tensor) -> Tensor:

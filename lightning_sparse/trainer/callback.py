@@ -13,7 +13,7 @@ from lightning_sparse.compat import checks, lightning_private
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.layers.selection import select_parameters, table
-from lightning_sparse.trainer import agreement, guards
+from lightning_sparse.trainer import agreement, guards, shards
 from lightning_sparse.trainer.averages import mask_averages
 from lightning_sparse.trainer.fit import Fit, epochs, steps
 from lightning_sparse.trainer.ownership import Ownership, owned
@@ -93,9 +93,11 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
             guards.warn_of_few(self, choices)
         selected = [choice for choice in choices if choice.reason is None]
         guards.refuse_pruned(self, selected, pl_module)
+        shards.refuse_parts(self, selected, trainer)
         self.refuse_choices(selected)
         guards.warn_of_averages(self, trainer)
         self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
+        self._fit.awaits_state = bool(trainer.ckpt_path) and trainer.strategy.restore_checkpoint_after_setup
         self.attach(selected, trainer.optimizers, self._restored)
         self._restored = False
         for optimizer in trainer.optimizers:

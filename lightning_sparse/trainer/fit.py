@@ -32,6 +32,7 @@ class Fit:
         traces: what the method's parameters looked like when it had written them last.
         looks: when their values are compared as well.
         drawn: whether weights look trained whose connections have been drawn at random for this fit, by name.
+        awaits_state: the weights and the state of a checkpoint come once the fit has started.
     """
 
     trainer: Trainer | None = None
@@ -46,6 +47,7 @@ class Fit:
     traces: Traces = field(default_factory=Traces)
     looks: Looks = field(default_factory=Looks)
     drawn: dict[str, bool] = field(default_factory=dict)
+    awaits_state: bool = False
 
     def release(self) -> None:
         """Take all hooks away."""
