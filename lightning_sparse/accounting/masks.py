@@ -115,7 +115,7 @@ def spread(values: Tensor, bins: int = 20) -> dict[str, Any]:
 
 def mask_bits(mask: Tensor) -> Tensor:
     """Return a mask as bits in the order of its elements, on the CPU: uint8, ``(ceil(size / 8),)``."""
-    return pack(mask.reshape(1, -1)).squeeze(0).cpu()
+    return pack(mask.reshape(1, mask.numel())).squeeze(0).cpu()
 
 
 def _ones(bits: Tensor) -> int:

@@ -78,9 +78,9 @@ class Exploring(MaskedCallback):
         for name, bits in explored["bits"].items():
             weight = self._weights[name]
             if bits.dtype == torch.bool:
-                explored["bits"][name] = mask_bits(weight.part.cut(bits))
+                explored["bits"][name] = mask_bits(weight.part.cut(bits).clone())
             elif weight.part is not WHOLE:
                 mask = unpack(bits.view(1, -1), weight.size).view(weight.shape)
-                explored["bits"][name] = mask_bits(weight.part.cut(mask))
+                explored["bits"][name] = mask_bits(weight.part.cut(mask).clone())
         explored["sizes"] = {name: self._weights[name].part.length(n) for name, n in explored["sizes"].items()}
         self.explored.load_state_dict(explored)

@@ -45,7 +45,6 @@ from lightning_sparse.trainer.guards import (
     warn_of_cautious,
     warn_of_equal_scores,
 )
-from lightning_sparse.trainer.shards import warn_of_identical_parts
 from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 
@@ -190,11 +189,14 @@ class MaskedCallback(Stored, SparseCallback):
         super().on_fit_start(trainer, pl_module)
         starts.warn_of_trained(self, pl_module, self._weights)
         warn_of_cautious(self, trainer)
-        if not self._fit.awaits_state:
-            held = {name: (weight.part, weight.given) for name, weight in self._weights.items()}
-            warn_of_identical_parts(self, held)
         if self.scale_init and self.keeps_weights:
             rank_zero_info(f"{self!r} keeps the weights that are there, so it does not scale them.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the epoch; the weights, of a checkpoint or not, are there with all strategies now."""
+        super().on_train_start(trainer, pl_module)
+        if self._fit.restored_late and not self._restored:
+            self._refuse_found_number()
 
     @torch.no_grad()
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
@@ -206,12 +208,10 @@ class MaskedCallback(Stored, SparseCallback):
             self._fit.drawn.clear()
         else:
             self._epoch = 0
-        if adoption == "fresh" and self._fit.awaits_state and self.keeps_weights:  # which are not there yet
-            self._add_buffers(self._weights.values())
-        elif adoption == "fresh":
+        if adoption == "fresh":
             self.draw(list(self._weights.values()), self.run_seed)
-            if starts.start(self.initial).knows_number:
-                self.refuse_number(list(self._weights.values()))
+            if not self._fit.restored_late:
+                self._refuse_found_number()
             self._add_buffers(self._weights.values())
 
     @torch.no_grad()
@@ -228,6 +228,11 @@ class MaskedCallback(Stored, SparseCallback):
         self.run_seed = run_seed
         self.generator.manual_seed(run_seed if self.seed is None else self.seed)
         self.initial_masks(weights)
+
+    def _refuse_found_number(self) -> None:
+        """Raise if the number of connections was found, and is none to begin with."""
+        if starts.start(self.initial).knows_number:
+            self.refuse_number(list(self._weights.values()))
 
     def refuse_number(self, weights: Sequence[Weight]) -> None:  # noqa: D102
         starts.refuse_found(self, weights)

@@ -293,7 +293,7 @@ class Stored(Verbs, Callback, ABC):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read what processes have written in shards."""
         states, key = checkpoint.get("callbacks", {}), self.state_key
-        if key in states and self._fit.awaits_state:
+        if key in states and self._fit.restored_late:
             states[key] = shards.read(states[key], self.state_dict(), key, str(trainer.ckpt_path))
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 

@@ -97,11 +97,13 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         self.refuse_choices(selected)
         guards.warn_of_averages(self, trainer)
         self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
-        self._fit.awaits_state = bool(trainer.ckpt_path) and trainer.strategy.restore_checkpoint_after_setup
+        self._fit.restored_late = trainer.strategy.restore_checkpoint_after_setup
+        self._fit.identical_parts = shards.identical_parts(selected)
         self.attach(selected, trainer.optimizers, self._restored)
         self._restored = False
         for optimizer in trainer.optimizers:
             self._fit.handles += self._update_hooks.register(optimizer)
+        self._update_hooks.awake = not self._fit.restored_late
         self._fit.optimizers = [*trainer.optimizers]
         self._ownership = Ownership(trainer.optimizers, choices)
         self._fit.module, self._fit.trainer = pl_module, trainer
@@ -130,6 +132,8 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         own = steps(trainer, self._before_fit)
         self._fit.first_steps = {own: trainer.strategy.broadcast(own)}
         self._fit.logged_step = trainer.global_step
+        if not self._restored:
+            shards.warn_of_identical_parts(self, self._fit.identical_parts)
         self.begin_epoch(trainer.current_epoch, epochs(trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,6 +172,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Go on with what other code wrote between batches; raise if the optimizers are others than at fit start."""
+        self._update_hooks.awake = True
         self._update_hooks.forget_broken_off()
         guards.refuse_exchanged_optimizers(self, trainer)
         if self._fit.looks.fresh:
@@ -204,6 +209,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     ) -> None:
         """Make sure that the update was seen; log every so many steps, if asked for."""
         guards.refuse_unseen_update(self, self._update_hooks.unseen, trainer)
+        self._update_hooks.awake = not self._fit.restored_late
         every, step = self.log_every_n_steps, trainer.global_step
         if every is not None and trainer.loggers and step // every > self._fit.logged_step // every:
             self._fit.logged_step = step

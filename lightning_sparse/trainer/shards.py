@@ -3,18 +3,19 @@
 What a fit refuses of them, and what it warns of. What is done with them stands in ``rules/parts.py``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.compat.lightning import MisconfigurationException, Trainer, is_a, rank_zero_warn
-from lightning_sparse.compat.shards import is_sharded, layout
+from lightning_sparse.compat.shards import is_sharded, layout, local
 from lightning_sparse.layers.selection import ParameterChoice
-from lightning_sparse.rules.parts import Rows, Whole
+from lightning_sparse.rules.parts import Rows
+from lightning_sparse.trainer.guards import listed
 from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["divides_weights", "refuse_parts", "warn_of_identical_parts"]
+__all__ = ["divides_weights", "identical_parts", "refuse_parts", "warn_of_identical_parts"]
 
 _SEEN = 16  # numbers of a part that are compared with those of the others
 
@@ -57,27 +58,28 @@ def _reason(choice: ParameterChoice, trainer: Trainer) -> str | None:
     return None
 
 
-def warn_of_identical_parts(method: Verbs, parts: Mapping[str, tuple[Whole, Tensor]]) -> None:
-    """Warn of weights whose parts begin with the same numbers: each process has drawn them from the same seed.
+def identical_parts(choices: Sequence[ParameterChoice]) -> list[str]:
+    """Return the names of weights of which several processes have the same numbers."""
+    divided = [(c.name, local(c.parameter), layout(c.parameter)) for c in choices if is_sharded(c.parameter)]
+    return [name for name, values, of in divided if _identical(Rows(of, values.device), values)]
 
-    Args:
-        method: the callback.
-        parts: what is here of each weight, and its values, by name.
-    """
-    names = [name for name, (part, values) in parts.items() if isinstance(part, Rows) and _identical(part, values)]
+
+def warn_of_identical_parts(method: Verbs, names: Sequence[str]) -> None:
+    """Warn of weights of these names, for whose parts several processes have drawn the same numbers."""
     if names:
         rank_zero_warn(
-            f"{method!r} trains weights whose parts are the same on several processes: {', '.join(names)}. Where a "
-            "module made on the meta device is initialised after fully_shard, each process draws the same numbers for "
-            "its rows, and neurons come in identical groups. Seed each process by its rank in configure_model before "
-            "the values are drawn, as torch.manual_seed(seed + self.global_rank), or load a checkpoint."
+            f"{method!r} trains weights of which several processes began with the same numbers: {listed(names)}. Where "
+            "a module made on the meta device is initialised after fully_shard, each process draws the same numbers "
+            "for its rows if its seed is the same, so neurons come in identical groups. Seed processes by their rank "
+            "before the values are drawn, as with torch.manual_seed(seed + self.global_rank) in configure_model, or "
+            "load a checkpoint."
         )
 
 
 def _identical(rows: Rows, values: Tensor) -> bool:
     """Tell whether two processes have the same first numbers, which are not all equal."""
     first = torch.zeros(rows.world, _SEEN, dtype=torch.float64)
-    own = values.reshape(-1)[:_SEEN].double().cpu()
+    own = values.detach().reshape(-1)[:_SEEN].double().cpu()
     first[rows.rank, : len(own)] = own
     samples = rows.sums(first)
     drawn = [sample for sample in samples if bool((sample != sample[0]).any())]
