@@ -30,6 +30,7 @@ METHODS = {
     "RigL, accumulated and clipped": (rigl, "SGD", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
     "RigL, no gradient": (rigl, "no gradient", {}),
     "RigL, tied": (rigl, "tied", {}),
+    "RigL, transposed": (rigl, "transposed", {}),
     "MEST, soft bound": (lambda **kw: MEST(0.8, soft_bound=True, **kw), "SGD", {}),
     "GMP, by layer": (
         lambda **kw: MASKED["GMP"](scope="layer", initial="magnitude", initial_sparsity=0.3, **kw),
@@ -55,15 +56,19 @@ class Divided(pl.LightningModule):
         if kind == "tied":
             self.net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 1)).double()
             self.net[1].weight = self.net[0].weight
+        if kind == "transposed":  # each process has some inputs of all outputs
+            first = nn.Unflatten(1, (12, 1)), nn.ConvTranspose1d(12, 9, 3), nn.ReLU(), nn.Flatten()
+            self.net = nn.Sequential(*first, nn.Linear(27, 1)).double()
         if kind == "meta":
             self.net.to("meta")
 
     def configure_model(self):
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or self.kind == "plain":
+        strategy = self._trainer and self.trainer.strategy  # none: a checkpoint is loaded
+        if not isinstance(strategy, ModelParallelStrategy) or self.kind == "plain":
             return
         from torch.distributed._composable.fsdp import fully_shard
 
-        layers = [layer for layer in self.net if isinstance(layer, nn.Linear)]
+        layers = [layer for layer in self.net if isinstance(layer, (nn.Linear, nn.ConvTranspose1d))]
         for layer in (*(layers if self.kind != "tied" else ()), self.net):
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
@@ -73,7 +78,7 @@ class Divided(pl.LightningModule):
         return 0 * loss if self.kind == "no gradient" else loss
 
     def configure_optimizers(self):
-        if self.kind == "AdamW":
+        if self.kind in ("AdamW", "transposed"):
             return torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.01)
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
 

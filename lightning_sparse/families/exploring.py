@@ -68,7 +68,7 @@ class Exploring(MaskedCallback):
         for name, weight in self._weights.items():
             if weight.part is not WHOLE:
                 mask = unpack(explored["bits"][name].view(1, -1), weight.mask.numel()).view(weight.mask.shape)
-                explored["bits"][name] = weight.part.joined(mask)
+                explored["bits"][name], explored["sizes"][name] = weight.part.joined(mask), weight.size
         return {**super().state_dict(), "explored": explored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

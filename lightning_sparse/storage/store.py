@@ -282,9 +282,9 @@ class Stored(Verbs, Callback, ABC):
         """Let the store have its say in what a checkpoint holds of the module."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         self.store.on_save_checkpoint(pl_module, checkpoint)
-        states, key = checkpoint["callbacks"], self.state_key
         if together([*self._weights.values()]) is WHOLE:
             return
+        states, key = checkpoint["callbacks"], self.state_key
         if saves_by_shards(trainer):
             states[key] = shards.set_aside(states[key], key, checkpoint["state_dict"])
         else:

@@ -226,6 +226,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         added = [choice for choice in ours if choice.name not in self._weights]
         if added:
             guards.refuse_overlap(self, added, self._fit.trainer)
+            shards.refuse_parts(self, added, self._fit.trainer)
             self.attach_added(added, optimizer)
             title = f"{self!r} of lightning_sparse: new in training"
             rank_zero_info(table(title, added, self.planned_density, whole=False))

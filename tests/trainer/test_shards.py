@@ -2,15 +2,18 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROUNDS, SETTINGS
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
-from shards_ranks import METHODS, RESUMED, Divided, batches, run_all, run_resumed, start, train
+from shards_ranks import METHODS, RESUMED, Divided, run_all, run_resumed, train
 
 from lightning_sparse import SET, MemoryEfficientDST
+from lightning_sparse.trainer.guards import refuse_trainer
 
 THREE = ("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST")  # of each way to choose one
 
@@ -84,12 +87,12 @@ def test_what_a_move_sends_does_not_grow_with_the_layer(trained):
 
 
 def test_no_process_makes_a_whole_weight(trained):
-    assert trained[2]["largest"] <= 128 * 256
+    assert trained[2]["largest"] <= 128 * 257  # with the bias, whose gradient lies beside that of the weight
 
 
 def test_mixed_precision_keeps_counts(trained):
     counts, nonzero = trained[2]["mixed"]
-    assert counts == {"net.0.weight": 33, "net.2.weight": 26, "net.4.weight": 7} or sum(counts.values()) == 66
+    assert sum(counts.values()) == 66  # of 330
     assert all(nonzero[name] <= count for name, count in counts.items())
 
 
@@ -122,7 +125,7 @@ def test_the_guide_lists_what_trains():
     ],
 )
 def test_methods_that_need_whole_weights_are_refused(callback, remedy):
-    run = start(callback, 0)
-    run.strategy.__class__ = type("ModelParallelStrategy", (type(run.strategy),), {})
-    with pytest.raises(MisconfigurationException, match=f"needs whole weights on every process.*{remedy}"):
-        run.fit(Divided("plain"), batches(0, 1))
+    run = SimpleNamespace(strategy=ModelParallelStrategy(), optimizers=[])
+    message = f"needs whole weights on every process; ModelParallelStrategy may split them.*{remedy}"
+    with pytest.raises(MisconfigurationException, match=message):
+        refuse_trainer(callback, run)
