@@ -29,7 +29,7 @@ class _Perceptron(LightningModule):
             self.net = nn.Sequential(*(nn.Linear(width, width) for _ in range(_LAYERS)))
 
     def configure_model(self) -> None:
-        from torch.distributed._composable.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard
 
         torch.manual_seed(self.global_rank)  # other numbers on each process
         for layer in (*self.net, self.net):
@@ -52,7 +52,7 @@ def shards(arguments: argparse.Namespace) -> None:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
-        torch.multiprocessing.spawn(_train, (ranks, variables, arguments.width), nprocs=ranks)  # type: ignore[attr-defined]
+        torch.multiprocessing.spawn(_train, (ranks, variables, arguments.width), nprocs=ranks)  # type: ignore[no-untyped-call]
 
 
 def _train(rank: int, ranks: int, variables: dict[str, str], width: int) -> None:

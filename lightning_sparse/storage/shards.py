@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_sparse.compat.shards import is_sharded, whole
 
@@ -56,6 +54,9 @@ def read(state: Mapping[str, Any], now: Mapping[str, Any], key: str, path: str) 
     """
     if _ASIDE not in state:
         return dict(state)
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes a while
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     found = {name: shards.clone() for name, shards in _shards(now, key)}
     load({"state_dict": found}, storage_reader=FileSystemReader(path))
     return _with({name: value for name, value in state.items() if name != _ASIDE}, now, key, found)
