@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sparse import ITOP, MEST, SNFS, RandomPruning, RigL
 from lightning_sparse.compat.shards import whole
 
-EPOCHS, STEPS, BATCH = 3, 6, 12
+EPOCHS, STEPS, BATCH = 3, 4, 12
 STILL = ("DeepR", "RandomPruning", "FixedMask")  # they take no interval
 MOVING = {"update_every": 2, "seed": 3}
 
@@ -30,7 +30,7 @@ METHODS = {
     "RigL, accumulated and clipped": (rigl, "SGD", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
     "RigL, no gradient": (rigl, "no gradient", {}),
     "RigL, tied": (rigl, "tied", {}),
-    "RigL, transposed": (rigl, "transposed", {}),
+    "RigL, transposed": (lambda **kw: rigl(include=["net.*.weight"], **kw), "transposed", {}),
     "MEST, soft bound": (lambda **kw: MEST(0.8, soft_bound=True, **kw), "SGD", {}),
     "GMP, by layer": (
         lambda **kw: MASKED["GMP"](scope="layer", initial="magnitude", initial_sparsity=0.3, **kw),
