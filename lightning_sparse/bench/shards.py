@@ -52,7 +52,7 @@ def shards(arguments: argparse.Namespace) -> None:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
-        torch.multiprocessing.spawn(_train, (ranks, variables, arguments.width), nprocs=ranks)  # type: ignore[no-untyped-call]
+        torch.multiprocessing.spawn(_train, (ranks, variables, arguments.width), nprocs=ranks)  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _train(rank: int, ranks: int, variables: dict[str, str], width: int) -> None:

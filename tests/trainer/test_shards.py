@@ -62,6 +62,11 @@ def test_a_run_goes_on_in_other_numbers_of_processes(resumed, method, full):
     assert_same(found, train(method))
 
 
+@pytest.mark.parametrize("method", RESUMED)
+def test_one_process_that_holds_all_goes_on_from_a_full_checkpoint(resumed, method):
+    assert_same(train(method, resumes=resumed / f"{method}-True-2.ckpt"), train(method))
+
+
 def test_a_full_checkpoint_is_a_plain_module(resumed):
     path = resumed / "SNFS-True-2.ckpt"
     mask = torch.load(path, weights_only=True)["callbacks"].popitem()[1]["weights"]["net.0.weight"]["mask"]
