@@ -131,7 +131,7 @@ def run_all(folder, methods):
     rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     results = {name: train(name, rank, world) for name in methods}
     if world == 2:
-        results |= {"again": again(rank), "bytes": sent(), "largest": largest(rank), "mixed": mixed(rank)}
+        results |= {"again": again(rank, folder), "bytes": sent(), "largest": largest(rank), "mixed": mixed(rank)}
         results |= {"warned": warned(rank), "refused": refused()}
     finish(folder / f"{world}.pt", results)
 
@@ -152,13 +152,14 @@ def finish(path, results):
     distributed.destroy_process_group()  # without it gloo's threads now and then abort the exit
 
 
-def again(rank):
-    """Train a module twice with one callback, and return its masks after each fit."""
+def again(rank, folder):
+    """Train a module twice with one callback, and return its masks after each fit; write the last ones."""
     callback, module, masks = RandomPruning(0.8), Divided(), []
     for _ in range(2):
         start(callback, 2, max_epochs=1).fit(module, batches(rank, 2))
         module.configure_model = lambda: None  # it is divided
         masks.append({name: whole(mask) for name, mask in callback.masks.items()})
+    callback.save_masks(folder / "masks.safetensors")
     return masks
 
 

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
 from shards_ranks import METHODS, RESUMED, Divided, run_all, run_resumed, train
 
-from lightning_sparse import SET, MemoryEfficientDST
+from lightning_sparse import SET, MemoryEfficientDST, SparsityMonitor
 from lightning_sparse.trainer.guards import refuse_trainer
+from lightning_sparse.trainer.mask_files import read_masks
 
 THREE = ("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST")  # of each way to choose one
 
@@ -24,7 +25,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     run_fresh_ranks(run_all, 2, folder, [*METHODS])
     run_fresh_ranks(run_all, 3, folder, THREE)
-    return {world: torch.load(folder / f"{world}.pt") for world in (2, 3)}
+    results = {world: torch.load(folder / f"{world}.pt") for world in (2, 3)}
+    return {**results, "file": folder / "masks.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,11 @@ def test_a_second_fit_goes_on(trained):
     assert all(torch.equal(mask, second[name]) for name, mask in first.items())
 
 
+def test_masks_are_written_whole(trained):
+    masks = read_masks(str(trained["file"]))
+    assert all(torch.equal(mask, masks[name]) for name, mask in trained[2]["again"][1].items())
+
+
 def test_what_a_move_sends_does_not_grow_with_the_layer(trained):
     small, large = trained[2]["bytes"].values()
     assert 0 < max(large) <= 32 * 1024
@@ -107,6 +114,12 @@ def test_identical_parts_are_named(trained):
 
 def test_a_weight_that_is_not_divided_is_refused(trained):
     assert re.search("net.0.weight sparse: it is no DTensor.*fully_shard", trained[2]["refused"])
+
+
+def test_the_monitor_is_refused():
+    run = SimpleNamespace(strategy=ModelParallelStrategy(), callbacks=[])
+    with pytest.raises(MisconfigurationException, match=r"SparsityMonitor looks at whole masks.*Take it away"):
+        SparsityMonitor().on_train_start(run, Divided())
 
 
 # ---------------------------------------------------------------------- what is refused, and the table that says so
