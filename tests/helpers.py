@@ -46,6 +46,7 @@ from lightning_sparse import (
     SynFlow,
     TopKAST,
 )
+from lightning_sparse.compat.shards import is_sharded
 from lightning_sparse.layers.selection import select_parameters
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -374,7 +375,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not result.is_meta:
+        if isinstance(result, torch.Tensor) and not result.is_meta and not is_sharded(result):
             self.size = max(self.size, result.untyped_storage().nbytes() // result.element_size())
         return result
 

@@ -115,7 +115,7 @@ def spread(values: Tensor, bins: int = 20) -> dict[str, Any]:
 
 def mask_bits(mask: Tensor) -> Tensor:
     """Return a mask as bits in the order of its elements, on the CPU: uint8, ``(ceil(size / 8),)``."""
-    return pack(mask.reshape(1, -1)).squeeze(0).cpu()
+    return pack(mask.reshape(1, mask.numel())).squeeze(0).cpu()
 
 
 def _ones(bits: Tensor) -> int:
@@ -181,8 +181,13 @@ class Explored:
 
     def rate(self, names: Iterable[str]) -> float:
         """Return the share of the weights ``names`` that have been active at any time."""
+        explored, size = self.counts(names)
+        return explored / size
+
+    def counts(self, names: Iterable[str]) -> tuple[int, int]:
+        """Return how many connections of the weights ``names`` have been active at any time, and how many there are."""
         names = list(names)
-        return sum(_ones(self.bits[name]) for name in names) / sum(self.sizes[name] for name in names)
+        return sum(_ones(self.bits[name]) for name in names), sum(self.sizes[name] for name in names)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -17,6 +17,7 @@ __all__ = [
     "configured",
     "forget_training_loader",
     "is_redirected",
+    "saves_by_shards",
     "state_key",
     "steps_logged",
     "training_loader",
@@ -90,6 +91,14 @@ def state_key(callback: Callback, **arguments: Any) -> str:
     Relies on ``Callback._generate_state_key``, which ModelCheckpoint and EarlyStopping call.
     """
     return callback._generate_state_key(**arguments)
+
+
+def saves_by_shards(trainer: Trainer) -> bool:
+    """Tell whether each process writes its shards into a folder, in place of one that writes whole tensors.
+
+    Relies on ``ModelParallelStrategy._save_distributed_checkpoint``.
+    """
+    return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
 
 
 def is_redirected(module: nn.Module) -> bool:

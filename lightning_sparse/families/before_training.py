@@ -70,7 +70,6 @@ class BeforeTraining(DenseOnly, MaskedCallback):
     def choose_masks(self, probe: Probe) -> list[Tensor]:
         """Return the masks: round by round, down to the budget."""
         weights = self.units([self._weights[name] for name in probe.names])
-        outputs = [weight.outputs for weight in weights]
         chosen = [torch.ones_like(weight.mask) for weight in weights]
         sizes = [weight.size for weight in weights]
         final = budget(self.sparsity_target, sum(sizes))
@@ -82,9 +81,8 @@ class BeforeTraining(DenseOnly, MaskedCallback):
                 select.first_of_rows(score, weight.nonempty, among)
                 for score, weight, among in zip(scores, weights, chosen, strict=True)
             ]
-            counts = self.pattern.count_global_top_k(ranked, outputs, k, chosen, at_least)
-            each = zip(ranked, outputs, counts, chosen, strict=True)
-            chosen = [self.pattern.top_k(score, where, n, among) for score, where, n, among in each]
+            counts = self.pattern.count_global_top_k(weights, ranked, k, chosen, at_least)
+            chosen = [self.pattern.top_k(*each) for each in zip(weights, ranked, counts, chosen, strict=True)]
             for W, mask in zip(probe.weights, of_weights(weights, chosen), strict=True):
                 select.zero_outside_(W.data, mask)
         return of_weights(weights, chosen)
@@ -101,6 +99,14 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         alike = [name for name, score in zip(probe.names, scores, strict=True) if select.all_equal(score)]
         warn_of_equal_scores(self, alike)
         return scores
+
+    @property
+    def needs_whole_weights(self) -> str | None:
+        """Scores are of the whole network."""
+        return (
+            "Choose the connections in a fit of one step on one process, write them with callback.save_masks(path), "
+            "and train with FixedMask(initial=path)."
+        )
 
     # ------------------------------------------------------------------ when
 

@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
-from lightning_sparse.accounting.masks import Explored
+from lightning_sparse.accounting.masks import Explored, mask_bits
 from lightning_sparse.families.masked import MaskedCallback
+from lightning_sparse.kernels.bits import unpack
 from lightning_sparse.layers.selection import ParameterChoice
+from lightning_sparse.rules.parts import WHOLE, together
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["Exploring"]
@@ -29,7 +32,8 @@ class Exploring(MaskedCallback):
         """R_s: the share of all selected weights that have been active at any time."""
         if not self._weights:
             raise RuntimeError(f"{self!r} has no weights yet: they are chosen when trainer.fit starts.")
-        return self.explored.rate(self._weights)
+        explored, size = together([*self._weights.values()]).total(*self.explored.counts(self._weights))
+        return explored / size
 
     @property
     def extra_metrics(self) -> dict[str, float]:
@@ -54,14 +58,29 @@ class Exploring(MaskedCallback):
 
     def _explore(self, weights: Sequence[Weight]) -> None:
         for weight in self.units(weights):
-            self.explored.start(weight.name, weight.active_indices.cpu(), weight.size)
+            active = weight.part.indices(weight.active_indices).cpu()
+            self.explored.start(weight.name, active, weight.part.length(weight.size))
             weight.forget_indices()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been explored, too."""
-        return {**super().state_dict(), "explored": self.explored.state_dict()}
+        explored = self.explored.state_dict()
+        for name, weight in self._weights.items():
+            if weight.part is not WHOLE:
+                mask = unpack(explored["bits"][name].view(1, -1), weight.mask.numel()).view(weight.mask.shape)
+                explored["bits"][name], explored["sizes"][name] = weight.part.joined(mask), weight.size
+        return {**super().state_dict(), "explored": explored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
         super().load_state_dict(state_dict)
-        self.explored.load_state_dict(state_dict["explored"])
+        explored = {**state_dict["explored"], "bits": dict(state_dict["explored"]["bits"])}
+        for name, bits in explored["bits"].items():
+            weight = self._weights[name]
+            if bits.dtype == torch.bool:
+                explored["bits"][name] = mask_bits(weight.part.cut(bits).clone())
+            elif weight.part is not WHOLE:
+                mask = unpack(bits.view(1, -1), weight.size).view(weight.shape)
+                explored["bits"][name] = mask_bits(weight.part.cut(mask).clone())
+        explored["sizes"] = {name: self._weights[name].part.length(n) for name, n in explored["sizes"].items()}
+        self.explored.load_state_dict(explored)

@@ -39,8 +39,8 @@ def prune(
     held = [weight for weight in weights if isinstance(weight, (MaskedWeight, Units))]
     if scope == "global":
         counts = pattern.count_global_top_k(
+            held,
             [weight.W for weight in held],
-            [weight.outputs for weight in held],
             total,
             [weight.mask for weight in held],
             [least(weight, min_layer_density) for weight in weights],
@@ -51,7 +51,7 @@ def prune(
         counts = shrunk([weight.num_active for weight in held], list(ends.values()), total)
     for weight, count in zip(held, counts, strict=True):
         magnitudes = select.first_of_rows(weight.W.abs(), weight.nonempty, among=weight.mask)
-        weight.keep(pattern.top_k(magnitudes, weight.outputs, count, among=weight.mask))
+        weight.keep(pattern.top_k(weight, magnitudes, count, among=weight.mask))
 
 
 def final_counts(

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, fixed, option
+from lightning_sparse.compat.shards import local
 from lightning_sparse.compat.torch_private import stored_values
 from lightning_sparse.families import starts
 from lightning_sparse.families.common import (
@@ -33,6 +34,7 @@ from lightning_sparse.families.common import (
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import patterns
 from lightning_sparse.rules.budgets import Distribution
+from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.patterns import UNSTRUCTURED
 from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
@@ -225,6 +227,15 @@ class MaskedCallback(Stored, SparseCallback):
     # ------------------------------------------------------------------ verbs
 
     @property
+    def needs_whole_weights(self) -> str | None:
+        """None: masks are kept of the rows that are here; but connections must be by themselves."""
+        if self.storage != "masked":
+            return f"Use storage='masked', got {self.storage!r}, or strategy='ddp'."
+        if self.pattern.kind != "unstructured":
+            return f"Use pattern='unstructured', got {self.pattern_name!r}, or strategy='ddp'."
+        return None
+
+    @property
     def planned_density(self) -> dict[str, float]:
         """The density that each layer begins with."""
         return self.layer_density
@@ -236,6 +247,12 @@ class MaskedCallback(Stored, SparseCallback):
         warn_of_cautious(self, trainer)
         if self.scale_init and self.keeps_weights:
             rank_zero_info(f"{self!r} keeps the weights that are there, so it does not scale them.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the epoch; the weights, of a checkpoint or not, are there with all strategies now."""
+        super().on_train_start(trainer, pl_module)
+        if self._fit.restored_late and not self._restored:
+            self._refuse_found_number()
 
     @torch.no_grad()
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
@@ -249,8 +266,8 @@ class MaskedCallback(Stored, SparseCallback):
             self._epoch = 0
         if adoption == "fresh":
             self.draw(list(self._weights.values()), self.run_seed)
-            if starts.start(self.initial).knows_number:
-                self.refuse_number(list(self._weights.values()))
+            if not self._fit.restored_late:
+                self._refuse_found_number()
             self._add_buffers(self._weights.values())
 
     @torch.no_grad()
@@ -267,6 +284,11 @@ class MaskedCallback(Stored, SparseCallback):
         self.run_seed = run_seed
         self.generator.manual_seed(run_seed if self.seed is None else self.seed)
         self.initial_masks(weights)
+
+    def _refuse_found_number(self) -> None:
+        """Raise if the number of connections was found, and is none to begin with."""
+        if starts.start(self.initial).knows_number:
+            self.refuse_number(list(self._weights.values()))
 
     def refuse_number(self, weights: Sequence[Weight]) -> None:  # noqa: D102
         starts.refuse_found(self, weights)
@@ -361,7 +383,7 @@ class MaskedCallback(Stored, SparseCallback):
         seen = {id(weight.parameter) for weight in weights}
         others = (p for group in optimizer.param_groups for p in group["params"] if id(p) not in seen)
         broken = {id(p) for p in others if not _finite_gradient(p)}
-        if names or not broken:
+        if names or not together(weights).any(len(broken)):
             return names
         named = self._fit.module.named_parameters() if self._fit.module else ()
         return [name for name, parameter in named if id(parameter) in broken] or ["another parameter"]
@@ -431,4 +453,4 @@ class DenseOnly(Options):
 
 def _finite_gradient(parameter: Tensor) -> bool:
     """Tell whether a parameter's gradient, if it has one, is finite."""
-    return parameter.grad is None or all_finite(stored_values(parameter.grad))
+    return parameter.grad is None or all_finite(stored_values(local(parameter.grad)))

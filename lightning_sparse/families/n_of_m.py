@@ -75,5 +75,5 @@ class NOfMCallback(TopKCallback):
         if self.transposable:
             chosen = largest_tiles(scores, weight.outputs, self.pattern.n)
         else:
-            chosen = self.pattern.top_k(scores, weight.outputs, count)
+            chosen = self.pattern.top_k(weight, scores, count)
         weight.buffers[key] = torch.empty_like(weight.latent, dtype=torch.bool).copy_(chosen)

@@ -16,6 +16,7 @@ from lightning_sparse.layers.seen import behind_seen_norms
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, budget
 from lightning_sparse.rules.matrices import as_matrix
+from lightning_sparse.rules.parts import WHOLE
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.rules.trained import looks_trained
 from lightning_sparse.trainer.fit import Fit
@@ -142,7 +143,10 @@ def _random(method: _Method, weights: Sequence[Weight], sparsity: float | None) 
     for weight, n in zip(weights, _shares(method, weights, sparsity), strict=True):
         if sparsity:
             method._fit.drawn[weight.name] = _looks_trained(weight.whole)
-        yield method.pattern.draw(n, weight.shape, method.generator, weight.nonempty, weight.outputs)
+        if weight.part is WHOLE:
+            yield method.pattern.draw(n, weight.shape, method.generator, weight.nonempty, weight.outputs)
+        else:
+            yield weight.part.distinct(n, weight.size, method.generator)  # what would be drawn, but for others
 
 
 def _magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -157,22 +161,21 @@ def _global_magnitude(method: _Method, weights: Sequence[Weight], sparsity: floa
     given = [_finite(method, weight) for weight in weights]
     everywhere = [torch.ones_like(W, dtype=torch.bool) for W in given]
     at_least = floors(weights, method.min_layer_density, total)
-    outputs = [weight.outputs for weight in weights]
-    counts = method.pattern.count_global_top_k(given, outputs, total, everywhere, at_least, torch.abs)
+    counts = method.pattern.count_global_top_k(weights, given, total, everywhere, at_least, torch.abs)
     for weight, W, n in zip(weights, given, counts, strict=True):
         yield _largest(method, weight, W, n)
 
 
 def _largest(method: _Method, weight: Weight, W: Tensor, n: int) -> Tensor:
     """Return the positions of the ``n`` largest magnitudes of a weight that the pattern allows."""
-    scores = select.first_of_rows(W.abs(), weight.nonempty)
-    return select.positions(method.pattern.top_k(scores, weight.outputs, n))
+    found = method.pattern.top_k(weight, select.first_of_rows(W.abs(), weight.nonempty), n)
+    return weight.part.positions(select.positions(found))
 
 
 def _zeros(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
     """Take all that is not 0."""
     for weight in weights:
-        yield select.positions(_given(method, weight) != 0)
+        yield weight.part.positions(select.positions(_given(method, weight) != 0))
 
 
 def _of_file(path: str, method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -240,7 +243,7 @@ def _finite(method: _Method, weight: Weight) -> Tensor:
         MisconfigurationException: it is not finite.
     """
     W = _given(method, weight)
-    if not all_finite(W):
+    if not weight.part.all(all_finite(W)):
         raise MisconfigurationException(
             f"{method!r} begins with the largest weights, but {weight.name} has values that are NaN or infinite. "
             "Load a checkpoint of before the training diverged, or use initial='random'."

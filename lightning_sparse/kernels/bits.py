@@ -15,6 +15,8 @@ GATHER = 0x0102040810204080
 
 def pack(mask: Tensor) -> Tensor:
     """Return ``mask (out, n)``, boolean or of ones and zeros, as bytes ``(out, ceil(n / 8))``."""
+    if not mask.numel():
+        return torch.empty(len(mask), -(-mask.shape[1] // 8), dtype=torch.uint8, device=mask.device)
     flags = mask.bool().contiguous().view(torch.uint8)
     if mask.shape[1] % 8:
         flags = pad(flags, (0, -mask.shape[1] % 8))

@@ -114,7 +114,8 @@ class Activity(Hooks):
         weight = _weight(layer)
         outputs, per_group = (layer if isinstance(layer, SparseLayer) else weight).shape[:2]
         inputs, dtype = per_group * getattr(layer, "groups", 1), torch.promote_types(weight.dtype, torch.float32)
-        return weight.new_zeros(inputs, dtype=dtype), weight.new_zeros(outputs, dtype=dtype)
+        zeros = partial(torch.zeros, dtype=dtype, device=weight.device)  # no DTensors
+        return zeros(inputs), zeros(outputs)
 
 
 class GradientSketch(Activity):

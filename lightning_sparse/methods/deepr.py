@@ -22,6 +22,7 @@ from lightning_sparse.families.shares import needed
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Scope
+from lightning_sparse.rules.parts import together
 from lightning_sparse.trainer.guards import listed
 from lightning_sparse.weights.base import Weight, param_group
 from lightning_sparse.weights.masked import MaskedWeight, dense, finite_gradients
@@ -85,7 +86,7 @@ class DeepR(DenseOnly, MaskedCallback):
     def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Fix the signs."""
         (held,) = dense([weight])
-        at_random = torch.rand(held.mask.shape, generator=self.generator).to(held.W.device) < 0.5
+        at_random = held.part.rand(held.mask.shape, self.generator).to(held.W.device) < 0.5
         return {"positive": torch.where(held.W == 0, at_random, held.W > 0)}
 
     def observe(self, weights: Sequence[Weight], scale: float) -> None:
@@ -98,26 +99,27 @@ class DeepR(DenseOnly, MaskedCallback):
         moving = dense([weight for weight in weights if weight.name in self._stepping])
         self._stepping.difference_update(weight.name for weight in moving)
         lost = [self.drift(weight) for weight in moving]
-        drops = list(map(select.count, lost))
+        drops = together(moving).total(*map(select.count, lost))
         grows = drops if self.scope == "layer" else self.anywhere(moving, drops)
         for weight, leaving, fewer, more in zip(moving, lost, drops, grows, strict=True):
             if fewer or more:
                 new, dropped = min(more, weight.num_inactive), weight.active_indices[leaving]
                 grown = self.pattern.grow_at_random(weight, new, dropped, self.generator)
                 again = torch.randperm(fewer, generator=self.generator)[: more - new]
-                grown = torch.cat((grown.to(dropped.device), dropped[again.to(dropped.device)]))
+                grown = torch.cat((grown.to(dropped.device), weight.part.taken(dropped, again)))
                 weight.rewire(dropped, grown, NEW * signs(weight, grown))
 
     def drift(self, weight: MaskedWeight) -> Tensor:
         """``theta -= lr l1`` and ``theta += sqrt(2 lr T) nu``; return which active connections are below 0 now."""
         places = weight.active_indices
-        lr, W = float(param_group(weight)["lr"]), weight.W.reshape(-1)[places]
+        indices = weight.part.indices(places)
+        lr, W = float(param_group(weight)["lr"]), weight.W.reshape(-1)[indices]
         sign = signs(weight, places)
         W -= lr * self.l1 * sign
         if self.temperature:
-            noise = torch.randn(len(W), generator=self.generator) * math.sqrt(2 * lr * self.temperature)
-            W += noise.to(W)
-        select.put_(weight.W, places, W)
+            noise = weight.part.drawn_for(len(W), partial(torch.randn, generator=self.generator))
+            W += (noise * math.sqrt(2 * lr * self.temperature)).to(W)
+        select.put_(weight.W, indices, W)
         return W * sign < 0
 
     def anywhere(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
@@ -134,7 +136,8 @@ class DeepR(DenseOnly, MaskedCallback):
 
 def signs(weight: MaskedWeight, places: Tensor) -> Tensor:
     """Return the signs that go with some flat positions, 1 or -1."""
-    return weight.buffers["positive"].reshape(-1)[places].to(weight.W.dtype).mul_(2).sub_(1)
+    positive = weight.buffers["positive"].reshape(-1)[weight.part.indices(places)]
+    return positive.to(weight.W.dtype).mul_(2).sub_(1)
 
 
 def drawn(n: int, places: Sequence[int], generator: Generator) -> list[int]:

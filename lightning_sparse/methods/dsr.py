@@ -18,6 +18,7 @@ from lightning_sparse.families.shares import droppable, shared_out
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import portion
 from lightning_sparse.rules.clock import Clock
+from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.schedules import Decay
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroup
@@ -89,7 +90,7 @@ class DSR(PruneAndGrow):
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Drop what is below H in all layers, adapt H, and grow as many."""
         H = group.values.setdefault("threshold", self.init_threshold)
-        below = [select.count(weight.magnitudes < H) for weight in weights]
+        below = together(weights).total(*(select.count(weight.magnitudes < H) for weight in weights))
         drops = [min(n, max(weight.num_active - 1, 0)) for weight, n in zip(weights, below, strict=True)]
         target = portion(self.fraction(group), sum(weight.num_active for weight in weights))
         low, high = (1 - self.tolerance) * target, (1 + self.tolerance) * target

@@ -14,9 +14,9 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.families.shares import droppable, needed
-from lightning_sparse.rules import ascending, sampling, select, ties
+from lightning_sparse.rules import ascending, ties
 from lightning_sparse.rules.budgets import portion
-from lightning_sparse.rules.ranking import ranking
+from lightning_sparse.rules.parts import together
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["GGR"]
@@ -63,18 +63,18 @@ class GGR(PruneAndGrow):
         """Drop the smallest ``|W|`` of each layer; let the layers compete for as many in a ranking of all gradients."""
         wanted = [portion(fraction, weight.num_active) for weight in weights]
         drops = droppable(weights, wanted, self.min_layer_density)
-        ranked = ranking(weights, sum(drops), needed(weights, drops, self.min_layer_density))
+        ranked = together(weights).ranking(weights, sum(drops), needed(weights, drops, self.min_layer_density))
         self._won = dict(zip((weight.name for weight in weights), ranked, strict=True))
         self.rewire(weights, drops, scale)
 
     def grow_counts(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
         """Give each layer as many as it has won."""
-        return [len(self._won[weight.name][0]) for weight in weights]
+        return together(weights).total(*(len(self._won[weight.name][0]) for weight in weights))
 
     def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:
         """Grow some of those that have won, by gradient, and draw the others at random."""
         won, gradients = self._won.pop(weight.name)
         at_random = portion(self.random_share, n)
-        grown = won[select.top_k_positions(gradients, n - at_random, order=ties.at(won, weight.shape))]
+        grown = won[weight.part.top_k_positions(gradients, n - at_random, order=ties.at(won, weight.shape))]
         taken = ascending.merged(weight.active_indices.cpu(), grown)
-        return ascending.merged(grown, sampling.free_positions(at_random, taken, weight.size, self.generator))
+        return ascending.merged(grown, weight.part.free_positions(at_random, taken, weight.size, self.generator))

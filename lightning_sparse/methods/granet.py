@@ -13,7 +13,7 @@ from typing import ClassVar
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.gradual import GradualPruning
-from lightning_sparse.rules import criteria, select, ties
+from lightning_sparse.rules import criteria, ties
 from lightning_sparse.rules.budgets import portion
 from lightning_sparse.rules.clock import Clock
 from lightning_sparse.rules.schedules import cosine
@@ -67,9 +67,11 @@ class GraNet(GradualPruning):
         """Prune to the schedule; then drop the smallest ``|W|`` of each layer and grow the largest ``|dP|``."""
         trained = group.step > 0  # what has not been trained is not judged
         fraction = self.drop_fraction * cosine(group.step / self.total_steps) if trained else 0.0
-        free = [w.largest_gradients(min(portion(fraction, w.num_active), w.num_inactive)) for w in weights]
+        rooms = [min(portion(fraction, weight.num_active), weight.num_inactive) for weight in weights]
+        free = [weight.largest_gradients(room) for weight, room in zip(weights, rooms, strict=True)]
         self.prune(group)
-        for weight, (found, gradients) in zip(weights, free, strict=True):  # what was just pruned does not come back
-            n = min(portion(fraction, weight.num_active), len(found), self.pattern.num_movable(weight))
+        for weight, room, (found, gradients) in zip(weights, rooms, free, strict=True):  # what was pruned stays away
+            n = min(portion(fraction, weight.num_active), room, self.pattern.num_movable(weight))
             dropped = self.pattern.drop(weight, criteria.magnitude(weight), n)
-            weight.rewire(dropped, found[select.top_k_positions(gradients, n, order=ties.at(found, weight.shape))])
+            best = weight.part.top_k_positions(gradients, n, order=ties.at(found, weight.shape))
+            weight.rewire(dropped, found[best])

@@ -55,5 +55,5 @@ class ITOP(Exploring, PruneAndGrow):
             grown = self.pattern.grow_by_gradient(weight, n, dropped)
         else:
             grown = self.pattern.grow_at_random(weight, n, dropped, self.generator)
-        self.explored.mark(weight.name, grown)
+        self.explored.mark(weight.name, weight.part.indices(grown))
         return grown

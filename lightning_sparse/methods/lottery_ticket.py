@@ -98,6 +98,11 @@ class LotteryTicket(DenseOnly, MaskedCallback):
         return [*super().state_tensors, self._rewind_point]
 
     @property
+    def needs_whole_weights(self) -> str | None:
+        """The state to rewind to is one of whole tensors."""
+        return "Use GMP, which prunes by magnitude within one training, or strategy='ddp'."
+
+    @property
     def planned_density(self) -> dict[str, float]:
         """None: the layers begin dense."""
         return {}

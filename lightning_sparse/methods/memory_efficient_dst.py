@@ -21,8 +21,9 @@ from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.families.shares import least
 from lightning_sparse.layers.unit_activity import Activity, GradientSketch, Hooks, SynapticFlow, readable
-from lightning_sparse.rules import sampling, select, ties
+from lightning_sparse.rules import sampling, ties
 from lightning_sparse.rules.budgets import Distribution, apportion, portion
+from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.patterns import first_of_rows
 from lightning_sparse.weights.base import Weight
 
@@ -95,6 +96,13 @@ class MemoryEfficientDST(PruneAndGrow):
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}  # what goes and what comes, by layer, within an update
 
     @property
+    def needs_whole_weights(self) -> str | None:
+        """The flow through the network is computed with whole weights."""
+        if self.heuristic == "synflow":
+            return 'Use heuristic="grabo", "graest" or "random", or strategy="ddp".'
+        return super().needs_whole_weights
+
+    @property
     def multiplier(self) -> float:
         """The ``subset_multiplier`` that was given, or the papers' value."""
         return (10 if self.subset == "size" else 1) if self.subset_multiplier is None else self.subset_multiplier
@@ -148,7 +156,8 @@ class MemoryEfficientDST(PruneAndGrow):
         subsets = []
         for weight, count in zip(weights, counts, strict=True):
             ends = {"shape": weight.shape, **endpoints.get(weight.name, {})}
-            subsets.append(sampling.subset(count, weight.active_indices.cpu(), generator=self.generator, **ends))
+            taken = weight.active_indices.cpu()
+            subsets.append(sampling.subset(count, taken, generator=self.generator, where=weight.part, **ends))
         return subsets
 
     # ------------------------------------------------------------------ the endpoints' distributions
@@ -210,4 +219,4 @@ def largest(
     """Mark the ``k`` largest scores, those of flat positions, of all layers; but in each its ``at_least`` largest."""
     everywhere = [torch.ones_like(score, dtype=torch.bool) for score in scores]
     orders = [ties.at(places, weight.shape) for weight, places in zip(weights, positions, strict=True)]
-    return select.global_top_k(scores, k, everywhere, at_least, orders)
+    return together(weights).global_top_k(scores, k, everywhere, at_least, orders)

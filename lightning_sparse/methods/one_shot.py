@@ -119,20 +119,20 @@ class OneShot(BeforeTraining):
     def choose_masks(self, probe: Probe) -> list[Tensor]:
         """Keep the largest scores of all layers, or as many of each layer as ``distribution`` gives."""
         weights = self.units([self._weights[name] for name in probe.names])
-        outputs = [weight.outputs for weight in weights]
         scores = [of_units(weight, score) for weight, score in zip(weights, self.finite_scores(probe), strict=True)]
         ranked = [select.first_of_rows(score, weight.nonempty) for score, weight in zip(scores, weights, strict=True)]
         total = budget(self.sparsity_target, sum(weight.size for weight in weights))
         if self.competition == "global":
             at_least = floors(weights, self.min_layer_density, total)
             everywhere = [torch.ones_like(score, dtype=torch.bool) for score in scores]
-            counts = self.pattern.count_global_top_k(ranked, outputs, total, everywhere, at_least)
+            counts = self.pattern.count_global_top_k(weights, ranked, total, everywhere, at_least)
         else:
             shares = unit_counts(weights, self.pattern, self.distribution, total, self.min_layer_density)
             counts = [shares[weight.name] for weight in weights]
         if self.competition == "output":
-            return [top_k_of_rows(*each) for each in zip(scores, counts, outputs, strict=True)]
-        return of_weights(weights, [self.pattern.top_k(*each) for each in zip(ranked, outputs, counts, strict=True)])
+            each = zip(scores, counts, weights, strict=True)
+            return [top_k_of_rows(score, k, weight.outputs) for score, k, weight in each]
+        return of_weights(weights, [self.pattern.top_k(*each) for each in zip(weights, ranked, counts, strict=True)])
 
     def _norms(self, probe: Probe) -> dict[str, Tensor]:
         """Return root mean squares of the inputs by name, ``(groups, in / groups * kernel)``, as far as they are seen.

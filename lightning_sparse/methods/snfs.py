@@ -22,6 +22,7 @@ from lightning_sparse.families.shares import droppable, shared_out
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import portion
 from lightning_sparse.rules.criteria import mean_momentum
+from lightning_sparse.rules.parts import WHOLE
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import dense, finite_gradients
 
@@ -81,7 +82,7 @@ class SNFS(DenseOnly, PruneAndGrow):
 
     def claims(self, weights: Sequence[Weight]) -> list[float]:
         """Return the layers' claims to connections: their mean momentum."""
-        return [mean_momentum(weight.buffers["momentum"], weight.mask) for weight in weights]
+        return [_claim(weight) for weight in weights]
 
     def drop_counts(self, weights: Sequence[Weight], fraction: float) -> list[int]:
         """Drop the same share of each layer, but of a nearly dense one that claims more than an even share less.
@@ -103,7 +104,17 @@ class SNFS(DenseOnly, PruneAndGrow):
 
     def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:
         """Grow where ``|momentum|`` is largest."""
-        return select.top_k_positions(weight.buffers["momentum"].abs(), n, among=~weight.mask)
+        found = weight.part.top_k_positions(weight.buffers["momentum"].abs(), n, among=~weight.mask)
+        return weight.part.positions(found)
+
+
+def _claim(weight: Weight) -> float:
+    """Return the mean ``|momentum|`` of a weight's connections."""
+    here = mean_momentum(weight.buffers["momentum"], weight.mask)
+    if weight.part is WHOLE or not weight.num_active:
+        return here
+    sum_here = torch.tensor(here * select.count(weight.mask), dtype=torch.float64)
+    return float(weight.part.sums(sum_here)) / weight.num_active
 
 
 def _nearly_dense(weight: Weight) -> bool:

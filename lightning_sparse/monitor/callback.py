@@ -9,7 +9,13 @@ from typing import Any
 from lightning_sparse.accounting.memory import stored_bytes
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.extras import extra
-from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_sparse.compat.lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_warn,
+)
 from lightning_sparse.compat.lightning_private import steps_logged
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.monitor import record, run_file
@@ -20,6 +26,7 @@ from lightning_sparse.monitor.history import History
 from lightning_sparse.monitor.looks import Looks
 from lightning_sparse.monitor.operations import Operations, counted
 from lightning_sparse.trainer.callback import SparseCallback
+from lightning_sparse.trainer.shards import divides_weights
 
 __all__ = ["SparsityMonitor"]
 
@@ -91,6 +98,11 @@ class SparsityMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the methods and the place of the file."""
+        if divides_weights(trainer):
+            raise MisconfigurationException(
+                "SparsityMonitor looks at whole masks, which no process has with ModelParallelStrategy. Take it away: "
+                "methods log sparsity and density themselves."
+            )
         self._looks.methods = [c for c in trainer.callbacks if isinstance(c, SparseCallback)]  # type: ignore[attr-defined]
         folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ class Connections(Protocol):
     @property
     def outputs(self) -> Outputs:
         """Where the layer's outputs lie."""
+
+    @property
+    def part(self) -> Any:
+        """What is here of the weight: ``Whole`` or ``Rows`` of :mod:`~lightning_sparse.rules.parts`."""
 
     @property
     def num_active(self) -> int:

@@ -27,11 +27,11 @@ class Drawn(Protocol):
     def positions(self) -> Tensor:
         """The set, ascending; nothing can be added any more."""
 
-    def new_of(self, positions: Tensor) -> Tensor:
-        """Return those that are neither taken nor in the set, in their order."""
-
     def add(self, positions: Tensor) -> None:
         """Add those that are not taken."""
+
+    def add_first(self, positions: Tensor, n: int) -> None:
+        """Add the first ``n`` of those that are neither taken nor in the set."""
 
 
 def drawn(n: int, taken: Tensor, size: int) -> Drawn:
@@ -58,8 +58,8 @@ class _Marked:
     def positions(self) -> Tensor:
         return select.positions(self._marks.index_fill_(0, self._taken, False))
 
-    def new_of(self, positions: Tensor) -> Tensor:
-        return positions[~self._marks[positions]]
+    def add_first(self, positions: Tensor, n: int) -> None:
+        self.add(_first_occurrences(positions[~self._marks[positions]])[:n])
 
     def add(self, positions: Tensor) -> None:
         self._marks.index_fill_(0, positions, True)
@@ -73,12 +73,20 @@ class _Listed:
     def count(self) -> int:
         return len(self.positions)
 
-    def new_of(self, positions: Tensor) -> Tensor:
+    def add_first(self, positions: Tensor, n: int) -> None:
         ascending, order = positions.sort()
         used = torch.empty(len(order), dtype=torch.bool).index_copy_(0, order, contains(self._used, ascending))
-        return positions[~used]
+        self.add(_first_occurrences(positions[~used])[:n])
 
     def add(self, positions: Tensor) -> None:
         positions = different(positions)
         new = positions[~contains(self._used, positions)]
         self._used, self.positions = merged(self._used, new), merged(self.positions, new)
+
+
+def _first_occurrences(x: Tensor) -> Tensor:
+    """Leave out what was there before; the order stays."""
+    values, order = x.sort(stable=True)
+    new = torch.ones_like(values, dtype=torch.bool)
+    new[1:] = values[1:] != values[:-1]
+    return x[order[new].sort().values]

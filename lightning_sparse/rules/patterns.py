@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from lightning_sparse.rules import ascending, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.matrices import FIRST, Outputs, parts
+from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.tiles import Tiles
 
 __all__ = ["UNSTRUCTURED", "Blocks", "NOfM", "Pattern", "Unstructured", "check_pattern", "first_of_rows", "named"]
@@ -64,13 +65,13 @@ class Pattern(Protocol):
     ) -> Tensor:
         """Return the ``n`` connections that a weight of this ``shape`` begins with, some in each ``nonempty`` row."""
 
-    def top_k(self, scores: Tensor, outputs: Outputs, k: int, among: Tensor | None = None) -> Tensor:
+    def top_k(self, weight: Connections, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         """Mark the ``k`` of largest score; see ``select.top_k``."""
 
     def count_global_top_k(
         self,
+        weights: Sequence[Connections],
         tensors: Sequence[Tensor],
-        outputs: Sequence[Outputs],
         k: int,
         among: Sequence[Tensor],
         at_least: Sequence[int],
@@ -135,21 +136,22 @@ class Unstructured:
         first = sampling.one_a_row(shape, nonempty, generator)
         return ascending.merged(first, sampling.free_positions(n - len(first), first, size, generator))
 
-    def top_k(self, scores: Tensor, outputs: Outputs, k: int, among: Tensor | None = None) -> Tensor:
+    def top_k(self, weight: Connections, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         """Mark the ``k`` of largest score."""
-        return select.top_k(scores, k, among)
+        marked: Tensor = weight.part.top_k(scores, k, among)
+        return marked
 
     def count_global_top_k(
         self,
+        weights: Sequence[Connections],
         tensors: Sequence[Tensor],
-        outputs: Sequence[Outputs],
         k: int,
         among: Sequence[Tensor],
         at_least: Sequence[int],
         score: select.Score = torch.Tensor.detach,
     ) -> list[int]:
         """Return how many of the ``k`` of largest score lie in each weight."""
-        return select.count_global_top_k(tensors, k, among, at_least, score)
+        return together(weights).count_global_top_k(tensors, k, among, at_least, score)
 
     def num_movable(self, weight: Connections) -> int:
         """Return the number of free places, so that none that is dropped has to come back; or what rows can spare."""
@@ -160,7 +162,7 @@ class Unstructured:
     def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
         """Return the ``n`` of least score, but not the largest of a row that must not be empty."""
         order = ties.at(weight.active_indices, weight.shape)
-        return weight.active_indices[select.lowest_positions(first_of_rows(weight, scores), n, order=order)]
+        return weight.active_indices[weight.part.lowest_positions(first_of_rows(weight, scores), n, order=order)]
 
     def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
         """Return the ``n`` of largest ``|dP|``."""
@@ -168,7 +170,8 @@ class Unstructured:
 
     def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:
         """Return ``n`` that are not active."""
-        return sampling.free_positions(n, weight.active_indices.cpu(), weight.size, generator)
+        grown: Tensor = weight.part.free_positions(n, weight.active_indices.cpu(), weight.size, generator)
+        return grown
 
 
 @dataclass(frozen=True)
@@ -245,9 +248,9 @@ class NOfM(Unstructured):
         room = self.n - torch.bincount(groups.of(first), minlength=math.prod(groups.grid))
         return ascending.merged(first, _drawn(n - len(first), room, first, groups, generator))
 
-    def top_k(self, scores: Tensor, outputs: Outputs, k: int, among: Tensor | None = None) -> Tensor:
+    def top_k(self, weight: Connections, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         """Mark the ``k`` of largest score among the ``n`` largest of each group; if these are fewer, others as well."""
-        first = self._largest(scores, outputs, among)
+        first = self._largest(weight, scores, among)
         rest = k - select.count(first)
         if rest <= 0:
             return select.top_k(scores, k, first)
@@ -255,16 +258,16 @@ class NOfM(Unstructured):
 
     def count_global_top_k(
         self,
+        weights: Sequence[Connections],
         tensors: Sequence[Tensor],
-        outputs: Sequence[Outputs],
         k: int,
         among: Sequence[Tensor],
         at_least: Sequence[int],
         score: select.Score = torch.Tensor.detach,
     ) -> list[int]:
         """Return how many lie in each weight of the ``k`` that ``top_k`` would mark in all weights together."""
-        each = zip(tensors, outputs, among, strict=True)
-        first = [self._largest(score(tensor), where, candidates) for tensor, where, candidates in each]
+        each = zip(weights, tensors, among, strict=True)
+        first = [self._largest(weight, score(tensor), candidates) for weight, tensor, candidates in each]
         counts = [select.count(mask) for mask in first]
         if k <= sum(counts):
             return select.count_global_top_k(tensors, k, first, at_least, score)
@@ -320,9 +323,9 @@ class NOfM(Unstructured):
         room = (self.n - active).clamp_(min=0).add_(_counts(groups, dropped))
         return groups, room.minimum(self.m - active)
 
-    def _largest(self, scores: Tensor, outputs: Outputs, among: Tensor | None) -> Tensor:
+    def _largest(self, weight: Connections, scores: Tensor, among: Tensor | None) -> Tensor:
         """Mark the ``n`` largest of each group."""
-        groups = Tiles(tuple(scores.shape), outputs, 1, self.m)
+        groups = Tiles(tuple(scores.shape), weight.outputs, 1, self.m)
         limits = torch.full((math.prod(groups.grid),), self.n)
         return _largest_of_each(groups, scores if among is None else scores.masked_fill(~among, -math.inf), limits)
 

@@ -14,11 +14,13 @@ from torch import Generator, Tensor
 
 from lightning_sparse.kernels.positions import intervals, ranks
 from lightning_sparse.rules.ascending import contains, different, merged
-from lightning_sparse.rules.drawn import drawn
+from lightning_sparse.rules.drawn import Drawn, drawn
 from lightning_sparse.rules.matrices import Outputs, as_matrix
 
 __all__ = [
+    "EVERYWHERE",
     "Endpoints",
+    "Everywhere",
     "distinct",
     "free_positions",
     "one_a_row",
@@ -62,6 +64,25 @@ def probabilities(sums: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- sampling
 
 
+class Everywhere:
+    """Where positions are drawn: in all of a weight. See :mod:`~lightning_sparse.rules.parts` for parts of one."""
+
+    def num_free(self, taken: Tensor, size: int) -> int:
+        """Return how many positions of a weight are not ``taken``."""
+        return size - len(taken)
+
+    def free_positions(self, n: int, taken: Tensor, size: int, generator: Generator) -> Tensor:
+        """See ``free_positions``."""
+        return free_positions(n, taken, size, generator)
+
+    def drawn(self, n: int, taken: Tensor, size: int) -> Drawn:
+        """See ``drawn``."""
+        return drawn(n, taken, size)
+
+
+EVERYWHERE = Everywhere()
+
+
 def subset(
     n: int,
     taken: Tensor,
@@ -70,6 +91,7 @@ def subset(
     f: Tensor | None = None,
     g: Tensor | None = None,
     groups: int = 1,
+    where: Everywhere = EVERYWHERE,
 ) -> Tensor:
     """Draw exactly ``n`` different positions that are not ``taken``.
 
@@ -85,15 +107,16 @@ def subset(
         f: probabilities of the inputs, ``(in,)``; None, with ``g``: all free positions are equally likely.
         g: probabilities of the outputs, ``(out,)``.
         groups: output ``o`` reads the inputs of group ``o // (out / groups)`` alone.
+        where: a part of the weight, whose positions are ``taken`` and returned.
 
     Returns:
         Flat positions, ascending.
     """
     size = math.prod(shape)
     ends = None if f is None or g is None else Endpoints(shape, f, g, groups)
-    if ends is None or not ends.exist or n == size - len(taken):
-        return free_positions(n, taken, size, generator)
-    found = drawn(n, taken, size)
+    if ends is None or not ends.exist or n == where.num_free(taken, size):
+        return where.free_positions(n, taken, size, generator)
+    found = where.drawn(n, taken, size)
     for _ in range(_ROUNDS):
         missing = n - found.count
         if missing > _FEW:  # all that are new belong to the first n, whatever their order
@@ -101,11 +124,11 @@ def subset(
                 found.add(positions)
         elif missing:
             more = max(_BATCH, 4 * missing)  # so that few rounds remain
-            found.add(_first_occurrences(found.new_of(ends.draw(more, generator)))[:missing])
+            found.add_first(ends.draw(more, generator), missing)
         else:
             return found.positions
-    positions = found.positions
-    return merged(positions, free_positions(n - len(positions), merged(taken, positions), size, generator))
+    missing, positions = n - found.count, found.positions
+    return merged(positions, where.free_positions(missing, merged(taken, positions), size, generator))
 
 
 class Endpoints:
@@ -233,11 +256,3 @@ def _parts(counts: Tensor) -> Iterator[slice]:
     ends = torch.searchsorted(total, torch.arange(_AT_ONCE, int(total[-1]) + _AT_ONCE, _AT_ONCE)).add_(1)
     edges = [0, *sorted(set(ends.clamp_(max=len(counts)).tolist()))]
     return (slice(low, high) for low, high in pairwise(edges))
-
-
-def _first_occurrences(x: Tensor) -> Tensor:
-    """Leave out what was there before; the order stays."""
-    values, order = x.sort(stable=True)
-    new = torch.ones_like(values, dtype=torch.bool)
-    new[1:] = values[1:] != values[:-1]
-    return x[order[new].sort().values]

@@ -31,6 +31,8 @@ def looks_trained(W: Tensor) -> bool:
     >>> looks_trained(fresh), looks_trained(fresh * (fresh.abs() > 1)), looks_trained(fresh * torch.rand(64))
     (False, True, True)
     """
+    if not W.numel():
+        return False
     x = _sample(W)
     if not x.numel() or not x.isfinite().all() or bool((x.abs() == x.abs().max()).logical_or_(x == 0).all()):
         return False

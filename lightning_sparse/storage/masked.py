@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sparse.compat.shards import is_sharded, local, whole
 from lightning_sparse.kernels.structure import flat_positions
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.sparse import dense_weight
@@ -16,6 +17,7 @@ from lightning_sparse.trainer.adopt import Adoption, adopt
 from lightning_sparse.trainer.agreement import refuse_broken_positions, refuse_other_counts
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import MaskedWeight
+from lightning_sparse.weights.sharded import ShardedWeight
 
 __all__ = ["MaskedStore"]
 
@@ -49,16 +51,7 @@ class MaskedStore(Store):
         return adoption, weights
 
     def add(self, choices: Sequence[ParameterChoice]) -> dict[str, Weight]:  # noqa: D102  (inherited)
-        return {
-            choice.name: MaskedWeight(
-                choice.name,
-                torch.ones_like(choice.parameter, dtype=torch.bool, requires_grad=False),
-                choice.parameter,
-                outputs=choice.outputs,
-                nonempty=choice.nonempty,
-            )
-            for choice in choices
-        }
+        return {choice.name: _weight(choice) for choice in choices}
 
     def take(self, states: dict[str, Any], module: dict[str, Any]) -> bool:
         """Have what sparse layers have written loaded by dense ones."""
@@ -91,7 +84,7 @@ class MaskedStore(Store):
         return "mask" in state
 
     def _load(self, name: str, state: Mapping[str, Any], held: Mapping[str, Weight]) -> Weight:
-        return MaskedWeight(name, state["mask"].bool(), buffers=dict(state["buffers"]))
+        return MaskedWeight(name, state["mask"], buffers=dict(state["buffers"]))
 
     def state_dict(self, weights: Mapping[str, Weight]) -> dict[str, Any]:
         """Return the weights' state, and how many connections each has."""
@@ -99,7 +92,7 @@ class MaskedStore(Store):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Make sure that masks are as they were written."""
-        counts = {name: select.count(state["mask"].bool()) for name, state in state_dict["weights"].items()}
+        counts = {name: select.count(whole(state["mask"]).bool()) for name, state in state_dict["weights"].items()}
         refuse_other_counts(self.method, state_dict.get("active"), counts)
 
     def restore(self, weight: Weight, saved: Weight) -> None:  # noqa: D102  (inherited)
@@ -108,8 +101,24 @@ class MaskedStore(Store):
         weight.restore(saved)
 
 
+def _weight(choice: ParameterChoice) -> MaskedWeight:
+    """Return a weight that is active everywhere."""
+    if is_sharded(choice.parameter):
+        return ShardedWeight(choice.name, choice.parameter, choice.outputs)
+    return MaskedWeight(
+        choice.name,
+        torch.ones_like(choice.parameter, dtype=torch.bool, requires_grad=False),
+        choice.parameter,
+        outputs=choice.outputs,
+        nonempty=choice.nonempty,
+    )
+
+
 def _fits(method: Stored, choice: ParameterChoice, state: Weight) -> bool:
     """Tell whether a parameter is 0 wherever an earlier fit left it inactive, and the method goes on with it."""
-    nonzero, mask = choice.parameter.cpu() != 0, state.mask.cpu()
-    outside = nonzero & ~mask
-    return not outside.any() and method.continues(select.count(mask), select.count(nonzero))
+    part = _weight(choice).part
+    if part != state.part:
+        return False
+    nonzero, mask = local(choice.parameter).cpu() != 0, state.mask.cpu()
+    outside, active, others = part.total(select.count(nonzero & ~mask), select.count(mask), select.count(nonzero))
+    return not outside and method.continues(active, others)

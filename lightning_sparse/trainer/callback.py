@@ -13,7 +13,7 @@ from lightning_sparse.compat import checks, lightning_private
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.layers.selection import ParameterChoice, select_parameters, table
-from lightning_sparse.trainer import agreement, guards
+from lightning_sparse.trainer import agreement, guards, shards
 from lightning_sparse.trainer.averages import mask_averages
 from lightning_sparse.trainer.fit import Fit, epochs, steps
 from lightning_sparse.trainer.ownership import Ownership, owned
@@ -102,13 +102,17 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
             guards.warn_of_few(self, choices)
         selected = [choice for choice in choices if choice.reason is None]
         guards.refuse_pruned(self, selected, pl_module)
+        shards.refuse_parts(self, selected, trainer)
         self.refuse_choices(selected)
         guards.warn_of_averages(self, trainer)
         self.run_seed = trainer.strategy.broadcast(torch.initial_seed())
+        self._fit.restored_late = trainer.strategy.restore_checkpoint_after_setup
+        self._fit.identical_parts = shards.identical_parts(selected)
         self.attach(selected, trainer.optimizers, self._restored)
         self._restored = False
         for optimizer in trainer.optimizers:
             self._fit.handles += self._update_hooks.register(optimizer)
+        self._update_hooks.awake = not self._fit.restored_late
         self._fit.optimizers = [*trainer.optimizers]
         self._ownership = Ownership(trainer.optimizers, choices)
         self._fit.module, self._fit.trainer = pl_module, trainer
@@ -137,6 +141,8 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         own = steps(trainer, self._before_fit)
         self._fit.first_steps = {own: trainer.strategy.broadcast(own)}
         self._fit.logged_step = trainer.global_step
+        if not self._restored:
+            shards.warn_of_identical_parts(self, self._fit.identical_parts)
         self.begin_epoch(trainer.current_epoch, epochs(trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,6 +181,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Go on with what other code wrote between batches; raise if the optimizers are others than at fit start."""
+        self._update_hooks.awake = True
         self._update_hooks.forget_broken_off()
         guards.refuse_exchanged_optimizers(self, trainer)
         if self._fit.looks.fresh:
@@ -211,6 +218,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     ) -> None:
         """Make sure that the update was seen; log every so many steps, if asked for."""
         guards.refuse_unseen_update(self, self._update_hooks.unseen, trainer)
+        self._update_hooks.awake = not self._fit.restored_late
         every, step = self.log_every_n_steps, trainer.global_step
         if every is not None and trainer.loggers and step // every > self._fit.logged_step // every:
             self._fit.logged_step = step
@@ -227,6 +235,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         added = [choice for choice in ours if choice.name not in self._weights]
         if added:
             guards.refuse_overlap(self, added, self._fit.trainer)
+            shards.refuse_parts(self, added, self._fit.trainer)
             self.attach_added(added, optimizer)
             title = f"{self!r} of lightning_sparse: new in training"
             rank_zero_info(table(title, added, self.planned_density, whole=False))

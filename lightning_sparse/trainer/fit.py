@@ -32,6 +32,8 @@ class Fit:
         traces: what the method's parameters looked like when it had written them last.
         looks: when their values are compared as well.
         drawn: whether weights look trained whose connections have been drawn at random for this fit, by name.
+        restored_late: the weights and the state of a checkpoint, if there is one, come once the fit has started.
+        identical_parts: names of weights of which several processes began with the same numbers.
     """
 
     trainer: Trainer | None = None
@@ -46,6 +48,8 @@ class Fit:
     traces: Traces = field(default_factory=Traces)
     looks: Looks = field(default_factory=Looks)
     drawn: dict[str, bool] = field(default_factory=dict)
+    restored_late: bool = False
+    identical_parts: list[str] = field(default_factory=list)
 
     def release(self) -> None:
         """Take all hooks away."""

@@ -65,11 +65,13 @@ def listed(names: Sequence[str]) -> str:
 
 def refuse_trainer(method: Verbs, trainer: Trainer) -> None:
     """Raise if the strategy or an optimizer cannot train sparse."""
-    whole = isinstance(trainer.strategy, Processes)
-    if not whole and not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
+    strategy, remedy = trainer.strategy, "Use a single device or strategy='ddp'."
+    whole = isinstance(strategy, Processes) or is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
+    if is_a(strategy, "ModelParallelStrategy"):
+        whole, remedy = method.needs_whole_weights is None, method.needs_whole_weights or ""
+    if not whole:
         raise MisconfigurationException(
-            f"{method!r} needs whole weights on every process; {type(trainer.strategy).__name__} may split them. "
-            "Use a single device or strategy='ddp'."
+            f"{method!r} needs whole weights on every process; {type(strategy).__name__} may split them. {remedy}"
         )
     optimizers = [each for optimizer in trainer.optimizers for each in wrapped(optimizer)]
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):

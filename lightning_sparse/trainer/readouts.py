@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sparse.compat.shards import whole
 from lightning_sparse.trainer.fit import Fit
 from lightning_sparse.trainer.mask_files import write_masks
 
@@ -39,7 +40,7 @@ class Readouts(ABC):
         return self.masks[name]
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
-        """Write the masks into a file, for ``initial=path`` of another run; with several processes, the first does.
+        """Write the masks into a file, for ``initial=path`` of another run; all processes call this, the first writes.
 
         The file is in the format safetensors: a boolean tensor for each weight, by parameter name. It needs the extra
         ``masks``.
@@ -54,7 +55,7 @@ class Readouts(ABC):
         if not os.fspath(path).endswith(".safetensors"):
             raise ValueError(f"path must end with .safetensors, got {os.fspath(path)!r}. Rename it.")
         if self.size:
-            write_masks(self.masks, path)
+            write_masks({name: whole(mask) for name, mask in self.masks.items()}, path)
 
     @property
     def layer_count(self) -> dict[str, int]:

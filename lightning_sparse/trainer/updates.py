@@ -19,7 +19,13 @@ class UpdateHooks:
 
     Args:
         method: whose verbs are called.
+
+    Attributes:
+        awake: steps are updates. Torch makes others, with a learning rate of 0, where it saves or restores the state of
+            an optimizer that has none yet (``get_optimizer_state_dict``, as ModelParallelStrategy does).
     """
+
+    awake = True
 
     def __init__(self, method: Verbs) -> None:
         self.method = method
@@ -70,6 +76,8 @@ class UpdateHooks:
             args: of its step; the first is ``stepped``.
             kwargs: of its step.
         """
+        if not self.awake:
+            return None
         self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
         if self._depth[id(optimizer)] > 1:  # a step that calls that of its base class, or of an inner optimizer
             return None
@@ -102,6 +110,8 @@ class UpdateHooks:
         self.method.before_update(optimizer)
 
     def _after(self, optimizer: Optimizer, stepped: Any, args: Any, kwargs: Any) -> None:
+        if not self.awake:
+            return
         self._depth[id(optimizer)] -= 1
         if self._depth[id(optimizer)] > 0:
             return

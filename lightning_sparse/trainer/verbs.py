@@ -50,6 +50,11 @@ class Verbs(ABC):
         return None
 
     @property
+    def needs_whole_weights(self) -> str | None:
+        """What helps where processes hold some rows of each weight, which the method cannot train; None: it can."""
+        return "Use a single device or strategy='ddp'."
+
+    @property
     def planned_density(self) -> dict[str, float]:
         """The density that each layer is to have, by parameter name, once ``attach`` has run; empty: training tells."""
         return {}

@@ -14,8 +14,10 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.optimizers import states, stepping
-from lightning_sparse.rules import select, ties
+from lightning_sparse.compat.shards import local
+from lightning_sparse.rules import ties
 from lightning_sparse.rules.matrices import FIRST, Outputs
+from lightning_sparse.rules.parts import WHOLE, Whole
 
 __all__ = [
     "Weight",
@@ -34,6 +36,10 @@ _versions = count(1)
 class Weight(ABC):
     """One weight that trains sparse: its active connections, what they hold, and how they move.
 
+    Where processes hold some rows each (:class:`~lightning_sparse.weights.sharded.ShardedWeight`), numbers and shapes
+    are those of the whole weight; connections, and what belongs to them, are those of the rows that are here. Then all
+    processes must ask and order the same, at the same time.
+
     Attributes:
         name: the parameter's name in the LightningModule.
         parameter: the module's parameter; None outside fit.
@@ -42,10 +48,12 @@ class Weight(ABC):
         mask_version: a number that no other mask has, of this weight or another.
         outputs: where the layer's outputs lie.
         nonempty: where rows lie of which each keeps a connection; None: any may be empty.
+        part: what is here of the weight, and how connections are chosen among all parts.
     """
 
     outputs: Outputs = FIRST
     nonempty: Outputs | None = None
+    part: Whole = WHOLE
 
     def __init__(self, name: str, parameter: nn.Parameter | None, buffers: dict[str, Tensor]) -> None:
         self.name = name
@@ -84,7 +92,7 @@ class Weight(ABC):
     @property
     @abstractmethod
     def mask(self) -> Tensor:
-        """Where the weight is active: boolean, of its shape."""
+        """Where the weight is active: boolean, of its shape; of some rows of it, if the others are not here."""
 
     @property
     @abstractmethod
@@ -145,7 +153,7 @@ class Weight(ABC):
         """
         scores = self.magnitudes if scores is None else scores
         order = ties.at(self.active_indices, self.shape)
-        return self.active_indices[select.lowest_positions(scores, n, order=order)]
+        return self.active_indices[self.part.lowest_positions(scores, n, order=order)]
 
     @abstractmethod
     def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -164,12 +172,12 @@ class Weight(ABC):
     @property
     def alike(self) -> bool:
         """There are several active connections, and ``|W|`` is the same for all."""
-        return select.all_equal(self.magnitudes)
+        return self.part.all_equal(self.magnitudes)
 
     @property
     def gradients_alike(self) -> bool:
         """There are several active connections, and ``|dP|`` is the same for all."""
-        return select.all_equal(self.gradient_magnitudes)
+        return self.part.all_equal(self.gradient_magnitudes)
 
     @property
     def diverged(self) -> bool:
@@ -257,7 +265,7 @@ def elementwise(kept: Mapping[str, Any], weight: Weight) -> Iterator[tuple[str, 
     assert weight.parameter is not None
     for key, state in [*kept.items()]:
         if isinstance(state, Tensor) and state.shape == weight.parameter.shape:
-            yield key, state
+            yield key, local(state)
 
 
 def all_finite(x: Tensor) -> bool:

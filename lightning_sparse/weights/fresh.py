@@ -30,7 +30,9 @@ def fresh_value(weight: Weight, key: str) -> float:
     return float(param_group(weight).get(setting, 0.0)) if setting else 0.0
 
 
-def mean_of_others(sums: Tensor, others: Tensor, rows: Tensor, otherwise: float) -> Tensor:
+def mean_of_others(
+    sums: Tensor, others: Tensor, rows: Tensor, otherwise: float, layer: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Return the mean of a state over the other connections of each new one's row.
 
     Args:
@@ -38,14 +40,16 @@ def mean_of_others(sums: Tensor, others: Tensor, rows: Tensor, otherwise: float)
         others: their number, ``(out,)``; a row that has none has the mean of the layer.
         rows: those of the new connections.
         otherwise: the value in a layer that has no other connection.
+        layer: sum and number over all rows, if some of them are on other processes.
 
     >>> import torch
     >>> sums, others = torch.tensor([6.0, 0.0, 0.0]), torch.tensor([2, 1, 0])
     >>> mean_of_others(sums, others, torch.tensor([0, 1, 2]), 0.0)
     tensor([3., 0., 2.])
     """
-    of_layer: Any = sums.sum() / others.sum()
-    of_layer = of_layer.where(others.any(), otherwise)
+    total, number = layer or (sums.sum(), others.sum())
+    of_layer: Any = total / number
+    of_layer = of_layer.where(number > 0, otherwise)
     return (sums / others).where(others > 0, of_layer)[rows]
 
 

@@ -9,7 +9,8 @@ from torch import Generator, Tensor, nn
 from lightning_sparse.compat.torch_private import finite_each
 from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, row_sums, rows_of, write_matrix
-from lightning_sparse.weights.base import Weight, all_finite, finite, new_version, optimizer_state
+from lightning_sparse.rules.parts import together
+from lightning_sparse.weights.base import Weight, all_finite, new_version, optimizer_state
 from lightning_sparse.weights.fresh import SCALES, fresh_value, mean_of_others
 
 __all__ = ["MaskedWeight", "dense", "finite_gradients", "keep_zero_state"]
@@ -39,7 +40,7 @@ class MaskedWeight(Weight):
         super().__init__(name, parameter, buffers or {})
         self._mask = mask
         self.outputs, self.nonempty = outputs, nonempty
-        self._indices: Tensor | None = None
+        self._indices: Tensor | None = None  # flat, in the mask
 
     @property
     def W(self) -> Tensor:
@@ -75,6 +76,11 @@ class MaskedWeight(Weight):
     @property
     def active_indices(self) -> Tensor:
         """Flat positions of the active connections, ascending; on the weight's device. Found once between moves."""
+        return self.part.positions(self._active)
+
+    @property
+    def _active(self) -> Tensor:
+        """Flat indices in the mask of the active connections, ascending."""
         if self._indices is None:
             self._indices = select.positions(self.mask)
         return self._indices
@@ -97,11 +103,11 @@ class MaskedWeight(Weight):
 
     @property
     def magnitudes(self) -> Tensor:  # noqa: D102  (inherited)
-        return self.W.reshape(-1).index_select(0, self.active_indices).abs_()
+        return self.W.reshape(-1).index_select(0, self._active).abs_()
 
     @property
     def gradient_magnitudes(self) -> Tensor:  # noqa: D102  (inherited)
-        return self.dP.reshape(-1).index_select(0, self.active_indices).abs_()
+        return self.dP.reshape(-1).index_select(0, self._active).abs_()
 
     @property
     def strays(self) -> int:  # noqa: D102  (inherited)
@@ -116,7 +122,7 @@ class MaskedWeight(Weight):
         return _may_be_alike(self.dP, self.mask) and super().gradients_alike
 
     def gradient_at(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
-        return self.dP.reshape(-1)[positions.to(self.dP.device)]
+        return self.dP.reshape(-1)[self.part.indices(positions).to(self.dP.device)]
 
     def sample_inactive(self, stride: int) -> Tensor:  # noqa: D102  (inherited)
         return self.dP.reshape(-1)[::stride].abs()[~self.mask.reshape(-1)[::stride]]
@@ -141,7 +147,7 @@ class MaskedWeight(Weight):
 
     def start(self, positions: Tensor, generator: Generator) -> None:  # noqa: D102  (inherited)
         mask = torch.zeros_like(self.mask)  # in the parameter's layout
-        select.put_(mask, positions.to(mask.device), True)
+        select.put_(mask, self.part.indices(self.part.here(positions)).to(mask.device), True)
         self.mask = mask
 
     def scale_to_fan_in_(self) -> None:  # noqa: D102  (inherited)
@@ -152,9 +158,9 @@ class MaskedWeight(Weight):
 
     def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:  # noqa: D102  (inherited)
         self.forget_indices()
-        if not (len(dropped) or len(grown)):
+        if not self.part.any(len(dropped) + len(grown)):
             return
-        dropped, grown = dropped.to(self.mask.device), grown.to(self.mask.device)
+        dropped, grown = (self.part.indices(each).to(self.mask.device) for each in (dropped, grown))
         self.mask = self.mask.clone()
         select.put_(self.mask, dropped, False)
         for key, state in optimizer_state(self):
@@ -168,16 +174,21 @@ class MaskedWeight(Weight):
     def _fresh(self, key: str, state: Tensor, grown: Tensor) -> float | Tensor:
         """Return what a state of the optimizer is for connections that are about to join the mask."""
         value = fresh_value(self, key)
-        if key not in SCALES or not len(grown):
+        if key not in SCALES or not self.part.any(len(grown)):
             return value
-        others = state.reshape(-1).index_select(0, self.active_indices)
+        others = state.reshape(-1).index_select(0, self._active)
         rows = rows_of(self.active_indices, self.shape, self.outputs)
         if self.outputs != FIRST:
             rows, order = rows.sort(stable=True)
             others = others[order]
         lengths = torch.bincount(rows, minlength=self.outputs.rows(self.shape))
-        sums = row_sums(others, lengths)
-        return mean_of_others(sums, lengths, rows_of(grown, self.shape, self.outputs), value).to(state.dtype)
+        sums, lengths, layer = self._of_all(row_sums(others, lengths), lengths)
+        of_grown = rows_of(self.part.positions(grown), self.shape, self.outputs)
+        return mean_of_others(sums, lengths, of_grown, value, layer).to(state.dtype)
+
+    def _of_all(self, sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Return sums and lengths of rows, and those of the layer if other processes hold some of its rows."""
+        return sums, lengths, None
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
         if not torch.gt(self.mask, mask).any():
@@ -197,14 +208,16 @@ class MaskedWeight(Weight):
     def restore(self, saved: "MaskedWeight") -> None:
         """Have the mask and the buffers of ``saved``, in the parameter's layout and on its device."""
         like = self.mask
-        self.mask = torch.empty_like(like).copy_(saved.mask)
+        self.mask = torch.empty_like(like).copy_(self.part.cut(saved.mask))
         self.buffers = {
-            key: torch.empty_like(like, dtype=buffer.dtype).copy_(buffer) for key, buffer in saved.buffers.items()
+            key: torch.empty_like(like, dtype=buffer.dtype).copy_(self.part.cut(buffer))
+            for key, buffer in saved.buffers.items()
         }
         self.keep_zeros()
 
     def state(self) -> dict[str, Any]:  # noqa: D102  (inherited)
-        return {"mask": self.mask, "buffers": dict(self.buffers)}
+        buffers = {key: self.part.joined(buffer) for key, buffer in self.buffers.items()}
+        return {"mask": self.part.joined(self.mask), "buffers": buffers}
 
     def detach(self) -> None:  # noqa: D102  (inherited)
         self.parameter = self.optimizer = None
@@ -222,12 +235,16 @@ def keep_zero_state(weight: MaskedWeight) -> None:
 
 
 def finite_gradients(weights: Sequence[MaskedWeight]) -> bool:
-    """Tell whether all gradients are finite: AMP skips a step in which they are not."""
-    gradients = [weight.dP for weight in weights if weight.size]
+    """Tell whether all gradients are finite, on all processes: AMP skips a step in which they are not."""
+    return together(weights).all(_finite_here(weights))
+
+
+def _finite_here(weights: Sequence[MaskedWeight]) -> bool:
+    gradients = [weight.dP for weight in weights if weight.mask.numel()]
     kinds = {(gradient.device, gradient.dtype) for gradient in gradients}
     if len(kinds) == 1 and gradients[0].is_floating_point():
         return finite_each(gradients)
-    return finite(weights)
+    return all(all_finite(gradient) for gradient in gradients)
 
 
 def dense(weights: Sequence[Weight]) -> list[MaskedWeight]:

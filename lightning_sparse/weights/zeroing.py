@@ -95,9 +95,10 @@ class _Together:
 
     def _bits_of_parameters(self) -> list[Tensor]:
         """Return views of the parameters as integers, kept as long as these stay where they are."""
-        places = [weight.parameter.data_ptr() for weight in self.weights if weight.parameter is not None]
+        parameters = [weight.W for weight in self.weights]
+        places = [W.data_ptr() for W in parameters]
         if places != self._places:
-            self._places, self._parameters = places, [weight.W.view(self.bits.dtype) for weight in self.weights]
+            self._places, self._parameters = places, [W.view(self.bits.dtype) for W in parameters]
         return self._parameters
 
 
@@ -106,11 +107,11 @@ def _divide(weights: Sequence[Weight]) -> tuple[list[Weight], list[_Together]]:
     alone: list[Weight] = []
     alike: dict[Any, list[list[MaskedWeight]]] = {}
     for weight in weights:
-        if not isinstance(weight, MaskedWeight) or weight.size == 0 or weight.size > _room(weight):
+        if not isinstance(weight, MaskedWeight) or not 0 < weight.mask.numel() <= _room(weight):
             alone.append(weight)
             continue
         parts = alike.setdefault((weight.W.device, weight.W.dtype), [[]])
-        if sum(each.size for each in parts[-1]) + weight.size > _room(weight):
+        if sum(each.mask.numel() for each in parts[-1]) + weight.mask.numel() > _room(weight):
             parts.append([])
         parts[-1].append(weight)
     return alone, _together(alike)
@@ -124,6 +125,6 @@ def _room(weight: MaskedWeight) -> float:
 def _together(alike: Mapping[Any, Sequence[Sequence[MaskedWeight]]]) -> list[_Together]:
     found = []
     for (device, dtype), parts in alike.items():
-        scratch = Scratch(max(sum(weight.size for weight in part) for part in parts), dtype, device)
+        scratch = Scratch(max(sum(weight.mask.numel() for weight in part) for part in parts), dtype, device)
         found += [_Together(part, scratch) for part in parts]
     return found

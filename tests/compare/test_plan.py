@@ -11,7 +11,7 @@ from lightning_sparse.compare import plan
 from lightning_sparse.compare.recipe import Recipe
 
 DIGITS = "dense-lenet300-digits"
-OWN_DENSITY = {"DST", "DFBST", "AutoSparse", "STR", "FixedMask"}
+OWN_DENSITY = {"DST", "DFBST", "AutoSparse", "STR", "FixedMask", "SRSTE", "SSTE"}
 
 
 def own_recipe(folder, callbacks, **more):

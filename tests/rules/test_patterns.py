@@ -1,6 +1,7 @@
 """Patterns and tiles against loops over units."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ LAYOUTS = {
     "transposed": ((24, 2, 1, 2), Outputs(1, groups=2)),
     "stacked": ((2, 12, 4), Outputs(2, groups=2, stacked=True)),
 }
+PLAIN = SimpleNamespace(outputs=FIRST)
 
 
 def groups(shape, outputs, rows, columns):
@@ -107,11 +109,12 @@ def test_the_largest_under_a_limit_are_those_of_a_greedy_loop(layout, n, m):
         if room[group]:
             room[group] -= 1
             expected.append(position)
+    weight = SimpleNamespace(outputs=outputs)
     for k in (size // 5, size * n // m):
-        mask = NOfM(n, m).top_k(scores, outputs, k)
+        mask = NOfM(n, m).top_k(weight, scores, k)
         assert select.positions(mask).tolist() == sorted(expected[:k])
         assert NOfM(n, m).fits(mask, outputs)
-    more = NOfM(n, m).top_k(scores, outputs, size * n // m + 2)
+    more = NOfM(n, m).top_k(weight, scores, size * n // m + 2)
     others = [p for p in scores.flatten().argsort(descending=True).tolist() if p not in expected]
     assert select.positions(more).tolist() == sorted(expected + others[:2])
 
@@ -120,15 +123,15 @@ def test_layers_share_a_number_as_one_ranking_of_all_would():
     scores = [torch.randperm(64).float().view(4, 16), torch.randperm(32).add(0.5).view(4, 8) * 3]
     everywhere = [torch.ones_like(x, dtype=torch.bool) for x in scores]
     for k in (20, 48, 60):
-        counts = NOfM(2, 4).count_global_top_k(scores, [FIRST, FIRST], k, everywhere, [0, 0])
-        first = [NOfM(2, 4).top_k(x, FIRST, x.numel() // 2) for x in scores]
+        counts = NOfM(2, 4).count_global_top_k([PLAIN, PLAIN], scores, k, everywhere, [0, 0])
+        first = [NOfM(2, 4).top_k(PLAIN, x, x.numel() // 2) for x in scores]
         key = torch.cat([(x + 1000 * mask).flatten() for x, mask in zip(scores, first, strict=True)])
         owners = key.argsort(descending=True)[:k] >= 64
         assert counts == [int((~owners).sum()), int(owners.sum())]
 
 
 def test_equals_within_groups_leave_no_input_out():
-    mask = NOfM(2, 4).top_k(torch.zeros(8, 8), FIRST, 32)
+    mask = NOfM(2, 4).top_k(PLAIN, torch.zeros(8, 8), 32)
     assert mask.sum(1).tolist() == [4] * 8
     assert mask.any(0).all()
 

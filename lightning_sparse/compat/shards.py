@@ -1,0 +1,74 @@
+"""DTensors: tensors of which each process holds a part. What this package asks of them stands here."""
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "is_sharded", "joined", "layout", "local", "whole"]
+
+
+class Layout(NamedTuple):
+    """How a tensor is divided over processes.
+
+    Attributes:
+        mesh: the ``DeviceMesh`` of the processes.
+        placements: what each of its dimensions does: shard, replicate.
+        shape: of the whole tensor.
+        stride: of the whole tensor.
+    """
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @property
+    def by_rows(self) -> bool:
+        """The processes of a mesh of one dimension hold some rows each, one after the other."""
+        return len(self.placements) == 1 and self.placements[0].is_shard(0) and type(self.placements[0]) is _shard()
+
+
+def _shard() -> type:
+    from torch.distributed._tensor.placement_types import Shard  # from PyTorch 2.4 on under this name
+
+    return Shard
+
+
+def is_sharded(x: Any) -> bool:
+    """Tell whether a tensor is a DTensor; imports nothing: who has made one has imported its module."""
+    module = sys.modules.get("torch.distributed._tensor") or sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def layout(x: Any) -> Layout:
+    """Return how a DTensor is divided."""
+    return Layout(x.device_mesh, tuple(x.placements), x.shape, x.stride())
+
+
+def local(x: Any) -> Tensor:
+    """Return the part of a DTensor that is here, sharing its memory; of any other tensor itself."""
+    part: Tensor = x.detach().to_local() if is_sharded(x) else x
+    return part
+
+
+def joined(part: Tensor, like: Layout) -> Tensor:
+    """Return the DTensor of which ``part`` is here; asks no other process."""
+    from torch.distributed._tensor.api import DTensor
+
+    made: Tensor = DTensor.from_local(  # type: ignore[no-untyped-call]
+        part, like.mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride
+    )
+    return made
+
+
+def whole(x: Any) -> Tensor:
+    """Return all of a DTensor, which all processes ask for together; of any other tensor itself."""
+    if not is_sharded(x):
+        return x  # type: ignore[no-any-return]
+    bits: Any = (
+        joined(x.to_local().to(torch.uint8), layout(x)) if x.dtype == torch.bool else x
+    )  # gloo sends no booleans
+    gathered: Tensor = bits.full_tensor()
+    return gathered.to(x.dtype)

@@ -1,0 +1,237 @@
+"""Weights divided over processes by FSDP2: trainer/test_shards.py calls these functions in each process."""
+
+import os
+import warnings
+
+import lightning.pytorch as pl
+import torch
+from helpers import MASKED, Largest, trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import distributed, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sparse import ITOP, MEST, SNFS, RandomPruning, RigL
+from lightning_sparse.compat.shards import whole
+
+EPOCHS, STEPS, BATCH = 3, 4, 12
+STILL = ("DeepR", "RandomPruning", "FixedMask")  # they take no interval
+MOVING = {"update_every": 2, "seed": 3}
+
+
+def rigl(**options):
+    return RigL(0.8, **options)
+
+
+#: by name: the method, the kind of module, and what is given to the Trainer
+METHODS = {
+    **{name: (build, "SGD", {}) for name, build in MASKED.items() if name not in ("SNIP", "GraSP", "SynFlow")},
+    "RigL, AdamW": (rigl, "AdamW", {}),
+    "RigL, accumulated and clipped": (rigl, "SGD", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+    "RigL, no gradient": (rigl, "no gradient", {}),
+    "RigL, tied": (rigl, "tied", {}),
+    "RigL, transposed": (lambda **kw: rigl(include=["net.*.weight"], **kw), "transposed", {}),
+    "MEST, soft bound": (lambda **kw: MEST(0.8, soft_bound=True, **kw), "SGD", {}),
+    "GMP, by layer": (
+        lambda **kw: MASKED["GMP"](scope="layer", initial="magnitude", initial_sparsity=0.3, **kw),
+        "SGD",
+        {},
+    ),
+}
+RESUMED = {
+    "SNFS": (lambda **kw: SNFS(0.8, **kw), "AdamW", {}),
+    "ITOP": (lambda **kw: ITOP(0.8, growth="random", **kw), "SGD", {}),
+    "FixedMask": (MASKED["FixedMask"], "SGD", {}),
+}
+
+
+class Divided(pl.LightningModule):
+    """A regression whose layers are divided over processes; of the last layer, all but one process have no row."""
+
+    def __init__(self, kind="SGD"):
+        super().__init__()
+        self.kind = kind
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(12, 17), nn.ReLU(), nn.Linear(17, 7), nn.ReLU(), nn.Linear(7, 1)).double()
+        if kind == "tied":
+            self.net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 1)).double()
+            self.net[1].weight = self.net[0].weight
+        if kind == "transposed":  # each process has some inputs of all outputs
+            first = nn.Unflatten(1, (12, 1)), nn.ConvTranspose1d(12, 9, 3), nn.ReLU(), nn.Flatten()
+            self.net = nn.Sequential(*first, nn.Linear(27, 1)).double()
+        if kind == "meta":
+            self.net.to("meta")
+
+    def configure_model(self):
+        strategy = self._trainer and self.trainer.strategy  # none: a checkpoint is loaded
+        if not isinstance(strategy, ModelParallelStrategy) or self.kind == "plain":
+            return
+        from torch.distributed._composable.fsdp import fully_shard
+
+        layers = [layer for layer in self.net if isinstance(layer, (nn.Linear, nn.ConvTranspose1d))]
+        for layer in (*(layers if self.kind != "tied" else ()), self.net):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = ((self.net(x).squeeze(1) - y) ** 2).mean()
+        return 0 * loss if self.kind == "no gradient" else loss
+
+    def configure_optimizers(self):
+        if self.kind in ("AdamW", "transposed"):
+            return torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.01)
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+class Stops(pl.Callback):
+    """Ends the fit with this epoch, and writes a checkpoint."""
+
+    def __init__(self, path, epoch):
+        self.path, self.epoch = path, epoch
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
+def batches(rank, world):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS * BATCH, 12, generator=generator, dtype=torch.float64)
+    y = x[:, :3].prod(1) + x[:, 3:6].sum(1).sin()
+    return DataLoader(TensorDataset(x[rank::world], y[rank::world]), BATCH // world)  # which make up global batches
+
+
+def start(callbacks, world, full=True, **options):
+    if world:
+        strategy = ModelParallelStrategy(world, 1, save_distributed_checkpoint=not full)
+        options |= {"strategy": strategy, "devices": world}
+    return trainer(callbacks, **{"max_epochs": EPOCHS, "use_distributed_sampler": False, **options})
+
+
+def train(name, rank=0, world=0, saves=None, epoch=None, resumes=None, full=True):
+    """Train in ``world`` processes, each of which holds some rows, or in one that holds all (0)."""
+    build, kind, options = {**METHODS, **RESUMED}[name]
+    callback, module = build() if name in STILL else build(**MOVING), Divided(kind)
+    run = start([callback, *([Stops(saves, epoch)] if saves else [])], world, full, **options)
+    run.fit(module, batches(rank, max(world, 1)), ckpt_path=resumes, weights_only=True if resumes else None)
+    return {
+        "masks": {name: whole(mask) for name, mask in callback.masks.items()},
+        "counts": callback.layer_count,
+        "metrics": callback.extra_metrics,
+        "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
+    }
+
+
+# ---------------------------------------------------------------------- what each process does
+
+
+def run_all(folder, methods):
+    rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    results = {name: train(name, rank, world) for name in methods}
+    if world == 2:
+        results |= {"again": again(rank, folder), "bytes": sent(), "largest": largest(rank), "mixed": mixed(rank)}
+        results |= {"warned": warned(rank), "refused": refused()}
+    finish(folder / f"{world}.pt", results)
+
+
+def run_resumed(folder, before, epoch):
+    """Go on from where ``before`` processes have stopped, if any have, and stop after an epoch."""
+    rank, world, results = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), {}
+    for name in RESUMED:
+        for full in (True, False):
+            saves, resumes = (folder / f"{name}-{full}-{ranks}.ckpt" for ranks in (world, before))
+            results[name, full] = train(name, rank, world, saves, epoch, resumes if before else None, full)
+    finish(folder / f"resumed-{world}.pt", results)
+
+
+def finish(path, results):
+    if distributed.get_rank() == 0:
+        torch.save(results, path)
+    distributed.destroy_process_group()  # without it gloo's threads now and then abort the exit
+
+
+def again(rank, folder):
+    """Train a module twice with one callback, and return its masks after each fit; write the last ones."""
+    callback, module, masks = RandomPruning(0.8), Divided(), []
+    for _ in range(2):
+        start(callback, 2, max_epochs=1).fit(module, batches(rank, 2))
+        module.configure_model = lambda: None  # it is divided
+        masks.append({name: whole(mask) for name, mask in callback.masks.items()})
+    callback.save_masks(folder / "masks.safetensors")
+    return masks
+
+
+def sent():
+    """Return how many bytes a process hands over in a move of RigL, for layers of 16 x 16 and of 128 x 128."""
+    found, all_reduce = {}, distributed.all_reduce
+    for width in (16, 128):
+        callback, module = RigL(0.8, update_every=1, exclude=["net.0.*", "net.2.*"]), Divided()
+        module.net = nn.Sequential(nn.Linear(12, width), nn.Linear(width, width), nn.Linear(width, 1))
+        counted, moves, move = [], [], callback.move
+
+        def count(x, counted=counted, **options):
+            counted.append(x.nbytes)
+            return all_reduce(x, **options)
+
+        def moved(*arguments, counted=counted, moves=moves, move=move):
+            before = sum(counted)
+            move(*arguments)
+            moves.append(sum(counted) - before)
+
+        distributed.all_reduce = count
+        callback.move = moved
+        x = torch.randn(24, 12)
+        start(callback, 2, max_epochs=1).fit(module, DataLoader(TensorDataset(x, x[:, 0]), 6))
+        found[width] = moves
+    distributed.all_reduce = all_reduce
+    return found
+
+
+class _Looks(RigL):
+    """Notes the largest tensor that is made while a fit starts and connections move."""
+
+    def on_fit_start(self, trainer, pl_module):
+        with Largest() as self.seen:
+            super().on_fit_start(trainer, pl_module)
+
+    def move(self, *arguments):
+        with Largest() as seen:
+            super().move(*arguments)
+        self.seen.size = max(self.seen.size, seen.size)
+
+
+def largest(rank):
+    """Return the number of elements of the largest tensor that a fit makes, with 128 x 256 of a weight here."""
+    callback, module = _Looks(0.8, update_every=1, exclude=["net.0.*", "net.2.*"]), Divided()
+    module.net = nn.Sequential(nn.Linear(12, 256), nn.Linear(256, 256), nn.Linear(256, 1))
+    x = torch.randn(24, 12)
+    start(callback, 2, max_epochs=1).fit(module, DataLoader(TensorDataset(x, x[:, 0]), 6))
+    return callback.seen.size
+
+
+def mixed(rank):
+    """Train in bfloat16; return the numbers of connections, and how many values are not 0."""
+    callback, module = RigL(0.8, **MOVING), Divided()
+    module.net = module.net.float()
+    x = torch.randn(24, 12)
+    start(callback, 2, precision="bf16-mixed").fit(module, DataLoader(TensorDataset(x, x[:, 0]), 6))
+    weights = dict(module.named_parameters())
+    return callback.layer_count, {name: int((whole(weights[name]) != 0).sum()) for name in callback.masks}
+
+
+def warned(rank):
+    """Return the warnings of a module that is initialised once it is divided."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start(RigL(0.8, **MOVING), 2, max_epochs=1).fit(Divided("meta"), batches(rank, 2))
+    return [str(warning.message) for warning in caught]
+
+
+def refused():
+    """Return why weights that are not divided cannot be trained."""
+    try:
+        start(RigL(0.8, **MOVING), 2).fit(Divided("plain"), batches(0, 2))
+    except MisconfigurationException as error:
+        return str(error)

@@ -1,0 +1,149 @@
+"""Weights whose rows FSDP2 divides over processes, on CPU with gloo: masks are those of one process."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROUNDS, SETTINGS
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from processes import run_fresh_ranks
+from shards_ranks import METHODS, RESUMED, Divided, run_all, run_resumed, train
+
+from lightning_sparse import SET, MemoryEfficientDST, SparsityMonitor
+from lightning_sparse.trainer.guards import refuse_trainer
+from lightning_sparse.trainer.mask_files import read_masks
+
+THREE = ("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST")  # of each way to choose one
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What two processes have trained, and three."""
+    folder = tmp_path_factory.mktemp("shards")
+    run_fresh_ranks(run_all, 2, folder, [*METHODS])
+    run_fresh_ranks(run_all, 3, folder, THREE)
+    results = {world: torch.load(folder / f"{world}.pt") for world in (2, 3)}
+    return {**results, "file": folder / "masks.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """The folder of a training that two processes began, three went on with, and one has ended."""
+    folder, before = tmp_path_factory.mktemp("resumed"), 0
+    for epoch, world in enumerate((2, 3, 1)):
+        run_fresh_ranks(run_resumed, world, folder, before, epoch)
+        before = world
+    return folder
+
+
+def assert_same(found, expected):
+    assert found["counts"] == expected["counts"]
+    assert found["metrics"] == pytest.approx(expected["metrics"])
+    for name, mask in expected["masks"].items():
+        assert torch.equal(found["masks"][name], mask), name
+        assert not found["parameters"][name][~mask].any(), name
+    for name, parameter in expected["parameters"].items():
+        assert torch.allclose(found["parameters"][name], parameter, rtol=0, atol=1e-12), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_what_one_does(trained, method):
+    expected = train(method)
+    assert_same(trained[2][method], expected)
+    if method in THREE:
+        assert_same(trained[3][method], expected)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "distributed"])
+@pytest.mark.parametrize("method", RESUMED)
+def test_a_run_goes_on_in_other_numbers_of_processes(resumed, method, full):
+    found = torch.load(resumed / "resumed-1.pt")[method, full]
+    assert_same(found, train(method))
+
+
+@pytest.mark.parametrize("method", RESUMED)
+def test_one_process_that_holds_all_goes_on_from_a_full_checkpoint(resumed, method):
+    assert_same(train(method, resumes=resumed / f"{method}-True-2.ckpt"), train(method))
+
+
+def test_a_full_checkpoint_is_a_plain_module(resumed):
+    path = resumed / "SNFS-True-2.ckpt"
+    mask = torch.load(path, weights_only=True)["callbacks"].popitem()[1]["weights"]["net.0.weight"]["mask"]
+    weight = Divided.load_from_checkpoint(path).net[0].weight
+    assert mask.shape == weight.shape
+    assert not weight[~mask].any()
+
+
+def test_a_distributed_checkpoint_keeps_masks_by_shards(resumed):
+    state = torch.load(resumed / "SNFS-False-2.ckpt" / "meta.pt", weights_only=True)["callbacks"].popitem()[1]
+    assert state["weights"]["net.0.weight"] == {"buffers": {}}
+
+
+def test_a_second_fit_goes_on(trained):
+    first, second = trained[2]["again"]
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+
+
+def test_masks_are_written_whole(trained):
+    masks = read_masks(str(trained["file"]))
+    assert all(torch.equal(mask, masks[name]) for name, mask in trained[2]["again"][1].items())
+
+
+def test_what_a_move_sends_does_not_grow_with_the_layer(trained):
+    small, large = trained[2]["bytes"].values()
+    assert 0 < max(large) <= 32 * 1024
+    assert max(large) <= 1.5 * max(small)  # rounds that many different scores take more
+
+
+def test_no_process_makes_a_whole_weight(trained):
+    assert trained[2]["largest"] <= 128 * 257  # with the bias, whose gradient lies beside that of the weight
+
+
+def test_mixed_precision_keeps_counts(trained):
+    counts, nonzero = trained[2]["mixed"]
+    assert sum(counts.values()) == 66  # of 330
+    assert all(nonzero[name] <= count for name, count in counts.items())
+
+
+def test_identical_parts_are_named(trained):
+    assert any(re.search(r"began with the same numbers: net\.0\.weight.*seed \+ self", m) for m in trained[2]["warned"])
+
+
+def test_a_weight_that_is_not_divided_is_refused(trained):
+    assert re.search("net.0.weight sparse: it is no DTensor.*fully_shard", trained[2]["refused"])
+
+
+def test_the_monitor_is_refused():
+    run = SimpleNamespace(strategy=ModelParallelStrategy(), callbacks=[])
+    with pytest.raises(MisconfigurationException, match=r"SparsityMonitor looks at whole masks.*Take it away"):
+        SparsityMonitor().on_train_start(run, Divided())
+
+
+# ---------------------------------------------------------------------- what is refused, and the table that says so
+
+
+def test_the_guide_lists_what_trains():
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "distributed.md").read_text()
+    rows = re.findall(r"^\| \[(\w+)\].*?\| ([^|]+) \|$", guide, re.MULTILINE)
+    trains = {name: build().needs_whole_weights is None for name, build in {**SETTINGS, **ROUNDS}.items()}
+    assert {name: text.startswith("yes") for name, text in rows} == trains
+
+
+@pytest.mark.parametrize(
+    ("callback", "remedy"),
+    [
+        (SETTINGS["DST"](), "strategy='ddp'"),
+        (SETTINGS["SNIP"](), r"save_masks.*FixedMask\(initial=path\)"),
+        (ROUNDS["LotteryTicket"](), "Use GMP"),
+        (SET(0.8, storage="sparse"), "storage='masked', got 'sparse'"),
+        (MemoryEfficientDST(0.8, heuristic="synflow"), 'heuristic="grabo"'),
+    ],
+)
+def test_methods_that_need_whole_weights_are_refused(callback, remedy):
+    run = SimpleNamespace(strategy=ModelParallelStrategy(), optimizers=[])
+    message = f"needs whole weights on every process; ModelParallelStrategy may split them.*{remedy}"
+    with pytest.raises(MisconfigurationException, match=message):
+        refuse_trainer(callback, run)
