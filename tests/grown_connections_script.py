@@ -129,7 +129,7 @@ def begin_otherwise(start):
     """Let grown connections start with the mean of their layer, or with nothing."""
     from lightning_sparse.weights import masked, sparse
 
-    def of_layer(sums, others, rows, otherwise):
+    def of_layer(sums, others, rows, otherwise, layer=None):
         return (sums.sum() / others.sum()).expand(len(rows))
 
     for module in (masked, sparse):

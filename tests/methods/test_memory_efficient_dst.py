@@ -15,6 +15,7 @@ from lightning_sparse import GSE, MemoryEfficientDST
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.rules import select
 from lightning_sparse.rules.matrices import Outputs
+from lightning_sparse.rules.parts import Whole
 from lightning_sparse.weights.masked import MaskedWeight
 
 
@@ -260,7 +261,7 @@ def test_no_hook_is_left_by_an_exception(heuristic, moment, monkeypatch):
                 raise ArithmeticError
 
     if moment == "update":
-        monkeypatch.setattr(select, "global_top_k", lambda *args: 1 / 0)
+        monkeypatch.setattr(Whole, "global_top_k", lambda *args: 1 / 0)
     callback, module = MemoryEfficientDST(0.8, heuristic=heuristic, update_every=5), seeded(Fails)
     with pytest.raises(ArithmeticError):
         fit(callback, module)
