@@ -104,6 +104,11 @@ class ACDC(DenseOnly, MaskedCallback):
         self._dense: dict[str, Any] = {}
 
     @property
+    def needs_whole_weights(self) -> str | None:
+        """The dense network is kept whole."""
+        return "Use GMP, which prunes by magnitude, too, or strategy='ddp'."
+
+    @property
     def planned_density(self) -> dict[str, float]:
         """The density of each layer in a sparse phase, unless they compete."""
         if self.scope == "global":

@@ -71,6 +71,11 @@ class CHT(DenseOnly, PruneAndGrow):
     paper_update_every = None
     unfit_patterns = dict.fromkeys(("N:M", "block", "row"), "paths predict single links. Use SET or RigL.")
 
+    @property
+    def needs_whole_weights(self) -> str | None:
+        """Paths go through all rows."""
+        return "Use SET or RigL, or strategy='ddp'."
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._temperature = 1.0

@@ -141,7 +141,7 @@ def test_pruning_by_magnitude_keeps_equals_evenly_in_proportion_to_the_layers(sc
     callback = GMP(0.9, scope=scope)
     shapes = {"a": (8, 12), "b": (4, 40), "c": (3, 5)}
     _, _, weights = attached(callback, {name: torch.ones(shape).tolist() for name, shape in shapes.items()})
-    magnitude.prune(weights, 100, 30, scope, "uniform", 0.0)
+    magnitude.prune(weights, callback.pattern, 100, 30, scope, "uniform", 0.0)
     sizes = [weight.size for weight in weights]
     assert [weight.num_active for weight in weights] == apportion(100, sizes, sizes)
     for weight in weights:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROUNDS, SETTINGS
+from helpers import N_OF_M, ROUNDS, SETTINGS
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
@@ -128,7 +128,7 @@ def test_the_monitor_is_refused():
 def test_the_guide_lists_what_trains():
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "distributed.md").read_text()
     rows = re.findall(r"^\| \[(\w+)\].*?\| ([^|]+) \|$", guide, re.MULTILINE)
-    trains = {name: build().needs_whole_weights is None for name, build in {**SETTINGS, **ROUNDS}.items()}
+    trains = {name: build().needs_whole_weights is None for name, build in {**SETTINGS, **ROUNDS, **N_OF_M}.items()}
     assert {name: text.startswith("yes") for name, text in rows} == trains
 
 
