@@ -66,7 +66,8 @@ def _run_fresh(variables, function, arguments):
             ready = connection.wait(results, PATIENCE)
             assert ready, f"not done after {PATIENCE} seconds"
             for result in ready:
-                assert result.recv() == ""
+                failure = result.recv()
+                assert not failure, failure
                 results.remove(result)
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)

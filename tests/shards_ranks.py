@@ -25,7 +25,7 @@ def rigl(**options):
 
 #: by name: the method, the kind of module, and what is given to the Trainer
 METHODS = {
-    **{name: (build, "SGD", {}) for name, build in MASKED.items() if name not in ("SNIP", "GraSP", "SynFlow")},
+    **{name: (build, "SGD", {}) for name, build in MASKED.items() if build().needs_whole_weights is None},
     "RigL, AdamW": (rigl, "AdamW", {}),
     "RigL, accumulated and clipped": (rigl, "SGD", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
     "RigL, no gradient": (rigl, "no gradient", {}),

@@ -32,6 +32,14 @@ class Sized(Protocol):
         """Number of connections there might be."""
 
 
+class Laid(Protocol):
+    """What groups of inputs depend on."""
+
+    @property
+    def outputs(self) -> Outputs:
+        """Where the layer's outputs lie."""
+
+
 class Pattern(Protocol):
     """What a pattern decides; connections are flat positions, ascending unless said otherwise."""
 
@@ -248,7 +256,7 @@ class NOfM(Unstructured):
         room = self.n - torch.bincount(groups.of(first), minlength=math.prod(groups.grid))
         return ascending.merged(first, _drawn(n - len(first), room, first, groups, generator))
 
-    def top_k(self, weight: Connections, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+    def top_k(self, weight: Laid, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         """Mark the ``k`` of largest score among the ``n`` largest of each group; if these are fewer, others as well."""
         first = self._largest(weight, scores, among)
         rest = k - select.count(first)
@@ -323,7 +331,7 @@ class NOfM(Unstructured):
         room = (self.n - active).clamp_(min=0).add_(_counts(groups, dropped))
         return groups, room.minimum(self.m - active)
 
-    def _largest(self, weight: Connections, scores: Tensor, among: Tensor | None) -> Tensor:
+    def _largest(self, weight: Laid, scores: Tensor, among: Tensor | None) -> Tensor:
         """Mark the ``n`` largest of each group."""
         groups = Tiles(tuple(scores.shape), weight.outputs, 1, self.m)
         limits = torch.full((math.prod(groups.grid),), self.n)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_sparse.kernels.bits import INTEGERS
 from lightning_sparse.rules import select
-from lightning_sparse.rules.select import INTEGERS
 from lightning_sparse.rules.ties import Order
 
 __all__ = ["Add", "Bound", "kth", "least", "ordered"]

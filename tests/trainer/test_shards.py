@@ -16,6 +16,7 @@ from lightning_sparse import SET, MemoryEfficientDST, SparsityMonitor
 from lightning_sparse.trainer.guards import refuse_trainer
 from lightning_sparse.trainer.mask_files import read_masks
 
+pytestmark = pytest.mark.xdist_group("shards")  # one process of pytest trains for all of them
 THREE = ("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST")  # of each way to choose one
 
 
