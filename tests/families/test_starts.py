@@ -154,7 +154,9 @@ def test_files_need_an_extra_which_the_error_names(monkeypatch, tmp_path):
     callback = SET(0.8)
     fit(callback, train=loader(8), max_epochs=1)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ModuleNotFoundError, match=r"safetensors is not installed: pip install 'lightning-sparse\[masks\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"safetensors is not installed: pip install 'lightning-sparse\[masks\]'"
+    ):
         callback.save_masks(tmp_path / "masks.safetensors")
 
 
