@@ -1,8 +1,11 @@
 """The documentation runs: Python blocks page by page; every card, method and module has its place."""
 
+import csv
 import inspect
 import os
 import re
+import statistics
+from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
@@ -116,3 +119,17 @@ def test_every_module_of_the_package_is_in_the_reference():
     missing = {f"lightning_sparse.{name}" for name in modules} - documented
     assert not missing, f"Add '::: NAME' to a page of docs/api for {sorted(missing)}."
     assert "lightning_sparse" in documented
+
+
+def test_the_accuracies_with_a_target_are_those_of_the_runs():
+    runs = defaultdict(list)
+    for row in csv.DictReader((ROOT / "docs" / "targets.csv").open()):
+        runs[float(row["setting"]), row["optimizer"], row["method"]].append(float(row["accuracy"]))
+    page = (ROOT / "docs" / "guides" / "targets.md").read_text()
+    (head,) = re.findall(r"^\| sparsity \| optimizer \| (GMP .*) \|\n\|[-|]+\n\| 0.5", page, re.M)
+    told = {}
+    for sparsity, optimizer, cells in re.findall(r"^\| ([\d.]+) \| (SGD|Adam) \| (.*±.*) \|$", page, re.M):
+        for method, cell in zip(head.split(" | "), cells.split(" | "), strict=True):
+            told[float(sparsity), optimizer, method] = cell
+    assert told == {run: f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for run, x in runs.items()}
+    assert {len(seeds) for seeds in runs.values()} == {3}
