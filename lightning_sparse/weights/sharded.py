@@ -37,6 +37,10 @@ class ShardedWeight(MaskedWeight):
         return local(self.parameter)
 
     @property
+    def place(self) -> int:  # noqa: D102  (inherited)
+        return self.W.data_ptr()
+
+    @property
     def dP(self) -> Tensor:  # noqa: D102  (inherited)
         assert self.parameter is not None
         return local(self.parameter.grad)

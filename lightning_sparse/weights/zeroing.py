@@ -95,10 +95,9 @@ class _Together:
 
     def _bits_of_parameters(self) -> list[Tensor]:
         """Return views of the parameters as integers, kept as long as these stay where they are."""
-        parameters = [weight.W for weight in self.weights]
-        places = [W.data_ptr() for W in parameters]
+        places = [weight.place for weight in self.weights]
         if places != self._places:
-            self._places, self._parameters = places, [W.view(self.bits.dtype) for W in parameters]
+            self._places, self._parameters = places, [weight.W.view(self.bits.dtype) for weight in self.weights]
         return self._parameters
 
 
