@@ -138,15 +138,11 @@ class GradualPruning(DenseOnly, MaskedCallback):
         """The density that each layer ends with, unless they compete."""
         if self.scope == "global":
             return {}
-        counts: dict[str, int] = {}
-        sizes: dict[str, int] = {}
+        ends: dict[str, float] = {}
         for group in self._groups:
-            weights = self.units(group.weights)
-            sizes |= {weight.name: weight.size for weight in weights}
-            counts |= magnitude.final_counts(
-                weights, self.pattern, self.final(group), self.distribution, self.min_layer_density
-            )
-        return {name: count / sizes[name] for name, count in counts.items()}
+            weights, final = self.units(group.weights), self.final(group)
+            ends |= magnitude.final_densities(weights, self.pattern, final, self.distribution, self.min_layer_density)
+        return ends
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Choose the masks of each optimizer's weights by themselves, as their schedule will go on."""
@@ -175,7 +171,7 @@ class GradualPruning(DenseOnly, MaskedCallback):
 
     def final(self, group: WeightGroup) -> int:
         """Return the number of connections, or of units of the pattern, at the end of the schedule."""
-        return budget(self.sparsity_target, sum(weight.size for weight in self.units(group.weights)))
+        return budget(self.sparsity_target, self.num_units(group))
 
     def plan(self, group: WeightGroup) -> None:
         """Note the number of connections that the schedule leaves now, and at the first move where it began."""

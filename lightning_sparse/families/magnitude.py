@@ -12,7 +12,7 @@ from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import MaskedWeight
 from lightning_sparse.weights.units import Units
 
-__all__ = ["final_counts", "prune"]
+__all__ = ["final_densities", "prune"]
 
 
 def prune(
@@ -37,6 +37,7 @@ def prune(
         min_layer_density: no weight falls below this density.
     """
     held = [weight for weight in weights if isinstance(weight, (MaskedWeight, Units))]
+    assert len(held) == len(weights)
     if scope == "global":
         counts = pattern.count_global_top_k(
             held,
@@ -47,19 +48,20 @@ def prune(
             score=torch.abs,
         )
     else:
-        ends = final_counts(weights, pattern, final, distribution, min_layer_density)
+        ends = unit_counts(weights, pattern, distribution, final, min_layer_density)
         counts = shrunk([weight.num_active for weight in held], list(ends.values()), total)
     for weight, count in zip(held, counts, strict=True):
         magnitudes = select.first_of_rows(weight.W.abs(), weight.nonempty, among=weight.mask)
         weight.keep(pattern.top_k(weight, magnitudes, count, among=weight.mask))
 
 
-def final_counts(
+def final_densities(
     weights: Sequence[Weight],
     pattern: Pattern,
     final: int,
     distribution: Distribution | Mapping[str, float],
     min_layer_density: float,
-) -> dict[str, int]:
-    """Return how many connections each layer has in the end under ``scope="layer"``; arguments as of ``prune``."""
-    return unit_counts(weights, pattern, distribution, final, min_layer_density)
+) -> dict[str, float]:
+    """Return the density that each layer has in the end under ``scope="layer"``; arguments as of ``prune``."""
+    counts = unit_counts(weights, pattern, distribution, final, min_layer_density)
+    return {weight.name: counts[weight.name] / weight.size for weight in weights}

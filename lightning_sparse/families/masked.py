@@ -216,6 +216,10 @@ class MaskedCallback(Stored, SparseCallback):
         """Return weights whose connections are the units of the pattern: blocks, rows, or the connections there are."""
         return units(weights, self.pattern)
 
+    def num_units(self, group: WeightGroup) -> int:
+        """Return how many units the weights of a group have, active or not."""
+        return sum(weight.size for weight in self.units(group.weights))
+
     def num_active(self, group: WeightGroup) -> int:
         """Return how many units of a group are active."""
         return sum(weight.num_active for weight in self.units(group.weights))

@@ -116,8 +116,7 @@ class ACDC(DenseOnly, MaskedCallback):
         ends: dict[str, float] = {}
         for group in self._groups:
             weights, final = self.units(group.weights), self.final(group)
-            counts = magnitude.final_counts(weights, self.pattern, final, self.distribution, self.min_layer_density)
-            ends |= {weight.name: counts[weight.name] / weight.size for weight in weights}
+            ends |= magnitude.final_densities(weights, self.pattern, final, self.distribution, self.min_layer_density)
         return ends
 
     # ------------------------------------------------------------------ when
@@ -164,7 +163,7 @@ class ACDC(DenseOnly, MaskedCallback):
 
     def final(self, group: WeightGroup) -> int:
         """Return the number of connections, or of units of the pattern, in a sparse phase."""
-        return budget(self.sparsity_target, self._size(group))
+        return budget(self.sparsity_target, self.num_units(group))
 
     def plan(self, group: WeightGroup) -> None:
         """Note which phase begins."""
@@ -173,10 +172,7 @@ class ACDC(DenseOnly, MaskedCallback):
 
     def target_count(self, group: WeightGroup) -> int:
         """Return the number of connections, or of units, in the phase that begins."""
-        return self.final(group) if self._phase(group) % 2 else self._size(group)
-
-    def _size(self, group: WeightGroup) -> int:
-        return sum(weight.size for weight in self.units(group.weights))
+        return self.final(group) if self._phase(group) % 2 else self.num_units(group)
 
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Prune the smallest ``|W|``, or bring all weights back; keep the network that is pruned for good."""

@@ -21,7 +21,7 @@ from lightning_sparse.rules.matrices import FIRST, Outputs, parts
 from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.tiles import Tiles
 
-__all__ = ["UNSTRUCTURED", "Blocks", "NOfM", "Pattern", "Unstructured", "check_pattern", "first_of_rows", "named"]
+__all__ = ["UNSTRUCTURED", "Blocks", "NOfM", "Pattern", "check_pattern", "first_of_rows", "named"]
 
 
 class Sized(Protocol):
@@ -40,93 +40,36 @@ class Laid(Protocol):
         """Where the layer's outputs lie."""
 
 
-class Pattern(Protocol):
-    """What a pattern decides; connections are flat positions, ascending unless said otherwise."""
+class Pattern:
+    """What a pattern decides. This one is unstructured: every connection by itself, so that any mask will do.
+
+    Connections are flat positions, ascending unless said otherwise.
+    """
 
     @property
     def kind(self) -> str:
         """``"unstructured"``, ``"N:M"``, ``"block"`` or ``"row"``."""
-
-    @property
-    def density(self) -> float:
-        """The largest density that it allows."""
-
-    def misfit(self, shape: tuple[int, ...], outputs: Outputs, nonempty: Outputs | None) -> str | None:
-        """Return why a weight cannot have it; None: it can."""
-
-    def units(self, shape: tuple[int, ...], outputs: Outputs) -> Tiles | None:
-        """Return the tiles of a weight that are its units; None: these are single connections."""
-
-    def fits(self, mask: Tensor, outputs: Outputs) -> bool:
-        """Tell whether a mask is one of the pattern."""
-
-    def capacity(self, weight: Sized) -> int:
-        """Return how many connections a weight has at most."""
-
-    def draw(
-        self,
-        n: int,
-        shape: tuple[int, ...],
-        generator: Generator,
-        nonempty: Outputs | None = None,
-        outputs: Outputs = FIRST,
-    ) -> Tensor:
-        """Return the ``n`` connections that a weight of this ``shape`` begins with, some in each ``nonempty`` row."""
-
-    def top_k(self, weight: Connections, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
-        """Mark the ``k`` of largest score; see ``select.top_k``."""
-
-    def count_global_top_k(
-        self,
-        weights: Sequence[Connections],
-        tensors: Sequence[Tensor],
-        k: int,
-        among: Sequence[Tensor],
-        at_least: Sequence[int],
-        score: select.Score = torch.Tensor.detach,
-    ) -> list[int]:
-        """Return how many of the ``k`` of largest score lie in each weight; see ``select.count_global_top_k``."""
-
-    def num_movable(self, weight: Connections) -> int:
-        """Return how many connections can be dropped with others to take their places."""
-
-    def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
-        """Return the ``n`` active connections of least score, one score for each active one, in their order."""
-
-    def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
-        """Return ``n`` inactive connections of largest ``|dP|``, to take the place of those ``dropped``."""
-
-    def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:
-        """Return ``n`` inactive connections, equally likely ones, to take the place of those ``dropped``."""
-
-
-class Unstructured:
-    """Every connection by itself: any mask will do."""
-
-    @property
-    def kind(self) -> str:
-        """``"unstructured"``."""
         return "unstructured"
 
     @property
     def density(self) -> float:
-        """Any density will do."""
+        """The largest density that it allows."""
         return 1.0
 
     def misfit(self, shape: tuple[int, ...], outputs: Outputs, nonempty: Outputs | None) -> str | None:
-        """Return None: any weight can have it."""
+        """Return why a weight cannot have it; None: it can."""
         return None
 
     def units(self, shape: tuple[int, ...], outputs: Outputs) -> Tiles | None:
-        """Return None: units are single connections."""
+        """Return the tiles of a weight that are its units; None: these are single connections."""
         return None
 
     def fits(self, mask: Tensor, outputs: Outputs) -> bool:
-        """Any mask will do."""
+        """Tell whether a mask is one of the pattern."""
         return True
 
     def capacity(self, weight: Sized) -> int:
-        """Return the size of the weight."""
+        """Return how many connections a weight has at most."""
         return weight.size
 
     def draw(
@@ -137,7 +80,10 @@ class Unstructured:
         nonempty: Outputs | None = None,
         outputs: Outputs = FIRST,
     ) -> Tensor:
-        """Return ``n`` different positions, all equally likely, but one in each row that must not be empty."""
+        """Return the ``n`` connections that a weight of this ``shape`` begins with.
+
+        They are equally likely, but one is in each row that must not be empty.
+        """
         size = math.prod(shape)
         if nonempty is None:
             return sampling.distinct(n, size, generator)
@@ -145,7 +91,7 @@ class Unstructured:
         return ascending.merged(first, sampling.free_positions(n - len(first), first, size, generator))
 
     def top_k(self, weight: Connections, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
-        """Mark the ``k`` of largest score."""
+        """Mark the ``k`` of largest score; see ``select.top_k``."""
         marked: Tensor = weight.part.top_k(scores, k, among)
         return marked
 
@@ -158,32 +104,35 @@ class Unstructured:
         at_least: Sequence[int],
         score: select.Score = torch.Tensor.detach,
     ) -> list[int]:
-        """Return how many of the ``k`` of largest score lie in each weight."""
+        """Return how many of the ``k`` of largest score lie in each weight; see ``select.count_global_top_k``."""
         return together(weights).count_global_top_k(tensors, k, among, at_least, score)
 
     def num_movable(self, weight: Connections) -> int:
-        """Return the number of free places, so that none that is dropped has to come back; or what rows can spare."""
+        """Return how many connections can be dropped with others to take their places, and rows keep what they must."""
         if weight.nonempty is None:
             return weight.num_inactive
         return max(0, min(weight.num_inactive, weight.num_active - weight.nonempty.rows(weight.shape)))
 
     def drop(self, weight: Connections, scores: Tensor, n: int) -> Tensor:
-        """Return the ``n`` of least score, but not the largest of a row that must not be empty."""
+        """Return the ``n`` active connections of least score, but not the largest of a row that must not be empty.
+
+        There is one score for each active one, in their order.
+        """
         order = ties.at(weight.active_indices, weight.shape)
         return weight.active_indices[weight.part.lowest_positions(first_of_rows(weight, scores), n, order=order)]
 
     def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
-        """Return the ``n`` of largest ``|dP|``."""
+        """Return ``n`` inactive connections of largest ``|dP|``, to take the place of those ``dropped``."""
         return weight.largest_gradients(n)[0]
 
     def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:
-        """Return ``n`` that are not active."""
+        """Return ``n`` inactive connections, equally likely ones, to take the place of those ``dropped``."""
         grown: Tensor = weight.part.free_positions(n, weight.active_indices.cpu(), weight.size, generator)
         return grown
 
 
 @dataclass(frozen=True)
-class Blocks(Unstructured):
+class Blocks(Pattern):
     """Blocks of ``rows`` outputs by ``columns`` inputs, each whole or absent; ``columns=None``: whole rows."""
 
     rows: int
@@ -208,7 +157,7 @@ class Blocks(Unstructured):
 
 
 @dataclass(frozen=True)
-class NOfM(Unstructured):
+class NOfM(Pattern):
     """At most ``n`` of every ``m`` neighbouring inputs of an output; of a convolution, at each place of the kernel.
 
     Where a method still has more connections than that, as gradual pruning has, those that are not among the ``n``
@@ -406,7 +355,7 @@ def first_of_rows(weight: Connections, scores: Tensor) -> Tensor:
     return select.first_of_rows(dense.view(weight.shape), weight.nonempty).reshape(-1)[places]
 
 
-UNSTRUCTURED: Pattern = Unstructured()
+UNSTRUCTURED = Pattern()
 
 
 # ---------------------------------------------------------------------- names
