@@ -67,6 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="for overhead, memory and storage")
     parser.add_argument("--of", choices=("steps", "updates", "storage"), default="steps", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
+    known = {*launches.ALL, "none"}
+    if unknown := sorted({*parsed.methods.split(",")} - known):
+        parser.error(f"--methods: no method is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
     torch.set_num_threads(parsed.threads)
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
