@@ -67,12 +67,16 @@ def _with_results(card: str, results: str) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    r"""Write formulas, ``\(..\)`` and ``\[..\]``, as MathML, which browsers show without a script or the network."""
+    r"""Write formulas, ``\(..\)`` and ``\[..\]``, as MathML, which browsers show without a script or the network.
+
+    A number and its percent sign stay on one line.
+    """
     if page.file.src_uri.startswith("notebooks/"):  # whose Markdown MkDocs never sees
         return re.sub(r'href="\.\./(docs/[^"#]+|\w+\.md)', lambda m: _from_notebook(m[1], page, files), html)
     html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _mathml(m[1], "inline"), html, flags=re.S)
     block = r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>'
-    return re.sub(block, lambda m: _mathml(m[1], "block"), html, flags=re.S)
+    html = re.sub(block, lambda m: _mathml(m[1], "block"), html, flags=re.S)
+    return re.sub(r"<(pre|code)\b.*?</\1>|(?<=\d) (?=%)", lambda m: m[0] if m[1] else "&nbsp;", html, flags=re.S)
 
 
 def _from_notebook(target: str, page: Any, files: Any) -> str:
