@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 OUT ?= runs/notebooks
+# Python keeps what it compiles, for the many processes that a target starts, also where the environment forbids it.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs notebooks dist versions clean
