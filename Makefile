@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 OUT ?= runs/notebooks
+# Python compiles a package when it is first imported, most of them never, and keeps it for the many processes that a
+# target starts, also where the environment forbids that.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs notebooks dist versions clean
@@ -22,7 +25,7 @@ help:
 $(VENV)/installed: pyproject.toml
 	@test -x $(BIN)/python || { echo "Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing lightning-sparse and what it needs into $(VENV) (some minutes the first time)"
-	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile --progress-bar off --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 demo: $(VENV)/installed

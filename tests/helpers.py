@@ -1,5 +1,7 @@
 """Small modules and data that the tests share."""
 
+import functools
+import importlib.metadata
 import math
 import socket
 import warnings
@@ -10,6 +12,7 @@ from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import registry
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +53,8 @@ from lightning_sparse.compat.shards import is_sharded
 from lightning_sparse.layers.selection import select_parameters
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
+# Each Trainer reads the metadata of all installed packages for callbacks that it might be given.
+registry.entry_points = functools.cache(importlib.metadata.entry_points)
 
 # One row a method: hyper-parameters under which a tiny network becomes visibly sparse within some dozen steps.
 THRESHOLDS: dict[str, Callable] = {

@@ -1,6 +1,6 @@
-"""Run by compat/test_lightning.py in a fresh process: ``other_package_script.py alone|both|later``.
+"""Run by compat/test_lightning.py in a fresh process: ``other_package_script.py both|later``.
 
-The program loads pytorch_lightning alone, both packages before this one, or the second one later.
+The program loads both packages before this one, or pytorch_lightning alone, and the second one when it has trained.
 """
 
 # ruff: noqa: E402
@@ -20,9 +20,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_sparse
 
 early = lightning_sparse.SparsityMonitor()
-packages = [pl]
-if mode != "alone":
-    packages.append(importlib.import_module("lightning.pytorch"))
 
 
 def module(package):
@@ -53,7 +50,9 @@ class Data:
 options = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False}
 folder = tempfile.TemporaryDirectory()
 quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder.name}
-for package in packages:
+
+
+def train(package):
     torch.manual_seed(0)
     exceptions = importlib.import_module(f"{package.__name__}.utilities.exceptions")
     data = type("Data", (Data, package.LightningDataModule), {})()
@@ -68,5 +67,10 @@ for package in packages:
     with pytest.raises(exceptions.MisconfigurationException, match="nothing to make sparse"):
         package.Trainer(callbacks=[other], **options, **quiet).fit(module(package), data)
     print(f"sparsity {callback.sparsity}")
-if mode == "alone":
+
+
+if mode == "later":
+    train(pl)
     assert not any(name.split(".")[0] == "lightning" for name in sys.modules), "the other package is not even imported"
+for package in (pl, importlib.import_module("lightning.pytorch")):
+    train(package)

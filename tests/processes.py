@@ -11,6 +11,7 @@ import sys
 import traceback
 from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from helpers import free_port
@@ -39,49 +40,79 @@ def run_python(*arguments, **variables):
 
 
 def run_fresh(function, *arguments):
-    """Call a function in a process that has imported ``helpers``, which takes seconds, and done nothing else."""
-    _run_fresh([{}], function, arguments)
+    """Return what a function returns in a process that has done nothing but the imports, which take seconds."""
+    (result,) = _run_fresh([{}], function, arguments)
+    return result
 
 
 def run_fresh_ranks(function, world, *arguments):
-    """The same in ``world`` processes that differ in nothing but their rank."""
+    """Call a function in ``world`` such processes that differ in nothing but their rank."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
     _run_fresh([{**shared, "LOCAL_RANK": str(rank)} for rank in range(world)], function, arguments)
 
 
+def started(command, stdout, env, **_):
+    """Stand for ``subprocess.Popen`` of ``python -m lightning_sparse ...``: such a process runs the command."""
+    assert command[1:3] == ["-m", "lightning_sparse"]
+    process = _start(_run_command, command[3:], stdout.name, env)
+    return SimpleNamespace(poll=lambda: process.exitcode, terminate=process.terminate, wait=process.join)
+
+
+def _run_command(arguments, log, variables):
+    from lightning_sparse import cli
+
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    sys.argv = ["lightning-sparse", *arguments]
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    cli.main(arguments)
+
+
 def _run_fresh(variables, function, arguments):
-    fresh = multiprocessing.get_context("forkserver")
-    fresh.set_forkserver_preload(["helpers"])
     processes, results = [], []
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]  # for the server, which starts at the first call
     try:
         for own in variables:
-            result, sender = fresh.Pipe(duplex=False)
-            processes.append(fresh.Process(target=_call, args=(sender, own, function, arguments)))
-            processes[-1].start()
+            result, sender = multiprocessing.Pipe(duplex=False)
+            processes.append(_start(_call, sender, own, function, arguments))
             sender.close()
             results.append(result)
-        while results:  # whichever fails first: the others would wait for it
-            ready = connection.wait(results, PATIENCE)
+        waiting, returned = set(results), {}
+        while waiting:  # whichever fails first: the others would wait for it
+            ready = connection.wait(waiting, PATIENCE)
             assert ready, f"not done after {PATIENCE} seconds"
             for result in ready:
-                failure = result.recv()
+                failure, returned[result] = result.recv()
                 assert not failure, failure
-                results.remove(result)
+                waiting.remove(result)
+        return [returned[result] for result in results]
     finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
         for process in processes:
             process.kill()
             process.join()
+
+
+def _start(function, *arguments):
+    """Start a process from a server that has the imports behind it (``preloaded.py``)."""
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload(["preloaded"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]  # for the server, which starts at the first call
+    try:
+        process = fresh.Process(target=function, args=arguments)
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return process
 
 
 def _call(sender, variables, function, arguments):
     os.environ.update(variables)
     torch.set_num_threads(1)
     try:
-        function(*arguments)
+        returned = function(*arguments)
     except BaseException:
-        sender.send(traceback.format_exc())
+        sender.send((traceback.format_exc(), None))
     else:
-        sender.send("")
+        sender.send(("", returned))

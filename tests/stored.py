@@ -68,7 +68,7 @@ OPTIMIZERS = {
 
 def run(callback, network=mlp, optimizer=None, **kwargs):
     module = seeded(lambda: Lit(network(torch.float64), optimizer))
-    return fit(callback, module, loader(dtype=torch.float64), **{"precision": "64-true", **kwargs})
+    return fit(callback, module, loader(120, dtype=torch.float64), **{"precision": "64-true", **kwargs})
 
 
 class OnMeta(Lit):

@@ -27,6 +27,7 @@ def compare(out, *args):
 # ---------------------------------------------------------------------- trainings
 
 
+@pytest.mark.usefixtures("trainings_start_at_once")
 def test_a_comparison_trains_reads_draws_and_is_kept(tmp_path, capsys):
     args = compare(tmp_path, "--methods=dense,dst", "--seeds=2", "--epochs=1", "--jobs=2")
     with pytest.raises(SystemExit, match="0"):
@@ -71,6 +72,7 @@ def test_a_comparison_trains_reads_draws_and_is_kept(tmp_path, capsys):
     assert [line[-9:] for line in captured.out.splitlines()[2:4]] == ["| 1     |", "| 0     |"]
 
 
+@pytest.mark.usefixtures("trainings_start_at_once")  # what it goes on with
 def test_a_comparison_that_is_interrupted_goes_on_from_its_checkpoint(tmp_path, capsys):
     epochs = 30
     args = compare(tmp_path, "--methods=dense", "--seeds=1", f"--epochs={epochs}", "--no-plot")

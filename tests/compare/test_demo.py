@@ -25,6 +25,7 @@ def lines(text):
     return {line[0]: line[1:] for line in cells}
 
 
+@pytest.mark.usefixtures("trainings_start_at_once")
 def test_the_demo_trains_both_and_writes_what_it_says(tmp_path):
     text = demo.compare(epochs=2, out=str(tmp_path))
     for name in ("dense.ckpt", "dfbst.ckpt", "epochs.csv", "demo.png", "table.txt"):

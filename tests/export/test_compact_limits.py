@@ -171,7 +171,7 @@ def convolutions():
 @pytest.mark.parametrize("name", RESULTS)
 def test_what_methods_have_trained_is_exported(name, network, tmp_path):
     callback = SETTINGS[name.split()[0]](**RESULTS[name])
-    module, _ = fit(callback, seeded(lambda: Lit(network())), max_epochs=4)
+    module, _ = fit(callback, seeded(lambda: Lit(network())), max_epochs=2)
     assert effective(module, callback)
     x = torch.randn(8, 12)
     small, report = compact(module, x)

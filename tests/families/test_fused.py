@@ -28,7 +28,7 @@ def trained(kernels, method, network, dtype=torch.float64, monkeypatch=None, **o
     callback = {**LATENT, **N_OF_M}[method](**options)
     module = seeded(lambda: Module(NETWORKS[network]().to(dtype), lambda p: torch.optim.SGD(p, **SGD)))
     precision = "64-true" if dtype == torch.float64 else "32-true"
-    fit(callback, module, loader(dtype=dtype), max_epochs=1, max_steps=12, precision=precision)
+    fit(callback, module, loader(dtype=dtype), max_epochs=1, max_steps=6, precision=precision)
     return callback, module
 
 
@@ -64,10 +64,10 @@ def test_training_is_that_of_one_weight_at_a_time(method, options, network, monk
 def test_a_resumed_run_equals_the_uninterrupted_one(method, tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", "fused")
     whole, resumed = LATENT[method](), LATENT[method]()
-    _, run = fit([whole, SavesFirst(tmp_path / "middle.ckpt")], seeded(Module), loader(80), max_epochs=2)
+    _, run = fit([whole, SavesFirst(tmp_path / "middle.ckpt")], seeded(Module), loader(40), max_epochs=2)
     want = saved(run, tmp_path / "whole.ckpt")
     run = trainer(resumed, max_epochs=2)
-    run.fit(seeded(Module, 5), loader(80), ckpt_path=tmp_path / "middle.ckpt")
+    run.fit(seeded(Module, 5), loader(40), ckpt_path=tmp_path / "middle.ckpt")
     have = saved(run, tmp_path / "resumed.ckpt")
     assert all(torch.equal(x, have["state_dict"][name]) for name, x in want["state_dict"].items())
     assert repr(state(whole)) == repr(state(resumed))
@@ -85,7 +85,7 @@ def test_a_step_without_the_gradient_of_some_weights_leaves_them(method, monkeyp
     def train(kernels):
         monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", kernels)
         callback = LATENT[method]()
-        batches = loader(80, dtype=torch.float64)
+        batches = loader(40, dtype=torch.float64)
         module, _ = fit(callback, seeded(lambda: Half(mlp().double())), batches, precision="64-true")
         return callback, module
 
@@ -145,7 +145,7 @@ COUNTED = [
 @pytest.mark.parametrize("method", COUNTED)
 def test_a_method_with_masks_adds_eight_operations_at_most_whatever_the_number_of_layers(method, monkeypatch):
     monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", "fused")
-    counts = [launches.added(method, depth) for depth in (10, 30)]
+    counts = [launches.added(method, depth) for depth in (2, 6)]
     assert counts == [8, 8] if method == "snfs" else counts == [5, 5]
 
 
@@ -155,7 +155,7 @@ def test_a_method_with_masks_adds_eight_operations_at_most_whatever_the_number_o
 )
 def test_a_method_with_latent_weights_adds_thirty_operations_at_most(method, most, monkeypatch):
     monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", "fused")
-    counts = [launches.added(method, depth) for depth in (10, 30)]
+    counts = [launches.added(method, depth) for depth in (2, 6)]
     assert counts[0] == counts[1] <= most <= 30
 
 

@@ -33,7 +33,7 @@ OTHERS = {
 def assert_quiet(callback, optimizer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        medians = measure(callback, OPTIMIZERS[optimizer], steps=125).medians()
+        medians = measure(callback, OPTIMIZERS[optimizer], steps=80).medians()
     assert all(0.3 < ratio < 1.5 for ratio in medians), medians
 
 

@@ -146,7 +146,7 @@ def traces(callbacks, train, folder, **kwargs):
     module = Traced()
     logger = CSVLogger(folder)
     run = trainer(callbacks, logger=logger, log_every_n_steps=1, **kwargs)
-    run.fit(module, train(), loader())
+    run.fit(module, train(), loader(16))
     logged = [{k: v for k, v in row.items() if "sparsity" not in k} for row in logger.experiment.metrics]
     own = {k: float(v) for k, v in run.callback_metrics.items() if "sparsity" not in k}
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import wide_registers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import run_python
+from processes import run_fresh
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -165,27 +166,7 @@ def test_what_takes_more_memory_packed_than_unfolded_is_unfolded(monkeypatch):
     assert usable[1] is not None
 
 
-WIDE = """
-import torch
-from torch import nn
-from lightning_sparse.kernels import convolutions_numba
-from lightning_sparse.storage import SparseConv2d
-convolutions_numba._LINE = 64  # read when it compiles
-dense = nn.Conv2d(5, 6, 3, 2, 1).double()
-layer = SparseConv2d.from_dense(dense, torch.arange(0, 270, 2))
-dense.weight.data.view(-1)[1::2] = 0
-x = torch.randn(20, 5, 9, 9).double()
-delta = torch.randn_like(dense(x))
-grads = []
-for one in (layer, dense):
-    h = x.clone().requires_grad_()
-    y = one(h)
-    y.backward(delta)
-    grads.append((y, h.grad))
-pairs = [*zip(*grads), (layer.values.grad, dense.weight.grad.view(-1)[::2])]
-print(*(bool((a - b).norm() < 1e-12 * b.norm()) for a, b in pairs))
-"""
-
-
 def test_wider_registers_compute_the_same(tmp_path):
-    assert run_python("-c", WIDE, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["True"] * 3
+    found = run_fresh(wide_registers.differences, tmp_path)
+    assert len(found) == 3
+    assert max(found) < 1e-12

@@ -6,11 +6,12 @@ import pickle
 import weakref
 from importlib import import_module
 
+import large_layers
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import run_python
+from processes import run_fresh
 from torch import nn
 
 from lightning_sparse.kernels import convolutions_numba, dispatch, products, products_numba
@@ -387,38 +388,8 @@ def test_other_layers_have_no_sparse_form():
 
 # ---------------------------------------------------------------------- memory
 
-TRAINS = """
-import torch
-from lightning_sparse.accounting.memory import peak_memory, resident_memory
-from lightning_sparse.storage import SparseConv2d, SparseLinear
 
-torch.set_num_threads(1)
-
-
-def train(layer, *shape):
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(2):
-        optimizer.zero_grad()
-        layer(torch.randn(*shape, requires_grad=True)).square().mean().backward()
-        optimizer.step()
-
-
-train(SparseLinear(8, 8, 9), 2, 8)
-train(SparseConv2d(4, 4, 3, 9), 2, 4, 5, 5)
-before = resident_memory()
-{train}
-print(peak_memory() - before)
-"""
-
-
-@pytest.mark.parametrize(
-    ("train", "dense"),
-    [
-        ("train(SparseLinear(20_000, 20_000, 40_000), 4, 20_000)", 1.6e9),
-        ("train(SparseConv2d(4000, 4000, 3, 40_000), 1, 4000, 3, 3)", 576e6),
-    ],
-)
-def test_training_never_takes_the_memory_of_the_dense_weight(train, dense):
-    script = TRAINS.replace("{train}", train)
-    printed = run_python("-c", script)
-    assert float(printed) < 0.05 * dense
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_training_never_takes_the_memory_of_the_dense_weight(kind):
+    added, dense = run_fresh(large_layers.added_by_training, kind)
+    assert added < 0.05 * dense

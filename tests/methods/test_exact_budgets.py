@@ -26,12 +26,12 @@ for heuristic in ("random", "grabo", "synflow"):
     )
 
 
-@pytest.mark.parametrize(("net", "sparsity"), [*product(NETS, [0.9]), *product(["cnn", "lstm"], [0.5, 0.99])])
+@pytest.mark.parametrize(("net", "sparsity"), [*product(NETS, [0.9]), ("cnn", 0.5), ("cnn", 0.99)])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:.*has no weight left")
 @pytest.mark.filterwarnings("ignore:.*draws the endpoints of some weights uniformly")
 def test_the_budget_is_exact(method, net, sparsity):
-    watch, _, _ = watched(METHODS[method](sparsity), NETS[net], 10, max_epochs=3)
+    watch, _, _ = watched(METHODS[method](sparsity), NETS[net], 10, max_epochs=3 if method in ROUNDS else 2)
     size = sum(mask.numel() for mask in watch.callback.masks.values())
     counts = [sum(layers) for layers in watch.counts]
     assert counts[-1] == budget(sparsity, size) == size - round(sparsity * size)

@@ -1,6 +1,7 @@
 """LotteryTicket: rounds of one fit, exact counts, and a rewinding that leaves nothing behind."""
 
 import copy
+import functools
 import math
 import warnings
 
@@ -294,23 +295,27 @@ def test_schedules_of_steps_and_of_plateaus_restart_too():
     assert [look["lr"] for look in looks.starts] == pytest.approx([0.1, 0.1, 0.01] * 2)
 
 
-@pytest.mark.parametrize("rewind", [0, 30])
-@pytest.mark.parametrize("stop", range(1, 5))
-def test_a_run_stopped_in_any_round_resumes_to_the_last_bit(stop, rewind, tmp_path):
-    def build():
-        return LotteryTicket(0.8, rounds=2, rewind_step=rewind)
+@functools.cache
+def unbroken(rewind, epochs):
+    """Return method and parameters after a run of three trainings."""
+    callback = LotteryTicket(0.8, rounds=2, rewind_step=rewind)
+    module, _, _ = train(callback, epochs)
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+    return callback, module.state_dict()
 
-    epochs = 6 if rewind == 0 else 7
-    whole, resumed = build(), build()
-    module, _, _ = train(whole, epochs)
-    _, run = fit([build(), StopsAfter(stop - 1)], seeded(lambda: Lit(cnn(), scheduler=step_lr)), max_epochs=epochs)
+
+@pytest.mark.parametrize(("rewind", "epochs"), [(0, 6), (30, 7)])
+@pytest.mark.parametrize("stop", range(1, 5))
+def test_a_run_stopped_in_any_round_resumes_to_the_last_bit(stop, rewind, epochs, tmp_path):
+    stopped, resumed = (LotteryTicket(0.8, rounds=2, rewind_step=rewind) for _ in range(2))
+    _, run = fit([stopped, StopsAfter(stop - 1)], seeded(lambda: Lit(cnn(), scheduler=step_lr)), max_epochs=epochs)
     saved(run, tmp_path / "half.ckpt")
     again = seeded(lambda: Lit(cnn(), scheduler=step_lr), 9)
     run = trainer(resumed, max_epochs=epochs)
     run.fit(again, loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    assert whole.sparsity == pytest.approx(0.8, abs=0.01)
+    whole, parameters = unbroken(rewind, epochs)
     assert same(state(whole), state(resumed))
-    assert same(module.state_dict(), again.state_dict())
+    assert same(parameters, again.state_dict())
 
 
 def test_the_round_is_logged(tmp_path):

@@ -81,12 +81,10 @@ def reference(net, make, sparsity, k, accumulate, epochs, end):
     return W, S, masks, rest
 
 
-@pytest.mark.parametrize(
-    ("net", "accumulate", "make"), [(mlp, 1, sgd), (cnn, 1, adamw), (cnn, 4, sgd), (mlp, 4, adamw)]
-)
+@pytest.mark.parametrize(("net", "accumulate", "make"), [(mlp, 1, sgd), (cnn, 4, adamw)])
 def test_trains_as_the_autograd_reference(net, accumulate, make):
     """Neither momentum, weight decay nor Adam's normalisation touches the scores; a schedule does."""
-    epochs = 2 * accumulate
+    epochs = 2 if accumulate == 1 else 4
     end = math.ceil(0.6 * epochs * math.ceil(30 / accumulate))
     W, S, masks, rest = reference(seeded(lambda: net(torch.float64)), make, 0.7, 10.0, accumulate, epochs, end)
     callback = OptG(0.7, update_every=1)

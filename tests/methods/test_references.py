@@ -6,7 +6,7 @@ from helpers import SETTINGS, THRESHOLDS, Lit, cnn, data, loader, mlp, seeded, t
 from reference import Reference
 from torch.optim.lr_scheduler import StepLR
 
-STEPS = 60
+EPOCHS = {1: 2, 4: 4}  # by the number of batches a step
 OPTIONS = {
     "DST": {"alpha": 5e-3},
     "DFBST": {"alpha": 5e-3, "beta": 0.5},
@@ -26,7 +26,7 @@ def train_reference(net, names, method, granularity, accumulate, options):
     reference = Reference(net, names, method, granularity, **options)
     optimizer = torch.optim.SGD(reference.trained(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     scheduler = StepLR(optimizer, 1, gamma=0.5)
-    per_epoch, epochs = 30, STEPS * accumulate // 30
+    per_epoch, epochs = 30, EPOCHS[accumulate]
     for epoch in range(epochs):
         reference.anneal(epoch, epochs)
         optimizer.zero_grad()
@@ -43,8 +43,7 @@ def train_reference(net, names, method, granularity, accumulate, options):
     return reference, epochs
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("net", [mlp, cnn])
+@pytest.mark.parametrize(("net", "accumulate"), [(mlp, 1), (cnn, 4)])
 @pytest.mark.parametrize("method", THRESHOLDS)
 def test_trains_as_the_autograd_reference(method, net, accumulate, kernel):
     check(method, net, accumulate, "layer" if method in ("AutoSparse", "STR") else "neuron", {})

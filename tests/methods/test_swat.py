@@ -90,10 +90,8 @@ def reference(net, sparsity, activation_sparsity, accumulate, epochs):
     return W, masks(), rest
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("net", [mlp, cnn])
-def test_trains_as_the_autograd_reference(net, accumulate):
-    epochs = 2 * accumulate
+@pytest.mark.parametrize(("net", "accumulate", "epochs"), [(mlp, 1, 2), (cnn, 4, 3)])
+def test_trains_as_the_autograd_reference(net, accumulate, epochs):
     W, masks, rest = reference(seeded(lambda: net(torch.float64)), 0.7, 0.6, accumulate, epochs)
     callback = SWAT(0.7, activation_sparsity=0.6, scale_init=False)
     module = Lit(seeded(lambda: net(torch.float64)))

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+import large_layers
 import pytest
 import torch
 from helpers import (
@@ -11,7 +12,7 @@ from helpers import (
     fit,
     seeded,
 )
-from processes import run_python
+from processes import run_fresh
 from stored import METHODS, NETWORKS, OnMeta, measured, run, tokens
 from torch import nn
 
@@ -136,43 +137,6 @@ def test_bfloat16_autocast_trains():
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
-LARGE = """
-import lightning.pytorch as pl
-import torch
-from torch import nn
-from lightning_sparse import MemoryEfficientDST
-from lightning_sparse.accounting.memory import peak_memory
-from lightning_sparse.storage import SparseLinear
-
-torch.set_num_threads(1)
-
-
-class Wide(pl.LightningModule):
-    def configure_model(self):
-        with torch.device("meta"):
-            self.layer = nn.Linear(65536, 65536, bias=False)
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-
-callback = MemoryEfficientDST(0.9999, update_every=1, stop_at=1.0, storage="sparse")
-run = pl.Trainer(max_steps=3, callbacks=callback, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                 enable_model_summary=False, accelerator="cpu")
-module = Wide()
-run.fit(module, torch.utils.data.DataLoader(torch.randn(12, 65536), batch_size=4))
-assert type(module.layer) is SparseLinear
-assert module.layer.nnz == 2**32 - round(0.9999 * 2**32)
-print(peak_memory())
-"""
-
-# ---------------------------------------------------------------------- what cannot be
-
-
 def test_a_layer_of_65536_by_65536_trains_and_moves_connections_in_little_memory():
     """Dense it takes 17 GB, for each of weight, gradient and momentum."""
-    printed = run_python("-c", LARGE)
-    assert float(printed) < 1.5e9
+    assert run_fresh(large_layers.peak_of_65536_by_65536) < 1.5e9

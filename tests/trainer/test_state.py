@@ -105,10 +105,10 @@ def other_names():
 )
 def test_fit_of_another_module_starts_afresh_and_says_so(method, build):
     callback, new = SETTINGS[method](), SETTINGS[method]()
-    fit(callback)
+    fit(callback, max_epochs=1)
     with pytest.warns(UserWarning, match=f"This {method}.* holds the state of an earlier fit.*starts afresh"):
-        one, _ = fit(callback, seeded(build, seed=3))
-    two, _ = fit(new, seeded(build, seed=3))
+        one, _ = fit(callback, seeded(build, seed=3), max_epochs=1)
+    two, _ = fit(new, seeded(build, seed=3), max_epochs=1)
     assert same(state(callback), state(new))
     assert same(one.state_dict(), two.state_dict())
 
@@ -142,7 +142,7 @@ def test_callback_can_be_copied_before_during_and_after_fit(method, duplicate):
 
     other = copy.deepcopy(module)  # the copy goes on as the original does
     for one, its in ((callback, module), (after, other)):
-        fit(one, its)
+        fit(one, its, max_epochs=1)
     assert same(state(after), state(callback))
     assert same(module.state_dict(), other.state_dict())
 
@@ -242,7 +242,7 @@ def test_the_learning_rate_finder_leaves_no_trace(method, how, tmp_path):
             return plain_sgd(self.parameters()) if self.lr == 0.1 else torch.optim.SGD(self.parameters(), self.lr)
 
     callback, alone = SETTINGS[method](), SETTINGS[method]()
-    options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "max_epochs": 2}
+    options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "max_epochs": 1}
     module = seeded(Rate)
     if how == "tuner":
         run = trainer(callback, **options)
@@ -250,7 +250,7 @@ def test_the_learning_rate_finder_leaves_no_trace(method, how, tmp_path):
     else:
         run = trainer([callback, LearningRateFinder(num_training_steps=20, update_attr=False)], **options)
     run.fit(module, loader())
-    other, _ = fit(alone, seeded(Rate))
+    other, _ = fit(alone, seeded(Rate), max_epochs=1)
     assert callback.sparsity > 0
     assert same(state(alone), state(callback))
     assert same(module.state_dict(), other.state_dict())
@@ -268,8 +268,8 @@ def test_a_failed_fit_leaves_a_callback_that_can_be_used_again(method):
     with pytest.raises(ValueError, match="on purpose"):
         fit(callback, seeded(Fails))
     with pytest.warns(UserWarning, match="starts afresh"):
-        one, _ = fit(callback, seeded(Lit))
-    two, _ = fit(fresh)
+        one, _ = fit(callback, seeded(Lit), max_epochs=1)
+    two, _ = fit(fresh, max_epochs=1)
     assert same(state(fresh), state(callback))
     assert same(one.state_dict(), two.state_dict())
 
