@@ -45,6 +45,7 @@ _NUMBA = Backend("numba", "cpu", (torch.float32, torch.float64), package="numba"
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "thresholds": (_NUMBA,),
     "products": (_NUMBA,),
+    "blocks": (_NUMBA,),
     "positions": (_NUMBA._replace(dtypes=(torch.int32, torch.int64, torch.float32, torch.float64)),),
     "convolutions": (_NUMBA,),
 }
@@ -80,7 +81,7 @@ def chosen(kind: str, device: torch.device, dtype: torch.dtype, name: str | None
         ValueError: there is no backend of this name anywhere.
     """
     found = candidates(kind, device, dtype)
-    known = ["torch", *(backend.name for backend in BACKENDS[kind]), DENSE]
+    known = ["torch", *_names(), DENSE]
     if name is not None and name not in known:
         raise ValueError(f"backend must be one of {known}, or None for the quicker one, got {name!r}.")
     return found[name if name in found else next(iter(found))]
@@ -110,13 +111,17 @@ def is_fused(device: torch.device) -> bool:
 
 def wanted() -> str:
     """Return which code the environment asks for: ``"auto"``, or the name of one."""
-    others = [backend.name for backends in BACKENDS.values() for backend in backends]
-    names = list(dict.fromkeys(["auto", "torch", *others, "fused"]))
+    names = ["auto", "torch", *_names(), "fused"]
     found = os.environ.get("LIGHTNING_SPARSE_KERNELS", "auto")
     if found not in names:
         known = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
         raise ValueError(f"LIGHTNING_SPARSE_KERNELS must be {known}, got {found!r}.")
     return found
+
+
+def _names() -> list[str]:
+    """Return the names of all backends beside torch's."""
+    return list(dict.fromkeys(backend.name for backends in BACKENDS.values() for backend in backends))
 
 
 @cache
