@@ -68,7 +68,6 @@ class BlockLinear(SparseLinear):
     indices = "block_crow", "block_col", "transposed_crow", "transposed_col", "permutation"
     block_crow: Tensor
     block_col: Tensor
-    _multiply = staticmethod(block_linear)
 
     def __init__(
         self,
@@ -119,6 +118,10 @@ class BlockLinear(SparseLinear):
     ) -> "BlockLinear":
         return make_blocks_(SparseLinear.from_dense(layer, positions), block)
 
+    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the output; on CUDA products run in the dtype that is asked for, on tensor cores."""
+        return block_linear(x.to(dtype) if x.is_cuda else x, self.values, self.bias, self.structure)
+
     def extra_repr(self) -> str:
         """Show what a sparse layer shows, and the size of the blocks."""
         return f"{super().extra_repr()}, block={self.block}"
@@ -159,7 +162,7 @@ class _BlockLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure) -> Tensor:
         ctx.save_for_backward(x, values, *weight.tensors)  # let go after the backward pass, the graph may live on
         ctx.kind = weight.backend, weight.block
-        dtype = exact_dtype(values.dtype)
+        dtype = _dtype(x, values)
         y = matmul(_rows(x, dtype), values.to(dtype), weight)
         if bias is not None:
             y += bias.to(dtype)
@@ -170,7 +173,7 @@ class _BlockLinear(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
-        weight, dtype = Structure.of(indices, *ctx.kind), exact_dtype(values.dtype)
+        weight, dtype = Structure.of(indices, *ctx.kind), _dtype(x, values)
         delta = _rows(dy, dtype)
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
@@ -178,8 +181,13 @@ class _BlockLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dvalues = gradient(delta, _rows(x, dtype), weight).to(values.dtype)
         if ctx.needs_input_grad[2]:
-            dbias = delta.sum(0).to(values.dtype)
+            dbias = delta.sum(0, dtype=exact_dtype(values.dtype)).to(values.dtype)
         return dx, dvalues, dbias, None
+
+
+def _dtype(x: Tensor, values: Tensor) -> torch.dtype:
+    """Return what products run in: sums are in float32 at least, which a GPU has by itself."""
+    return x.dtype if x.is_cuda else exact_dtype(values.dtype)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

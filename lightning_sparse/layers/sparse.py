@@ -342,7 +342,9 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # w
     def shape(self) -> tuple[int, int]:  # noqa: D102  (inherited)
         return self.out_features, self.in_features
 
-    _multiply = staticmethod(linear)
+    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the output, in any dtype; ``dtype`` is the one that is asked for."""
+        return linear(x, self.values, self.bias, self.structure)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as nn.Linear names it)
         """Return ``x W.T + bias`` for ``x`` ``(..., in_features)``."""
@@ -350,7 +352,7 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # w
         with torch.autocast(x.device.type, enabled=False):
             if self.backend == DENSE:
                 return linear_densely(x.to(dtype), *self._nonzeros(dtype))
-            return self._multiply(x, self.values, self.bias, self.structure).to(dtype)
+            return self._multiply(x, dtype).to(dtype)
 
 
 class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc, override]  # weight is no attribute

@@ -68,6 +68,26 @@ def test_products_equal_those_of_the_dense_weight(block, dtype, n, backend):
         assert (ours - theirs).norm() <= TOLERANCE[dtype] * theirs.norm(), name
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled, for tensors of a GPU")
+@pytest.mark.parametrize(
+    ("block", "dtype", "tolerance"),
+    [((16, 16), torch.float32, 1e-5), ((16, 32), torch.float16, 1e-3), ((3, 4), torch.float32, 1e-5)],
+)
+def test_kernels_of_a_gpu_do_so_by_the_interpreter(block, dtype, tolerance):
+    code = pytest.importorskip("lightning_sparse.kernels.blocks_triton")
+    W, positions = drawn(block, dtype)
+    weight, values = block_structure(positions, W.shape, block), W.flatten()[positions]
+    x, delta = torch.randn(21, W.shape[1]).to(dtype), torch.randn(21, W.shape[0]).to(dtype)
+    results = [
+        (code.matmul(x, values, weight), x.double() @ W.double().t()),
+        (code.matmul_transposed(delta, values, weight), delta.double() @ W.double()),
+        (code.gradient(delta, x, weight), (delta.double().t() @ x.double()).flatten()[positions]),
+    ]
+    for ours, theirs in results:
+        assert ours.dtype == dtype
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
 def test_threads_change_no_bit(monkeypatch):
     W, positions = drawn((16, 16), torch.float32, empty=False)
     weight, values = block_structure(positions, W.shape, (16, 16)), W.flatten()[positions]
