@@ -76,7 +76,7 @@ def _suits(weight: Structure) -> bool:
 
 def _rows(n: int) -> int:
     """Return how many rows of the input a program takes at once."""
-    return min(_BATCH, max(_SIDES[0], triton.next_power_of_2(n)))
+    return min(_BATCH, max(_SIDES[0], int(triton.next_power_of_2(n))))
 
 
 def _start(function: Any, programs: int | tuple[int, int], weight: Structure, *arguments: Any, BATCH: int) -> None:
@@ -147,10 +147,10 @@ def _check() -> None:
     No C compiler, a GPU that it does not know: whatever it is.
     """
     try:
-        where = CSR(*(torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 1], [0])), (1, 1))
-        one = Structure(where, where, where.col, block=(16, 16))
-        x, values = torch.ones(1, 16, device="cuda"), torch.ones(256, device="cuda")
-        matmul(x, values, one)
+        crow, col = torch.arange(2, dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+        one = CSR(crow, col, (1, 1))
+        ones = torch.ones(1, 16, device="cuda"), torch.ones(256, device="cuda")
+        matmul(*ones, Structure(one, one, col, block=(16, 16)))
     except Exception as error:
         rank_zero_warn(
             f"Layers of blocks are slow: Triton does not run here ({type(error).__name__}: {error}). "

@@ -82,7 +82,7 @@ def chosen(kind: str, device: torch.device, dtype: torch.dtype, name: str | None
         ValueError: there is no backend of this name anywhere.
     """
     found = candidates(kind, device, dtype)
-    known = ["torch", *_names(), DENSE]
+    known = ["torch", *(backend.name for backend in BACKENDS[kind]), DENSE]
     if name is not None and name not in known:
         raise ValueError(f"backend must be one of {known}, or None for the quicker one, got {name!r}.")
     return found[name if name in found else next(iter(found))]
@@ -111,17 +111,13 @@ def is_fused(device: torch.device) -> bool:
 
 def wanted() -> str:
     """Return which code the environment asks for: ``"auto"``, or the name of one."""
-    names = ["auto", "torch", *_names(), "fused"]
+    others = [backend.name for backends in BACKENDS.values() for backend in backends]
+    names = list(dict.fromkeys(["auto", "torch", *others, "fused"]))
     found = os.environ.get("LIGHTNING_SPARSE_KERNELS", "auto")
     if found not in names:
         known = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
         raise ValueError(f"LIGHTNING_SPARSE_KERNELS must be {known}, got {found!r}.")
     return found
-
-
-def _names() -> list[str]:
-    """Return the names of all backends beside torch's."""
-    return list(dict.fromkeys(backend.name for backends in BACKENDS.values() for backend in backends))
 
 
 @cache
