@@ -25,6 +25,7 @@ METHODS = {
     "MEST soft bound": lambda: MEST(**OPTIONS, soft_bound=True, storage="sparse"),
     "DSR": lambda: DSR(**OPTIONS, init_threshold=0.05, storage="sparse"),
     "FixedMask": lambda: FixedMask(0.8, initial="magnitude", storage="sparse"),
+    "blocks": lambda: SET(**OPTIONS, pattern="block:2x2", storage="block"),
 }
 CASES = [("grabo", 1), *((name, 2) for name in METHODS)]
 

@@ -9,6 +9,7 @@ import torch
 
 from lightning_sparse import bench
 from lightning_sparse.bench import (
+    blocks,
     convolutions,
     gpu,
     launches,
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "fit": storage.fit,
     "program": storage.program,
     "convolutions": convolutions.convolutions,
+    "blocks": blocks.blocks,
     "traffic": traffic.traffic,
     "shards": shards.shards,
 }
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sparsities", help="where they are varied, separated by commas")
     parser.add_argument("--storages", default="masked", help="for update and program, separated by commas")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--width", type=int, default=4096, help="of the layers for program and shards")
+    parser.add_argument("--width", type=int, default=4096, help="of the layers for program, blocks and shards")
     parser.add_argument(
         "--steps", type=int, help="of an epoch; default: 938 (MNIST's) for monitor, 10 for fit, 6 for program"
     )

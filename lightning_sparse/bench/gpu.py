@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_sparse.bench import launches, steps, storage
+from lightning_sparse.bench import blocks, launches, steps, storage
 from lightning_sparse.bench.measure import hardware
 from lightning_sparse.bench.networks import METHODS, NETWORKS, bare_step, batch_for
 from lightning_sparse.compat.lightning import MisconfigurationException
@@ -26,7 +26,7 @@ _TESTS = Path(__file__).parents[2] / "tests" / "cuda"
 
 
 def gpu(arguments: argparse.Namespace) -> None:
-    """Print launches, step times beside their bars, graphs, tables of truly sparse layers, and the tests of GPUs."""
+    """Print launches, step times beside their bars, graphs, tables of sparse layers, and the tests of GPUs."""
     start = time.monotonic()
     small = arguments.device == "cpu"
     print(hardware(arguments.device))
@@ -40,6 +40,13 @@ def gpu(arguments: argparse.Namespace) -> None:
     for precision in ("32-true", "bf16-mixed"):
         layers = {"network": "lenet300" if small else "mlp4096", "batch": 2 if small else 128}
         storage.storage(_with(arguments, precision=precision, sparsities=arguments.sparsities or "0.9,0.98", **layers))
+        for width in (32,) if small else (4096, 8192):
+            sizes = {
+                "width": width,
+                "batch": 2 if small else 4096,
+                "sparsities": arguments.sparsities or "0.8,0.9,0.95",
+            }
+            blocks.blocks(_with(arguments, precision=precision, **sizes))
     left = 60 * _MINUTES - (time.monotonic() - start)
     _run_tests(max(10.0, left))
 

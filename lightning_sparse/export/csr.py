@@ -14,6 +14,7 @@ from lightning_sparse.export._modules import check_module
 from lightning_sparse.kernels.geometry import convolve
 from lightning_sparse.kernels.products import matmul
 from lightning_sparse.kernels.structure import CSR, check_csr
+from lightning_sparse.layers.blocks import BlockLinear
 from lightning_sparse.layers.functional import padded
 from lightning_sparse.layers.sparse import SparseConv2d, SparseLayer, SparseLinear
 
@@ -46,7 +47,7 @@ class _CSR(nn.Module):
 
     def __init__(self, layer: SparseLayer) -> None:
         super().__init__()
-        matrix = layer.structure.matrix
+        matrix = layer.matrix
         self.shape = torch.Size(matrix.shape)
         self.register_buffer("crow_indices", matrix.crow.clone())
         self.register_buffer("col_indices", matrix.col.clone())
@@ -117,7 +118,7 @@ class CSRLinear(_CSR):
     """
 
     def __init__(self, linear: nn.Linear | SparseLinear) -> None:
-        _check(linear, (nn.Linear, SparseLinear), "linear")
+        _check(linear, (nn.Linear, SparseLinear, BlockLinear), "linear")
         super().__init__(linear if isinstance(linear, SparseLinear) else SparseLinear.from_dense(linear))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,9 +173,9 @@ def to_csr(module: nn.Module, min_sparsity: float = 0.9) -> nn.Module:
 
     These are ``Linear`` and ``Conv2d`` layers in float32 or float64; others stay as they are, as do layers inside
     ``MultiheadAttention`` and ``TransformerEncoderLayer``, which use their children's weights by themselves.
-    ``SparseLinear`` and ``SparseConv2d`` are converted whatever their sparsity, without making their weights dense.
-    Weights get no gradient. ``module`` is not changed. ``torch.export`` takes the result, from torch 2.7 on; a program
-    that loads what it saves imports ``lightning_sparse.export`` before. ONNX has no such layers.
+    ``SparseLinear``, ``BlockLinear`` and ``SparseConv2d`` are converted whatever their sparsity, without making their
+    weights dense. Weights get no gradient. ``module`` is not changed. ``torch.export`` takes the result, from torch 2.7
+    on; a program that loads what it saves imports ``lightning_sparse.export`` before. ONNX has no such layers.
 
     Args:
         module: with exact zeros in its weights, or with sparse layers.
@@ -235,6 +236,7 @@ def _(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: Tensor) -> 
 _CONVERTED: dict[type[nn.Module], Any] = {
     nn.Linear: CSRLinear,
     SparseLinear: CSRLinear,
+    BlockLinear: CSRLinear,
     nn.Conv2d: CSRConv2d,
     SparseConv2d: CSRConv2d,
 }

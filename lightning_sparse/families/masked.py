@@ -76,12 +76,13 @@ class MaskedCallback(Stored, SparseCallback):
     storage: Storage = option(
         default="masked",
         doc='``"masked"``: dense weights with exact zeros; ``"sparse"``: layers that hold the nonzeros alone, in '
-        "memory and time in proportion to them (linear layers and 2-d convolutions only).",
+        'memory and time in proportion to them (linear layers and 2-d convolutions only); ``"block"``: the same for '
+        '``pattern="block:RxC"``, which takes less of both (linear layers only).',
     )
     plain_checkpoints: bool | None = option(
         default=None,
-        doc='with ``storage="sparse"``, checkpoints written during a fit have the plain module\'s keys and dense '
-        "weights with exact zeros; False: the nonzeros alone; None: dense if that takes no more than 64 MiB.",
+        doc='with ``storage="sparse"`` or ``"block"``, checkpoints written during a fit have the plain module\'s keys '
+        "and dense weights with exact zeros; False: the nonzeros alone; None: dense if that takes no more than 64 MiB.",
     )
 
     #: what the units of sparsity are

@@ -25,26 +25,28 @@ class Backend(NamedTuple):
         device: type of the device that it computes on.
         dtypes: of the tensors that it takes.
         package: that it needs.
-        extra: which brings that package.
+        install: what brings that package, for ``pip install``.
     """
 
     name: str
     device: str
     dtypes: tuple[torch.dtype, ...]
     package: str
-    extra: str
+    install: str
 
     def suits(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Tell whether it computes on such tensors."""
         return device.type == self.device and dtype in self.dtypes
 
 
-_NUMBA = Backend("numba", "cpu", (torch.float32, torch.float64), package="numba", extra="fast")
+_NUMBA = Backend("numba", "cpu", (torch.float32, torch.float64), "numba", install="'lightning-sparse[fast]'")
+_TRITON = Backend("triton", "cuda", (torch.float32, torch.bfloat16, torch.float16), "triton", install="triton")
 
 #: what there is beside torch's code, the quicker first; a new one is a line here, and a file
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "thresholds": (_NUMBA,),
     "products": (_NUMBA,),
+    "blocks": (_NUMBA, _TRITON),
     "positions": (_NUMBA._replace(dtypes=(torch.int32, torch.int64, torch.float32, torch.float64)),),
     "convolutions": (_NUMBA,),
 }
@@ -97,8 +99,7 @@ def module(kind: str, backend: Backend) -> Any:
     except ImportError as error:
         if asked == backend.name:
             raise ImportError(
-                f"LIGHTNING_SPARSE_KERNELS={backend.name} needs {backend.package}: "
-                f"pip install 'lightning-sparse[{backend.extra}]'"
+                f"LIGHTNING_SPARSE_KERNELS={backend.name} needs {backend.package}: pip install {backend.install}"
             ) from error
         return None
 

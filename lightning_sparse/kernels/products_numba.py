@@ -6,7 +6,6 @@ among threads without changing a bit.
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sparse.kernels.numba_compiler import compiled, pool
+from lightning_sparse.kernels.numba_compiler import compiled, over_rows
 from lightning_sparse.kernels.structure import CSR
 from lightning_sparse.kernels.vectors_numba import add_row, transpose_block
 
@@ -31,7 +30,6 @@ _VECTOR = 512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 256
 _LINE = 64  # bytes of a row that are transposed at once: a line of the cache is read and written as a whole
 _CACHED = 1 << 20  # bytes of X at once, if it pays: rows that come again are still in the cache
 _REPAYS = 32  # nonzeros of a row, on average, for which it pays to copy it, or to read and write it once more
-_SHARED_FROM = 1 << 18  # products
 
 
 def matmul(csr: CSR, values: Tensor, X: Tensor) -> Tensor:
@@ -90,8 +88,9 @@ class _Block(NamedTuple):
     def multiply(self, product: str, csr: CSR, a: Tensor, x: Tensor, b: Tensor) -> None:
         """Add the product to ``b``, as ``add_row`` does; all arrays of columns are as ``take`` returns them."""
         columns = (0, self.width) if self.packed else (self.low, self.high)
-        arrays = (t.contiguous().numpy() for t in (csr.crow, csr.col, a, x, b))
-        _over_rows(_kernel(product, self.width, x.element_size()), self.high - self.low, self.edges, *arrays, *columns)
+        crow, *arrays = (t.contiguous().numpy() for t in (csr.crow, csr.col, a, x, b))
+        kernel = _kernel(product, self.width, x.element_size())
+        over_rows(kernel, crow, self.high - self.low, self.edges, *arrays, *columns)
 
 
 def _blocks(csr: CSR, X: Tensor) -> Iterator[_Block]:
@@ -124,19 +123,6 @@ def _widths(n: int, widest: int, filled: bool) -> Iterator[tuple[int, int, int]]
         if low < high:
             yield width, low, high
         width, low = width // 2, high
-
-
-def _over_rows(kernel: Callable[..., None], n: int, edges: Any, crow: Any, *arguments: Any) -> None:
-    """Run ``kernel(first, last, edges, *arguments)`` for all rows, shared among torch's threads if there is much."""
-    rows, products = len(crow) - 1, int(crow[-1]) * n
-    threads = 1 if products < _SHARED_FROM else min(torch.get_num_threads(), rows)
-    if threads == 1:
-        kernel(0, rows, edges, *arguments)
-        return
-    shares = np.searchsorted(crow, np.linspace(0, crow[-1], threads + 1)[1:-1]).tolist()
-    jobs = [pool(threads).submit(kernel, a, b, edges, *arguments) for a, b in pairwise([0, *shares, rows])]
-    for job in jobs:
-        job.result()
 
 
 @compiled

@@ -43,20 +43,29 @@ class Structure(NamedTuple):
         transposed: those of the transpose.
         permutation: ``values[permutation]`` are the values in the order of ``transposed``, ``(nnz,)``, int32.
         backend: who multiplies, see ``kernels.dispatch``.
+        block: size of the nonzeros, if these are blocks; the rest then is of the matrix of blocks.
     """
 
     matrix: CSR
     transposed: CSR
     permutation: Tensor
     backend: str | None = None
+    block: tuple[int, int] = (1, 1)
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], backend: str | None) -> "Structure":
+    def of(cls, tensors: Sequence[Tensor], backend: str | None, block: tuple[int, int] = (1, 1)) -> "Structure":
         """Make one of its ``tensors``."""
         crow, col, transposed_crow, transposed_col, permutation = tensors
         rows, columns = len(crow) - 1, len(transposed_crow) - 1
         matrix, transposed = CSR(crow, col, (rows, columns)), CSR(transposed_crow, transposed_col, (columns, rows))
-        return cls(matrix, transposed, permutation, backend)
+        return cls(matrix, transposed, permutation, backend, block)
+
+    @property
+    def row_lengths(self) -> Tensor:
+        """Number of nonzeros in each row of the weight, ``(out,)``."""
+        rows, columns = self.block
+        lengths = self.matrix.crow.diff()
+        return lengths if rows == columns == 1 else lengths.mul_(columns).repeat_interleave(rows)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -6,7 +6,6 @@ Triton's interpreter computes, which is slow: ``LIGHTNING_SPARSE_KERNELS=fused``
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
-from lightning_sparse.compat.torch_private import unseen
 from lightning_sparse.kernels.thresholds_torch import TINY, add_rows, near
+from lightning_sparse.kernels.triton_compiler import INTERPRETED, kernel, launch
 
 __all__ = [
+    "INTERPRETED",
     "Rows",
     "add_rows",
     "exponential_penalty",
@@ -31,38 +30,21 @@ __all__ = [
     "variance_penalty",
 ]
 
-#: kernels run on a CPU
-INTERPRETED = triton.knobs.runtime.interpret or not torch.cuda.is_available()
-
-
-def _kernel(function: Any) -> Any:
-    """Return what runs a function of Triton, or one that Triton has: compiled or interpreted."""
-    if not INTERPRETED:
-        return function if isinstance(function, triton.JITFunction) else triton.jit(function)
-    return InterpretedFunction(getattr(function, "fn", function))
-
-
-_sum, _max = _kernel(tl.sum), _kernel(tl.max)
+_sum, _max = kernel(tl.sum), kernel(tl.max)
 _VECTOR = 1024  # elements of a vector that a program takes
-
-
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Start a kernel: the one place where it is done, for launches to be counted."""
-    with unseen() if INTERPRETED else nullcontext():
-        kernel[(programs,)](*arguments, **constants)
 
 
 # ---------------------------------------------------------------------- rows
 
 
-@_kernel
+@kernel
 def _surrogate(x):  # type: ignore[no-untyped-def]
     """Return ``H(x)`` for ``x >= 0``, the long-tailed derivative of the step (DST, Eq. 3)."""
     tail = x * 0 + 0.4  # a constant by itself would be one of float32
     return tl.where(x <= 1, tl.maximum(2 - 4 * x, tail), 0)
 
 
-@_kernel
+@kernel
 def _hard_project(W, tau, out, counts, starts, widths, of, layers, R, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < R
@@ -79,7 +61,7 @@ def _hard_project(W, tau, out, counts, starts, widths, of, layers, R, ROWS: tl.c
     tl.atomic_add(counts + tl.load(layers + row, live, 0), passing, live)
 
 
-@_kernel
+@kernel
 def _hard_gradient(dP, W, tau, dtau, starts, widths, of, R, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < R
@@ -99,7 +81,7 @@ def _hard_gradient(dP, W, tau, dtau, starts, widths, of, R, ROWS: tl.constexpr, 
     tl.store(dtau + row, -total, live)
 
 
-@_kernel
+@kernel
 def _soft_project(W, tau, out, starts, widths, of, R, shrinkage, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < R
@@ -113,7 +95,7 @@ def _soft_project(W, tau, out, starts, widths, of, R, shrinkage, ROWS: tl.conste
         tl.store(out + start + column, w.to(out.dtype.element_ty), inside)
 
 
-@_kernel
+@kernel
 def _soft_gradient(dP, W, tau, dtau, starts, widths, of, R, alpha, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < R
@@ -131,7 +113,7 @@ def _soft_gradient(dP, W, tau, dtau, starts, widths, of, R, alpha, ROWS: tl.cons
     tl.store(dtau + row, -total, live)
 
 
-@_kernel
+@kernel
 def _backward_mask(  # type: ignore[no-untyped-def]
     G, tau, bits, weighted, plain, moments, starts, widths, of, places, R, tiny,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -261,28 +243,28 @@ class Rows:
 # ---------------------------------------------------------------------- vectors
 
 
-@_kernel
+@kernel
 def _through_abs(dt, t, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(dt + place, place < n, 0)
     tl.store(dt + place, tl.where(tl.load(t + place, place < n, 0) < 0, -g, g), place < n)
 
 
-@_kernel
+@kernel
 def _through_sigmoid(dt, t, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     T = 1 / (1 + tl.exp(-tl.load(t + place, place < n, 0)))
     tl.store(dt + place, tl.load(dt + place, place < n, 0) * (T * (1 - T)), place < n)
 
 
-@_kernel
+@kernel
 def _exponential_penalty(dt, t, n, alpha, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     g, x = tl.load(dt + place, place < n, 0), tl.load(t + place, place < n, 0)
     tl.store(dt + place, g - alpha * tl.exp(-x), place < n)
 
 
-@_kernel
+@kernel
 def _variance_penalty(weighted, plain, moments, n, N, beta, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, second = tl.load(moments), tl.load(moments + 1)

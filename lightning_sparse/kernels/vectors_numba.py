@@ -1,6 +1,6 @@
 """What repeats for every nonzero, written in LLVM's vectors, which become whatever registers the processor has.
 
-Functions of numba call these two like functions of their own.
+Functions of numba call these like functions of their own.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from lightning_sparse.kernels.numba_compiler import REORDERED
 
-__all__ = ["add_row", "transpose_block"]
+__all__ = ["add_product", "add_row", "transpose_block"]
 
 
 @intrinsic(prefer_literal=True)
@@ -81,6 +81,50 @@ def transpose_block(typing, size, X, xs, out, outs):  # type: ignore[no-untyped-
         return context.get_dummy_value()
 
     return types.void(size, X, xs, out, outs), generate
+
+
+@intrinsic(prefer_literal=True)
+def add_product(  # type: ignore[no-untyped-def]
+    typing, height, size, count, depth, a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row
+):
+    """Add the product of two matrices to a third, ``c[i] += sum_k a[i, k] b[k]``, so many rows at a time.
+
+    A row of ``c``, ``i in range(count)``, is the ``size`` bytes that begin at ``c_start + i * c_row``; one of ``b``,
+    ``k in range(depth)``, those that begin at ``b_start + k * b_step``; and ``a[i, k]`` is at
+    ``a_start + i * a_row + k * a_step``. The registers hold ``height`` rows of ``c`` beside one of ``b``.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        kinds = [signature.args[k] for k in (4, 8, 11)]
+        a, b, c = _pointers(context, builder, kinds, [arguments[k] for k in (4, 8, 11)])
+        _, _, count, depth, _, a_start, a_row, a_step, _, b_start, b_step, _, c_start, c_row = arguments
+        vectors, index = _Vectors(context, builder, kinds[0].dtype, signature.args[1].literal_value), count.type
+        most = signature.args[0].literal_value
+
+        def at(start: Any, number: Any, stride: Any) -> Any:
+            return builder.add(start, builder.mul(number, stride))
+
+        def tile(first: Any, height: int) -> None:
+            rows = [builder.add(first, index(h)) for h in range(height)]
+            places = [at(c_start, row, c_row) for row in rows]
+            factors = [builder.gep(a, [at(a_start, row, a_row)]) for row in rows]
+            totals = [cgutils.alloca_once_value(builder, vectors.load(c, place)) for place in places]  # type: ignore[no-untyped-call]
+            with cgutils.for_range(builder, depth, intp=index) as loop:  # type: ignore[no-untyped-call]
+                row, step = vectors.load(b, at(b_start, loop.index, b_step)), builder.mul(loop.index, a_step)
+                for total, factor in zip(totals, factors, strict=True):
+                    value = vectors.filled(builder.load(builder.gep(factor, [step])))
+                    builder.store(vectors.add(builder.load(total), vectors.multiply(value, row)), total)
+            for total, place in zip(totals, places, strict=True):
+                vectors.store(builder.load(total), c, place)
+
+        whole = builder.sub(count, builder.srem(count, index(most)))
+        for first, last, height in ((index(0), whole, most), (whole, count, 1)):
+            with cgutils.for_range_slice(builder, first, last, index(height), index) as (i, _):
+                tile(i, height)
+        return context.get_dummy_value()
+
+    n = types.intp
+    return types.void(height, size, n, n, a, n, n, n, b, n, n, c, n, n), generate
 
 
 class _Vectors:

@@ -24,10 +24,12 @@ __all__ = [
     "conv2d",
     "conv2d_gradient",
     "conv2d_gradient_rows",
+    "exact_dtype",
     "linear",
     "linear_gradient",
     "linear_gradient_rows",
     "padded",
+    "without_autocast",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,19 +66,19 @@ def linear_gradient(x: Tensor, delta: Tensor, where: CSR, backend: str | None = 
         where: the elements; it need not be the layer's own nonzeros.
         backend: who multiplies.
     """
-    dtype = _exact(delta.dtype)
+    dtype = exact_dtype(delta.dtype)
     return sampled(where, _columns(delta, dtype, backend), _columns(x, dtype, backend), backend)
 
 
 def conv2d_gradient(x: Tensor, delta: Tensor, where: CSR, geometry: Geometry, backend: str | None = None) -> Tensor:
     """Return the gradient of some elements of a convolution's weight; arguments as in ``linear_gradient``."""
-    dtype = _exact(delta.dtype)
+    dtype = exact_dtype(delta.dtype)
     return convolutions.backend(delta.device, dtype, backend).sampled(where, x, delta, geometry, dtype)
 
 
 def linear_gradient_rows(x: Tensor, delta: Tensor, rows: slice) -> Tensor:
     """Return the gradient of some rows of a linear layer's weight, ``(rows, in)``; ``x`` and ``delta`` as above."""
-    dtype = _exact(delta.dtype)
+    dtype = exact_dtype(delta.dtype)
     outputs = delta.reshape(-1, delta.shape[-1])[:, rows]
     return outputs.t().to(dtype) @ x.reshape(-1, x.shape[-1]).to(dtype)
 
@@ -95,7 +97,7 @@ def conv2d_gradient_rows(
         groups: of the convolution.
     """
     out, per_group, *kernel = shape
-    dtype = _exact(delta.dtype)
+    dtype = exact_dtype(delta.dtype)
     gradient = delta.new_zeros(rows.stop - rows.start, per_group, *kernel, dtype=dtype)
     for images in geometry.chunks(x):
         for group in range(rows.start * groups // out, (rows.stop - 1) * groups // out + 1):
@@ -127,7 +129,7 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
     return x, Geometry(conv.kernel_size, conv.stride, padding, conv.dilation)
 
 
-def _without_autocast(backward: F) -> F:
+def without_autocast(backward: F) -> F:
     """Have a backward pass within autocast, as ``manual_backward`` runs it, compute in the dtypes that it chooses."""
 
     @wraps(backward)
@@ -145,7 +147,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, weight: Structure) -> Tensor:
         ctx.save_for_backward(x, values, *weight.tensors)  # let go after the backward pass, the graph may live on
         ctx.backend = weight.backend
-        dtype = _exact(values.dtype)
+        dtype = exact_dtype(values.dtype)
         y = matmul(weight.matrix, values.to(dtype), _columns(x, dtype, weight.backend), weight.backend)
         if bias is not None:
             y += bias.to(dtype).unsqueeze(1)
@@ -153,10 +155,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
-        weight, dtype = Structure.of(indices, ctx.backend), _exact(values.dtype)
+        weight, dtype = Structure.of(indices, ctx.backend), exact_dtype(values.dtype)
         G = _columns(gradient, dtype, ctx.backend)
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
@@ -175,17 +177,17 @@ class _Conv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, values, *weight.tensors)
         ctx.backend, ctx.geometry = weight.backend, geometry
-        dtype = _exact(values.dtype)
+        dtype = exact_dtype(values.dtype)
         code = convolutions.backend(x.device, dtype, weight.backend)
         y = code.convolve(weight.matrix, values.to(dtype), x, geometry)
         return y if bias is None else y.add_(bias.to(dtype).view(-1, 1, 1))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
-        weight, dtype = Structure.of(indices, ctx.backend), _exact(values.dtype)
+        weight, dtype = Structure.of(indices, ctx.backend), exact_dtype(values.dtype)
         code = convolutions.backend(x.device, dtype, ctx.backend)
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         dx, dvalues = code.gradients(weight, values.to(dtype), x, gradient, ctx.geometry, wanted)
@@ -193,7 +195,8 @@ class _Conv2d(torch.autograd.Function):
         return dx, None if dvalues is None else dvalues.to(values.dtype), dbias, None, None
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what products run in."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -9,14 +9,14 @@ are.
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat import checks, torch_private
 from lightning_sparse.kernels.products import DENSE
-from lightning_sparse.kernels.structure import Structure, check_csr, check_positions, flat_positions, structure
+from lightning_sparse.kernels.structure import CSR, Structure, check_csr, check_positions, flat_positions, structure
 from lightning_sparse.layers.densely import conv2d_densely, linear_densely
 from lightning_sparse.layers.functional import conv2d, linear, padded
 from lightning_sparse.layers.stand_in import StandIn
@@ -26,6 +26,7 @@ __all__ = [
     "SparseConv2d",
     "SparseLayer",
     "SparseLinear",
+    "check_drawn",
     "dense_weight",
     "make_dense_",
     "make_sparse_",
@@ -33,7 +34,6 @@ __all__ = [
     "to_dense",
 ]
 
-_DERIVED = ("transposed_crow", "transposed_col", "permutation")
 _SAVED = ("values", "crow", "col", "weight_shape")
 _CSR = ("crow", "col", "values")
 
@@ -55,7 +55,14 @@ class SparseLayer(nn.Module):
         backend: who multiplies, see ``kernels.dispatch``; ``"dense"``: a dense weight, made for each pass; None: the
             sparse one that is quicker as a rule.
         full_name: of the weight in the module that is trained; None: not known.
+        products: the kind of kernels that compute it, a key of ``kernels.dispatch.BACKENDS``.
+        indices: names of the tensors of its structure.
+        block: size of what the structure has for nonzeros.
     """
+
+    products: ClassVar[str] = "products"
+    indices: ClassVar[tuple[str, ...]] = ("crow", "col", "transposed_crow", "transposed_col", "permutation")
+    block: tuple[int, int] = (1, 1)
 
     bias: nn.Parameter | None
     crow: Tensor
@@ -107,8 +114,12 @@ class SparseLayer(nn.Module):
     @property
     def structure(self) -> Structure:
         """Where the nonzeros are, as products need it."""
-        tensors = self.crow, self.col, self.transposed_crow, self.transposed_col, self.permutation
-        return Structure.of(tensors, self.backend)
+        return Structure.of([getattr(self, name) for name in self.indices], self.backend, self.block)
+
+    @property
+    def matrix(self) -> CSR:
+        """The weight as a matrix of its nonzeros one by one."""
+        return self.structure.matrix
 
     def set_connections(self, positions: Tensor, values: Tensor) -> None:
         """Exchange the nonzeros; ``values`` stays the same parameter object, though of another length.
@@ -177,7 +188,7 @@ class SparseLayer(nn.Module):
         Raises:
             RuntimeError: it is not a vector of as many values.
         """
-        if name == "weight" and (param is None or param.shape != self.col.shape):
+        if name == "weight" and (param is None or param.shape != self.values.shape):
             self._refuse_exchange(param)
         super().register_parameter(name, param)
 
@@ -188,9 +199,15 @@ class SparseLayer(nn.Module):
             f"exclude=[{self.full_name or '...'!r}], or train with storage='masked'."
         )
 
+    def register_structure(self, found: Structure) -> None:
+        """Hold the structure in buffers; what a state has of it is written and read below."""
+        for name in self.indices:
+            self.register_buffer(name, None, persistent=False)
+        self._set_structure(found)
+
     def _set_structure(self, found: Structure) -> None:
-        tensors = [_trainable(x) for x in found.tensors]
-        self.crow, self.col, self.transposed_crow, self.transposed_col, self.permutation = tensors
+        for name, tensor in zip(self.indices, found.tensors, strict=True):
+            setattr(self, name, _trainable(tensor))
 
     def _set_values(self, values: Tensor) -> None:
         """Exchange the parameter's data for that of another length."""
@@ -212,10 +229,10 @@ class SparseLayer(nn.Module):
     def _nonzeros(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, tuple[int, ...]]:
         """Return what dense products need: values and bias in this dtype, positions and shape.
 
-        Positions are kept for as long as the columns are, which are exchanged as a whole.
+        Positions are kept for as long as the permutation is, which is exchanged as a whole.
         """
-        if self._found is None or self._found[0] is not self.col:
-            self._found = self.col, self.positions
+        if self._found is None or self._found[0] is not self.permutation:
+            self._found = self.permutation, self.positions
         bias = None if self.bias is None else self.bias.to(dtype)
         return self.values.to(dtype), bias, self._found[1], self.shape
 
@@ -224,9 +241,11 @@ class SparseLayer(nn.Module):
         entries: dict[str, Any] = {}
         super()._save_to_state_dict(entries, prefix, keep_vars)
         values = entries.pop(f"{prefix}weight")
-        for name in _SAVED[1:] if self.plain else ():
-            del entries[prefix + name]
-        weight = {f"{prefix}weight": self.dense_weight()} if self.plain else {f"{prefix}values": values}
+        if self.plain:
+            del entries[f"{prefix}weight_shape"]
+            weight = {f"{prefix}weight": self.dense_weight()}
+        else:
+            weight = {f"{prefix}values": values, f"{prefix}crow": self.crow, f"{prefix}col": self.col}
         destination.update(weight | entries)
 
     def _load_from_state_dict(
@@ -263,21 +282,21 @@ class SparseLayer(nn.Module):
                 raise ValueError(f"{prefix}values belong to a weight of shape {held}, not {list(self.shape)}.")
             vectors = {prefix + name: given.get(name, getattr(self, name).detach()) for name in _CSR}
             check_csr(vectors, self.shape, getattr(self, "groups", 1))
+            crow, col, _ = (x.to(self.values.device) for x in vectors.values())
+            found = self.structure_at(flat_positions(crow, col, self.shape))
         except ValueError as error:
             error_msgs.append(str(error))
             return
-        if given.keys() >= {"values", "col"} and len(given["values"]) != self.nnz:
-            self._set_values(self.values.data.new_empty(len(given["values"])))
-            self.col = self.col.new_zeros(len(given["col"]))
-        indices = {prefix + name: given[name].int() for name in _CSR[:2] if name in given}
+        missing_keys += [prefix + name for name in _CSR[:2] if name not in given]
+        state_dict = {key: x for key, x in state_dict.items() if key.removeprefix(prefix) not in _CSR}
         if "values" in given:
-            state_dict = {key: x for key, x in state_dict.items() if key != f"{prefix}values"}
+            if len(given["values"]) != self.nnz:
+                self._set_values(self.values.data.new_empty(len(given["values"])))
             state_dict[f"{prefix}weight"] = given["values"]
         super()._load_from_state_dict(
-            {**state_dict, **indices}, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if indices:
-            self._set_structure(self.structure_at(self.positions))
+        self._set_structure(found)
 
 
 class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # weight is no attribute
@@ -315,12 +334,17 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # w
         nn.Module.__init__(self)
         checks.integer(1, "It is the size of the input's last dimension.", in_features=in_features)
         checks.integer(1, "It is the size of the output's last dimension.", out_features=out_features)
-        _check_drawn(nnz, bias, generator, dtype)
+        checks.integer(0, "It is the number of nonzeros.", nnz=nnz)
+        check_drawn(bias, generator, dtype)
         _draw_into(self, nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype), nnz, generator)
 
     @property
     def shape(self) -> tuple[int, int]:  # noqa: D102  (inherited)
         return self.out_features, self.in_features
+
+    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the output, in any dtype; ``dtype`` is the one that is asked for."""
+        return linear(x, self.values, self.bias, self.structure)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as nn.Linear names it)
         """Return ``x W.T + bias`` for ``x`` ``(..., in_features)``."""
@@ -328,7 +352,7 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]  # w
         with torch.autocast(x.device.type, enabled=False):
             if self.backend == DENSE:
                 return linear_densely(x.to(dtype), *self._nonzeros(dtype))
-            return linear(x, self.values, self.bias, self.structure).to(dtype)
+            return self._multiply(x, dtype).to(dtype)
 
 
 class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc, override]  # weight is no attribute
@@ -391,7 +415,8 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc, override]  # w
         if padding not in ("valid", "same"):
             checks.pair(0, "Also 'same' and 'valid' are known.", padding=padding)  # type: ignore[arg-type]
         checks.one_of(("zeros", "reflect", "replicate", "circular"), padding_mode=padding_mode)
-        _check_drawn(nnz, bias, generator, dtype)
+        checks.integer(0, "It is the number of nonzeros.", nnz=nnz)
+        check_drawn(bias, generator, dtype)
         dense = nn.Conv2d(
             in_channels,
             out_channels,
@@ -464,12 +489,8 @@ def make_sparse_(layer: nn.Linear | nn.Conv2d, positions: Tensor, generator: Gen
     torch_private.set_parameters(layer, {"weight": values, "bias": bias})
     layer.__class__ = _SPARSE[type(layer)]  # type: ignore[assignment]
     assert isinstance(layer, SparseLayer)
-    layer.register_buffer("crow", found.matrix.crow)
-    layer.register_buffer("col", found.matrix.col)
     layer.register_buffer("weight_shape", torch.tensor(shape, device=values.device))
-    for name in _DERIVED:
-        layer.register_buffer(name, None, persistent=False)
-    layer._set_structure(found)
+    layer.register_structure(found)
     return layer
 
 
@@ -479,12 +500,12 @@ def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
     if not isinstance(layer, SparseLayer):
         raise TypeError(f"layer must be a SparseLinear or SparseConv2d, got one of type {type(layer).__name__}.")
     weight = nn.Parameter(layer.dense_weight(), layer.values.requires_grad)
-    for name in ("crow", "col", "weight_shape", *_DERIVED):
+    for name, _ in [*layer.named_buffers(recurse=False)]:
         delattr(layer, name)
-    for name in ("plain", "backend", "full_name", "_found"):
+    for name in ("plain", "backend", "full_name", "_found", "block"):
         vars(layer).pop(name, None)
     torch_private.set_parameters(layer, {"weight": weight, "bias": layer.bias})
-    layer.__class__ = _DENSE[type(layer)]  # type: ignore[assignment]
+    layer.__class__ = next(_DENSE[kind] for kind in type(layer).mro() if kind in _DENSE)  # type: ignore[assignment]
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     return layer
 
@@ -526,9 +547,8 @@ def _copy(layer: Layer) -> Layer:
     return twin
 
 
-def _check_drawn(nnz: object, bias: object, generator: object, dtype: object) -> None:
-    """Raise unless a sparse layer can be drawn with these arguments; how many nonzeros fit, ``_draw_into`` knows."""
-    checks.integer(0, "It is the number of nonzeros.", nnz=nnz)  # type: ignore[arg-type]  # may be anything
+def check_drawn(bias: object, generator: object, dtype: object) -> None:
+    """Raise unless a sparse layer can be drawn with these arguments."""
     checks.flag(bias=bias)  # type: ignore[arg-type]
     if generator is not None and not (isinstance(generator, Generator) and generator.device.type == "cpu"):
         raise ValueError(f"generator must be a torch.Generator on the CPU, or None, got {generator!r}.")

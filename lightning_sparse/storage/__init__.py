@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from lightning_sparse.layers.blocks import BlockLinear, make_blocks_
 from lightning_sparse.layers.sparse import (
     SparseConv2d,
     SparseLayer,
@@ -10,6 +11,7 @@ from lightning_sparse.layers.sparse import (
     make_sparse_,
     to_dense,
 )
+from lightning_sparse.storage.blocks import BlockStore
 from lightning_sparse.storage.checkpoint import load_dense
 from lightning_sparse.storage.masked import MaskedStore
 from lightning_sparse.storage.sparse import SparseStore
@@ -17,14 +19,20 @@ from lightning_sparse.storage.store import Storage, Store, Stored
 
 __all__ = [
     "STORES",
+    "BlockLinear",
     "SparseConv2d",
     "SparseLayer",
     "SparseLinear",
     "load_dense",
+    "make_blocks_",
     "make_dense_",
     "make_sparse_",
     "to_dense",
 ]
 
 #: the stores by the names of the argument ``storage``
-STORES: dict[Storage, Callable[[Stored], Store]] = {"masked": MaskedStore, "sparse": SparseStore}
+STORES: dict[Storage, Callable[[Stored], Store]] = {
+    "masked": MaskedStore,
+    "sparse": SparseStore,
+    "block": BlockStore,
+}

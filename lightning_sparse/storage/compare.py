@@ -75,7 +75,7 @@ def difference(trainer: Trainer, module: LightningModule, batch: Any, index: int
         return str(error)
     except Exception as error:  # of foreign code, or memory
         rank_zero_info(
-            f"storage='sparse': {type(module).__name__} could not be compared with the dense module, since "
+            f"Sparse layers: {type(module).__name__} could not be compared with the dense module, since "
             f"training_step failed on a copy before the first step ({type(error).__name__}: {error})."
         )
         return None

@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 
 from lightning_sparse.accounting.timing import seconds
 from lightning_sparse.compat.compiled import Uncompiled
-from lightning_sparse.kernels.products import DENSE, candidates
+from lightning_sparse.kernels import dispatch
+from lightning_sparse.kernels.dispatch import DENSE
 from lightning_sparse.layers.sparse import SparseLayer
 from lightning_sparse.layers.unit_activity import Hooks
 
@@ -80,7 +81,8 @@ class Inputs(Hooks):
 
 def backends(layer: SparseLayer) -> list[str]:
     """Return the names of the sparse backends that a layer may have; the first is the quicker one as a rule."""
-    return candidates(layer.values.device, torch.promote_types(layer.values.dtype, torch.float32))
+    dtype = torch.promote_types(layer.values.dtype, torch.float32)
+    return list(dispatch.candidates(layer.products, layer.values.device, dtype))
 
 
 def ways(layer: SparseLayer) -> list[str]:

@@ -8,7 +8,7 @@ state and what processes average have that size, too.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from lightning_sparse.storage.checkpoint import make_state_sparse, sparse_entrie
 from lightning_sparse.storage.compare import COMPARED_LIMIT, difference
 from lightning_sparse.storage.measure import Inputs, backends, choose, measure_all, ways
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
-from lightning_sparse.storage.store import Store, Stored
+from lightning_sparse.storage.store import Storage, Store, Stored
 from lightning_sparse.trainer.adopt import Adoption, adopt
 from lightning_sparse.trainer.after import After
 from lightning_sparse.trainer.agreement import refuse_broken_positions
@@ -49,13 +49,14 @@ __all__ = ["DENSE_LIMIT", "SparseStore"]
 #: the dense module, at the fit's end
 DENSE_LIMIT = 64 << 20
 
-_INDICES = ("crow", "col", "weight_shape", "transposed_crow", "transposed_col", "permutation")
-
 
 class SparseStore(Store):
     """Layers that hold the nonzeros alone, for methods whose growth needs no dense tensor."""
 
-    name = "sparse"
+    name: Storage = "sparse"
+
+    #: types of the layers that it exchanges, exactly these
+    exchanged: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
 
     def __init__(self, method: Stored) -> None:
         super().__init__(method)
@@ -68,6 +69,10 @@ class SparseStore(Store):
     def _weights(self) -> list[SparseWeight]:
         weights = list(self.method._weights.values())
         return [weight for weight in weights if isinstance(weight, SparseWeight)]
+
+    def weight(self, name: str, shape: Sequence[int], layer: nn.Module | None) -> SparseWeight:
+        """Return a weight of a layer, sparse or about to be made so; None: its layer is not known."""
+        return SparseWeight(name, shape, layer)
 
     # ------------------------------------------------------------------ the exchange of layers
 
@@ -105,13 +110,30 @@ class SparseStore(Store):
             # an earlier fit left them so, or there are none; adopt looks whether they are what was asked for
             if choices and not method._weights:
                 method.refuse_made_sparse([choice.name for choice in choices])
-            weights = [SparseWeight(choice.name, choice.shape, choice.sparse) for choice in choices]
+            weights = [self.weight(choice.name, choice.shape, choice.sparse) for choice in choices]
         else:
-            _refuse_layers(method, module, choices)
-            weights = [SparseWeight(c.name, c.shape, module.get_submodule(_prefix(c.name))) for c in choices]
+            self._refuse_layers(module, choices)
+            weights = [self.weight(c.name, c.shape, module.get_submodule(_prefix(c.name))) for c in choices]
             with torch.device("cpu"):  # where draws are made, whatever the device that configure_model builds on
                 self._give_connections(weights, choices, trainer)
         self._hold(weights, trainer, module)
+
+    def _refuse_layers(self, module: nn.Module, choices: Sequence[ParameterChoice]) -> None:
+        """Raise if a weight is not that of a plain layer that the store exchanges alone."""
+        problems = []
+        for choice in choices:
+            prefix, _, local = choice.name.rpartition(".")
+            owner = module.get_submodule(prefix)
+            if type(owner) not in self.exchanged or local != "weight":
+                problems.append(f"{choice.name} ({choice.layer})")
+            elif choice.tied:
+                problems.append(f"{choice.name} ({choice.layer}: a sparse layer cannot share its weight)")
+        if problems:
+            plain = " and ".join(f"nn.{kind.__name__}" for kind in self.exchanged)
+            raise MisconfigurationException(
+                f"{self.method!r} can exchange plain {plain} layers only, not "
+                f"{', '.join(problems)}. Leave them dense with exclude=[...], or use storage='masked'."
+            )
 
     def _give_connections(
         self, weights: Sequence[SparseWeight], choices: Sequence[ParameterChoice], trainer: Trainer
@@ -134,16 +156,18 @@ class SparseStore(Store):
         for weight in weights:
             weight.sparse.plain = self._plain
         # all processes make the same indices; values that change their length are averaged in after_backward
-        names = (*_INDICES, "weight") if self.method.resizes else _INDICES
-        ignored = Ignored(module, [f"{_prefix(weight.name)}.{name}" for weight in weights for name in names])
+        more = ("weight",) if self.method.resizes else ()
+        names = [(weight, (*weight.sparse.indices, "weight_shape", *more)) for weight in weights]
+        ignored = Ignored(module, [f"{_prefix(weight.name)}.{name}" for weight, own in names for name in own])
         self.method._fit.handles.append(ignored)
         if self.method.resizes and is_a(trainer.strategy, "DDPStrategy"):
             ignored.refuse_nothing_left()
 
     # ------------------------------------------------------------------ a fit begins and ends
 
-    def holds(self, choice: ParameterChoice) -> bool:  # noqa: D102  (inherited)
-        return choice.sparse is not None
+    def holds(self, choice: ParameterChoice) -> bool:
+        """Tell whether the layer holds its nonzeros one by one."""
+        return choice.sparse is not None and choice.sparse.block == (1, 1)
 
     def begin_fit(self, trainer: Trainer) -> None:
         """Have all processes begin with the same layers."""
@@ -167,7 +191,7 @@ class SparseStore(Store):
                 f"No optimizer owns {sorted(shapes.keys() - here.keys())}, which {self.method!r} has made sparse. "
                 "Leave them out with exclude, or return them from configure_optimizers."
             )
-        weights: dict[str, Weight] = {c.name: SparseWeight(c.name, c.shape, c.sparse) for c in choices}
+        weights: dict[str, Weight] = {c.name: self.weight(c.name, c.shape, c.sparse) for c in choices}
         self.method.refuse_number([*weights.values()])
         return "resumed" if of_checkpoint else "continued", weights
 
@@ -250,7 +274,7 @@ class SparseStore(Store):
         seconds, self._inputs = trainer.strategy.broadcast(seconds), None
         self._backends |= choose(layers, seconds)
         if seconds:
-            rank_zero_info(f"storage='sparse' computes as is quickest here: {_told(self._backends, seconds)}.")
+            rank_zero_info(f"storage={self.name!r} computes as is quickest here: {_told(self._backends, seconds)}.")
 
     def after_backward(self, trainer: Trainer) -> None:
         """Average the gradients that DDP leaves alone, whenever DDP has averaged the others."""
@@ -279,7 +303,7 @@ class SparseStore(Store):
     def _load(self, name: str, state: Mapping[str, Any], held: Mapping[str, Weight]) -> Weight:
         exchanged = held.get(name)  # for this fit, of which a tuner has tried some steps
         layer = exchanged.layer if isinstance(exchanged, SparseWeight) else None
-        return SparseWeight(name, state["shape"].tolist(), layer)
+        return self.weight(name, state["shape"].tolist(), layer)
 
     def restore(self, weight: Weight, saved: Weight) -> None:
         """Raise: the connections are in the module's part of a checkpoint."""
@@ -356,23 +380,6 @@ def _refuse_matrix_optimizers(method: Stored, trainer: Trainer) -> None:
                 f"{type(optimizer).__name__} trains matrices, but {method!r} holds {listed(sorted(names))} as vectors "
                 "of nonzeros. Give them to another optimizer such as AdamW, or use storage='masked'."
             )
-
-
-def _refuse_layers(method: Stored, module: nn.Module, choices: Sequence[ParameterChoice]) -> None:
-    """Raise if a weight is not that of a plain linear layer or 2-d convolution alone."""
-    problems = []
-    for choice in choices:
-        prefix, _, local = choice.name.rpartition(".")
-        owner = module.get_submodule(prefix)
-        if type(owner) not in (nn.Linear, nn.Conv2d) or local != "weight":
-            problems.append(f"{choice.name} ({choice.layer})")
-        elif choice.tied:
-            problems.append(f"{choice.name} ({choice.layer}: a sparse layer cannot share its weight)")
-    if problems:
-        raise MisconfigurationException(
-            f"{method!r} can exchange plain nn.Linear and nn.Conv2d layers only, not "
-            f"{', '.join(problems)}. Leave them dense with exclude=[...], or use storage='masked'."
-        )
 
 
 def _prefix(name: str) -> str:

@@ -13,6 +13,7 @@ from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.storage import shards
 from lightning_sparse.storage.checkpoint import load_for
 from lightning_sparse.storage.optimizers import carry_over
@@ -24,7 +25,7 @@ from lightning_sparse.weights.group import WeightGroups
 
 __all__ = ["Storage", "Store", "Stored"]
 
-Storage = Literal["masked", "sparse"]
+Storage = Literal["masked", "sparse", "block"]
 
 
 class Store(ABC):
@@ -188,6 +189,8 @@ class Stored(Verbs, Callback, ABC):
     include: Sequence[str] | None
     exclude: Sequence[str]
     plain_checkpoints: bool | None
+    pattern: Pattern
+    pattern_name: str
 
     #: layers pass connections on to each other, so their values change their length
     resizes: bool = False

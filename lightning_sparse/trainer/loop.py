@@ -189,7 +189,7 @@ class Attached:
         """
         if self._handles:
             raise RuntimeError("load_state_dict must be called before the context is entered. Call it before `with`.")
-        if getattr(self.method, "storage", "masked") == "sparse":
+        if getattr(self.method, "storage", "masked") != "masked":
             raise RuntimeError(
                 f"{self.method!r} cannot go on in a loop of your own, since its layers hold the nonzeros alone. Use "
                 "storage='masked', or a Trainer, which resumes both."

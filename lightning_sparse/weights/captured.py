@@ -149,7 +149,8 @@ def _of_call(layer: SparseLayer, h: Tensor, delta: Tensor, where: CSR | slice) -
     if isinstance(layer, SparseLinear):
         if isinstance(where, slice):
             return functional.linear_gradient_rows(h, delta, where)
-        return functional.linear_gradient(h, delta, where, layer.backend)
+        backend = layer.backend if layer.products == "products" else None  # blocks have others
+        return functional.linear_gradient(h, delta, where, backend)
     conv: Any = layer
     x, delta = (h, delta) if h.ndim == 4 else (h.unsqueeze(0), delta.unsqueeze(0))
     x, geometry = functional.padded(conv, x)

@@ -144,16 +144,20 @@ class SparseWeight(Weight):
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Make the layer sparse, with its own values at ``positions``; one on the meta device has them drawn."""
         self._drawn = self.given.is_meta
-        assert isinstance(self.layer, (nn.Linear, nn.Conv2d))
-        self.layer = make_sparse_(self.layer, positions, generator)
-        self.layer.full_name = self.name
-        self.parameter, self.mask_version = self.layer.values, new_version()
+        self.layer = layer = self._made_sparse(positions, generator)
+        layer.full_name = self.name
+        self.parameter, self.mask_version = layer.values, new_version()
         trim_after(self)
+
+    def _made_sparse(self, positions: Tensor, generator: Generator) -> SparseLayer:
+        """Return the layer, made sparse in place."""
+        assert isinstance(self.layer, (nn.Linear, nn.Conv2d))
+        return make_sparse_(self.layer, positions, generator)
 
     def scale_to_fan_in_(self) -> None:
         """Do as ``Weight.scale_to_fan_in_``, unless the values have been drawn for the actual fan-in."""
         if not self._drawn:
-            fan_in = self.sparse.crow.diff()
+            fan_in = self.sparse.structure.row_lengths
             factor = (math.prod(self.shape[1:]) / fan_in.clamp(min=1).double()).sqrt()
             self.values.mul_(factor.repeat_interleave(fan_in, output_size=self.num_active))
 
@@ -178,7 +182,7 @@ class SparseWeight(Weight):
             gradient = rearranged(old, self.gradient_at(grown))
             gradient = old.copy_(gradient) if len(old) == len(gradient) else gradient
         values = rearranged(self.values, new)
-        rows, lengths = rows_of(grown, self.shape).to(fresh.device), found.matrix.crow.diff()
+        rows, lengths = rows_of(grown, self.shape).to(fresh.device), found.row_lengths
         others = lengths - torch.bincount(rows, minlength=len(lengths))
         for kept in optimizer_states(self):
             for key, state in elementwise(kept, self):

@@ -14,6 +14,7 @@ from lightning_sparse.bench import convolutions, measure, program
 from lightning_sparse.bench import storage as benchmarks
 from lightning_sparse.bench.__main__ import main
 from lightning_sparse.compat.lightning import PACKAGE
+from lightning_sparse.kernels import dispatch
 
 SMALL = ["--network", "lenet300", "--batch", "2", "--rounds", "1", "--seconds", "0.001"]
 
@@ -69,6 +70,14 @@ def test_each_convolution_has_a_line_of_ratios(printed, monkeypatch):
     assert len(lines) == 1 + 2
     for line in lines[1:]:
         assert re.fullmatch(rf"0.5 .* dense {NUMBER} ms  numba {MIDDLE}  torch {MIDDLE}(  sparseprop .*)?", line), line
+
+
+def test_each_form_of_a_layer_of_blocks_has_a_line_of_ratios(printed, monkeypatch):
+    monkeypatch.setattr(dispatch, "module", lambda kind, backend: None)  # nothing is compiled
+    lines = printed("blocks", "--width", "32", "--sparsities", "0.5")
+    assert len(lines) == 1 + 1 + 2
+    for line, form in zip(lines[2:], ("blocks", "single nonzeros"), strict=True):
+        assert re.fullmatch(rf"0.5  {form}, torch +{MIDDLE}", line), line
 
 
 def test_updates_are_timed_with_both_storages(printed):

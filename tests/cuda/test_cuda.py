@@ -30,7 +30,7 @@ from torch import nn
 from lightning_sparse import DFBST, RigL, SparsityMonitor
 from lightning_sparse.kernels import geometry
 from lightning_sparse.rules import select
-from lightning_sparse.storage import SparseConv2d, SparseLayer, SparseLinear, load_dense
+from lightning_sparse.storage import BlockLinear, SparseConv2d, SparseLayer, SparseLinear, load_dense
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -274,3 +274,32 @@ def test_compiled_training_is_that_of_eager():
         assert torch.equal(ours.masks[name].cpu(), mask.cpu())
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.allclose(x.cpu(), y.cpu(), atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("block", [(16, 16), (64, 32), (3, 4)])
+def test_layers_of_blocks_multiply_as_dense_ones_in_the_precision_that_is_asked_for(block, dtype, tolerance, backend):
+    layer = BlockLinear(8 * block[1], 7 * block[0], 20, block, generator=torch.Generator().manual_seed(0)).cuda()
+    dense, layer.backend = layer.to_dense(), backend
+    ours, theirs = (torch.randn(300, layer.in_features, device="cuda").requires_grad_() for _ in range(2))
+    theirs.data.copy_(ours)
+    for model, x in ((layer, ours), (dense, theirs)):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            y = model(x)
+        assert y.dtype == dtype
+        y.float().pow(2).sum().backward()
+    gradients = (ours.grad, theirs.grad), (layer.values.grad, dense.weight.grad.flatten()[layer.positions])
+    for a, b in (*gradients, (layer.bias.grad, dense.bias.grad)):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_blocks_train_as_masks_do():
+    weights = []
+    for storage in ("masked", "block"):
+        callback = RigL(0.6, pattern="block:2x2", update_every=5, seed=3, storage=storage)
+        module, _ = fit(callback, exact(mlp), loader(dtype=torch.float64), precision="64-true", **GPU)
+        weights.append((callback.masks, module.state_dict()))
+    (masks, theirs), (others, ours) = weights
+    assert same(on_cpu(masks), on_cpu(others))
+    assert all(torch.allclose(x, ours[name], rtol=0, atol=1e-10) for name, x in theirs.items())

@@ -180,7 +180,8 @@ def test_wrong_choice_of_kernels_is_refused(monkeypatch):
     monkeypatch.setenv("LIGHTNING_SPARSE_KERNELS", "fortran")
     dispatch.module.cache_clear()
     with pytest.raises(
-        ValueError, match="LIGHTNING_SPARSE_KERNELS must be 'auto', 'torch', 'numba' or 'fused', got 'fortran'"
+        ValueError,
+        match="LIGHTNING_SPARSE_KERNELS must be 'auto', 'torch', 'numba', 'triton' or 'fused', got 'fortran'",
     ):
         thresholds.for_tensors(torch.zeros(1, 1), torch.zeros(1, 1))
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from processes import run_fresh
 from torch import nn
 
-from lightning_sparse.kernels import convolutions_numba, dispatch, products, products_numba
+from lightning_sparse.kernels import convolutions_numba, dispatch, numba_compiler, products, products_numba
 from lightning_sparse.kernels.geometry import Geometry
 from lightning_sparse.kernels.structure import flat_positions, structure
 from lightning_sparse.storage import SparseConv2d, SparseLinear, make_dense_, make_sparse_
@@ -106,7 +106,7 @@ def test_convolution_equals_dense(backend, data, density, bias, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("copied", [False, True])
 def test_products_are_right_beyond_a_vector_a_tile_and_on_several_threads(backend, n, dtype, copied, monkeypatch):
-    monkeypatch.setattr(products_numba, "_SHARED_FROM", 1)
+    monkeypatch.setattr(numba_compiler, "_SHARED_FROM", 1)
     monkeypatch.setattr(products_numba, "_REPAYS", 1 if copied else 1 << 20)
     monkeypatch.setattr(products_numba, "_CACHED", 1 << 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
@@ -134,7 +134,7 @@ def test_compiled_products_do_not_depend_on_vectors_tiles_and_threads(n, monkeyp
     csr, values, X = layer.structure.matrix, layer.values.detach(), torch.randn(200, n)
     product = products_numba.matmul(csr, values, X)
     gradient = products_numba.sampled(csr, product, X)
-    monkeypatch.setattr(products_numba, "_SHARED_FROM", 1)
+    monkeypatch.setattr(numba_compiler, "_SHARED_FROM", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert torch.equal(products_numba.sampled(csr, product, X), gradient)
     monkeypatch.setattr(products_numba, "_REPAYS", 1)

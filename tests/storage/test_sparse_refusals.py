@@ -66,7 +66,7 @@ def test_other_methods_refuse_sparse_layers(monkeypatch):
 
 @pytest.mark.parametrize("method", [SET, RigL, GGR, ITOP, MEST, DSR, MemoryEfficientDST, RandomPruning])
 def test_arguments_are_checked(method):
-    with pytest.raises(ValueError, match=r"storage must be one of \['masked', 'sparse'\], got 'dense'"):
+    with pytest.raises(ValueError, match=r"storage must be one of \['block', 'masked', 'sparse'\], got 'dense'"):
         method(0.8, storage="dense")
     with pytest.raises(ValueError, match=r"plain_checkpoints is for storage='sparse', got True with storage='masked'"):
         method(0.8, plain_checkpoints=True)
