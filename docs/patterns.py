@@ -8,6 +8,7 @@ pays. Networks, densities, patterns, methods, seeds, images and epochs may be ch
 
 import argparse
 import csv
+import logging
 import statistics
 import subprocess
 import time
@@ -25,6 +26,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sparse import GMP, SET, RigL, SRigL
+from lightning_sparse.export import to_csr
+from lightning_sparse.rules import sampling
+from lightning_sparse.rules.fan_in import FanIn
 from lightning_sparse.storage import SparseLinear
 from lightning_sparse.zoo.data import MNISTDataModule
 from lightning_sparse.zoo.models import LeNet300
@@ -56,7 +60,7 @@ METHODS: dict[str, Callable[..., pl.Callback]] = {
     "SET": SET,
     "GMP": partial(GMP, begin_at=0.2, end_at=0.75, update_every=10, scope="layer"),
 }
-RESULTS = ("accuracy", "density", "seconds", "revision")
+RESULTS = ("accuracy", "active", "seconds", "revision")
 
 
 class Run(NamedTuple):
@@ -95,7 +99,7 @@ class Batches(IterableDataset):
 
 
 def trained(data, run: Run):
-    """Train; return accuracy in percent on the test images and the density."""
+    """Train; return accuracy in percent on the test images and the share of active weights."""
     pl.seed_everything(run.seed, verbose=False)
     rate = lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4)  # noqa: E731
     module, callback = NETWORKS[run.network][0](optimizer=rate), run.callback
@@ -179,33 +183,41 @@ def layers(density: float, generator: torch.Generator) -> dict[str, nn.Module]:
     size = 4096
     random = torch.rand(size, size, generator=generator)
     dense = nn.Linear(size, size)
-    fan_in = random.argsort(1) < round(density * size)
+    kept = FanIn().draw(round(density * size) * size, (size, size), generator)
+    positions = {"unstructured": sampling.distinct(len(kept), size * size, generator), "fan-in": kept}
     blocks = torch.rand(size // 4, size // 4, generator=generator) < density
-    masks = {"unstructured": random < density, "fan-in": fan_in, "block:4x4": blocks.repeat_interleave(4, 0)}
-    masks["block:4x4"] = masks["block:4x4"].repeat_interleave(4, 1)
-    sparse = {name: SparseLinear.from_dense(dense, mask.view(-1).nonzero().view(-1)) for name, mask in masks.items()}
+    mask = blocks.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    positions["block:4x4"] = mask.view(-1).nonzero().view(-1)
+    sparse = {name: SparseLinear.from_dense(dense, found) for name, found in positions.items()}
     return {"dense": dense, **sparse, "row": nn.Linear(size, round(density * size))}
 
 
 def times(chosen):
     """Print times of a training step and of inference of a layer, over those of the dense one, in the same rounds."""
-    print("| density | batch | " + " | ".join(f"{name}: step, inference" for name in PATTERNS if name != "N:M") + " |")
-    for density, batch in product([float(x) for x in chosen.densities.split(",")], (16, 128)):
+    names = [name for name in PATTERNS if name != "N:M"]
+    print(f"| density | batch | {' | '.join(f'{name}: step, inference' for name in names)} |")
+    for density in (float(x) for x in chosen.densities.split(",")):
         forms = layers(density, torch.Generator().manual_seed(0))
-        x = torch.rand(batch, 4096)
-        best: dict[tuple[str, str], float] = defaultdict(lambda: float("inf"))
-        for _ in range(chosen.rounds):
-            for name, layer in forms.items():
-                for kind, work in (("step", step), ("inference", infer)):
-                    start = time.process_time()
-                    work(layer, x)
-                    best[name, kind] = min(best[name, kind], time.process_time() - start)
-        ratios = [
-            ", ".join(f"{best[name, kind] / best['dense', kind]:.2f}" for kind in ("step", "inference"))
-            for name in PATTERNS
-            if name != "N:M"
-        ]
-        print(f"| {density:g} | {batch} | {' | '.join(ratios)} |", flush=True)
+        products = {name: to_csr(layer) if isinstance(layer, SparseLinear) else layer for name, layer in forms.items()}
+        for batch in (1, 16, 64, 256):
+            x = torch.rand(batch, 4096)
+            work = {(name, "step"): partial(step, layer, x) for name, layer in forms.items()}
+            work |= {(name, "inference"): partial(infer, layer, x) for name, layer in products.items()}
+            best = least(work, chosen.rounds)
+            both = ([best[name, kind] / best["dense", kind] for kind in ("step", "inference")] for name in names)
+            ratios = " | ".join(f"{step:.2f}, {inference:.2f}" for step, inference in both)
+            print(f"| {density:g} | {batch} | {ratios} |", flush=True)
+
+
+def least(work, rounds):
+    """Return the least processor time of each of several functions, which are called in turn."""
+    best = dict.fromkeys(work, float("inf"))
+    for turn in range(rounds + 1):
+        for name, call in work.items():
+            start = time.process_time()
+            call()
+            best[name] = min(best[name], time.process_time() - start) if turn else best[name]
+    return best
 
 
 def step(layer, x):
@@ -238,6 +250,7 @@ def main():
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if chosen.times:
         times(chosen)
         return
