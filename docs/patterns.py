@@ -181,7 +181,6 @@ def shown(found):
 def layers(density: float, generator: torch.Generator) -> dict[str, nn.Module]:
     """Return a layer of 4096 x 4096 in the forms that pay."""
     size = 4096
-    random = torch.rand(size, size, generator=generator)
     dense = nn.Linear(size, size)
     kept = FanIn().draw(round(density * size) * size, (size, size), generator)
     positions = {"unstructured": sampling.distinct(len(kept), size * size, generator), "fan-in": kept}

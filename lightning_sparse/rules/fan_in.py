@@ -58,7 +58,7 @@ class FanIn(Pattern):
         k, chosen = n // len(rows), []
         for some in torch.split(rows, max(1, _AT_ONCE // neurons.size)):
             places = neurons.members(some)
-            keys = torch.rand(places.shape, generator=generator)
+            keys = torch.rand(places.shape, generator=generator, dtype=torch.float32)  # whatever the precision
             chosen.append(places.gather(1, keys.topk(k, sorted=False).indices).view(-1))
         return torch.cat(chosen).sort().values
 

@@ -359,7 +359,8 @@ def _drawn(n: int, room: Tensor, taken: Tensor, groups: Tiles, generator: Genera
     places = sampling.distinct(n, int(ends[-1]), generator)
     chosen, counts = torch.unique_consecutive(torch.searchsorted(ends, places, right=True), return_counts=True)
     members = groups.members(chosen)
-    keys = torch.rand(members.shape, generator=generator).masked_fill_(torch.isin(members, taken), 2)
+    keys = torch.rand(members.shape, generator=generator, dtype=torch.float32)  # whatever the precision
+    keys.masked_fill_(torch.isin(members, taken), 2)
     nearest = members.gather(1, keys.argsort(1))
     return nearest[torch.arange(groups.size) < counts[:, None]].sort().values
 

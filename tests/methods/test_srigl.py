@@ -197,3 +197,7 @@ def test_what_cannot_be_is_refused():
     module.net.weight.data[:, ::3] = 0
     with pytest.raises(Exception, match=r"have 32 connections, sparsity=0.5 asks for 24"):
         fit(SRigL(0.5, initial="zeros"), module, loader(8), max_epochs=1)
+    module.net.weight.data[2], callback = 0, SRigL(None, initial="zeros")
+    fit(callback, module, loader(8), max_epochs=1)
+    assert callback.layer_count == {"net.weight": 24}
+    assert callback.ablated == {"net.weight": 1}
