@@ -52,7 +52,7 @@ class SmallCNN(Classifier):
 
 
 #: network, layers that stay dense (those whose rows are classes, or that have one input), images, epochs
-NETWORKS = {"lenet300": (LeNet300, ["fc3.weight"], 6_000, 4), "cnn": (SmallCNN, ["first.*", "head.*"], 6_000, 2)}
+NETWORKS = {"lenet300": (LeNet300, ["fc3.weight"], 4_000, 3), "cnn": (SmallCNN, ["first.*", "head.*"], 4_000, 2)}
 DENSITIES = (0.5, 0.25, 0.1)
 PATTERNS = ("unstructured", "N:M", "block:4x4", "row", "fan-in")
 METHODS: dict[str, Callable[..., pl.Callback]] = {
