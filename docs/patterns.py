@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sparse import GMP, SET, RigL, SRigL
+from lightning_sparse import GMP, SET, SRSTE, SSTE, RigL, SRigL
 from lightning_sparse.export import to_csr
 from lightning_sparse.rules import sampling
 from lightning_sparse.rules.fan_in import FanIn
@@ -60,6 +60,12 @@ METHODS: dict[str, Callable[..., pl.Callback]] = {
     "SET": SET,
     "GMP": partial(GMP, begin_at=0.2, end_at=0.75, update_every=10, scope="layer"),
 }
+#: methods that train one pattern alone
+OWN: dict[str, dict[str, Callable[..., pl.Callback]]] = {
+    "N:M": {"SRSTE": SRSTE, "SSTE": SSTE},
+    "fan-in": {"SRigL": SRigL},
+}
+ALL = [*METHODS, *(method for methods in OWN.values() for method in methods)]
 RESULTS = ("accuracy", "active", "seconds", "revision")
 
 
@@ -75,12 +81,18 @@ class Run(NamedTuple):
     method: str
 
     @property
+    def kind(self) -> str:
+        """One of ``PATTERNS``."""
+        return self.pattern if self.pattern in PATTERNS else "N:M"
+
+    @property
     def callback(self) -> pl.Callback:
-        """The method; SRigL has a constant fan-in."""
-        options = {"sparsity": 1 - self.density, "distribution": "uniform", "exclude": NETWORKS[self.network][1]}
-        if self.method == "SRigL":
-            return SRigL(**options)
-        return METHODS[self.method](**options, pattern=self.pattern)
+        """The method."""
+        exclude, budget = NETWORKS[self.network][1], {"sparsity": 1 - self.density, "distribution": "uniform"}
+        own = OWN.get(self.kind, {}).get(self.method)
+        if own is None:
+            return METHODS[self.method](**budget, exclude=exclude, pattern=self.pattern)
+        return own(pattern=self.pattern, exclude=exclude) if self.kind == "N:M" else own(**budget, exclude=exclude)
 
 
 class Batches(IterableDataset):
@@ -120,14 +132,12 @@ def runs(chosen) -> Iterator[Run]:
     """Yield what is to be trained, the first seed of everything first."""
     networks, patterns, methods = (part.split(",") for part in (chosen.networks, chosen.patterns, chosen.methods))
     densities = [float(x) for x in chosen.densities.split(",")]
-    for network, seed, pattern, density in product(networks, range(chosen.seeds), patterns, densities):
+    for network, seed, kind, density in product(networks, range(chosen.seeds), patterns, densities):
         _, _, images, epochs = NETWORKS[network]
-        group = round(1 / density)
-        if pattern == "N:M":
-            if density < 0.25:  # 1:10 divides no layer
-                continue
-            pattern = "2:4" if group == 2 else f"1:{group}"
-        for method in ["SRigL"] if pattern == "fan-in" else methods:
+        n_of_m = {0.5: "2:4", 0.25: "1:4"}.get(density)
+        pattern = n_of_m if kind == "N:M" else kind
+        trained = {**(METHODS if kind != "fan-in" else {}), **OWN.get(kind, {})}
+        for method in (method for method in methods if pattern and method in trained):
             yield Run(network, chosen.images or images, chosen.epochs or epochs, seed, density, pattern, method)
 
 
@@ -159,18 +169,12 @@ def table(chosen):
     """Print means and deviations of accuracies, in percent."""
     found = defaultdict(list)
     for run, row in rows(Path(chosen.out)).items():
-        kind = "N:M" if ":" in run.pattern and "block" not in run.pattern else run.pattern
-        found[run.network, run.density, run.method, kind].append(float(row["accuracy"]))
-    print(f"| network | density | method | {' | '.join(PATTERNS[:-1])} | fan-in (SRigL) |")
-    print("|---|---|---|---|---|---|---|---|")
-    for network, density, method in sorted({key[:3] for key in found if key[2] != "SRigL"}, key=_order):
-        cells = [shown(found.get((network, density, method, pattern), [])) for pattern in PATTERNS[:-1]]
-        cells.append(shown(found.get((network, density, "SRigL", "fan-in"), [])) if method == "RigL" else "")
-        print(f"| {network} | {density:g} | {method} | {' | '.join(cells)} |")
-
-
-def _order(row):
-    return row[0], -row[1], list(METHODS).index(row[2])
+        found[run.network, run.density, run.method, run.kind].append(float(row["accuracy"]))
+    print(f"| network | density | method | {' | '.join(PATTERNS)} |\n|{'---|' * (3 + len(PATTERNS))}")
+    for network, density, method in product(NETWORKS, DENSITIES, ALL):
+        cells = [shown(found.get((network, density, method, pattern), [])) for pattern in PATTERNS]
+        if any(cells):
+            print(f"| {network} | {density:g} | {method} | {' | '.join(cells)} |")
 
 
 def shown(found):
@@ -240,7 +244,7 @@ def main():
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--densities", default=",".join(map(str, DENSITIES)))
     parser.add_argument("--patterns", default=",".join(PATTERNS))
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(ALL))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, help="number of training images; default: the network's")
     parser.add_argument("--epochs", type=int, help="default: the network's")
