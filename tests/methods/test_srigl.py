@@ -127,17 +127,13 @@ def test_fan_ins_are_constant_after_every_step_and_whole_ones_near_the_budget(ne
     assert sum(callback.ablated.values()) == callback.extra_metrics["sparsity/ablated"] > 0, "it would prove nothing"
 
 
-def test_sparse_layers_train_as_masked_ones_and_a_second_fit_goes_on():
-    found = []
-    for storage in ("masked", "sparse"):
-        callback = SRigL(0.7, min_salient=0.9, update_every=3, drop_fraction=0.5, storage=storage)
-        module, _ = fit(callback, train=loader(96), max_epochs=1)
-        assert sum(callback.ablated.values()) > 0, "the test would prove nothing"
-        masks = callback.masks
-        fit(callback, module, loader(8), max_epochs=1)
-        assert same(masks, callback.masks)
-        found.append(masks)
-    assert same(*found)
+def test_a_second_fit_of_sparse_layers_goes_on_without_the_neurons_that_are_gone():
+    callback = SRigL(0.7, min_salient=0.9, update_every=3, drop_fraction=0.5, storage="sparse")
+    module, _ = fit(callback, train=loader(96), max_epochs=1)
+    assert sum(callback.ablated.values()) > 0, "the test would prove nothing"
+    masks = callback.masks
+    fit(callback, module, loader(8), max_epochs=1)
+    assert same(masks, callback.masks)
 
 
 def test_neurons_that_are_divided_by_their_norms_stay():
