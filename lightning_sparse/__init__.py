@@ -24,6 +24,7 @@ from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.set import SET
 from lightning_sparse.methods.snfs import SNFS
 from lightning_sparse.methods.snip import SNIP
+from lightning_sparse.methods.srigl import SRigL
 from lightning_sparse.methods.srste import SRSTE
 from lightning_sparse.methods.sste import SSTE
 from lightning_sparse.methods.str import STR
@@ -67,6 +68,7 @@ __all__ = [
     "OptG",
     "RandomPruning",
     "RigL",
+    "SRigL",
     "SparseCallback",
     "SparsityMonitor",
     "SynFlow",

@@ -46,6 +46,7 @@ from lightning_sparse import (
     OptG,
     RandomPruning,
     RigL,
+    SRigL,
     SynFlow,
     TopKAST,
 )
@@ -76,6 +77,7 @@ LATENT: dict[str, Callable] = {**THRESHOLDS, **TOP_K}
 MASKED: dict[str, Callable] = {
     "SET": lambda **kw: SET(**{"sparsity": 0.8, **kw}),
     "RigL": lambda **kw: RigL(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "SRigL": lambda **kw: SRigL(**{"sparsity": 0.8, "min_salient": 0.95, "update_every": 7, **kw}),
     "GGR": lambda **kw: GGR(**{"sparsity": 0.8, "drop_fraction": 0.3, "update_every": 7, **kw}),
     "SNFS": lambda **kw: SNFS(**{"sparsity": 0.8, "update_every": 7, **kw}),
     "DSR": lambda **kw: DSR(**{"sparsity": 0.8, "init_threshold": 0.05, "update_every": 7, **kw}),

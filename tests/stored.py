@@ -10,7 +10,7 @@ from helpers import (
 )
 from torch import nn
 
-from lightning_sparse import DSR, GGR, ITOP, MEST, SET, FixedMask, MemoryEfficientDST, RandomPruning, RigL
+from lightning_sparse import DSR, GGR, ITOP, MEST, SET, FixedMask, MemoryEfficientDST, RandomPruning, RigL, SRigL
 
 METHODS = {
     "SET": lambda **kw: SET(**{"sparsity": 0.8, "update_every": 7, **kw}),
@@ -25,6 +25,7 @@ METHODS = {
         **{"sparsity": 0.8, "heuristic": "synflow", "update_every": 7, "stop_at": 0.9, **kw}
     ),
     "RigL": lambda **kw: RigL(**{"sparsity": 0.8, "update_every": 7, **kw}),
+    "SRigL": lambda **kw: SRigL(**{"sparsity": 0.8, "min_salient": 0.95, "update_every": 7, **kw}),
     "GGR": lambda **kw: GGR(
         **{"sparsity": 0.8, "drop_fraction": 0.3, "update_every": 7, "stop_at": 0.9, "min_layer_density": 0.05, **kw}
     ),

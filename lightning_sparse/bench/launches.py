@@ -22,6 +22,7 @@ from lightning_sparse import (
     OneShot,
     OptG,
     RandomPruning,
+    SRigL,
     SynFlow,
     TopKAST,
 )
@@ -43,6 +44,7 @@ ALL: dict[str, Callable[..., Callback]] = {
     "optg": lambda: OptG(0.9, update_every=1000),
     "gmp": lambda: GMP(0.9, update_every=1000, begin_at=0.99, end_at=1.0),
     "cht": lambda: CHT(0.9, update_every=1000),
+    "srigl": lambda: SRigL(0.9, update_every=1000),
     "oneshot": lambda: OneShot(0.9),
     "snip": lambda: SNIP(0.9),
     "grasp": lambda: GraSP(0.9),

@@ -66,7 +66,7 @@ def unit_counts(
 ) -> dict[str, int]:
     """Divide ``total`` units of a pattern among weights, by name, so that layers have the densities of their shapes."""
     shapes = _shapes([weight.whole for weight in weights])
-    rows, sizes = ([each(weight) for weight in weights] for each in (_rows, lambda weight: weight.size))
+    rows, sizes = [max(_rows(weight), pattern.least(weight)) for weight in weights], [weight.size for weight in weights]
     capacities = [pattern.capacity(weight) for weight in weights]
     return budgets.layer_counts(distribution, shapes, total, min_layer_density, rows, sizes, capacities)
 

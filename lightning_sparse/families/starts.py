@@ -162,7 +162,7 @@ def _global_magnitude(method: _Method, weights: Sequence[Weight], sparsity: floa
     everywhere = [torch.ones_like(W, dtype=torch.bool) for W in given]
     at_least = floors(weights, method.min_layer_density, total)
     counts = method.pattern.count_global_top_k(weights, given, total, everywhere, at_least, torch.abs)
-    for weight, W, n in zip(weights, given, counts, strict=True):
+    for weight, W, n in zip(weights, given, method.pattern.counts(weights, counts), strict=True):
         yield _largest(method, weight, W, n)
 
 
@@ -214,7 +214,7 @@ def _shares(method: _Method, weights: Sequence[Weight], sparsity: float | None) 
     """Return the number of connections of each weight."""
     total = _total(weights, sparsity)
     counts = unit_counts(weights, method.pattern, method.distribution, total, method.min_layer_density)
-    return list(counts.values())
+    return method.pattern.counts(weights, list(counts.values()))
 
 
 def _looks_trained(weight: Weight) -> bool:
@@ -301,8 +301,8 @@ def refuse_other_pattern(method: _Method, weights: Sequence[Weight]) -> None:
     if others:
         raise MisconfigurationException(
             f"{method!r} must have weights of pattern={method.pattern_name!r}, but those that it begins with in "
-            f"{', '.join(others)} are not. Give initial='magnitude' and a sparsity to choose others, or leave pattern "
-            "out."
+            f"{', '.join(others)} are not. Give initial='magnitude' and a sparsity to choose others, or train without "
+            "the pattern."
         )
 
 

@@ -98,8 +98,8 @@ def floors(density: float, sizes: Sequence[int], total: int, rows: Sequence[int]
     lowest = [max(n, row) for n, row in zip(lowest, rows or [0] * len(lowest), strict=True)]
     if sum(lowest) > total:
         raise ValueError(
-            f"a weight in each row that is divided by its norm, as by weight_norm, takes {sum(lowest)} weights, the "
-            f"budget is {total}. Lower sparsity, or leave such layers dense with exclude."
+            "a weight in each row that is divided by its norm, as by weight_norm, or has a constant fan-in, takes "
+            f"{sum(lowest)} weights, the budget is {total}. Lower sparsity, or leave such layers dense with exclude."
         )
     return lowest
 

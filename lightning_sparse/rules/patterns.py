@@ -21,15 +21,19 @@ from lightning_sparse.rules.matrices import FIRST, Outputs, parts
 from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.tiles import Tiles
 
-__all__ = ["UNSTRUCTURED", "Blocks", "NOfM", "Pattern", "check_pattern", "first_of_rows", "named"]
-
-
-class Sized(Protocol):
-    """What a capacity depends on."""
-
-    @property
-    def size(self) -> int:
-        """Number of connections there might be."""
+__all__ = [
+    "UNSTRUCTURED",
+    "Blocks",
+    "Laid",
+    "NOfM",
+    "Pattern",
+    "Sized",
+    "candidates",
+    "check_pattern",
+    "first_of_rows",
+    "named",
+    "other_rows",
+]
 
 
 class Laid(Protocol):
@@ -40,6 +44,18 @@ class Laid(Protocol):
         """Where the layer's outputs lie."""
 
 
+class Sized(Laid, Protocol):
+    """What numbers of connections depend on."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+
+    @property
+    def size(self) -> int:
+        """Number of connections there might be."""
+
+
 class Pattern:
     """What a pattern decides. This one is unstructured: every connection by itself, so that any mask will do.
 
@@ -48,7 +64,7 @@ class Pattern:
 
     @property
     def kind(self) -> str:
-        """``"unstructured"``, ``"N:M"``, ``"block"`` or ``"row"``."""
+        """``"unstructured"``, ``"N:M"``, ``"block"``, ``"row"`` or ``"fan-in"``."""
         return "unstructured"
 
     @property
@@ -71,6 +87,14 @@ class Pattern:
     def capacity(self, weight: Sized) -> int:
         """Return how many connections a weight has at most."""
         return weight.size
+
+    def least(self, weight: Sized) -> int:
+        """Return how many connections a weight begins with at least."""
+        return 0
+
+    def counts(self, weights: Sequence[Sized], shares: Sequence[int]) -> list[int]:
+        """Return how many connections weights begin with: their shares, or what is near them that they can have."""
+        return list(shares)
 
     def draw(
         self,
@@ -145,7 +169,7 @@ class Blocks(Pattern):
 
     def misfit(self, shape: tuple[int, ...], outputs: Outputs, nonempty: Outputs | None) -> str | None:
         """Return why a weight cannot be divided into the blocks."""
-        return _other_rows(outputs, nonempty) or Tiles(shape, outputs, self.rows, self.columns).misfit
+        return other_rows(outputs, nonempty) or Tiles(shape, outputs, self.rows, self.columns).misfit
 
     def units(self, shape: tuple[int, ...], outputs: Outputs) -> Tiles | None:
         """Return the blocks of a weight."""
@@ -179,7 +203,7 @@ class NOfM(Pattern):
 
     def misfit(self, shape: tuple[int, ...], outputs: Outputs, nonempty: Outputs | None) -> str | None:
         """Return why the inputs of a weight cannot be divided into groups of ``m``."""
-        return _other_rows(outputs, nonempty) or Tiles(shape, outputs, 1, self.m).misfit
+        return other_rows(outputs, nonempty) or Tiles(shape, outputs, 1, self.m).misfit
 
     def fits(self, mask: Tensor, outputs: Outputs) -> bool:
         """Tell whether no group has more than ``n``."""
@@ -259,7 +283,7 @@ class NOfM(Pattern):
     def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
         """Return the ``n`` of largest ``|dP|`` that groups have room for once others are ``dropped``."""
         groups, room = self._room(weight, dropped)
-        return select.largest(_candidates(groups, weight, room), n, weight.shape)[0]
+        return select.largest(candidates(groups, weight, room), n, weight.shape)[0]
 
     def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:
         """Return ``n``: each place that a group has once others are ``dropped`` is equally likely to be taken."""
@@ -309,13 +333,13 @@ def _largest_of_each(groups: Tiles, scores: Tensor, limits: Tensor, first: int =
         return parts(ties.spread(positions, groups.shape).view(shape), outputs)
 
     marks = torch.empty(shape, dtype=torch.bool, device=scores.device)
-    across = view.shape[2] // (groups.columns or 1)
-    limits = limits.view(*view.shape[:2], across, *view.shape[3:])
+    grid = (1,) if groups.columns is None else (view.shape[2] // groups.columns, *view.shape[3:])
+    limits = limits.view(*view.shape[:2], *grid)
     parts(marks, outputs).copy_(groups.largest_of_each(view, limits, order))
     return marks
 
 
-def _candidates(groups: Tiles, weight: Connections, room: Tensor) -> Iterator[tuple[int, Tensor]]:
+def candidates(groups: Tiles, weight: Connections, room: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield ``|dP|`` of inactive connections, some rows at a time, and -1 where their groups have room for larger ones.
 
     Each part is flat and comes after the position where it begins.
@@ -335,12 +359,13 @@ def _drawn(n: int, room: Tensor, taken: Tensor, groups: Tiles, generator: Genera
     places = sampling.distinct(n, int(ends[-1]), generator)
     chosen, counts = torch.unique_consecutive(torch.searchsorted(ends, places, right=True), return_counts=True)
     members = groups.members(chosen)
-    keys = torch.rand(members.shape, generator=generator).masked_fill_(torch.isin(members, taken), 2)
+    keys = torch.rand(members.shape, generator=generator, dtype=torch.float32)  # whatever the precision
+    keys.masked_fill_(torch.isin(members, taken), 2)
     nearest = members.gather(1, keys.argsort(1))
     return nearest[torch.arange(groups.size) < counts[:, None]].sort().values
 
 
-def _other_rows(outputs: Outputs, nonempty: Outputs | None) -> str | None:
+def other_rows(outputs: Outputs, nonempty: Outputs | None) -> str | None:
     """Return why a pattern cannot keep rows from being empty; None: it can."""
     return None if nonempty in (None, outputs) else "divided by norms along another dimension than its outputs"
 

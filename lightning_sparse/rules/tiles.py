@@ -171,20 +171,27 @@ class Tiles:
 
         Args:
             scores: ``(groups, out, in, *kernel)``; what is -inf is not marked, and NaN is larger than any number.
-            limits: ``(groups, out, in / columns, *kernel)``.
+            limits: ``(groups, out, in / columns, *kernel)``; of whole rows, ``(groups, out, 1)``.
             order: returns numbers of the shape of ``scores``, of which the least win among equals; asked if it matters.
         """
-        assert self.columns is not None
-        tiled = torch.unflatten(scores, 2, (-1, self.columns))
-        limits = limits.to(scores.device).unsqueeze(3)
-        values, ranked = tiled.sort(dim=3, descending=True, stable=True)
+        tiled, limits = self._tiled(scores), limits.to(scores.device).unsqueeze(3)
+        if self.columns is None:  # most of a long row is below the limit
+            values, ranked = tiled.topk(min(tiled.shape[3], int(limits.max()) + 1), dim=3)
+        else:
+            values, ranked = tiled.sort(dim=3, descending=True, stable=True)
         if _is_undecided(values, limits):
-            ranked = torch.unflatten(order(), 2, (-1, self.columns)).argsort(3)
+            ranked = self._tiled(order()).argsort(3)
             ranked = ranked.gather(3, tiled.gather(3, ranked).sort(dim=3, descending=True, stable=True).indices)
-        places = torch.arange(self.columns, device=scores.device).view(-1, *[1] * (scores.ndim - 3))
+        places = torch.arange(ranked.shape[3], device=scores.device).view(-1, *[1] * (tiled.ndim - 4))
         marks = torch.zeros_like(tiled, dtype=torch.bool)
-        marks.scatter_(3, ranked, (places < limits).expand_as(tiled))
-        return marks.logical_and_(tiled != -math.inf).flatten(2, 3)
+        marks.scatter_(3, ranked, (places < limits).expand_as(ranked))
+        return marks.logical_and_(tiled != -math.inf).view(scores.shape)
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        """Return ``x`` ``(groups, out, in, *kernel)`` with the members of a tile of one row along dimension 3."""
+        if self.columns is None:
+            return x.flatten(2).unsqueeze(2)
+        return torch.unflatten(x, 2, (-1, self.columns))
 
 
 def _is_undecided(values: Tensor, limits: Tensor) -> bool:

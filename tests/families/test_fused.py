@@ -127,6 +127,7 @@ COUNTED = [
     *(
         "set",
         "rigl",
+        "srigl",
         "snfs",
         "dsr",
         "itop",

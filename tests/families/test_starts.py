@@ -42,7 +42,7 @@ def test_the_methods_that_begin_sparse_take_a_start():
 
 
 @pytest.mark.parametrize("net", [mlp, cnn])
-@pytest.mark.parametrize("method", KEEPING)
+@pytest.mark.parametrize("method", [name for name in KEEPING if name != "SRigL"])  # which refuses uneven rows
 @pytest.mark.filterwarnings("ignore:.*(will move|will prune|the training ended)")
 def test_zeros_that_are_there_stay_and_their_number_is_the_budget(method, net):
     module, weights = pruned(net)

@@ -76,8 +76,12 @@ def test_the_number_of_nonzeros_is_the_budget_at_every_step(method):
     watches = Watches(callback)
     module, _ = fit([callback, watches], train=loader(120))
     budget = 392 - round(0.8 * 392)
-    assert watches.counts == {budget} or (method == "MEST soft bound" and min(watches.counts) == budget)
-    assert sum(watches.sizes[-1]) == budget
+    if method == "SRigL":  # whose fan-ins are whole
+        assert watches.sizes[0] == [32, 30, 16]
+        assert all(2 * abs(n - first) <= 16 for n, first in zip(watches.sizes[-1], watches.sizes[0], strict=True))
+    else:
+        assert watches.counts == {budget} or (method == "MEST soft bound" and min(watches.counts) == budget)
+        assert sum(watches.sizes[-1]) == budget
     moved = any(not torch.equal(a, b) for a, b in zip(watches.mask_versions[0], watches.mask_versions[-1], strict=True))
     assert moved == (method in UPDATES)
     assert (len(set(map(tuple, watches.sizes))) > 1) == (method in RESIZES), "layers change size"
