@@ -1,11 +1,11 @@
 """Convolutions with a sparse weight as compiled loops (extra ``fast``): ``convolutions_torch`` on CPU, not unfolded.
 
-A *line* is one number of as many images as a register holds, side by side. Some rows of some images, all channels of
-them, are packed as ``[position][channel][image]``, with zeros around. A *tile* is ``PIECES`` positions of the result:
-their lines of one filter stay in registers while the filter's nonzeros are added, each a value, and an offset from
-what the position reads first. The gradient of the nonzeros multiplies a tile's lines with those that they read. The
-input gradient is the same computation as the result, with the transposed weight; with a stride its positions are of
-several *phases*, by which places of the kernel they meet.
+A *line* is one number of as many images as a register holds, side by side; of a few images, of as many strips of rows.
+Some rows of some images, all channels of them, are packed as ``[position][channel][image]``, with zeros around. A
+*tile* is ``PIECES`` positions of the result: their lines of one filter stay in registers while the filter's nonzeros
+are added, each a value, and an offset from what the position reads first. The gradient of the nonzeros multiplies a
+tile's lines with those that they read. The input gradient is the same computation as the result, with the transposed
+weight; with a stride its positions are of several *phases*, by which places of the kernel they meet.
 
 What is packed at once stays in the cache. Each element is added up in an order that depends on shapes alone, so chunks
 of images and filters may be shared among threads without changing a bit.
@@ -74,9 +74,8 @@ def sampled(where: CSR, x: Tensor, delta: Tensor, how: Geometry, dtype: torch.dt
         return unfolding.sampled(where, x, delta, how, dtype, "numba")
     total, offsets = torch.zeros(len(where.col), dtype=dtype), _offsets(_array(where.col), plan.lanes, plan.taps[0])
     for images in _copied(dtype, x, delta):
-        inputs, G = x[images].to(dtype), delta[images].to(dtype)
-        if plan.patches is not None:
-            inputs, G = plan.patches.of_read(inputs), plan.patches.of_made(G)
+        inputs = plan.strips.of_read(x[images].to(dtype), plan.lanes)
+        G = plan.strips.of_made(delta[images].to(dtype), plan.lanes)
         _sample(plan, _array(where.crow), offsets, total.numpy(), _array(inputs), _array(G))
     return total
 
@@ -95,12 +94,10 @@ def _input_gradient(plan: Plan, weight: Structure, values: Tensor, x: Tensor, de
 
 def _write(plan: Plan, lists: tuple[Any, Any, Any], x: Tensor, y: Tensor) -> None:
     """Write into ``y`` what a sparse matrix, by phase, makes of ``x``."""
-    if plan.patches is None:
-        _multiply(plan, lists, _array(x), y.numpy())
-        return
-    made = plan.patches.empty(y)
-    _multiply(plan, lists, _array(plan.patches.of_read(x)), made.numpy())
-    y.copy_(plan.patches.joined(made, y))
+    made = plan.strips.empty(y, plan.lanes)
+    _multiply(plan, lists, _array(plan.strips.of_read(x, plan.lanes)), made.numpy())
+    if made is not y:
+        y.copy_(made[: len(y), :, : y.shape[2]])
 
 
 def _array(x: Tensor) -> Any:
@@ -125,7 +122,7 @@ def _multiply(plan: Plan, lists: tuple[Any, Any, Any], x: Any, y: Any) -> None:
     def job(chunks: tuple[int, int], filters: tuple[int, int]) -> None:
         buffers = [np.zeros(size, x.dtype) for size in plan.sizes]
         where = plan.xat, plan.yat, plan.phases
-        _multiply_chunks(*chunks, *filters, *plan[:4], *lists, x, y, *buffers, *where)  # type: ignore[call-arg]
+        _multiply_chunks(*chunks, *filters, *plan[:5], *lists, x, y, *buffers, *where)  # type: ignore[call-arg]
 
     threads = _threads(len(lists[1]), y)
     chunks = _split(plan.chunks(len(x)), threads)
@@ -140,7 +137,7 @@ def _sample(plan: Plan, crow: Any, offsets: Any, total: Any, x: Any, g: Any) -> 
         buffers = [np.zeros(size, x.dtype) for size in plan.sizes]
         sums = np.zeros_like(total)
         where = plan.xat, plan.yat
-        _sample_chunks(*chunks, *filters, *plan[:4], crow, offsets, sums, x, g, *buffers, *where)  # type: ignore[call-arg]
+        _sample_chunks(*chunks, *filters, *plan[:5], crow, offsets, sums, x, g, *buffers, *where)  # type: ignore[call-arg]
         return slice(crow[filters[0]], crow[filters[1]]), sums
 
     threads = _threads(len(offsets), g)
@@ -179,32 +176,34 @@ def _run(job: Callable[..., Any], chunks: Any, filters: Any, threads: int) -> It
 
 @compiled
 def _multiply_chunks(  # type: ignore[no-untyped-def]
-    first, last, low, high, lanes, chunk, packed, position, crow, offsets, values, x, y, X, Y, xat, yat, phases
+    first, last, low, high, lanes, chunk, packed, position, strips, crow, offsets, values, x, y, X, Y, xat, yat, phases
 ):
     """Compute filters ``range(low, high)`` of the chunks ``range(first, last)``; ``X`` and ``Y`` are what is packed."""
     groups, bands, rows = chunk
     for c in range(first, last):
         image, band = c // bands * groups * lanes, c % bands
-        _pack_read(x, image, band, lanes, groups, packed, X)
+        _pack_read(x, image, band, lanes, groups, packed, strips, X)
         for tile in range(len(xat)):
             xs, ys = _pieces(xat[tile]), _pieces(yat[tile])
             ends = crow[phases[tile]]
             for i in range(low, high):
                 at = i * lanes
                 add_row("matmul", _LINE, ends[i], ends[i + 1], offsets, 1, values, X, Y, xs, ys, at)  # type: ignore[call-arg]
-        _unpack(y, image, band * rows, rows, low, high, lanes, groups, position, Y)
+        _unpack(y, image, band * rows, rows, low, high, lanes, groups, position, strips, Y)
 
 
 @compiled
-def _sample_chunks(first, last, low, high, lanes, chunk, packed, position, crow, offsets, sums, x, g, X, G, xat, yat):  # type: ignore[no-untyped-def]
+def _sample_chunks(  # type: ignore[no-untyped-def]
+    first, last, low, high, lanes, chunk, packed, position, strips, crow, offsets, sums, x, g, X, G, xat, yat
+):
     """Add to ``sums`` what filters ``range(low, high)`` of the chunks ``range(first, last)`` give."""
-    groups, bands, rows = chunk
+    (groups, bands, rows), (number, _, _, _, made) = chunk, strips
     for c in range(first, last):
         image, band = c // bands * groups * lanes, c % bands
-        _pack_read(x, image, band, lanes, groups, packed, X)
+        _pack_read(x, image, band, lanes, groups, packed, strips, X)
         for group in range(groups):
-            base = group * rows * g.shape[3] * position
-            _pack(g, image + group * lanes, band * rows, rows, low, high, lanes, base, 0, g.shape[3], position, G)
+            base, width, cut = group * rows * g.shape[3] * position, g.shape[3], (number, made, made)
+            _pack(g, image + group * lanes, band * rows, rows, low, high, lanes, base, 0, width, position, cut, G)
         for tile in range(len(xat)):
             xs, ys = _pieces(xat[tile]), _pieces(yat[tile])
             for i in range(low, high):
@@ -218,79 +217,93 @@ def _pieces(starts):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _pack_read(x, image, band, lanes, groups, packed, out):  # type: ignore[no-untyped-def]
+def _pack_read(x, image, band, lanes, groups, packed, strips, out):  # type: ignore[no-untyped-def]
     """Pack what a chunk reads."""
-    rows, first, ahead, left, pitch, step = packed
+    (rows, first, ahead, left, pitch, step), (number, _, further, read, _) = packed, strips
     for group in range(groups):
         base = group * rows * pitch * step
         row = first + band * ahead
-        _pack(x, image + group * lanes, row, rows, 0, x.shape[1], lanes, base, left, pitch, step, out)
+        cut = number, further, read
+        _pack(x, image + group * lanes, row, rows, 0, x.shape[1], lanes, base, left, pitch, step, cut, out)
 
 
 @compiled
-def _pack(x, image, row, rows, low, high, lanes, base, left, pitch, step, out):  # type: ignore[no-untyped-def]
-    """Pack rows, and channels ``range(low, high)``, of ``lanes`` images; there are zeros outside of the images.
+def _pack(x, image, row, rows, low, high, lanes, base, left, pitch, step, cut, out):  # type: ignore[no-untyped-def]
+    """Pack rows, and channels ``range(low, high)``, of ``lanes`` strips; there are zeros outside of the strips.
 
     Args:
         x: ``(batch, channels, height, width)``.
-        image: the first.
+        image: the first strip.
         row: the first, also outside.
         rows: how many.
         low: channel.
         high: channel.
-        lanes: images.
+        lanes: strips.
         base: where to write the first row.
         left: positions before the first column.
         pitch: positions of a row.
         step: elements of a position.
+        cut: strips of an image, how many rows further on each begins, and how many it has.
         out: what is packed.
     """
-    batch, channels, height, width = x.shape
-    source, apart = x.reshape(-1), channels * height * width
-    begin, end = min(max(row, 0), height), max(min(row + rows, height), 0)
+    batch, _, height, width = x.shape
+    number, further, tall = cut
+    source, starts = x.reshape(-1), _starts(image, lanes, number, further, x.shape)
+    begin, end = min(max(row, 0), tall), max(min(row + rows, tall), 0)
     for i in range(rows):
         if not begin <= row + i < end:
             at = base + (i * pitch + left) * step
             out[at : at + width * step] = 0
     count = max(end - begin, 0) * width
-    whole = count // lanes * lanes if image + lanes <= batch else 0
+    whole = count // lanes * lanes if image + lanes <= batch * number else 0
     xs, outs = np.empty(lanes, np.int64), np.empty(lanes, np.int64)
     for c in range(low, high):
-        start = ((image * channels + c) * height + begin) * width
+        start = (c * height + begin) * width
         line, i, j = base + ((begin - row) * pitch + left) * step + c * lanes, 0, 0
         for q in range(0, whole, lanes):
             for k in range(lanes):
-                xs[k], outs[k] = start + q + k * apart, line + (i * pitch + j) * step
+                xs[k], outs[k] = starts[k] + start + q, line + (i * pitch + j) * step
                 i, j = (i, j + 1) if j + 1 < width else (i + 1, 0)
             transpose_block(_LINE, source, xs, out, outs)  # type: ignore[call-arg]
         for q in range(whole, count):
             at = line + (i * pitch + j) * step
             for k in range(lanes):
-                out[at + k] = source[start + q + k * apart] if image + k < batch else 0
+                out[at + k] = source[starts[k] + start + q] if image + k < batch * number else 0
             i, j = (i, j + 1) if j + 1 < width else (i + 1, 0)
 
 
 @compiled
-def _unpack(y, image, row, rows, low, high, lanes, groups, position, packed):  # type: ignore[no-untyped-def]
-    """Write what is packed of rows, and of channels ``range(low, high)``, into the images that there are."""
-    batch, channels, height, width = y.shape
-    target, apart = y.reshape(-1), channels * height * width
-    count = min(rows, height - row) * width
+def _unpack(y, image, row, rows, low, high, lanes, groups, position, strips, packed):  # type: ignore[no-untyped-def]
+    """Write what is packed of rows, and of channels ``range(low, high)``, into the strips that there are."""
+    (batch, _, height, width), (number, _, _, _, made) = y.shape, strips
+    target, count = y.reshape(-1), min(rows, made - row) * width
     xs, outs = np.empty(lanes, np.int64), np.empty(lanes, np.int64)
     for group in range(groups):
         first = image + group * lanes
-        images = min(max(batch - first, 0), lanes)
+        images = min(max(batch * number - first, 0), lanes)
+        starts = _starts(first, lanes, number, made, y.shape)
         whole = count // lanes * lanes if images == lanes else 0
         for c in range(low, high):
-            start = ((first * channels + c) * height + row) * width
+            start = (c * height + row) * width
             line = group * rows * width * position + c * lanes
             for q in range(0, whole, lanes):
                 for k in range(lanes):
-                    xs[k], outs[k] = line + (q + k) * position, start + q + k * apart
+                    xs[k], outs[k] = line + (q + k) * position, starts[k] + start + q
                 transpose_block(_LINE, packed, xs, target, outs)  # type: ignore[call-arg]
             for q in range(whole, count):
                 for k in range(images):
-                    target[start + q + k * apart] = packed[line + q * position + k]
+                    target[starts[k] + start + q] = packed[line + q * position + k]
+
+
+@compiled
+def _starts(first, lanes, number, further, shape):  # type: ignore[no-untyped-def]
+    """Return where the strips ``range(first, first + lanes)`` begin in images of this shape."""
+    _, channels, height, width = shape
+    starts = np.empty(lanes, np.int64)
+    for k in range(lanes):
+        image = (first + k) // number
+        starts[k] = (image * channels * height + (first + k - image * number) * further) * width
+    return starts
 
 
 @compiled

@@ -1,8 +1,8 @@
 """What compiled convolutions read to make what: the places of the numbers that are packed for them.
 
 A *line* is one number of as many images as a register holds, side by side. Images are read and made in *bands* of rows,
-as many at once as stay in the cache. Where there are fewer images than half a register holds, each is cut into
-*patches*, and patches take the place of images. A *tile* is ``PIECES`` positions of what is made.
+as many at once as stay in the cache. Where there are fewer images than half a register holds, each is cut into *strips*
+of rows, and strips take the place of images. A *tile* is ``PIECES`` positions of what is made.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.nn import functional
 from lightning_sparse.kernels.geometry import Geometry, Pair
 from lightning_sparse.kernels.structure import CSR
 
-__all__ = ["NONE", "PIECES", "Patches", "Plan", "backward", "forward", "usable"]
+__all__ = ["NONE", "PIECES", "Plan", "Strips", "backward", "forward", "usable"]
 
 PIECES = 8  # registers for sums; as many hold addresses
 NONE = np.iinfo(np.int32).min  # the offset of a place of the kernel that a phase does not meet
@@ -68,54 +68,44 @@ def _axis_back(size: int, kernel: int, stride: int, padding: int, dilation: int)
     return _Axis(stride, 1, first, rows // stride - first, rows % stride, taps)
 
 
-class Patches(NamedTuple):
-    """How images are cut, each into a grid of patches of one size.
+class Strips(NamedTuple):
+    """How images are cut into strips of rows, each image into as many.
+
+    Whole images are one strip each.
 
     Attributes:
-        grid: number of patches, down and across.
-        made: rows and columns of a patch in what is made.
-        first: row and column that the first patch reads first, at most 0.
-        steps: how far on the next patch, down or across, begins to read.
-        read: rows and columns that a patch reads.
+        number: strips of an image.
+        first: row that the first strip reads first, at most 0.
+        ahead: rows further on the next strip begins to read.
+        read: rows that a strip reads.
+        made: rows of a strip in what is made.
     """
 
-    grid: Pair
-    made: Pair
-    first: Pair
-    steps: Pair
-    read: Pair
+    number: int
+    first: int
+    ahead: int
+    read: int
+    made: int
 
-    @property
-    def positions(self) -> int:
-        """Positions of what is made of an image, filled up to whole patches."""
-        return math.prod(self.grid) * math.prod(self.made)
+    def of_read(self, x: Tensor, lanes: int) -> Tensor:
+        """Return images ``(batch, channels, height, width)`` with all rows that strips read; outside is 0."""
+        return self._filled(x, lanes, -self.first, (self.number - 1) * self.ahead + self.read)
 
-    def of_read(self, x: Tensor) -> Tensor:
-        """Return what the patches read of images ``(batch, channels, height, width)``, as images; outside is 0."""
-        return _windows(x, self.grid, self.first, self.steps, self.read)
+    def of_made(self, y: Tensor, lanes: int) -> Tensor:
+        """Return images with all rows that strips make; outside is 0."""
+        return self._filled(y, lanes, 0, self.number * self.made)
 
-    def of_made(self, y: Tensor) -> Tensor:
-        """Return the patches of what images like ``y`` are made of, as images; outside is 0."""
-        return _windows(y, self.grid, (0, 0), self.made, self.made)
+    def empty(self, y: Tensor, lanes: int) -> Tensor:
+        """Return images for all rows that strips make: ``y`` itself, if it has no others."""
+        shape = lanes // self.number, y.shape[1], self.number * self.made, y.shape[3]
+        return y if self.number == 1 or y.shape == shape else y.new_empty(shape)
 
-    def empty(self, y: Tensor) -> Tensor:
-        """Return images for the patches that ``y`` is to be made of."""
-        return y.new_empty(len(y) * math.prod(self.grid), y.shape[1], *self.made)
-
-    def joined(self, patches: Tensor, y: Tensor) -> Tensor:
-        """Return the image that ``patches``, those of ``empty``, are of, in the shape of ``y``."""
-        down, across = self.grid
-        parts = patches.view(len(y), down, across, y.shape[1], *self.made).permute(0, 3, 1, 4, 2, 5)
-        whole = parts.reshape(*y.shape[:2], down * self.made[0], across * self.made[1])
-        return whole[:, :, : y.shape[2], : y.shape[3]]
-
-
-def _windows(x: Tensor, grid: Pair, first: Pair, steps: Pair, sizes: Pair) -> Tensor:
-    height, width = ((n - 1) * step + size for n, step, size in zip(grid, steps, sizes, strict=True))
-    (top, left), (below, right) = first, (height + first[0] - x.shape[2], width + first[1] - x.shape[3])
-    padded = functional.pad(x, (-left, max(right, 0), -top, max(below, 0)))[:, :, :height, :width]
-    windows = padded.unfold(2, sizes[0], steps[0]).unfold(3, sizes[1], steps[1])
-    return windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1], *sizes)
+    def _filled(self, x: Tensor, lanes: int, above: int, height: int) -> Tensor:
+        """Return images with so many rows; a few are filled up to as many as have strips for all ``lanes``."""
+        below, images = height - above - x.shape[2], lanes // self.number - len(x)
+        if self.number == 1 or not (above or below or images):
+            return x
+        return functional.pad(x, (0, 0, above, max(below, 0), 0, 0, 0, images))[:, :, :height]
 
 
 class Plan(NamedTuple):
@@ -129,22 +119,22 @@ class Plan(NamedTuple):
         packed: what is read for a band: how many rows, the first row of the first band, how many rows further on each
             band begins, columns of zeros on the left, positions of a row, elements of a position.
         position: elements of a position of the other array.
+        strips: that take the place of images.
         xat: where what the tiles read begins, ``(tiles, PIECES)``.
         yat: the tiles' positions in the other array; the one behind the last is written but never read.
         phases: of the tiles, ``(tiles,)``.
         taps: how far from ``xat`` each place of the kernel reads, ``(phases, places)``; ``NONE``: it does not.
-        patches: that take the place of images; None: there are enough images.
     """
 
     lanes: int
     chunk: tuple[int, int, int]
     packed: tuple[int, int, int, int, int, int]
     position: int
+    strips: Strips
     xat: Any
     yat: Any
     phases: Any
     taps: Any
-    patches: Patches | None
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -155,12 +145,12 @@ class Plan(NamedTuple):
     def chunks(self, images: int) -> int:
         """Return how many there are."""
         groups, bands, _ = self.chunk
-        return math.ceil(images / (self.lanes * groups)) * bands
+        return math.ceil(images * self.strips.number / (self.lanes * groups)) * bands
 
 
 @lru_cache(maxsize=256)
 def forward(
-    how: Geometry, space: Pair, channels: int, filters: int, itemsize: int, lanes: int, patches: int = 1
+    how: Geometry, space: Pair, channels: int, filters: int, itemsize: int, lanes: int, strips: int = 1
 ) -> Plan:
     """Return how images of ``channels`` and this ``space`` are read to make those of ``filters``.
 
@@ -171,17 +161,17 @@ def forward(
         filters: channels of what is made.
         itemsize: bytes of a number.
         lanes: images that a register holds.
-        patches: into how many an image is cut at most.
+        strips: into how many an image is cut.
     """
-    return _plan(_axis, how, how.outputs(space), space, (channels, filters), itemsize, lanes, patches)
+    return _plan(_axis, how, how.outputs(space), space, (channels, filters), itemsize, lanes, strips)
 
 
 @lru_cache(maxsize=256)
 def backward(
-    how: Geometry, space: Pair, channels: int, filters: int, itemsize: int, lanes: int, patches: int = 1
+    how: Geometry, space: Pair, channels: int, filters: int, itemsize: int, lanes: int, strips: int = 1
 ) -> Plan:
     """Return how the output's gradient is read to make the input's; arguments as in ``forward``."""
-    return _plan(_axis_back, how, space, how.outputs(space), (filters, channels), itemsize, lanes, patches)
+    return _plan(_axis_back, how, space, how.outputs(space), (filters, channels), itemsize, lanes, strips)
 
 
 def _plan(
@@ -192,17 +182,13 @@ def _plan(
     channels: Pair,
     itemsize: int,
     lanes: int,
-    most: int,
+    number: int,
 ) -> Plan:
     """Return the plan to make images of size ``made`` of those of size ``read``; channels: read and made."""
     vertical, horizontal = (axis(*sizes) for sizes in zip(made, *how, strict=True))
-    patches = None
-    if most > 1:
-        grid, made = _grid(vertical, horizontal, most)
-        vertical, horizontal = (axis(*sizes) for sizes in zip(made, *how, strict=True))
-        patches = _patches(grid, made, vertical, horizontal)
-        vertical, horizontal, read = vertical._replace(first=0), horizontal._replace(first=0), patches.read
-    width = made[1]
+    strips, width = Strips(1, 0, 0, read[0], made[0]), made[1]
+    if number > 1:
+        vertical, strips = _cut(vertical, number)
     step, position = ((n | 1) * lanes for n in channels)  # odd: powers of 2 would share few places of the cache
     left = -horizontal.first
     pitch = max(horizontal.read(width), left + read[1])
@@ -212,24 +198,17 @@ def _plan(
     group, i, j = np.unravel_index(np.arange(groups * rows * width), (groups, rows, width))
     xat = ((group * packed[0] + vertical.starts[i]) * pitch + horizontal.starts[j]) * step
     tiles = _tiles(xat, vertical.phases[i] * horizontal.unit + horizontal.phases[j], position)
-    taps = _taps(vertical, horizontal, pitch, step)
-    return Plan(lanes, (groups, bands, rows), packed, position, *tiles, taps, patches)
+    return Plan(
+        lanes, (groups, bands, rows), packed, position, strips, *tiles, _taps(vertical, horizontal, pitch, step)
+    )
 
 
-def _grid(vertical: _Axis, horizontal: _Axis, most: int) -> tuple[Pair, Pair]:
-    """Return how many patches an image is cut into, down and across, and their size; rows first, which lie together."""
-    tall = math.ceil(vertical.units / min(vertical.units, most))
-    down = math.ceil(vertical.units / tall)
-    wide = math.ceil(horizontal.units / min(horizontal.units, most // down))
-    across = math.ceil(horizontal.units / wide)
-    return (down, across), (tall * vertical.unit, wide * horizontal.unit)
-
-
-def _patches(grid: Pair, made: Pair, vertical: _Axis, horizontal: _Axis) -> Patches:
-    """Return patches that are read as these axes say."""
-    down, across = (size // axis.unit * axis.ahead for size, axis in zip(made, (vertical, horizontal), strict=True))
-    read = vertical.read(made[0]), horizontal.read(made[1])
-    return Patches(grid, made, (vertical.first, horizontal.first), (down, across), read)
+def _cut(axis: _Axis, number: int) -> tuple[_Axis, Strips]:
+    """Return how the rows of a strip are read, from its own first one on, and how images are cut into such strips."""
+    units = math.ceil(axis.units / number)
+    made = units * axis.unit
+    cut = axis._replace(first=0, starts=axis.starts[:made], phases=axis.phases[:made])
+    return cut, Strips(number, axis.first, units * axis.ahead, cut.read(made), made)
 
 
 def _bands(axis: _Axis, read: int, made: int) -> tuple[int, int]:
@@ -263,8 +242,8 @@ def _taps(vertical: _Axis, horizontal: _Axis, pitch: int, step: int) -> Any:
 def usable(make: Callable[..., Plan], csr: CSR, x: Tensor, how: Geometry, itemsize: int, line: int) -> Plan | None:
     """Return the plan that ``make`` makes; None if unfolding is better, or refuses the input.
 
-    That is where a few images fill less than half of a tile's lines, or more would be packed at once than one image
-    takes unfolded.
+    That is where the strips of a few images fill less than half of a tile, or of a register, or more would be packed at
+    once than one image takes unfolded.
 
     Args:
         make: ``forward`` or ``backward``.
@@ -274,12 +253,12 @@ def usable(make: Callable[..., Plan], csr: CSR, x: Tensor, how: Geometry, itemsi
         itemsize: bytes of a number.
         line: bytes of a register.
     """
-    batch, channels, *space = x.shape
+    batch, channels, height, width = x.shape
     lanes = line // itemsize
     if not batch or csr.shape[1] != channels * math.prod(how.kernel_size):
         return None
-    most = lanes // batch if 2 * batch < lanes else 1
-    plan = make(how, tuple(space), channels, csr.shape[0], itemsize, lanes, most)
-    if plan.patches is not None and 2 * batch * plan.patches.positions < PIECES * lanes:
+    number = 1 << (lanes // batch).bit_length() - 1 if 2 * batch < lanes else 1
+    plan = make(how, (height, width), channels, csr.shape[0], itemsize, lanes, number)
+    if number > 1 and (plan.chunk[0] > 2 or 2 * how.outputs((height, width))[0] < number):
         return None
     return plan if sum(plan.sizes) <= max(2 * _CACHED // itemsize, how.unfolded(x)) else None
