@@ -1,6 +1,7 @@
 """Inference with truly sparse weights: linear layers and convolutions whose weight is a CSR matrix."""
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.torch_private import SIDES, children, has_forward_hooks, in_forward_mode
 from lightning_sparse.export._modules import check_module
-from lightning_sparse.kernels.geometry import convolve
+from lightning_sparse.kernels import convolutions
+from lightning_sparse.kernels.geometry import Geometry, convolve
 from lightning_sparse.kernels.products import matmul
 from lightning_sparse.kernels.structure import CSR, check_csr
 from lightning_sparse.layers.blocks import BlockLinear
@@ -65,6 +67,17 @@ class _CSR(nn.Module):
             self.crow_indices, self.col_indices, self.values, self.shape, check_invariants=False
         )
 
+    @property
+    def _where(self) -> CSR:
+        return CSR(self.crow_indices, self.col_indices, (self.shape[0], self.shape[1]))
+
+    def _may_compile(self, x: Tensor, columns: int) -> bool:
+        """Tell whether compiled loops, if there are any, can multiply with what is made of ``x``, and are quicker."""
+        if _is_recorded():
+            return False
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or self.values.requires_grad)
+        return columns >= _MANY and not differentiated
+
     def _times(self, columns: Tensor) -> Tensor:
         """Return weight times ``columns`` ``(in, n)`` plus bias: ``(out, n)``."""
         n = columns.shape[1]
@@ -73,11 +86,10 @@ class _CSR(nn.Module):
             product = _csr_product(self.crow_indices, self.col_indices, self.values, self.shape[0], columns)
         elif n == 1:  # a vector is faster than a matrix of one column
             product = (self.weight @ columns[:, 0])[:, None]
-        elif n < _MANY or columns.requires_grad or self.values.requires_grad or _is_recorded():
-            product = self.weight @ columns
+        elif self._may_compile(columns, n):
+            product = matmul(self._where, self.values, columns.contiguous())
         else:
-            where = CSR(self.crow_indices, self.col_indices, (self.shape[0], self.shape[1]))
-            product = matmul(where, self.values, columns.contiguous())
+            product = self.weight @ columns
         return product if self.bias is None else product.add_(self.bias[:, None])
 
     def _load_from_state_dict(
@@ -133,7 +145,10 @@ class CSRLinear(_CSR):
 
 
 class CSRConv2d(_CSR):
-    """A convolution for inference with a CSR weight; its input is unfolded for some images at a time.
+    """A convolution for inference with a CSR weight.
+
+    With the extra ``fast`` compiled loops compute it on a CPU. Otherwise, and where gradients of the input are computed
+    or operations are traced, the input is unfolded for some images at a time.
 
     Args:
         conv: the layer to convert, of any kernel, stride, padding, dilation and groups, in float32 or float64; it is
@@ -159,8 +174,16 @@ class CSRConv2d(_CSR):
         """Map ``(batch, in, height, width)``, or the same without batch, to the same with ``out`` channels."""
         with torch.autocast(x.device.type, enabled=False):
             images, geometry = padded(self, x if x.ndim == 4 else x.unsqueeze(0))
-            y = convolve(images, self.shape[0], geometry, self._times, self.values.dtype)
+            y = self._convolved(images, geometry)
         return y if x.ndim == 4 else y.squeeze(0)
+
+    def _convolved(self, images: Tensor, geometry: Geometry) -> Tensor:
+        columns, dtype = images.shape[0] * math.prod(geometry.outputs(images.shape[2:])), self.values.dtype
+        if not self._may_compile(images, columns):
+            return convolve(images, self.shape[0], geometry, self._times, dtype)
+        code = convolutions.backend(images.device, dtype)
+        y = code.convolve(self._where, self.values, images, geometry)
+        return y if self.bias is None else y.add_(self.bias[:, None, None])
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print``, as ``nn.Conv2d`` does."""

@@ -91,12 +91,21 @@ class _Conv2d(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, values, positions = ctx.saved_tensors
-        W, wanted = _dense(values, positions, ctx.shape), ctx.needs_input_grad[:3]
         _, *steps = ctx.geometry
-        dx, dW, dbias = torch.ops.aten.convolution_backward(
-            gradient, x, W, [len(W)], *steps, False, (0, 0), ctx.groups, wanted
-        )
-        return dx, _at(positions, dW) if wanted[1] else None, dbias, None, None, None, None
+        of_x, of_values, of_bias = ctx.needs_input_grad[:3]
+
+        def gradients(W: Tensor, *wanted: bool) -> Any:
+            return torch.ops.aten.convolution_backward(
+                gradient, x, W, [len(W)], *steps, False, (0, 0), ctx.groups, wanted
+            )
+
+        # the weight is freed before its gradient is made, which asks for its shape alone
+        dx = gradients(_dense(values, positions, ctx.shape), True, False, False)[0] if of_x else None
+        dvalues = dbias = None
+        if of_values or of_bias:
+            _, dW, dbias = gradients(values.new_empty(1).expand(ctx.shape), False, of_values, of_bias)
+            dvalues = _at(positions, dW) if of_values else None
+        return dx, dvalues, dbias, None, None, None, None
 
 
 def _dense(values: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from lightning_sparse.export import (
     CSRLinear,
     to_csr,
 )
+from lightning_sparse.kernels.geometry import Geometry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -83,6 +84,15 @@ def test_csr_layers_hand_gradients_to_their_input():
     conv, x = prune(nn.Conv2d(4, 6, 3, 2, 1, groups=2)), torch.randn(3, 4, 6, 6, requires_grad=True)
     expected, found = (torch.autograd.grad(layer(x).square().sum(), x)[0] for layer in (conv, CSRConv2d(conv)))
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_csr_convolutions_unfold_only_where_compiled_loops_cannot_compute(monkeypatch):
+    conv, x = prune(nn.Conv2d(4, 6, 3, 2, 1, groups=2)), torch.randn(8, 4, 9, 9)
+    layer = CSRConv2d(conv)
+    monkeypatch.setattr(Geometry, "unfold", None)
+    assert torch.allclose(layer(x), conv(x), atol=1e-5)
+    with pytest.raises(TypeError, match="NoneType"):
+        layer(x.requires_grad_())
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16, 150])

@@ -9,7 +9,7 @@ from processes import run_fresh
 from torch import nn
 from torch.autograd import gradcheck
 
-from lightning_sparse.kernels import convolutions_numba
+from lightning_sparse.kernels import convolutions_numba, plans
 from lightning_sparse.kernels.geometry import Geometry
 from lightning_sparse.kernels.structure import structure
 from lightning_sparse.layers.functional import conv2d
@@ -22,15 +22,18 @@ pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 def compiled(monkeypatch):
     """A function that forbids to unfold, and packs so many bytes at once."""
 
-    def only(cached=convolutions_numba._CACHED):
-        convolutions_numba._forward.cache_clear()
-        convolutions_numba._backward.cache_clear()
-        monkeypatch.setattr(convolutions_numba, "_CACHED", cached)
+    def only(cached=plans._CACHED):
+        forget()
+        monkeypatch.setattr(plans, "_CACHED", cached)
         monkeypatch.setattr(convolutions_numba, "unfolding", None)
 
     yield only
-    convolutions_numba._forward.cache_clear()
-    convolutions_numba._backward.cache_clear()
+    forget()
+
+
+def forget():
+    plans.forward.cache_clear()
+    plans.backward.cache_clear()
 
 
 def parts(layer, x, delta):
@@ -45,8 +48,9 @@ def assert_dense(dense, x, delta=None, tolerance=1e-12):
     sparse = SparseConv2d.from_dense(dense)
     sparse.backend = "numba"
     delta = torch.randn_like(dense(x)) if delta is None else delta
-    for ours, theirs in zip(parts(sparse, x, delta), parts(dense, x, delta), strict=True):
-        expected = theirs.reshape(-1)[sparse.positions] if theirs.shape == dense.weight.shape else theirs
+    y, dx, dW = parts(dense, x, delta)
+    expectations = y, dx, dW.reshape(-1)[sparse.positions]
+    for ours, expected in zip(parts(sparse, x, delta), expectations, strict=True):
         assert ours.shape == expected.shape
         assert (ours - expected).norm() <= tolerance * expected.norm() + 1e-30
 
@@ -66,7 +70,7 @@ def test_every_way_of_reading_equals_the_dense_one(data, kernel, stride, dilatio
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     space = [max(data.draw(st.integers(1, 12)), r - 2 * p) for r, p in zip(reach, padding, strict=True)]
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
-    batch = data.draw(st.sampled_from([4, 8, 11, 16]))
+    batch = data.draw(st.sampled_from([1, 2, 3, 4, 8, 11]))
     density = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     layer = thinned(density, channels, filters, kernel, stride, padding, dilation, groups, dtype=dtype)
     order = data.draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
@@ -92,12 +96,13 @@ def test_nothing_is_read_or_written_beside_what_is_packed(kernel, stride, paddin
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, how.dilation, strict=True)]
     space = tuple(max(data.draw(st.integers(1, 40)), r - 2 * p) for r, p in zip(reach, padding, strict=True))
     channels, filters = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
+    strips = data.draw(st.sampled_from([1, 2, 8]))
     for make, read, made in (
-        (convolutions_numba._forward, channels, filters),
-        (convolutions_numba._backward, filters, channels),
+        (plans.forward, channels, filters),
+        (plans.backward, filters, channels),
     ):
-        plan = make(how, space, channels, filters, 4)
-        met = plan.taps != convolutions_numba._NONE
+        plan = make(how, space, channels, filters, 4, 8, strips)
+        met = plan.taps != plans.NONE
         for phase in set(plan.phases.tolist()):
             taps, xat = plan.taps[phase][met[phase]], plan.xat[plan.phases == phase]
             if len(taps):
@@ -113,12 +118,13 @@ def test_each_filter_reads_its_own_channel(compiled):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_threads_change_no_bit(stride, compiled, monkeypatch):
+@pytest.mark.parametrize("batch", [1, 20])
+def test_threads_change_no_bit(stride, batch, compiled, monkeypatch):
     compiled(1 << 15)
     monkeypatch.setattr(convolutions_numba, "_SHARED_FROM", 1)
     layer = SparseConv2d.from_dense(thinned(0.3, 16, 24, 3, stride, 1))
-    x, results = torch.randn(20, 16, 15, 15), []
-    delta = torch.randn(20, 24, (15 - 1) // stride + 1, (15 - 1) // stride + 1)
+    x, results = torch.randn(batch, 16, 15, 15), []
+    delta = torch.randn(batch, 24, (15 - 1) // stride + 1, (15 - 1) // stride + 1)
     for threads in (1, 2, 5, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         results.append(parts(layer, x, delta))
@@ -146,22 +152,28 @@ def test_low_precision_is_multiplied_in_float32(compiled, monkeypatch):
         assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
 
 
-def test_few_images_are_unfolded(monkeypatch):
+def test_images_of_few_positions_are_unfolded(monkeypatch):
     monkeypatch.setattr(convolutions_numba, "_multiply", None)
     monkeypatch.setattr(convolutions_numba, "_sample", None)
-    assert_dense(thinned(0.4, 4, 6, 3, dtype=torch.float32), torch.randn(1, 4, 7, 7), tolerance=1e-5)
+    assert_dense(thinned(0.4, 4, 6, 3, dtype=torch.float32), torch.randn(1, 4, 5, 5), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "strips"), [(1, 8), (2, 4), (3, 2), (4, 1)])
+def test_a_few_images_are_cut_into_strips_that_fill_a_register(batch, strips, compiled):
+    compiled()
+    csr, how = structure(torch.tensor([0]), (2, 4, 3, 3)).matrix, Geometry((3, 3), (1, 1), (0, 0), (1, 1))
+    plan = plans.usable(plans.forward, csr, torch.empty(batch, 4, 18, 20), how, itemsize=4, line=32)
+    assert plan.strips.number == strips
+    assert_dense(thinned(0.4, 4, 6, 3), torch.randn(batch, 4, 18, 20), tolerance=1e-5)
 
 
 def test_what_takes_more_memory_packed_than_unfolded_is_unfolded(monkeypatch):
-    monkeypatch.setattr(convolutions_numba, "_CACHED", 1)
-    convolutions_numba._forward.cache_clear()
+    monkeypatch.setattr(plans, "_CACHED", 1)
+    forget()
     csr = structure(torch.tensor([0, 3]), (2, 2, 1, 1)).matrix
     how = Geometry((1, 1), (1, 1), (0, 0), (1, 1))
-    usable = [
-        convolutions_numba._usable(convolutions_numba._forward, csr, torch.empty(8, 2, *space), how, torch.float32)
-        for space in ((1, 50), (50, 1))
-    ]
-    convolutions_numba._forward.cache_clear()
+    usable = [plans.usable(plans.forward, csr, torch.empty(8, 2, *space), how, 4, 32) for space in ((1, 50), (50, 1))]
+    forget()
     assert usable[0] is None
     assert usable[1] is not None
 
