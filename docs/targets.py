@@ -165,7 +165,7 @@ def train(chosen):
             results = trained(data, run)
             row = [*run, *results, round(time.perf_counter() - start, 1), revision.stdout.strip()]
             with file.open("a") as out:
-                csv.writer(out).writerow(row)
+                csv.writer(out, lineterminator="\n").writerow(row)
             known[run] = dict(zip((*Run._fields, *RESULTS), map(str, row), strict=True))
         return float(known[run]["density"])
 
