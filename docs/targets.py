@@ -1,4 +1,4 @@
-"""Threshold methods with a target beside GMP and hand-tuned alphas, on part of MNIST: the tables of guides/targets.md.
+"""Threshold methods with a target beside GMP, and beside tuning by hand, on part of MNIST: tables of guides/targets.md.
 
 ``python docs/targets.py DIR --out results.csv`` trains what the file does not hold yet and adds a line to it after each
 run, so it may be broken off and started again. Then it prints the mean accuracy over the seeds that the file holds. DIR
@@ -48,8 +48,8 @@ class SmallCNN(Classifier):
 #: network, number of training images, of epochs
 NETWORKS = {
     "lenet300": (LeNet300, 6_000, 6),
-    "cnn": (SmallCNN, 6_000, 4),
-    "lenet5": (LeNet5Caffe, 6_000, 3),
+    "cnn": (SmallCNN, 3_000, 4),
+    "lenet5": (LeNet5Caffe, 3_000, 4),
     "lstm": (lambda **training: SequenceLSTM(hidden=128, **training), 6_000, 4),
 }
 OPTIMIZERS = {
@@ -64,12 +64,18 @@ METHODS: dict[str, Callable[[float], pl.Callback]] = {
     "AutoSparse": lambda s: AutoSparse(sparsity=s),
     "STR": lambda s: STR(sparsity=s),
 }
-ALPHAS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+#: what is tuned by hand instead of a target, and its values
+TUNED: dict[str, tuple[Callable[[float], pl.Callback], tuple[float, ...]]] = {
+    "DST alpha": (lambda x: DST(alpha=x), (5e-5, 1e-4, 2e-4, 4e-4)),
+    "DFBST alpha": (lambda x: DFBST(alpha=x), (5e-5, 1e-4, 2e-4, 4e-4)),
+    "AutoSparse decay": (lambda x: AutoSparse(threshold_weight_decay=x), (1e-3, 1.5e-3, 2e-3, 3e-3)),
+    "STR decay": (lambda x: STR(init_threshold=-5, threshold_weight_decay=x), (1e-3, 1.5e-3, 2e-3, 3e-3)),
+}
 RESULTS = ("accuracy", "density", "seconds", "revision")
 
 
 class Run(NamedTuple):
-    """What is trained; ``setting`` is the sparsity, or the alpha of ``DST alpha``."""
+    """What is trained; ``setting`` is the sparsity, or what is tuned by hand."""
 
     network: str
     optimizer: str
@@ -82,7 +88,8 @@ class Run(NamedTuple):
     @property
     def callback(self) -> pl.Callback:
         """The method."""
-        return DST(alpha=self.setting) if self.method == "DST alpha" else METHODS[self.method](self.setting)
+        build = TUNED[self.method][0] if self.method in TUNED else METHODS[self.method]
+        return build(self.setting)
 
 
 class Batches(IterableDataset):
@@ -125,9 +132,10 @@ def trained(data, run: Run):
 def runs(chosen) -> Iterator[Run]:
     """Yield what is to be trained, the first seed of everything first."""
     networks, optimizers, methods = (part.split(",") for part in (chosen.networks, chosen.optimizers, chosen.methods))
-    targets, alphas = ([float(x) for x in part.split(",") if x] for part in (chosen.targets, chosen.alphas))
-    tuned = [("DST alpha", alpha) for alpha in alphas]
-    settings = [(method, target) for target in targets for method in methods] + tuned
+    targets = [float(x) for x in chosen.targets.split(",")]
+    settings = [(method, target) for target in targets for method in methods]
+    if chosen.tuned:
+        settings = [(name, x) for name, (_, values) in TUNED.items() if name.split()[0] in methods for x in values]
     for seed, network, optimizer, setting in product(range(chosen.seeds), networks, optimizers, settings):
         _, images, epochs = NETWORKS[network]
         yield Run(network, optimizer, chosen.images or images, chosen.epochs or epochs, seed, *setting)
@@ -141,7 +149,7 @@ def rows(file: Path) -> dict[Run, dict[str, str]]:
 
 
 def train(chosen):
-    """Train all that the file lacks."""
+    """Train all that the file lacks; after what is tuned by hand, a target of the density that it ended with."""
     file = Path(chosen.out)
     if not file.exists():
         file.write_text(",".join((*Run._fields, *RESULTS)) + "\n")
@@ -150,11 +158,21 @@ def train(chosen):
     data = MNISTDataModule(chosen.data_dir)
     data.setup("fit")
     known = rows(file)
-    for run in (run for run in runs(chosen) if run not in known):
-        start = time.perf_counter()
-        results = trained(data, run)
-        with file.open("a") as out:
-            csv.writer(out).writerow([*run, *results, round(time.perf_counter() - start, 1), revision.stdout.strip()])
+
+    def density(run: Run) -> float:
+        if run not in known:
+            start = time.perf_counter()
+            results = trained(data, run)
+            row = [*run, *results, round(time.perf_counter() - start, 1), revision.stdout.strip()]
+            with file.open("a") as out:
+                csv.writer(out, lineterminator="\n").writerow(row)
+            known[run] = dict(zip((*Run._fields, *RESULTS), map(str, row), strict=True))
+        return float(known[run]["density"])
+
+    for run in runs(chosen):
+        left = density(run)
+        if run.method in TUNED:
+            density(run._replace(method=run.method.split()[0], setting=round(1 - left, 6)))
 
 
 def tables(chosen):
@@ -179,7 +197,7 @@ def main():
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)))
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--alphas", default=",".join(map(str, ALPHAS)), help="of DST without a target; empty: none")
+    parser.add_argument("--tuned", action="store_true", help="what is tuned by hand, beside targets of its densities")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, help="number of training images; default: the network's")
     parser.add_argument("--epochs", type=int, help="default: the network's")

@@ -2,10 +2,11 @@
 
 ``grown_connections_script.py`` prints a row for each optimizer and method: the median ``|dW|`` of new connections over
 that of connections as old as the training, in their 1st, 2nd, 3rd, 5th, 10th and 30th update (the median over all
-moves), and how much the loss on other data rises above that before the move. ``--only 'RigL AdamW*'`` takes some rows,
-``--storage sparse`` the other store, ``--start`` another beginning of what a grown connection keeps: ``layer`` the mean
-of its layer, ``zero``, or ``age`` (Adam alone) a count of updates for each connection, with its own bias correction and
-a warm-up of ``--warm-up`` updates. It uses only public names but for ``--start``, so it runs with old revisions.
+moves), and how much the loss on other data rises above that before the move. ``--only 'RigL AdamW*' 'SET SGD'`` takes
+some rows, ``--width`` another network, ``--storage sparse`` the other store, ``--start`` another beginning of what a
+grown connection keeps: ``layer`` the mean of its layer, ``zero``, or ``age`` (Adam alone) a count of updates for each
+connection, with its own bias correction and a warm-up of ``--warm-up`` updates. It uses only public names but for
+``--start``, so it runs with old revisions.
 """
 
 import argparse
@@ -20,10 +21,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import SET, RigL
+from lightning_sparse import SET, GraNet, RigL
 
 STEPS = (1, 2, 3, 5, 10, 30)
-METHODS = {"RigL": RigL, "SET": SET}
+METHODS = {"RigL": RigL, "SET": SET, "GraNet": lambda storage, **options: GraNet(**options)}
 OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(p, 1e-3),
     "Adam fused": lambda p: torch.optim.Adam(p, 1e-3, fused=True),
@@ -38,6 +39,7 @@ OPTIMIZERS = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
     "Adadelta": lambda p: torch.optim.Adadelta(p, 1.0),
     "SGD": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+    "SGD plain": lambda p: torch.optim.SGD(p, 1e-2),
 }
 
 
@@ -157,7 +159,8 @@ def measure(callback, optimizer, width=256, steps=900, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="*")
+    parser.add_argument("--only", nargs="+", default=["*"])
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--storage", default="masked")
     parser.add_argument("--start", choices=("row", "layer", "zero", "age"), default="row")
     parser.add_argument("--warm-up", type=int, default=1)
@@ -174,9 +177,9 @@ def main():
     print("median |dW| of new over old, and rise of the loss, at updates", *STEPS)
     for method in METHODS:
         for name, optimizer in OPTIMIZERS.items():
-            if fnmatch(f"{method} {name}", arguments.only):
+            if any(fnmatch(f"{method} {name}", pattern) for pattern in arguments.only):
                 callback = METHODS[method](sparsity=0.9, update_every=100, storage=arguments.storage)
-                watch = measure(callback, optimizer, seed=arguments.seed)
+                watch = measure(callback, optimizer, arguments.width, seed=arguments.seed)
                 ratios = " / ".join(f"{ratio:.2f}" for ratio in watch.medians())
                 rises = " / ".join(f"{statistics.mean(watch.rises[step]):+.3f}" for step in STEPS)
                 print(f"{method:4s} {name:16s} {ratios}   {rises}", flush=True)

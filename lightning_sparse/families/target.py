@@ -6,15 +6,24 @@ of the plan the masks are frozen, at the target exactly.
 """
 
 import math
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sparse.compat import checks
+from lightning_sparse.compat.options import Options, option
+from lightning_sparse.families.common import (
+    FINAL_SPARSITY,
+    MIN_LAYER_DENSITY,
+    check_min_layer_density,
+    check_sparsity,
+)
 from lightning_sparse.families.shares import floors, least
 from lightning_sparse.rules.budgets import budget
 from lightning_sparse.rules.level import Cut, Look, Near, cuts, evenly
@@ -23,14 +32,62 @@ from lightning_sparse.rules.schedules import cubic
 from lightning_sparse.rules.select import positions, top_k
 from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.guards import refuse_unknown_length
+from lightning_sparse.trainer.readouts import Readouts
 from lightning_sparse.trainer.updates import skips
+from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.latent_group import LatentGroup
 
-if TYPE_CHECKING:
-    from lightning_sparse.families.thresholds import Thresholded
+__all__ = ["Plan", "Target", "Targeted"]
 
-__all__ = ["Plan", "Target"]
+
+class Targeted(Options, Readouts, Verbs, ABC):
+    """A method whose thresholds can follow a plan: its arguments, and what it is to shift them."""
+
+    sparsity_target: float | None = option(
+        alias="sparsity",
+        default=None,
+        check=check_sparsity,
+        doc=f"{FINAL_SPARSITY} All thresholds are shifted together, so that the number of nonzeros falls by a cubic "
+        "plan and ends at the target exactly; from then on the masks stay. None: there is no target.",
+    )
+    begin_at: float = option(
+        default=0.2,
+        check=partial(checks.fraction, "0 prunes from the start."),
+        doc="share of the training after which pruning to ``sparsity`` begins, in [0, 1); until then thresholds rest.",
+    )
+    end_at: float = option(
+        default=0.75,
+        check=partial(checks.fraction, "0.75 leaves a quarter of the training to recover."),
+        doc="share of the training after which ``sparsity`` is reached, above ``begin_at`` and at most 1.",
+    )
+    min_layer_density: float = option(
+        default=0.0, check=check_min_layer_density, doc=f"with ``sparsity``, {MIN_LAYER_DENSITY}"
+    )
+
+    def __post_init__(self) -> None:
+        """Check that the plan has a length."""
+        super().__post_init__()
+        if self.begin_at >= self.end_at:
+            raise ValueError(
+                f"begin_at must be below end_at={self.end_at!r}, got {self.begin_at!r}. 0 prunes from the start."
+            )
+
+    def new_target(self) -> "Target | None":
+        """Return what the thresholds are shifted to meet, if anything."""
+        return None if self.sparsity_target is None else Target(self, self.sparsity_target)
+
+    def level(self, t: Tensor) -> Tensor:
+        """Return ``tau``, which ``|W|`` is compared with."""
+        return t
+
+    def shifted(self, t: Tensor, by: float) -> Tensor:
+        """Return thresholds that are ``by`` higher."""
+        return t + by
+
+    def margins(self, magnitudes: Tensor, t: Tensor) -> Tensor:
+        """Return how far thresholds may be shifted until they reach ``magnitudes``; broadcasts."""
+        return magnitudes - self.level(t)
 
 
 @dataclass
@@ -76,7 +133,7 @@ class Target:
         sparsity: at the end.
     """
 
-    def __init__(self, method: "Thresholded", sparsity: float) -> None:
+    def __init__(self, method: Targeted, sparsity: float) -> None:
         self.method, self.sparsity = method, sparsity
         self._plans: dict[int, Plan] = {}
         self._clocks: list[dict[str, Any]] = []
@@ -192,7 +249,7 @@ class Target:
         frozen = self._chosen(weights, found) if plan.updates >= self.span()[1] else []
         self._shift(plan.group, weights, found)
         for weight in weights:
-            weight.thresholds.shrinkage = 1 - self._progress(plan)
+            weight.thresholds.shrinkage = cubic(self._progress(plan))
         for weight, mask in zip(weights, frozen, strict=False):
             self._freeze(weight, mask)
 

@@ -5,7 +5,7 @@ to end, so that one operation completes their gradients.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -17,20 +17,12 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import MisconfigurationException, Trainer, is_a
 from lightning_sparse.compat.optimizers import stepping, takes_matrices_alone, wrapped
-from lightning_sparse.compat.options import Options, option
+from lightning_sparse.compat.options import option
 from lightning_sparse.compat.torch_private import complete_momentum, found_infinite
-from lightning_sparse.families.common import (
-    FINAL_SPARSITY,
-    MIN_LAYER_DENSITY,
-    check_min_layer_density,
-    check_sparsity,
-)
-from lightning_sparse.families.target import Target
+from lightning_sparse.families.target import Targeted
 from lightning_sparse.families.threshold_decay import decay_apart, refuse_unknown_decay
 from lightning_sparse.kernels.thresholds import fused, fused_kernels
 from lightning_sparse.trainer.guards import REMEDY, listed
-from lightning_sparse.trainer.readouts import Readouts
-from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.joined import Joined, can_join
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.thresholds import Granularity, ThresholdBuffer, WeightThresholds, buffers
@@ -38,7 +30,7 @@ from lightning_sparse.weights.thresholds import Granularity, ThresholdBuffer, We
 __all__ = ["Granularity", "ThresholdBuffer", "Thresholded", "Thresholds"]
 
 
-class Thresholded(Options, Readouts, Verbs, ABC):
+class Thresholded(Targeted):
     """A method with trained thresholds: what it says of them, and what is read of them.
 
     It stands before the family in a method's bases, as in ``class DST(Thresholded, LatentCallback)``. The gradient of
@@ -51,34 +43,15 @@ class Thresholded(Options, Readouts, Verbs, ABC):
         doc="the thresholds' value at the start.",
     )
     granularity: Granularity = option(
-        default="layer", doc='one threshold per output ``"neuron"`` (filter), per ``"layer"`` or per ``"weight"``.'
+        default="layer",
+        doc='one threshold per output ``"neuron"`` (filter), per ``"layer"`` or per ``"weight"``. With ``sparsity`` '
+        "those of a layer are equal.",
     )
     reset_above: float | None = option(
         default=0.99,
         check=partial(checks.fraction, "The paper's value is 0.99; None switches the guard off."),
         doc="collapse guard: a layer with more than this share masked has its forward thresholds set to 0; None "
         "switches the guard off.",
-    )
-
-    sparsity_target: float | None = option(
-        alias="sparsity",
-        default=None,
-        check=check_sparsity,
-        doc=f"{FINAL_SPARSITY} All thresholds are shifted together, so that the number of nonzeros falls by a cubic "
-        "plan and ends at the target exactly; from then on the masks stay. None: there is no target.",
-    )
-    begin_at: float = option(
-        default=0.2,
-        check=partial(checks.fraction, "0 prunes from the start."),
-        doc="share of the training after which pruning to ``sparsity`` begins, in [0, 1); until then thresholds rest.",
-    )
-    end_at: float = option(
-        default=0.75,
-        check=partial(checks.fraction, "0.75 leaves a quarter of the training to recover."),
-        doc="share of the training after which ``sparsity`` is reached, above ``begin_at`` and at most 1.",
-    )
-    min_layer_density: float = option(
-        default=0.0, check=check_min_layer_density, doc=f"with ``sparsity``, {MIN_LAYER_DENSITY}"
     )
     threshold_weight_decay: float | None = option(
         default=None,
@@ -105,27 +78,7 @@ class Thresholded(Options, Readouts, Verbs, ABC):
     def __post_init__(self) -> None:
         """Have thresholds."""
         super().__post_init__()
-        if self.begin_at >= self.end_at:
-            raise ValueError(
-                f"begin_at must be below end_at={self.end_at!r}, got {self.begin_at!r}. 0 prunes from the start."
-            )
         self._thresholds: Thresholds | None = Thresholds(self)
-
-    def new_target(self) -> Target | None:
-        """Return what the thresholds are shifted to meet, if anything."""
-        return None if self.sparsity_target is None else Target(self, self.sparsity_target)
-
-    def level(self, t: Tensor) -> Tensor:
-        """Return ``tau``, which ``|W|`` is compared with."""
-        return t
-
-    def shifted(self, t: Tensor, by: float) -> Tensor:
-        """Return thresholds that are ``by`` higher."""
-        return t + by
-
-    def margins(self, magnitudes: Tensor, t: Tensor) -> Tensor:
-        """Return how far thresholds may be shifted until they reach ``magnitudes``; broadcasts."""
-        return magnitudes - self.level(t)
 
     @abstractmethod
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
@@ -210,6 +163,11 @@ class Thresholds:
                 f"{self.method!r} has no regulariser of its own, and its thresholds have no weight decay: nothing "
                 f"drives {weights[0].name} to be sparse. Set weight_decay in the optimizer, e.g. 3e-5, or "
                 "threshold_weight_decay."
+            )
+        if self.target and not self.train and self.method.granularity != type(self.method).granularity:
+            self.method.warn_once(
+                f"{self.method!r} gains nothing by granularity: with sparsity all thresholds of a layer are equal. "
+                "Leave it out."
             )
         self._refuse_vectors(optimizer, weights)
         theirs = [(weight, key) for weight in weights for key in weight.thresholds.values]

@@ -239,7 +239,7 @@ def train_planned(method, optimizer, batches, options):
         if first <= i < last:
             k = budget(0.8, size) + round((start - budget(0.8, size)) * (1 - (i + 1 - first) / (last - first)) ** 3)
             reference.shift(k)
-            reference.shrinkage = 1 - (i + 1 - first) / (last - first)
+            reference.shrinkage = (1 - (i + 1 - first) / (last - first)) ** 3
         if i + 1 == last:
             reference.freeze()
     return reference
@@ -442,3 +442,12 @@ def test_a_training_that_ends_before_the_plan_is_told(method):
 def test_a_target_needs_no_weight_decay(method, recwarn):
     fit(METHODS[method](), seeded(lambda: Lit(optimizer=lambda p: torch.optim.SGD(p, 0.1))), loader(16), max_epochs=1)
     assert not any("no weight decay" in str(warning.message) for warning in recwarn)
+
+
+def test_a_granularity_that_changes_nothing_is_told(recwarn):
+    other = {"sparsity": 0.8, "granularity": "layer"}
+    for callback in (DST(**other), DFBST(**other), STR(sparsity=0.8)):
+        fit(callback, train=loader(16), max_epochs=1)
+    told = [str(warning.message) for warning in recwarn if "granularity" in str(warning.message)]
+    assert len(told) == 1
+    assert told[0].startswith("DST(granularity='layer', sparsity=0.8) gains nothing by granularity")
