@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m lightning_sparse.bench", description=bench.__doc__)
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "peak", "fitted"])
-    parser.add_argument("--network", choices=NETWORKS, default="lenet300")
+    parser.add_argument("--network", choices=[*NETWORKS, "decoder"], default="lenet300", help="decoder: for shards")
     parser.add_argument("--methods", default="dst,dfbst,autosparse,str", help="separated by commas")
     parser.add_argument("--sparsities", help="where they are varied, separated by commas")
     parser.add_argument("--storages", default="masked", help="for update and program, separated by commas")

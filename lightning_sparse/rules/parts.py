@@ -1,13 +1,13 @@
 """Parts: what a process holds of a weight, and how connections are chosen among all parts of it together.
 
-One process is the case of one part: it holds all, and has nothing to ask. Where processes hold some rows each, as with
-FSDP2, they choose the same connections as one process would: each counts its own, counts are added up
-(:mod:`~lightning_sparse.rules.radix`), and no process sees the others' values or positions. All of them call these
-functions at the same time with the same numbers, and each gets what lies in its own rows.
+One process is the case of one part: it holds all, and has nothing to ask. Where processes hold some rows or columns
+each, as with FSDP2 and tensor parallelism, they choose the same connections as one process would: each counts its own,
+counts are added up (:mod:`~lightning_sparse.rules.radix`), and no process sees the others' values or positions. All of
+them call these functions at the same time with the same numbers, and each gets what lies in its own part.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -16,152 +16,111 @@ from torch import Generator, Tensor, distributed
 
 from lightning_sparse.compat.shards import Layout, is_sharded, joined
 from lightning_sparse.kernels.positions import ranks
-from lightning_sparse.rules import ranking, sampling, select, ties
+from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.ascending import contains, different, merged
 from lightning_sparse.rules.budgets import apportion
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.drawn import Drawn
 from lightning_sparse.rules.radix import kth, least, ordered
-from lightning_sparse.rules.sampling import Everywhere
+from lightning_sparse.rules.whole import WHOLE, WHOLE_TOGETHER, Together, Whole
 
-__all__ = ["WHOLE", "Rows", "Whole", "together"]
+__all__ = ["WHOLE", "Shard", "Together", "Whole", "together"]
 
 _AT_ONCE = 1 << 18  # numbers that are drawn to be looked through
 
 
-class Whole(Everywhere):
-    """All of a weight: on one process, or the same on each of several."""
+class Shard(Whole):
+    """Some rows of a weight, or some columns of some rows: runs of positions, of one length and at equal distances.
 
-    # ------------------------------------------------------------------ which elements
-
-    def positions(self, indices: Tensor) -> Tensor:
-        """Return the flat positions in the weight of flat indices of the part."""
-        return indices
-
-    def here(self, positions: Tensor) -> Tensor:
-        """Return those of ascending positions that lie in the part."""
-        return positions
-
-    def indices(self, positions: Tensor) -> Tensor:
-        """Return the flat indices in the part of positions, all of which lie in it."""
-        return positions
-
-    def length(self, size: int) -> int:
-        """Return how many elements the part has of a weight of this ``size``."""
-        return size
-
-    def cut(self, x: Tensor) -> Tensor:
-        """Return the part of a tensor of the weight's shape."""
-        return x
-
-    def joined(self, part: Tensor) -> Tensor:
-        """Return the tensor of which this is the part: a DTensor if there are others."""
-        return part
-
-    # ------------------------------------------------------------------ what all parts have together
-
-    def total(self, *counts: int) -> list[int]:
-        """Return the sums of counts over all parts."""
-        return [*counts]
-
-    def sums(self, x: Tensor) -> Tensor:
-        """Return the sums of numbers over all parts."""
-        return x
-
-    def all(self, holds: bool) -> bool:
-        """Tell whether all parts say so."""
-        return holds
-
-    def any(self, count: int) -> bool:
-        """Tell whether some part has any of what is counted."""
-        return count > 0
-
-    def all_equal(self, scores: Tensor) -> bool:
-        """Tell whether all parts have the same score, and there are several; see ``select.all_equal``."""
-        return select.all_equal(scores)
-
-    # ------------------------------------------------------------------ which are chosen
-
-    top_k_positions = staticmethod(select.top_k_positions)
-    lowest_positions = staticmethod(select.lowest_positions)
-    count_global_top_k = staticmethod(select.count_global_top_k)
-    global_top_k = staticmethod(select.global_top_k)
-    ranking = staticmethod(ranking.ranking)
-
-    def top_k(self, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
-        """Mark exactly the ``k`` largest scores of the weight; see ``select.top_k``."""
-        return select.top_k(scores, k, among)
-
-    # ------------------------------------------------------------------ what is drawn
-
-    def distinct(self, n: int, below: int, generator: Generator) -> Tensor:
-        """Draw ``n`` different positions of a weight of size ``below``, and return those that lie in the part."""
-        return sampling.distinct(n, below, generator)
-
-    def rand(self, shape: Sequence[int], generator: Generator) -> Tensor:
-        """Draw a number from 0 to 1 for each element of the weight; return those of the part, which has a shape."""
-        return torch.rand(*shape, generator=generator)
-
-    def drawn_for(self, n: int, draw: Callable[[int], Tensor]) -> Tensor:
-        """Draw for the elements of a list, of which ``n`` are in the part, one by one."""
-        return draw(n)
-
-    def taken(self, x: Tensor, indices: Tensor) -> Tensor:
-        """Return elements of a list, of which the part has ``x``, by their places in the whole list."""
-        return x[indices.to(x.device)]
-
-
-WHOLE = Whole()
-
-
-class Rows(Whole):
-    """Some rows of a weight, one after the other; the processes of a group hold the others, in their order.
+    All processes take part, those too that hold the same as another. Of these the first one counts: it is the owner.
 
     Args:
         layout: how the weight is divided.
         device: where its part is, and where counts are added up.
+
+    Attributes:
+        ranges: what is here of each dimension.
+        divided: the dimensions of which some process has a part only.
+        number: that of this shard, among ``numbers`` different ones.
+        is_owner: no process before this one holds the same.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.shape, self.device = layout, tuple(layout.shape), device
-        self.group: Any = layout.mesh.get_group()
-        self.rank, self.world = distributed.get_rank(self.group), distributed.get_world_size(self.group)
-        rows = -(-self.shape[0] // self.world)  # of all but the last ones, as torch.chunk divides
-        self.rows = range(*(min(n * rows, self.shape[0]) for n in (self.rank, self.rank + 1)))
-        self.begin, self.end = (n * math.prod(self.shape[1:]) for n in (self.rows.start, self.rows.stop))
-        self.size = math.prod(self.shape)
+        self.size, self.ranges = math.prod(self.shape), layout.ranges
+        held = self._held()
+        self.is_owner = held.index(self.ranges) == distributed.get_rank()
+        shards = sorted(set(held), key=_ends)
+        self.number, self.numbers = shards.index(self.ranges), len(shards)
+        self.divided = {d for d, n in enumerate(self.shape) if any(len(ranges[d]) < n for ranges in shards)}
+        self._lay_runs(shards)
+
+    def _held(self) -> list[tuple[range, ...]]:
+        """Return what each process holds of each dimension."""
+        table = torch.zeros(distributed.get_world_size(), 2 * len(self.shape), dtype=torch.long)
+        table[distributed.get_rank()] = torch.tensor(_ends(self.ranges))
+        return [
+            tuple(range(*ends) for ends in zip(row[::2], row[1::2], strict=True))
+            for row in _added(table, self.device).tolist()
+        ]
+
+    def _lay_runs(self, shards: Sequence[tuple[range, ...]]) -> None:
+        """Find the runs, and their numbers among the runs of all shards in the order of positions."""
+        d = max(self.divided, default=0)
+        rows, within = math.prod(self.shape[:d]), math.prod(self.shape[d + 1 :])
+        self._begin = sum(r.start * math.prod(self.shape[i + 1 :]) for i, r in enumerate(self.ranges))
+        self._length, self._distance = len(self.ranges[d]) * within, self.shape[d] * within
+        columns = sorted({(ranges[d].start, ranges[d].stop) for ranges in shards})
+        first = math.prod(self.shape[1:d]) * self.ranges[0].start if d else 0
+        here = torch.arange(first, first + math.prod(map(len, self.ranges[:d])))
+        self._runs = here * len(columns) + columns.index((self.ranges[d].start, self.ranges[d].stop))
+        self._all_runs = rows * len(columns)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the processes."""
-        return {**self.__dict__, "layout": None, "group": None}
+        return {**self.__dict__, "layout": None}
 
     def __eq__(self, other: object) -> bool:
-        """Compare which rows of which weight these are."""
-        return isinstance(other, Rows) and (self.shape, self.rows) == (other.shape, other.rows)
+        """Compare which part of which weight these are."""
+        return isinstance(other, Shard) and (self.shape, self.ranges) == (other.shape, other.ranges)
 
     def __hash__(self) -> int:
-        return hash((self.shape, self.rows))
+        return hash((self.shape, self.ranges))
 
     # ------------------------------------------------------------------ which elements
 
     def positions(self, indices: Tensor) -> Tensor:  # noqa: D102  (inherited)
-        return indices + self.begin
+        if len(self._runs) == 1:
+            return indices + self._begin
+        length = max(self._length, 1)
+        return indices.div(length, rounding_mode="floor") * self._distance + indices % length + self._begin
 
     def here(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
-        return positions[(positions >= self.begin) & (positions < self.end)]
+        return positions[self.has(positions)]
+
+    def has(self, positions: Tensor) -> Tensor:
+        """Mark the positions that lie in the part."""
+        run, place = self._in_runs(positions)
+        return (run >= 0) & (run < len(self._runs)) & (place < self._length)
 
     def indices(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
-        return positions - self.begin
+        run, place = self._in_runs(positions)
+        return run * self._length + place
+
+    def _in_runs(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the run of each position, and its place within."""
+        after = positions - self._begin
+        return after.div(self._distance, rounding_mode="floor"), after % self._distance
 
     def length(self, size: int) -> int:  # noqa: D102  (inherited)
-        return self.end - self.begin
+        return len(self._runs) * self._length
 
     def cut(self, x: Tensor) -> Tensor:
         """Return the part of a tensor of the weight's shape, also of one that is divided in the same way."""
         if is_sharded(x):
             part: Tensor = x.to_local()  # type: ignore[attr-defined]
             return part
-        return x[self.rows.start : self.rows.stop]
+        return x[tuple(slice(r.start, r.stop) for r in self.ranges)]
 
     def joined(self, part: Tensor) -> Tensor:
         """Return the DTensor of which this is the part.
@@ -170,22 +129,20 @@ class Rows(Whole):
             RuntimeError: the part has been copied or pickled without the processes.
         """
         if self.layout is None:
-            raise RuntimeError("This copy has no processes that hold the other rows. Ask the callback of the fit.")
+            raise RuntimeError("This copy has no processes that hold the other parts. Ask the callback of the fit.")
         return joined(part, self.layout)
 
     # ------------------------------------------------------------------ what all parts have together
 
     def sums(self, x: Tensor) -> Tensor:  # noqa: D102  (inherited)
-        added = x.to(self.device)
-        distributed.all_reduce(added, group=self.group)
-        return added.to(x.device)
+        return _added(x if self.is_owner else torch.zeros_like(x), self.device)
 
     def total(self, *counts: int) -> list[int]:  # noqa: D102  (inherited)
         found: list[int] = self.sums(torch.tensor(counts)).tolist()
         return found
 
     def all(self, holds: bool) -> bool:  # noqa: D102  (inherited)
-        return self.total(int(holds)) == [self.world]
+        return not self.any(int(not holds))
 
     def any(self, count: int) -> bool:  # noqa: D102  (inherited)
         return self.total(count) > [0]
@@ -193,16 +150,30 @@ class Rows(Whole):
     def all_equal(self, scores: Tensor) -> bool:  # noqa: D102  (inherited)
         low, high = scores.aminmax() if scores.numel() else (torch.tensor(torch.inf), torch.tensor(-torch.inf))
         several = float(scores.numel()) if scores.numel() < 2 else 2.0
-        ends = torch.zeros(self.world, 3, dtype=torch.float64)
-        ends[self.rank] = torch.tensor([float(low), float(high), several], dtype=torch.float64)
-        lows, highs, numbers = self.sums(ends).T
-        return bool(numbers.sum() > 1) and bool(lows.min() == highs.max())
+        ends = torch.zeros(self.numbers, 3, dtype=torch.float64)
+        ends[self.number] = torch.tensor([float(low), float(high), several], dtype=torch.float64)
+        lows, highs, lengths = self.sums(ends).T
+        return bool(lengths.sum() > 1) and bool(lows.min() == highs.max())
 
-    def _before(self, count: int) -> tuple[int, int]:
-        """Return how many the processes before this one have in all, and how many all have."""
-        counts = self.total(*(count if rank == self.rank else 0 for rank in range(self.world)))
-        upto = [0, *accumulate(counts)]
-        return upto[self.rank], upto[-1]
+    def _before(self, counts: Tensor) -> tuple[Tensor, int]:
+        """Return how many of something lie before each run, and how many there are; ``counts``: of each run."""
+        table = torch.zeros(self._all_runs, dtype=torch.int32 if self.size < 1 << 31 else torch.int64)
+        table[self._runs] = counts.to(table.dtype)
+        of_runs = self.sums(table).long()
+        upto = of_runs.cumsum(0)
+        return (upto - of_runs)[self._runs], int(upto[-1])
+
+    def _of_runs(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the run of each position, and how many there are in each run."""
+        run, _ = self._in_runs(positions)
+        return run, torch.bincount(run, minlength=len(self._runs))
+
+    def _places(self, positions: Tensor) -> tuple[Tensor, int]:
+        """Return the places of ascending positions among those of all parts, and how many these are."""
+        run, counts = self._of_runs(positions)
+        before, total = self._before(counts)
+        shifts = before - (counts.cumsum(0) - counts)
+        return torch.arange(len(positions)) + shifts[run], total
 
     # ------------------------------------------------------------------ which are chosen
 
@@ -221,13 +192,145 @@ class Rows(Whole):
         marks[self.top_k_positions(scores, k, among)] = True
         return marks.view(scores.shape)
 
-    def count_global_top_k(  # type: ignore[override]  # noqa: D102  (inherited)
+    def _extreme(self, scores: Tensor, k: int, among: Tensor | None, order: ties.Order | None, largest: bool) -> Tensor:
+        """Return the flat indices, ascending, of those of the ``k`` largest (or smallest) scores that are here."""
+        flat = scores.reshape(-1)
+        candidates = None if among is None else select.positions(among)
+        keys = ordered(flat if candidates is None else flat[candidates])
+        rank = order or (lambda indices: ties.spread(self.positions(indices), self.shape))
+
+        def place(indices: Tensor) -> Tensor:
+            numbers = rank(indices if candidates is None else candidates[indices])
+            return self._short(numbers if largest else ~numbers)
+
+        (marks,) = least([~keys if largest else keys], [k], [[place]], self.sums)
+        found = select.positions(marks)
+        return found if candidates is None else candidates[found]
+
+    def _short(self, numbers: Tensor) -> Tensor:
+        """Return whole numbers below the weight's size in as few bits as they need: fewer rounds."""
+        return numbers.int() if self.size < 1 << 31 else numbers
+
+    def numbered(self, indices: Tensor) -> Tensor:
+        """Return numbers that differ from those of other parts: an order for equals of which any will do."""
+        return indices * self.numbers + self.number
+
+    # ------------------------------------------------------------------ what is drawn
+
+    def num_free(self, taken: Tensor, size: int) -> int:  # noqa: D102  (inherited)
+        return size - self.total(len(taken))[0]
+
+    def distinct(self, n: int, below: int, generator: Generator) -> Tensor:  # noqa: D102  (inherited)
+        return self._distinct(n, below, generator, self.has)
+
+    def free_positions(self, n: int, taken: Tensor, size: int, generator: Generator) -> Tensor:
+        """Draw ``n`` different positions that are not ``taken``, ascending here; return those that are here."""
+        free = self._length - self._of_runs(taken)[1]
+        before, total = self._before(free)
+        if not 0 <= n <= total:
+            raise ValueError(f"{n} connections were asked for, {total} are free.")
+        places = self._distinct(n, total, generator, lambda numbers: _within(numbers, before, free)[1])
+        shifts = (free.cumsum(0) - free) - before  # from places among all free ones to those among the free ones here
+        places += shifts[_within(places, before, free)[0]]
+        free_before = torch.arange(len(taken)).neg_().add_(self.indices(taken))
+        return self.positions(places + ranks(free_before, places, right=True))
+
+    def drawn(self, n: int, taken: Tensor, size: int) -> Drawn:  # noqa: D102  (inherited)
+        return _DrawnHere(self, taken)
+
+    def rand(self, shape: Sequence[int], generator: Generator) -> Tensor:  # noqa: D102  (inherited)
+        kept = [
+            numbers[self.has(torch.arange(first, first + len(numbers)))]
+            for first, numbers in _in_turn(self.size, lambda n: torch.rand(n, generator=generator))
+        ]
+        return torch.cat(kept).view(*shape)
+
+    def drawn_for(self, positions: Tensor, draw: Callable[[int], Tensor]) -> Tensor:  # noqa: D102  (inherited)
+        places, total = self._places(positions.cpu())
+        return draw(total)[places]
+
+    def taken(self, positions: Tensor, places: Tensor) -> Tensor:  # noqa: D102  (inherited)
+        own, _ = self._places(positions.cpu())
+        return positions[torch.isin(own, places).to(positions.device)]
+
+    def _distinct(self, n: int, below: int, generator: Generator, kept: Callable[[Tensor], Tensor]) -> Tensor:
+        """Draw what ``sampling.distinct`` draws; return those that ``kept`` marks, ascending, and hold no others."""
+        if 2 * n >= below:
+            chosen = torch.randperm(below, generator=generator, dtype=self._permuted(below))[:n]
+            return torch.cat([part[kept(part)] for part in chosen.split(_AT_ONCE)]).long().sort().values
+        found, held = torch.empty(0, dtype=torch.long), 0
+        while held < n:
+            for _, numbers in _in_turn(n - held, lambda m: torch.randint(below, (m,), generator=generator)):
+                new = different(numbers[kept(numbers)])
+                found = merged(found, new[~contains(found, new)])
+            (held,) = self.total(len(found))
+        return found
+
+    @staticmethod
+    def _permuted(below: int) -> torch.dtype:
+        """Return the smallest dtype of a permutation, which is the same in each."""
+        return torch.int32 if below < 1 << 31 else torch.int64
+
+
+class _DrawnHere:
+    """Those of a growing set of positions that lie in a part; see ``sampling.Drawn``."""
+
+    def __init__(self, part: Shard, taken: Tensor) -> None:
+        self._part, self._used, self.positions = part, taken, taken.new_empty(0)
+
+    @property
+    def count(self) -> int:
+        return self._part.total(len(self.positions))[0]
+
+    def add(self, positions: Tensor) -> None:
+        self._add(different(self._part.here(positions)))
+
+    def add_first(self, positions: Tensor, n: int) -> None:
+        turns = select.positions(self._part.has(positions))
+        values, order = positions[turns].sort(stable=True)
+        new = ~contains(self._used, values)
+        new[1:] &= values[1:] != values[:-1]
+        turns, values = turns[order[new]], values[new]
+        (there_are,) = self._part.total(len(turns))
+        (first,) = least([turns.int()], [min(n, there_are)], [[]], self._part.sums)
+        self._add(values[first])
+
+    def _add(self, positions: Tensor) -> None:
+        new = positions[~contains(self._used, positions)]
+        self._used, self.positions = merged(self._used, new), merged(self.positions, new)
+
+
+class _Shards(Together):
+    """Several weights, of each of which this process has a part.
+
+    Args:
+        parts: those of the weights, in the order in which these are given to the functions.
+    """
+
+    def __init__(self, parts: Sequence[Shard]) -> None:
+        self.parts, self.owned = parts, [part.is_owner for part in parts]
+
+    def _sums(self, x: Tensor) -> Tensor:
+        return _added(x, self.parts[0].device)
+
+    def total(self, *counts: int) -> list[int]:
+        owned = [count if own else 0 for count, own in zip(counts, self.owned, strict=True)]
+        found: list[int] = self._sums(torch.tensor(owned)).tolist()
+        return found
+
+    def all(self, holds: bool) -> bool:
+        return not self.any(int(not holds))
+
+    def any(self, count: int) -> bool:
+        return bool(self._sums(torch.tensor([count])) > 0)
+
+    def count_global_top_k(
         self,
-        tensors: Sequence[Tensor],
+        tensors: Iterable[Tensor],
         k: int,
         among: Sequence[Tensor],
         at_least: Sequence[int] | None = None,
-        score: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+        score: select.Score = torch.Tensor.detach,
     ) -> list[int]:
         sure = [0] * len(among) if at_least is None else [*at_least]
         extra = k - sum(sure)
@@ -235,17 +338,18 @@ class Rows(Whole):
             return sure
         keys = [~ordered(score(x).reshape(-1)[select.positions(a)]) for x, a in zip(tensors, among, strict=True)]
         if any(sure):
-            marks = least(keys, sure, [[self._numbered]] * len(keys), self.sums)
+            marks = least(keys, sure, [[part.numbered] for part in self.parts], self._sums, self._counted(keys))
             keys = [key[~mark] for key, mark in zip(keys, marks, strict=True)]
-        (bound,) = kth([torch.cat(keys)], [extra], self.sums)
-        tied = [] if bound.tied is None else [select.count(key == bound.tied) for key in keys]
-        won, equal = [select.count(key <= bound.last) for key in keys], tied
-        counts = self.total(*won, *equal)
-        won, equal = counts[: len(keys)], counts[len(keys) :]
-        shares = apportion(bound.missing, equal, equal) if equal else [0] * len(keys)
+        owned = [key for key, own in zip(keys, self.owned, strict=True) if own] or [keys[0][:0]]
+        (bound,) = kth([torch.cat(owned)], [extra], self._sums)
+        won = self.total(*(select.count(key <= bound.last) for key in keys))
+        equal = [0] * len(keys)
+        if bound.tied is not None:
+            equal = self.total(*(select.count(key == bound.tied) for key in keys))
+        shares = apportion(bound.missing, equal, equal) if bound.missing else equal
         return [least_ + more + share for least_, more, share in zip(sure, won, shares, strict=True)]
 
-    def global_top_k(  # type: ignore[override]  # noqa: D102  (inherited)
+    def global_top_k(
         self,
         scores: Sequence[Tensor],
         k: int,
@@ -255,20 +359,19 @@ class Rows(Whole):
     ) -> list[Tensor]:
         counts = self.count_global_top_k(scores, k, among, at_least)
         found = []
-        for each, n, candidates, order in zip(scores, counts, among, orders, strict=True):
+        for part, each, n, candidates, order in zip(self.parts, scores, counts, among, orders, strict=True):
             marks = torch.zeros_like(each, dtype=torch.bool)
-            marks.view(-1)[self.top_k_positions(each, n, candidates, order)] = True
+            marks.view(-1)[part.top_k_positions(each, n, candidates, order)] = True
             found.append(marks)
         return found
 
-    def ranking(  # type: ignore[override]  # noqa: D102  (inherited)
-        self, weights: Sequence[Connections], k: int, at_least: Sequence[int]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def ranking(self, weights: Sequence[Connections], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         extra = k - sum(at_least)
         held = [w.largest_gradients(min(n + extra, w.num_inactive)) for w, n in zip(weights, at_least, strict=True)]
         keys = [~ordered(gradients) for _, gradients in held]
+        counted = self._counted(keys)
         spreads = [ties.at(found, weight.shape) for weight, (found, _) in zip(weights, held, strict=True)]
-        won = least(keys, at_least, [[order] for order in spreads], self.sums)
+        won = least(keys, at_least, [[order] for order in spreads], self._sums, counted)
         rest = [select.positions(~marks) for marks in won]
         ends = torch.tensor([len(each) for each in rest]).cumsum(0)
         firsts = [0, *accumulate(weight.size for weight in weights)]
@@ -290,127 +393,46 @@ class Rows(Whole):
             lambda indices: by_layer(indices, share, torch.float64),
             lambda indices: by_layer(indices, position, torch.long),
         ]
-        left = torch.cat([key[indices] for key, indices in zip(keys, rest, strict=True)])
-        (best,) = least([left], [extra], [orders], self.sums)
+        left, counts = (
+            torch.cat([x[indices] for x, indices in zip(each, rest, strict=True)]) for each in (keys, counted)
+        )
+        (best,) = least([left], [extra], [orders], self._sums, [counts])
         for marks, indices, others in zip(won, rest, best.tensor_split(ends[:-1]), strict=True):
             marks[indices[others]] = True
         return [(found[marks], gradients[marks]) for (found, gradients), marks in zip(held, won, strict=True)]
 
-    def _extreme(self, scores: Tensor, k: int, among: Tensor | None, order: ties.Order | None, largest: bool) -> Tensor:
-        """Return the flat indices, ascending, of those of the ``k`` largest (or smallest) scores that are here."""
-        flat = scores.reshape(-1)
-        candidates = None if among is None else select.positions(among)
-        keys = ordered(flat if candidates is None else flat[candidates])
-        rank = order or (lambda indices: ties.spread(self.positions(indices), self.shape))
-
-        def place(indices: Tensor) -> Tensor:
-            numbers = rank(indices if candidates is None else candidates[indices])
-            return self._short(numbers if largest else ~numbers)
-
-        (marks,) = least([~keys if largest else keys], [k], [[place]], self.sums)
-        found = select.positions(marks)
-        return found if candidates is None else candidates[found]
-
-    def _short(self, numbers: Tensor) -> Tensor:
-        """Return whole numbers below the weight's size in as few bits as they need: fewer rounds."""
-        return numbers.int() if self.size < 1 << 31 else numbers
-
-    def _numbered(self, indices: Tensor) -> Tensor:
-        """Return numbers that differ on all processes: an order for equals of which any will do."""
-        return indices * self.world + self.rank
-
-    # ------------------------------------------------------------------ what is drawn
-
-    def num_free(self, taken: Tensor, size: int) -> int:  # noqa: D102  (inherited)
-        return size - self.total(len(taken))[0]
-
-    def distinct(self, n: int, below: int, generator: Generator) -> Tensor:  # noqa: D102  (inherited)
-        return self._distinct(n, below, generator, range(self.begin, self.end))
-
-    def free_positions(self, n: int, taken: Tensor, size: int, generator: Generator) -> Tensor:
-        """Draw ``n`` different positions that are not ``taken``, ascending here; return those that are here."""
-        here = self.end - self.begin - len(taken)
-        before, free = self._before(here)
-        if not 0 <= n <= free:
-            raise ValueError(f"{n} connections were asked for, {free} are free.")
-        places = self._distinct(n, free, generator, range(before, before + here)) - before  # among the free ones here
-        free_before = torch.arange(len(taken)).neg_().add_(taken - self.begin)
-        return places.add_(ranks(free_before, places, right=True)).add_(self.begin)
-
-    def drawn(self, n: int, taken: Tensor, size: int) -> Drawn:  # noqa: D102  (inherited)
-        return _DrawnHere(self, taken)
-
-    def rand(self, shape: Sequence[int], generator: Generator) -> Tensor:  # noqa: D102  (inherited)
-        kept = [
-            numbers[max(0, self.begin - first) : max(0, self.end - first)]
-            for first, numbers in _in_turn(self.size, lambda n: torch.rand(n, generator=generator))
-        ]
-        return torch.cat(kept).view(*shape)
-
-    def drawn_for(self, n: int, draw: Callable[[int], Tensor]) -> Tensor:  # noqa: D102  (inherited)
-        before, total = self._before(n)
-        return draw(total)[before : before + n]
-
-    def taken(self, x: Tensor, indices: Tensor) -> Tensor:  # noqa: D102  (inherited)
-        before, _ = self._before(len(x))
-        own = indices.to(x.device) - before
-        return x[own[(own >= 0) & (own < len(x))]]
-
-    def _distinct(self, n: int, below: int, generator: Generator, kept: range) -> Tensor:
-        """Draw what ``sampling.distinct`` draws; return those in ``kept``, ascending. Memory goes with these."""
-        if 2 * n >= below:
-            chosen = torch.randperm(below, generator=generator, dtype=self._permuted(below))[:n]
-            return chosen[(chosen >= kept.start) & (chosen < kept.stop)].long().sort().values
-        found, held = torch.empty(0, dtype=torch.long), 0
-        while held < n:
-            for _, numbers in _in_turn(n - held, lambda m: torch.randint(below, (m,), generator=generator)):
-                new = different(numbers[(numbers >= kept.start) & (numbers < kept.stop)])
-                found = merged(found, new[~contains(found, new)])
-            (held,) = self.total(len(found))
-        return found
-
-    @staticmethod
-    def _permuted(below: int) -> torch.dtype:
-        """Return the smallest dtype of a permutation, which is the same in each."""
-        return torch.int32 if below < 1 << 31 else torch.int64
+    def _counted(self, keys: Sequence[Tensor]) -> list[Tensor]:
+        """Return which of a list for each weight count here, and not on another process that has the same."""
+        return [torch.full_like(key, own, dtype=torch.bool) for key, own in zip(keys, self.owned, strict=True)]
 
 
-class _DrawnHere:
-    """Those of a growing set of positions that lie in some rows; see ``sampling.Drawn``."""
-
-    def __init__(self, rows: Rows, taken: Tensor) -> None:
-        self._rows, self._used, self.positions = rows, taken, taken.new_empty(0)
-
-    @property
-    def count(self) -> int:
-        return self._rows.total(len(self.positions))[0]
-
-    def add(self, positions: Tensor) -> None:
-        self._add(different(self._rows.here(positions)))
-
-    def add_first(self, positions: Tensor, n: int) -> None:
-        rows = self._rows
-        turns = select.positions((positions >= rows.begin) & (positions < rows.end))
-        values, order = positions[turns].sort(stable=True)
-        new = ~contains(self._used, values)
-        new[1:] &= values[1:] != values[:-1]
-        turns, values = turns[order[new]], values[new]
-        (there_are,) = rows.total(len(turns))
-        (first,) = least([turns.int()], [min(n, there_are)], [[]], rows.sums)
-        self._add(values[first])
-
-    def _add(self, positions: Tensor) -> None:
-        new = positions[~contains(self._used, positions)]
-        self._used, self.positions = merged(self._used, new), merged(self.positions, new)
+def together(weights: Sequence[Any]) -> Together:
+    """Return what answers for several weights: either all of them are whole, or all are divided over processes."""
+    parts = [weight.part for weight in weights]
+    return _Shards(parts) if parts and isinstance(parts[0], Shard) else WHOLE_TOGETHER
 
 
-def together(weights: Sequence[Any]) -> Whole:
-    """Return the part that answers for several weights: they are divided over the same processes."""
-    part: Whole = weights[0].part if weights else WHOLE
-    return part
+def _ends(ranges: Sequence[range]) -> list[int]:
+    return [end for each in ranges for end in (each.start, each.stop)]
 
 
-def _in_turn(n: int, draw: Callable[[int], Tensor]) -> Any:
+def _added(x: Tensor, device: torch.device) -> Tensor:
+    """Return the sums of numbers over all processes; may write into ``x``."""
+    added = x.to(device)
+    distributed.all_reduce(added)
+    return added.to(x.device)
+
+
+def _within(numbers: Tensor, begins: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the stretch in which each number lies, and whether it lies in one; stretches are in ascending order."""
+    if not len(begins):
+        return torch.zeros_like(numbers, dtype=torch.long), torch.zeros_like(numbers, dtype=torch.bool)
+    stretch = torch.searchsorted(begins, numbers.to(begins.dtype), right=True).sub_(1).clamp_(min=0)
+    place = numbers - begins[stretch]
+    return stretch, (place >= 0) & (place < lengths[stretch])
+
+
+def _in_turn(n: int, draw: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Yield the number of the first, and the next of ``n`` numbers, which are those of one draw."""
     for first in range(0, n, _AT_ONCE):
         yield first, draw(min(_AT_ONCE, n - first))

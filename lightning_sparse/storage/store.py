@@ -12,12 +12,13 @@ from lightning_sparse.compat.lightning_private import saves_by_shards
 from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.unit_activity import Hooks
-from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.rules.parts import WHOLE
 from lightning_sparse.storage import shards
 from lightning_sparse.storage.checkpoint import load_for
 from lightning_sparse.storage.optimizers import carry_over
 from lightning_sparse.trainer.adopt import Adoption
 from lightning_sparse.trainer.after import After
+from lightning_sparse.trainer.guards import refuse_consolidated
 from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroups
@@ -248,6 +249,8 @@ class Stored(Verbs, Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Get ready before the module is configured and a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.ckpt_path and shards.is_consolidated(str(trainer.ckpt_path)):
+            refuse_consolidated(self, trainer)
         self._groups.end()  # of a fit that an exception has ended
         self.store.setup(trainer, pl_module, stage)
 
@@ -282,7 +285,7 @@ class Stored(Verbs, Callback, ABC):
         """Let the store have its say in what a checkpoint holds of the module."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         self.store.on_save_checkpoint(pl_module, checkpoint)
-        if together([*self._weights.values()]) is WHOLE:
+        if all(weight.part is WHOLE for weight in self._weights.values()):
             return
         states, key = checkpoint["callbacks"], self.state_key
         if saves_by_shards(trainer):

@@ -54,6 +54,9 @@ class Verbs(ABC):
         """What helps where processes hold some rows of each weight, which the method cannot train; None: it can."""
         return "Use a single device or strategy='ddp'."
 
+    #: where weights are divided over processes, these may hold columns, or the same as others
+    takes_tensor_parallel: bool = False
+
     @property
     def planned_density(self) -> dict[str, float]:
         """The density that each layer is to have, by parameter name, once ``attach`` has run; empty: training tells."""

@@ -10,7 +10,7 @@ from helpers import N_OF_M, ROUNDS, SETTINGS
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
-from shards_ranks import METHODS, RESUMED, Divided, run_all, run_resumed, train
+from shards_ranks import GRID, METHODS, RESUMED, Divided, run_all, run_resumed, train
 
 from lightning_sparse import SET, MemoryEfficientDST, SparsityMonitor
 from lightning_sparse.trainer.guards import refuse_trainer
@@ -26,7 +26,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     run_fresh_ranks(run_all, 2, folder, [*METHODS])
     run_fresh_ranks(run_all, 3, folder, THREE)
-    results = {world: torch.load(folder / f"{world}.pt") for world in (2, 3)}
+    run_fresh_ranks(run_all, 4, folder, [*GRID])
+    results = {world: torch.load(folder / f"{world}.pt") for world in (2, 3, 4)}
     return {**results, "file": folder / "masks.safetensors"}
 
 
@@ -48,6 +49,8 @@ def assert_same(found, expected):
         assert not found["parameters"][name][~mask].any(), name
     for name, parameter in expected["parameters"].items():
         assert torch.allclose(found["parameters"][name], parameter, rtol=0, atol=1e-12), name
+    for (name, key), moment in expected["moments"].items():
+        assert torch.allclose(found["moments"][name, key], moment, rtol=0, atol=1e-12), (name, key)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,6 +59,20 @@ def test_two_processes_train_what_one_does(trained, method):
     assert_same(trained[2][method], expected)
     if method in THREE:
         assert_same(trained[3][method], expected)
+
+
+@pytest.mark.parametrize("method", GRID)
+def test_four_processes_train_what_one_does(trained, method):
+    assert_same(trained[4][method], train(method))
+
+
+@pytest.mark.parametrize("way", ["looped", "looped, in two"])
+def test_a_loop_of_its_own_trains_what_one_process_does(trained, way):
+    assert_same(trained[2][way], train("RigL, AdamW"))
+
+
+def test_a_loop_of_its_own_refuses_methods_that_need_whole_weights(trained):
+    assert re.search("cannot train 0.weight sparse: it is a DTensor.*ddp", trained[2]["loop refused"])
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "distributed"])
