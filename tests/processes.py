@@ -43,13 +43,13 @@ def run_fresh(function, *arguments):
     _run_fresh([{}], function, arguments)
 
 
-def run_fresh_ranks(function, world, *arguments):
-    """The same in ``world`` processes that differ in nothing but their rank."""
+def run_fresh_ranks(function, world, *arguments, may_die=False):
+    """The same in ``world`` processes that differ in nothing but their rank; ``may_die``: some may kill themselves."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
-    _run_fresh([{**shared, "LOCAL_RANK": str(rank)} for rank in range(world)], function, arguments)
+    _run_fresh([{**shared, "LOCAL_RANK": str(rank)} for rank in range(world)], function, arguments, may_die)
 
 
-def _run_fresh(variables, function, arguments):
+def _run_fresh(variables, function, arguments, may_die=False):
     fresh = multiprocessing.get_context("forkserver")
     fresh.set_forkserver_preload(["helpers"])
     processes, results = [], []
@@ -66,7 +66,7 @@ def _run_fresh(variables, function, arguments):
             ready = connection.wait(results, PATIENCE)
             assert ready, f"not done after {PATIENCE} seconds"
             for result in ready:
-                failure = result.recv()
+                failure = _received(result, may_die)
                 assert not failure, failure
                 results.remove(result)
     finally:
@@ -74,6 +74,13 @@ def _run_fresh(variables, function, arguments):
         for process in processes:
             process.kill()
             process.join()
+
+
+def _received(result, may_die):
+    try:
+        return result.recv()
+    except EOFError:
+        return "" if may_die else "a process died"
 
 
 def _call(sender, variables, function, arguments):

@@ -1,6 +1,8 @@
 """Weights divided over processes by FSDP2: trainer/test_shards.py calls these functions in each process."""
 
 import os
+import signal
+import traceback
 import warnings
 
 import lightning.pytorch as pl
@@ -89,7 +91,10 @@ class Divided(pl.LightningModule):
             return
         if "tensor" in self.kind:
             divide_by_tensor(self.net, self.device_mesh["tensor_parallel"], last="data" not in self.kind)
-        if self.kind.endswith("tensor parallel"):
+        if self.kind == "columns":
+            mesh = self.device_mesh["tensor_parallel"]
+            parallelize_module(self.net, mesh, {"1": RowwiseParallel(input_layouts=Replicate())})
+        if self.kind == "columns" or self.kind.endswith("tensor parallel"):
             return
         mesh = self.device_mesh["data_parallel"]
         if self.kind == "replicas":
@@ -207,10 +212,18 @@ def run_all(folder, methods):
     rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     results = {name: train(name, rank, world) for name in methods}
     if world == 2:
-        results |= {"again": again(rank, folder), "bytes": sent(), "largest": largest(rank), "mixed": mixed(rank)}
-        results |= {"warned": warned(rank), "refused": refused()}
+        results |= {
+            "again": again(rank, folder),
+            "bytes": sent(),
+            "bytes, columns": sent("columns", tensor=2),
+            "largest": largest(rank),
+            "mixed": mixed(rank),
+        }
+        results |= {"warned": warned(rank), "refused": refused("plain")}
         results |= {"looped": looped(rank, world), "looped, in two": looped(rank, world, stops=(5,))}
         results |= {"loop refused": loop_refused()}
+    if world == 4:
+        results |= {"refused": refused("tensor parallel", tensor=2)}
     finish(folder / f"{world}.pt", results)
 
 
@@ -222,6 +235,36 @@ def run_resumed(folder, before, epoch):
             saves, resumes = (folder / f"{name}-{full}-{ranks}.ckpt" for ranks in (world, before))
             results[name, full] = train(name, rank, world, saves, epoch, resumes if before else None, full)
     finish(folder / f"resumed-{world}.pt", results)
+
+
+class Dies(pl.Callback):
+    """Kills one process in the second epoch: in the middle of a move of ``method``; without one, before a step."""
+
+    def __init__(self, path, rank, method=None):
+        self.path, self.rank, self.method = path, rank, method
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+        if self.rank == 1 and self.method:
+            self.method.grow = self.die
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.rank == 1 and not self.method and trainer.current_epoch:
+            self.die()
+
+    def die(self, *_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_killed(folder):
+    """Note how a process ends when another is killed, without a method and with one."""
+    rank = int(os.environ["LOCAL_RANK"])
+    method = rigl(**MOVING) if folder.name == "RigL" else None
+    callbacks = [Dies(folder / "last.ckpt", rank, method), *([method] if method else [])]
+    try:
+        start(callbacks, 2).fit(Divided(), batches(rank, 2))
+    except RuntimeError:
+        (folder / "error.txt").write_text(traceback.format_exc())
 
 
 def finish(path, results):
@@ -241,11 +284,11 @@ def again(rank, folder):
     return masks
 
 
-def sent():
+def sent(kind="SGD", tensor=1):
     """Return how many bytes a process hands over in a move of RigL, for layers of 16 x 16 and of 128 x 128."""
     found, all_reduce = {}, distributed.all_reduce
     for width in (16, 128):
-        callback, module = RigL(0.8, update_every=1, exclude=["net.0.*", "net.2.*"]), Divided()
+        callback, module = RigL(0.8, update_every=1, exclude=["net.0.*", "net.2.*"]), Divided(kind)
         module.net = nn.Sequential(nn.Linear(12, width), nn.Linear(width, width), nn.Linear(width, 1))
         counted, moves, move = [], [], callback.move
 
@@ -261,7 +304,7 @@ def sent():
         distributed.all_reduce = count
         callback.move = moved
         x = torch.randn(24, 12)
-        start(callback, 2, max_epochs=1).fit(module, DataLoader(TensorDataset(x, x[:, 0]), 6))
+        start(callback, 2, tensor=tensor, max_epochs=1).fit(module, DataLoader(TensorDataset(x, x[:, 0]), 6))
         found[width] = moves
     distributed.all_reduce = all_reduce
     return found
@@ -307,10 +350,10 @@ def warned(rank):
     return [str(warning.message) for warning in caught]
 
 
-def refused():
-    """Return why weights that are not divided cannot be trained."""
+def refused(kind, tensor=1):
+    """Return why weights that are divided in this way cannot be trained."""
     try:
-        start(RigL(0.8, **MOVING), 2).fit(Divided("plain"), batches(0, 2))
+        start(RigL(0.8, **MOVING), int(os.environ["WORLD_SIZE"]), tensor=tensor).fit(Divided(kind), batches(0, 2))
     except MisconfigurationException as error:
         return str(error)
 

@@ -249,8 +249,6 @@ class Stored(Verbs, Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Get ready before the module is configured and a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.ckpt_path and shards.is_consolidated(str(trainer.ckpt_path)):
-            refuse_consolidated(self, trainer)
         self._groups.end()  # of a fit that an exception has ended
         self.store.setup(trainer, pl_module, stage)
 
@@ -304,6 +302,9 @@ class Stored(Verbs, Callback, ABC):
         """Leave effective weights behind, and the module as it was."""
         super().on_exception(trainer, pl_module, exception)
         self.store.abort()
+        unread = "optimizer_states" in str(exception) or self.state_key in str(exception)
+        if unread and shards.is_consolidated(str(trainer.ckpt_path)):
+            refuse_consolidated(self, trainer, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""

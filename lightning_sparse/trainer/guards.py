@@ -248,14 +248,14 @@ def refuse_unread_checkpoint(method: Verbs, trainer: Trainer, restored: bool) ->
         )
 
 
-def refuse_consolidated(method: Verbs, trainer: Trainer) -> NoReturn:
-    """Raise, since the checkpoint is a file that was made of a distributed one."""
+def refuse_consolidated(method: Verbs, trainer: Trainer, reason: BaseException) -> NoReturn:
+    """Say what helps, since Lightning could not read the checkpoint, a file that was made of a distributed one."""
     raise MisconfigurationException(
         f"{method!r} cannot go on from {trainer.ckpt_path}: consolidate_checkpoint has made it of a folder, and "
         "Lightning finds no optimizer's state in it. Give ckpt_path the folder, and the Trainer ModelParallelStrategy "
         "with any number of processes. To start from its weights with fresh state: model = "
         "MyModule.load_from_checkpoint(path, strict=False), then a fit with initial='zeros'."
-    )
+    ) from reason
 
 
 def _from_weights(method: Verbs) -> str:

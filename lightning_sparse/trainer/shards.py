@@ -16,7 +16,7 @@ from lightning_sparse.trainer.fit import Processes
 from lightning_sparse.trainer.guards import listed
 from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["divides_weights", "identical_parts", "refuse_parts", "warn_of_identical_parts"]
+__all__ = ["divides_weights", "identical_parts", "refuse_parts", "unfit_layout", "warn_of_identical_parts"]
 
 _SEEN = 16  # numbers of a part that are compared with those of the others
 
@@ -46,7 +46,7 @@ def _reason(method: Verbs, choice: ParameterChoice, trainer: Trainer) -> str | N
     if method.needs_whole_weights is not None:
         return f"it is a DTensor, of which each process holds a part. {method.needs_whole_weights}"
     divided = layout(choice.parameter)
-    remedy = _remedy(method, divided, trainer)
+    remedy = unfit_layout(method, divided, trainer)
     if remedy is not None:
         return f"it is divided as {divided.placements} over {divided.mesh}. {remedy}"
     if choice.nonempty is not None:
@@ -57,7 +57,7 @@ def _reason(method: Verbs, choice: ParameterChoice, trainer: Trainer) -> str | N
     return None
 
 
-def _remedy(method: Verbs, divided: Layout, trainer: Trainer) -> str | None:
+def unfit_layout(method: Verbs, divided: Layout, trainer: Trainer) -> str | None:
     """Return what helps if a weight is divided in a way that is not known; None: it is known."""
     if not divided.is_known:
         return "Only Shard and Replicate are known. Leave it out with exclude."
