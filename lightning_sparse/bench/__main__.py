@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--steps", type=int, help="of an epoch; default: 938 (MNIST's) for monitor, 10 for fit, 6 for program"
     )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--processes", default="1,2,4", help="for shards, numbers separated by commas")
     parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")

@@ -141,7 +141,7 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """A decoder as GPT-2's smallest one: twelve causal blocks of width 768 with 12 heads, 16,384 tokens."""
 
-    VOCABULARY, CONTEXT, WIDTH = 16_384, 128, 768
+    VOCABULARY, CONTEXT, WIDTH = 16_384, 32, 768
 
     def __init__(self) -> None:
         super().__init__()

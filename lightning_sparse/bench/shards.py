@@ -46,6 +46,8 @@ class _Sharded(LightningModule):
 class _Perceptron(_Sharded):
     """Square layers."""
 
+    update_every = 1
+
     def __init__(self, width: int) -> None:
         with torch.device("meta"):
             super().__init__(*(nn.Linear(width, width) for _ in range(_LAYERS)))
@@ -58,6 +60,8 @@ class _Perceptron(_Sharded):
 
 class _LanguageModel(_Sharded):
     """A decoder that learns random text, one sequence a step and process."""
+
+    update_every = 3
 
     def __init__(self, width: int) -> None:
         with torch.device("meta"):
@@ -76,8 +80,8 @@ def shards(arguments: argparse.Namespace) -> None:
     decoder = arguments.network == "decoder"
     layers = f"{_LAYERS} layers of {arguments.width} x {arguments.width}"
     print(hardware(arguments.device))
-    print(f"{Decoder.__doc__ if decoder else layers}\nfloat32, RigL(0.9), AdamW; MiB between steps")
-    for ranks in (1, 2) if decoder else (1, 2, 4):
+    print(f"{Decoder.__doc__ if decoder else layers}\nfloat32, RigL(0.9), AdamW")
+    for ranks in map(int, arguments.processes.split(",")):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -92,7 +96,8 @@ def _train(rank: int, ranks: int, variables: dict[str, str], kind: type[Any], wi
     os.environ.update(variables, LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     strategies: Any = importlib.import_module(f"{PACKAGE}.strategies")
-    callback, module = RigL(0.9, update_every=1), kind(width)
+    module = kind(width)
+    callback = RigL(0.9, update_every=module.update_every)
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -109,8 +114,10 @@ def _train(rank: int, ranks: int, variables: dict[str, str], kind: type[Any], wi
     parameters = [local(parameter) for parameter in module.parameters()]
     states = [local(x) for state in trainer.optimizers[0].state.values() for x in state.values()]
     masks = [weight.mask for weight in callback._weights.values()]
+    size = sum(parameter.numel() for parameter in module.parameters())
     print(
-        f"{ranks} processes, rank {rank}: parameters {_mebibytes(parameters)}, masks {_mebibytes(masks)}, "
+        f"{ranks} processes, rank {rank}: {size} parameters on all, here in MiB "
+        f"{_mebibytes(parameters)}, masks {_mebibytes(masks)}, "
         f"optimizer {_mebibytes(states)}, together {_mebibytes([*parameters, *masks, *states])}, "
         f"steps {trainer.global_step}, density {callback.density:.6f}",
         flush=True,
