@@ -219,11 +219,11 @@ def run_all(folder, methods):
             "largest": largest(rank),
             "mixed": mixed(rank),
         }
-        results |= {"warned": warned(rank), "refused": refused("plain")}
+        results |= {"warned": warned(rank), "refused": refused(world, "plain")}
         results |= {"looped": looped(rank, world), "looped, in two": looped(rank, world, stops=(5,))}
         results |= {"loop refused": loop_refused()}
     if world == 4:
-        results |= {"refused": refused("tensor parallel", tensor=2)}
+        results |= {"refused": refused(world, "tensor parallel", tensor=2)}
     finish(folder / f"{world}.pt", results)
 
 
@@ -350,10 +350,10 @@ def warned(rank):
     return [str(warning.message) for warning in caught]
 
 
-def refused(kind, tensor=1):
+def refused(world, kind, tensor=1):
     """Return why weights that are divided in this way cannot be trained."""
     try:
-        start(RigL(0.8, **MOVING), int(os.environ["WORLD_SIZE"]), tensor=tensor).fit(Divided(kind), batches(0, 2))
+        start(RigL(0.8, **MOVING), world, tensor=tensor).fit(Divided(kind), batches(0, 2))
     except MisconfigurationException as error:
         return str(error)
 

@@ -22,7 +22,7 @@ from lightning_sparse.rules.budgets import apportion
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.drawn import Drawn
 from lightning_sparse.rules.radix import kth, least, ordered
-from lightning_sparse.rules.whole import WHOLE, WHOLE_TOGETHER, Together, Whole
+from lightning_sparse.rules.whole import WHOLE, Together, Whole
 
 __all__ = ["WHOLE", "Shard", "Together", "Whole", "together"]
 
@@ -40,17 +40,22 @@ class Shard(Whole):
 
     Attributes:
         ranges: what is here of each dimension.
+        held: what each process holds of each dimension.
         divided: the dimensions of which some process has a part only.
         number: that of this shard, among ``numbers`` different ones.
         is_owner: no process before this one holds the same.
+        is_shared: some processes hold the same.
     """
+
+    count_global_top_k = global_top_k = ranking = None  # type: ignore[assignment]  # ask ``together``
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.shape, self.device = layout, tuple(layout.shape), device
         self.size, self.ranges = math.prod(self.shape), layout.ranges
-        held = self._held()
-        self.is_owner = held.index(self.ranges) == distributed.get_rank()
-        shards = sorted(set(held), key=_ends)
+        self.held = self._held()
+        self.is_owner = self.held.index(self.ranges) == distributed.get_rank()
+        shards = sorted(set(self.held), key=_ends)
+        self.is_shared = sum(math.prod(map(len, ranges)) for ranges in self.held) > self.size
         self.number, self.numbers = shards.index(self.ranges), len(shards)
         self.divided = {d for d, n in enumerate(self.shape) if any(len(ranges[d]) < n for ranges in shards)}
         self._lay_runs(shards)
@@ -81,11 +86,11 @@ class Shard(Whole):
         return {**self.__dict__, "layout": None}
 
     def __eq__(self, other: object) -> bool:
-        """Compare which part of which weight these are."""
-        return isinstance(other, Shard) and (self.shape, self.ranges) == (other.shape, other.ranges)
+        """Compare how weights are divided: the answer is the same on all processes."""
+        return isinstance(other, Shard) and (self.shape, self.held) == (other.shape, other.held)
 
     def __hash__(self) -> int:
-        return hash((self.shape, self.ranges))
+        return hash((self.shape, *self.held))
 
     # ------------------------------------------------------------------ which elements
 
@@ -310,19 +315,20 @@ class _Shards(Together):
     def __init__(self, parts: Sequence[Shard]) -> None:
         self.parts, self.owned = parts, [part.is_owner for part in parts]
 
-    def _sums(self, x: Tensor) -> Tensor:
+    def sums(self, x: Tensor) -> Tensor:
         return _added(x, self.parts[0].device)
 
     def total(self, *counts: int) -> list[int]:
-        owned = [count if own else 0 for count, own in zip(counts, self.owned, strict=True)]
-        found: list[int] = self._sums(torch.tensor(owned)).tolist()
+        if any(part.is_shared for part in self.parts):
+            counts = tuple(count if own else 0 for count, own in zip(counts, self.owned, strict=True))
+        found: list[int] = self.sums(torch.tensor(counts)).tolist()
         return found
 
     def all(self, holds: bool) -> bool:
         return not self.any(int(not holds))
 
     def any(self, count: int) -> bool:
-        return bool(self._sums(torch.tensor([count])) > 0)
+        return bool(self.sums(torch.tensor([count])) > 0)
 
     def count_global_top_k(
         self,
@@ -338,10 +344,10 @@ class _Shards(Together):
             return sure
         keys = [~ordered(score(x).reshape(-1)[select.positions(a)]) for x, a in zip(tensors, among, strict=True)]
         if any(sure):
-            marks = least(keys, sure, [[part.numbered] for part in self.parts], self._sums, self._counted(keys))
+            marks = least(keys, sure, [[part.numbered] for part in self.parts], self.sums, self._counted(keys))
             keys = [key[~mark] for key, mark in zip(keys, marks, strict=True)]
         owned = [key for key, own in zip(keys, self.owned, strict=True) if own] or [keys[0][:0]]
-        (bound,) = kth([torch.cat(owned)], [extra], self._sums)
+        (bound,) = kth([torch.cat(owned)], [extra], self.sums)
         won = self.total(*(select.count(key <= bound.last) for key in keys))
         equal = [0] * len(keys)
         if bound.tied is not None:
@@ -371,7 +377,7 @@ class _Shards(Together):
         keys = [~ordered(gradients) for _, gradients in held]
         counted = self._counted(keys)
         spreads = [ties.at(found, weight.shape) for weight, (found, _) in zip(weights, held, strict=True)]
-        won = least(keys, at_least, [[order] for order in spreads], self._sums, counted)
+        won = least(keys, at_least, [[order] for order in spreads], self.sums, counted)
         rest = [select.positions(~marks) for marks in won]
         ends = torch.tensor([len(each) for each in rest]).cumsum(0)
         firsts = [0, *accumulate(weight.size for weight in weights)]
@@ -396,7 +402,7 @@ class _Shards(Together):
         left, counts = (
             torch.cat([x[indices] for x, indices in zip(each, rest, strict=True)]) for each in (keys, counted)
         )
-        (best,) = least([left], [extra], [orders], self._sums, [counts])
+        (best,) = least([left], [extra], [orders], self.sums, [counts])
         for marks, indices, others in zip(won, rest, best.tensor_split(ends[:-1]), strict=True):
             marks[indices[others]] = True
         return [(found[marks], gradients[marks]) for (found, gradients), marks in zip(held, won, strict=True)]
@@ -409,7 +415,7 @@ class _Shards(Together):
 def together(weights: Sequence[Any]) -> Together:
     """Return what answers for several weights: either all of them are whole, or all are divided over processes."""
     parts = [weight.part for weight in weights]
-    return _Shards(parts) if parts and isinstance(parts[0], Shard) else WHOLE_TOGETHER
+    return _Shards(parts) if parts and isinstance(parts[0], Shard) else WHOLE
 
 
 def _ends(ranges: Sequence[range]) -> list[int]:

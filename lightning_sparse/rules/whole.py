@@ -9,11 +9,57 @@ from lightning_sparse.rules import ranking, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.sampling import Everywhere
 
-__all__ = ["WHOLE", "WHOLE_TOGETHER", "Together", "Whole"]
+__all__ = ["WHOLE", "Together", "Whole"]
 
 
-class Whole(Everywhere):
-    """All of a weight: on one process, or the same on each of several."""
+class Together:
+    """Several weights, of which all is here: what is counted in all of them, and how they compete."""
+
+    def total(self, *counts: int) -> list[int]:
+        """Return the sums of counts over all parts; of several weights, one for each."""
+        return [*counts]
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Return the sums of numbers over all parts."""
+        return x
+
+    def all(self, holds: bool) -> bool:
+        """Tell whether all processes say so."""
+        return holds
+
+    def any(self, count: int) -> bool:
+        """Tell whether some process has any of what is counted."""
+        return count > 0
+
+    def count_global_top_k(
+        self,
+        tensors: Iterable[Tensor],
+        k: int,
+        among: Sequence[Tensor],
+        at_least: Sequence[int] | None = None,
+        score: select.Score = torch.Tensor.detach,
+    ) -> list[int]:
+        """Return how many of the ``k`` largest scores lie in each weight; see ``select.count_global_top_k``."""
+        return select.count_global_top_k(tensors, k, among, at_least, score)
+
+    def global_top_k(
+        self,
+        scores: Sequence[Tensor],
+        k: int,
+        among: Sequence[Tensor],
+        at_least: Sequence[int],
+        orders: Sequence[ties.Order],
+    ) -> list[Tensor]:
+        """Mark exactly the ``k`` largest scores of all weights together; see ``select.global_top_k``."""
+        return select.global_top_k(scores, k, among, at_least, orders)
+
+    def ranking(self, weights: Sequence[Connections], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return the ``k`` inactive connections of largest ``|dP|`` of all weights; see ``ranking.ranking``."""
+        return ranking.ranking(weights, k, at_least)
+
+
+class Whole(Together, Everywhere):
+    """All of a weight, or of several: on one process, or the same on each of several."""
 
     # ------------------------------------------------------------------ which elements
 
@@ -42,22 +88,6 @@ class Whole(Everywhere):
         return part
 
     # ------------------------------------------------------------------ what all parts have together
-
-    def total(self, *counts: int) -> list[int]:
-        """Return the sums of counts over all parts."""
-        return [*counts]
-
-    def sums(self, x: Tensor) -> Tensor:
-        """Return the sums of numbers over all parts."""
-        return x
-
-    def all(self, holds: bool) -> bool:
-        """Tell whether all parts say so."""
-        return holds
-
-    def any(self, count: int) -> bool:
-        """Tell whether some part has any of what is counted."""
-        return count > 0
 
     def all_equal(self, scores: Tensor) -> bool:
         """Tell whether all parts have the same score, and there are several; see ``select.all_equal``."""
@@ -96,47 +126,4 @@ class Whole(Everywhere):
         return positions[places.to(positions.device)]
 
 
-class Together:
-    """Several weights, of each of which all is here: what is counted in all of them, and how they compete."""
-
-    def total(self, *counts: int) -> list[int]:
-        """Return the sums over all parts of counts, one for each weight."""
-        return [*counts]
-
-    def all(self, holds: bool) -> bool:
-        """Tell whether all processes say so."""
-        return holds
-
-    def any(self, count: int) -> bool:
-        """Tell whether some process has any of what is counted."""
-        return count > 0
-
-    def count_global_top_k(
-        self,
-        tensors: Iterable[Tensor],
-        k: int,
-        among: Sequence[Tensor],
-        at_least: Sequence[int] | None = None,
-        score: select.Score = torch.Tensor.detach,
-    ) -> list[int]:
-        """Return how many of the ``k`` largest scores lie in each weight; see ``select.count_global_top_k``."""
-        return select.count_global_top_k(tensors, k, among, at_least, score)
-
-    def global_top_k(
-        self,
-        scores: Sequence[Tensor],
-        k: int,
-        among: Sequence[Tensor],
-        at_least: Sequence[int],
-        orders: Sequence[ties.Order],
-    ) -> list[Tensor]:
-        """Mark exactly the ``k`` largest scores of all weights together; see ``select.global_top_k``."""
-        return select.global_top_k(scores, k, among, at_least, orders)
-
-    def ranking(self, weights: Sequence[Connections], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Return the ``k`` inactive connections of largest ``|dP|`` of all weights; see ``ranking.ranking``."""
-        return ranking.ranking(weights, k, at_least)
-
-
 WHOLE = Whole()
-WHOLE_TOGETHER = Together()
