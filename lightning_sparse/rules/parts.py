@@ -262,7 +262,7 @@ class Shard(Whole):
         """Draw what ``sampling.distinct`` draws; return those that ``kept`` marks, ascending, and hold no others."""
         if 2 * n >= below:
             chosen = torch.randperm(below, generator=generator, dtype=self._permuted(below))[:n]
-            return torch.cat([part[kept(part)] for part in chosen.split(_AT_ONCE)]).long().sort().values
+            return torch.cat([part[kept(part)] for part in torch.split(chosen, _AT_ONCE)]).long().sort().values
         found, held = torch.empty(0, dtype=torch.long), 0
         while held < n:
             for _, numbers in _in_turn(n - held, lambda m: torch.randint(below, (m,), generator=generator)):
