@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_sparse.rules import parts
+from lightning_sparse.rules import shard as shards_of
+from lightning_sparse.rules.parts import Shard
 
 
 @pytest.fixture(
@@ -25,11 +26,11 @@ def shards(request, monkeypatch):
     shape, rows, columns = request.param
     held = [(*ranges, *map(range, shape[2:])) for ranges in product(rows, columns)]
     held *= 1 + (len(held) == 1)
-    monkeypatch.setattr(parts.Shard, "_held", lambda shard: held)
+    monkeypatch.setattr(Shard, "_held", lambda shard: held)
     made = []
     for rank, ranges in enumerate(held):
-        monkeypatch.setattr(parts.distributed, "get_rank", lambda rank=rank: rank)
-        made.append(parts.Shard(SimpleNamespace(shape=shape, ranges=ranges), torch.device("cpu")))
+        monkeypatch.setattr(shards_of.distributed, "get_rank", lambda rank=rank: rank)
+        made.append(Shard(SimpleNamespace(shape=shape, ranges=ranges), torch.device("cpu")))
     return made
 
 
@@ -49,7 +50,7 @@ def test_each_position_has_one_owner(shards):
 
 
 def test_a_copy_without_processes_cannot_be_joined(shards):
-    shard = parts.Shard.__new__(parts.Shard)
+    shard = Shard.__new__(Shard)
     shard.__dict__.update(shards[0].__getstate__())
     with pytest.raises(RuntimeError, match="no processes that hold the other parts"):
         shard.joined(torch.zeros(1))
