@@ -54,7 +54,7 @@ class Verbs(ABC):
         """What helps where processes hold parts of each weight, which the method cannot train; None: it can."""
         return "Use a single device or strategy='ddp'."
 
-    #: where weights are divided over processes, these may hold columns, or the same as others
+    #: where weights are divided over processes, these may hold columns, or the same as others; also in ``attach``
     takes_tensor_parallel: bool = False
 
     @property
