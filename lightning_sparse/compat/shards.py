@@ -25,6 +25,11 @@ class Layout(NamedTuple):
     stride: tuple[int, ...]
 
     @property
+    def by_rows(self) -> bool:
+        """The processes of a mesh of one dimension hold some rows each, one after the other."""
+        return len(self.placements) == 1 and _dimension(self.placements[0]) == 0
+
+    @property
     def is_known(self) -> bool:
         """Each dimension of the mesh cuts one of the tensor into parts, or does nothing."""
         return all(_dimension(placement) is not None or placement.is_replicate() for placement in self.placements)

@@ -71,7 +71,7 @@ def unfit_layout(method: Verbs, divided: Layout, trainer: Trainer) -> str | None
     cut = {placement.dim for placement in divided.placements if not placement.is_replicate()}
     if len(cut - {0}) > 1:
         return "Rows and one other dimension may be divided. Choose another plan, or leave it out with exclude."
-    by_rows = cut == {0} and len(divided.placements) == 1 and divided.mesh.size() == trainer.world_size
+    by_rows = divided.by_rows and divided.mesh.size() == trainer.world_size
     if not by_rows and not method.takes_tensor_parallel:
         return (
             "This method trains weights whose rows are divided over all processes, as by fully_shard with "
