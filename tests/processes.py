@@ -45,10 +45,10 @@ def run_fresh(function, *arguments):
     return result
 
 
-def run_fresh_ranks(function, world, *arguments):
-    """Call a function in ``world`` such processes that differ in nothing but their rank."""
+def run_fresh_ranks(function, world, *arguments, may_die=False):
+    """Call it in ``world`` such processes that differ in nothing but their rank; ``may_die``: some may kill themselves."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
-    _run_fresh([{**shared, "LOCAL_RANK": str(rank)} for rank in range(world)], function, arguments)
+    _run_fresh([{**shared, "LOCAL_RANK": str(rank)} for rank in range(world)], function, arguments, may_die)
 
 
 def started(command, stdout, env, **_):
@@ -70,7 +70,7 @@ def _run_command(arguments, log, variables):
     cli.main(arguments)
 
 
-def _run_fresh(variables, function, arguments):
+def _run_fresh(variables, function, arguments, may_die=False):
     processes, results = [], []
     try:
         for own in variables:
@@ -83,7 +83,7 @@ def _run_fresh(variables, function, arguments):
             ready = connection.wait(waiting, PATIENCE)
             assert ready, f"not done after {PATIENCE} seconds"
             for result in ready:
-                failure, returned[result] = result.recv()
+                failure, returned[result] = _received(result, may_die)
                 assert not failure, failure
                 waiting.remove(result)
         return [returned[result] for result in results]
@@ -105,6 +105,13 @@ def _start(function, *arguments):
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return process
+
+
+def _received(result, may_die):
+    try:
+        return result.recv()
+    except EOFError:
+        return "" if may_die else "a process died", None
 
 
 def _call(sender, variables, function, arguments):

@@ -1,17 +1,22 @@
 """Weights divided over processes by FSDP2: trainer/test_shards.py calls these functions in each process."""
 
 import os
+import signal
+import traceback
 import warnings
 
 import lightning.pytorch as pl
 import torch
-from helpers import MASKED, Largest, trainer
+from helpers import MASKED, SETTINGS, Largest, trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
+from torch.distributed._composable.fsdp import fully_shard
+from torch.distributed._tensor import DTensor, Replicate, distribute_module, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import ITOP, MEST, SNFS, RandomPruning, RigL
+from lightning_sparse import ITOP, MEST, SNFS, RandomPruning, RigL, attach
 from lightning_sparse.compat.shards import whole
 
 EPOCHS, STEPS, BATCH = 3, 4, 12
@@ -27,6 +32,8 @@ def rigl(**options):
 METHODS = {
     **{name: (build, "SGD", {}) for name, build in MASKED.items() if build().needs_whole_weights is None},
     "RigL, AdamW": (rigl, "AdamW", {}),
+    "RigL, AdamW foreach": (rigl, "AdamW foreach", {}),
+    "RigL, AdamW fused": (rigl, "AdamW fused", {}),
     "RigL, accumulated and clipped": (rigl, "SGD", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
     "RigL, no gradient": (rigl, "no gradient", {}),
     "RigL, tied": (rigl, "tied", {}),
@@ -37,6 +44,22 @@ METHODS = {
         "SGD",
         {},
     ),
+}
+TRAIN = [name for name, build in MASKED.items() if build().needs_whole_weights is None]
+METHODS |= {f"{name}, tensor parallel": (MASKED[name], "tensor parallel", {}) for name in TRAIN}
+METHODS |= {
+    "RigL, AdamW, tensor parallel": (rigl, "AdamW, tensor parallel", {}),
+    "RigL, no gradient, tensor parallel": (rigl, "no gradient, tensor parallel", {}),
+    "RigL, replicas": (rigl, "replicas", {}),
+}
+#: on four processes: rows divided twice, rows and columns, rows on two processes each
+GRID = {
+    f"{name}, {kind}": (MASKED[name], kind, {})
+    for name, kind in [
+        *((name, "tensor and data parallel") for name in ("RigL", "SET", "GGR", "DeepR", "MemoryEfficientDST", "GMP")),
+        ("SET", "replicas"),
+        ("GGR", "replicas"),
+    ]
 }
 RESUMED = {
     "SNFS": (lambda **kw: SNFS(0.8, **kw), "AdamW", {}),
@@ -66,21 +89,43 @@ class Divided(pl.LightningModule):
         strategy = self._trainer and self.trainer.strategy  # none: a checkpoint is loaded
         if not isinstance(strategy, ModelParallelStrategy) or self.kind == "plain":
             return
-        from torch.distributed._composable.fsdp import fully_shard
-
+        if "tensor" in self.kind:
+            divide_by_tensor(self.net, self.device_mesh["tensor_parallel"], last="data" not in self.kind)
+        if self.kind == "columns":
+            mesh = self.device_mesh["tensor_parallel"]
+            parallelize_module(self.net, mesh, {"1": RowwiseParallel(input_layouts=Replicate())})
+        if self.kind == "columns" or self.kind.endswith("tensor parallel"):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        if self.kind == "replicas":
+            mesh = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("replicate", "shard"))
         layers = [layer for layer in self.net if isinstance(layer, (nn.Linear, nn.ConvTranspose1d))]
         for layer in (*(layers if self.kind != "tied" else ()), self.net):
-            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(layer, mesh=mesh)
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         loss = ((self.net(x).squeeze(1) - y) ** 2).mean()
-        return 0 * loss if self.kind == "no gradient" else loss
+        return 0 * loss if "no gradient" in self.kind else loss
 
     def configure_optimizers(self):
-        if self.kind in ("AdamW", "transposed"):
-            return torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.01)
+        if "AdamW" in self.kind or self.kind == "transposed":
+            way = {each: True for each in ("foreach", "fused") if each in self.kind}
+            return torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.01, **way)
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def divide_by_tensor(net, mesh, last):
+    """Divide outputs of the first layer, inputs of the second, unevenly; the last is the same on all, or left out."""
+    plan = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
+    parallelize_module(net, mesh, plan)
+    if last:
+        distribute_module(
+            net[4],
+            mesh,
+            input_fn=lambda _, inputs, mesh: DTensor.from_local(inputs[0], mesh, [Replicate()]),
+            output_fn=lambda _, output, mesh: output.to_local(),
+        )
 
 
 class Stops(pl.Callback):
@@ -103,24 +148,60 @@ def batches(rank, world):
     return DataLoader(TensorDataset(x[rank::world], y[rank::world]), BATCH // world)  # which make up global batches
 
 
-def start(callbacks, world, full=True, **options):
+def start(callbacks, world, full=True, tensor=1, **options):
     if world:
-        strategy = ModelParallelStrategy(world, 1, save_distributed_checkpoint=not full)
+        strategy = ModelParallelStrategy(world // tensor, tensor, save_distributed_checkpoint=not full)
         options |= {"strategy": strategy, "devices": world}
     return trainer(callbacks, **{"max_epochs": EPOCHS, "use_distributed_sampler": False, **options})
 
 
 def train(name, rank=0, world=0, saves=None, epoch=None, resumes=None, full=True):
     """Train in ``world`` processes, each of which holds some rows, or in one that holds all (0)."""
-    build, kind, options = {**METHODS, **RESUMED}[name]
-    callback, module = build() if name in STILL else build(**MOVING), Divided(kind)
-    run = start([callback, *([Stops(saves, epoch)] if saves else [])], world, full, **options)
-    run.fit(module, batches(rank, max(world, 1)), ckpt_path=resumes, weights_only=True if resumes else None)
+    build, kind, options = {**METHODS, **GRID, **RESUMED}[name]
+    tensor = 2 if world and "tensor" in kind else 1
+    callback, module = build(**({} if name.split(",")[0] in STILL else MOVING)), Divided(kind)
+    run = start([callback, *([Stops(saves, epoch)] if saves else [])], world, full, tensor, **options)
+    data = batches(rank // tensor, max(world, 1) // tensor)
+    run.fit(module, data, ckpt_path=resumes, weights_only=True if resumes else None)
     return {
         "masks": {name: whole(mask) for name, mask in callback.masks.items()},
         "counts": callback.layer_count,
         "metrics": callback.extra_metrics,
         "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
+        "moments": moments(run.optimizers[0], module),
+    }
+
+
+def moments(optimizer, module):
+    """Return what Adam keeps of the weights that a method makes sparse, of all processes."""
+    states = {name: optimizer.state[p] for name, p in module.named_parameters() if p.ndim > 1}
+    return {(name, key): whole(x) for name, state in states.items() for key, x in state.items() if "exp_avg" in key}
+
+
+def looped(rank, world, stops=()):
+    """Train with AdamW in a loop of its own, without a strategy; ``stops``: after which steps it begins anew."""
+    module, state = Divided("AdamW"), None
+    net, optimizer = module.net, None
+    for layer in (net[0], net[2], net[4], net) if world else ():
+        fully_shard(layer)
+    optimizer, done = module.configure_optimizers(), 0
+    all_batches = [batch for _ in range(EPOCHS) for batch in batches(rank, max(world, 1))]
+    for stop in (*stops, len(all_batches)):
+        sparse = attach(rigl(**MOVING), net, optimizer, steps=len(all_batches), steps_per_epoch=STEPS)
+        if state is not None:
+            sparse.load_state_dict(state)
+        with sparse:
+            for x, y in all_batches[done:stop]:
+                optimizer.zero_grad()
+                ((net(x).squeeze(1) - y) ** 2).mean().backward()
+                optimizer.step()
+            state, done = sparse.state_dict(), stop
+    return {
+        "masks": {f"net.{name}": whole(mask) for name, mask in sparse.masks.items()},
+        "counts": {f"net.{name}": count for name, count in sparse.method.layer_count.items()},
+        "metrics": sparse.method.extra_metrics,
+        "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
+        "moments": moments(optimizer, module),
     }
 
 
@@ -131,8 +212,18 @@ def run_all(folder, methods):
     rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     results = {name: train(name, rank, world) for name in methods}
     if world == 2:
-        results |= {"again": again(rank, folder), "bytes": sent(), "largest": largest(rank), "mixed": mixed(rank)}
-        results |= {"warned": warned(rank), "refused": refused()}
+        results |= {
+            "again": again(rank, folder),
+            "bytes": sent(),
+            "bytes, columns": sent("columns", tensor=2),
+            "largest": largest(rank),
+            "mixed": mixed(rank),
+        }
+        results |= {"warned": warned(rank), "refused": refused(world, "plain")}
+        results |= {"looped": looped(rank, world), "looped, in two": looped(rank, world, stops=(5,))}
+        results |= {"loop refused": loop_refused()}
+    if world == 4:
+        results |= {"refused": refused(world, "tensor parallel", tensor=2)}
     finish(folder / f"{world}.pt", results)
 
 
@@ -144,6 +235,36 @@ def run_resumed(folder, before, epoch):
             saves, resumes = (folder / f"{name}-{full}-{ranks}.ckpt" for ranks in (world, before))
             results[name, full] = train(name, rank, world, saves, epoch, resumes if before else None, full)
     finish(folder / f"resumed-{world}.pt", results)
+
+
+class Dies(pl.Callback):
+    """Kills one process in the second epoch: in the middle of a move of ``method``; without one, before a step."""
+
+    def __init__(self, path, rank, method=None):
+        self.path, self.rank, self.method = path, rank, method
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+        if self.rank == 1 and self.method:
+            self.method.grow = self.die
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.rank == 1 and not self.method and trainer.current_epoch:
+            self.die()
+
+    def die(self, *_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_killed(folder):
+    """Note how a process ends when another is killed, without a method and with one."""
+    rank = int(os.environ["LOCAL_RANK"])
+    method = rigl(**MOVING) if folder.name == "RigL" else None
+    callbacks = [Dies(folder / "last.ckpt", rank, method), *([method] if method else [])]
+    try:
+        start(callbacks, 2).fit(Divided(), batches(rank, 2))
+    except RuntimeError:
+        (folder / "error.txt").write_text(traceback.format_exc())
 
 
 def finish(path, results):
@@ -163,11 +284,11 @@ def again(rank, folder):
     return masks
 
 
-def sent():
+def sent(kind="SGD", tensor=1):
     """Return how many bytes a process hands over in a move of RigL, for layers of 16 x 16 and of 128 x 128."""
     found, all_reduce = {}, distributed.all_reduce
     for width in (16, 128):
-        callback, module = RigL(0.8, update_every=1, exclude=["net.0.*", "net.2.*"]), Divided()
+        callback, module = RigL(0.8, update_every=1, exclude=["net.0.*", "net.2.*"]), Divided(kind)
         module.net = nn.Sequential(nn.Linear(12, width), nn.Linear(width, width), nn.Linear(width, 1))
         counted, moves, move = [], [], callback.move
 
@@ -183,7 +304,7 @@ def sent():
         distributed.all_reduce = count
         callback.move = moved
         x = torch.randn(24, 12)
-        start(callback, 2, max_epochs=1).fit(module, DataLoader(TensorDataset(x, x[:, 0]), 6))
+        start(callback, 2, tensor=tensor, max_epochs=1).fit(module, DataLoader(TensorDataset(x, x[:, 0]), 6))
         found[width] = moves
     distributed.all_reduce = all_reduce
     return found
@@ -229,9 +350,19 @@ def warned(rank):
     return [str(warning.message) for warning in caught]
 
 
-def refused():
-    """Return why weights that are not divided cannot be trained."""
+def refused(world, kind, tensor=1):
+    """Return why weights that are divided in this way cannot be trained."""
     try:
-        start(RigL(0.8, **MOVING), 2).fit(Divided("plain"), batches(0, 2))
+        start(RigL(0.8, **MOVING), world, tensor=tensor).fit(Divided(kind), batches(0, 2))
+    except MisconfigurationException as error:
+        return str(error)
+
+
+def loop_refused():
+    """Return why a method with latent weights cannot train DTensors in a loop of its own."""
+    module = nn.Sequential(nn.Linear(8, 4))
+    fully_shard(module)
+    try:
+        attach(SETTINGS["STR"](), module, torch.optim.SGD(module.parameters(), 0.1), steps=3).__enter__()
     except MisconfigurationException as error:
         return str(error)

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m lightning_sparse.bench", description=bench.__doc__)
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "peak", "fitted"])
-    parser.add_argument("--network", choices=NETWORKS, default="lenet300")
+    parser.add_argument("--network", choices=[*NETWORKS, "decoder"], default="lenet300", help="decoder: for shards")
     parser.add_argument("--methods", default="dst,dfbst,autosparse,str", help="separated by commas")
     parser.add_argument("--sparsities", help="where they are varied, separated by commas")
     parser.add_argument("--storages", default="masked", help="for update and program, separated by commas")
@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--steps", type=int, help="of an epoch; default: 938 (MNIST's) for monitor, 10 for fit, 6 for program"
     )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--processes", default="1,2,4", help="for shards, numbers separated by commas")
     parser.add_argument("--seconds", type=float, default=0.5, help="how long one turn takes, about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")

@@ -30,7 +30,18 @@ from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.zoo.models import VGG16, LeNet300, MobileNetV2, ResNet18
 
-__all__ = ["METHODS", "NETWORKS", "NEVER", "PRECISIONS", "attach", "bare_step", "batch_for", "on_meta", "precision_of"]
+__all__ = [
+    "METHODS",
+    "NETWORKS",
+    "NEVER",
+    "PRECISIONS",
+    "Decoder",
+    "attach",
+    "bare_step",
+    "batch_for",
+    "on_meta",
+    "precision_of",
+]
 
 #: an interval between updates that no benchmark comes to: connections move when it says so
 NEVER = 10**12
@@ -75,19 +86,25 @@ def small() -> nn.Module:
 
 
 class _Block(nn.Module):
-    """Attention among patches and an MLP, both normalised before and added to their input."""
+    """Attention among places and an MLP, both normalised before and added to their input.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: of each place, a multiple of ``heads``.
+        heads: of the attention.
+        causal: no place sees those behind it.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(batch, patches, width)``."""
+        """Return ``(batch, places, width)``."""
         q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
         x = x + self.out(mixed)
         y: Tensor = x + self.mlp(self.norms[1](x))
         return y
@@ -105,6 +122,36 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images."""
         y: Tensor = self.head(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+        return y
+
+
+class Embedding(nn.Module):
+    """Sums of an embedding of tokens and one of their places."""
+
+    def __init__(self, vocabulary: int, context: int, width: int) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(batch, places, width)``."""
+        y: Tensor = self.tokens(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        return y
+
+
+class Decoder(nn.Module):
+    """A decoder as GPT-2's smallest one: twelve causal blocks of width 768 with 12 heads, 16,384 tokens."""
+
+    VOCABULARY, CONTEXT, WIDTH = 16_384, 32, 768
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = Embedding(self.VOCABULARY, self.CONTEXT, self.WIDTH)
+        self.blocks = nn.Sequential(*(_Block(self.WIDTH, 12, causal=True) for _ in range(12)))
+        self.head = nn.Sequential(nn.LayerNorm(self.WIDTH), nn.Linear(self.WIDTH, self.VOCABULARY, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the tokens that follow."""
+        y: Tensor = self.head(self.blocks(self.embedding(x)))
         return y
 
 

@@ -27,13 +27,35 @@ class Layout(NamedTuple):
     @property
     def by_rows(self) -> bool:
         """The processes of a mesh of one dimension hold some rows each, one after the other."""
-        return len(self.placements) == 1 and self.placements[0].is_shard(0) and type(self.placements[0]) is _shard()
+        return len(self.placements) == 1 and _dimension(self.placements[0]) == 0
+
+    @property
+    def is_known(self) -> bool:
+        """Each dimension of the mesh cuts one of the tensor into parts, or does nothing."""
+        return all(_dimension(placement) is not None or placement.is_replicate() for placement in self.placements)
+
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        """What this process holds of each dimension of the tensor, which must be known."""
+        held = [range(n) for n in self.shape]
+        for i in _order(self.placements):
+            dim = _dimension(self.placements[i])
+            if dim is not None:
+                length = -(-len(held[dim]) // self.mesh.size(i))  # of all but the last parts, as torch.chunk divides
+                first = self.mesh.get_local_rank(i) * length
+                held[dim] = held[dim][first : first + length]
+        return tuple(each if len(each) else range(0) for each in held)
 
 
-def _shard() -> type:
-    from torch.distributed._tensor.placement_types import Shard  # from PyTorch 2.4 on under this name
+def _dimension(placement: Any) -> int | None:
+    """Return the dimension that a placement cuts."""
+    return getattr(placement, "dim", None)
 
-    return Shard
+
+def _order(placements: tuple[Any, ...]) -> list[int]:
+    """Return the dimensions of a mesh in the order in which they cut: FSDP2 cuts after tensor parallelism."""
+    late = [i for i, placement in enumerate(placements) if hasattr(placement, "split_factor")]  # _StridedShard
+    return [i for i in range(len(placements)) if i not in late] + late[::-1]
 
 
 def is_sharded(x: Any) -> bool:

@@ -32,7 +32,8 @@ class Exploring(MaskedCallback):
         """R_s: the share of all selected weights that have been active at any time."""
         if not self._weights:
             raise RuntimeError(f"{self!r} has no weights yet: they are chosen when trainer.fit starts.")
-        explored, size = together([*self._weights.values()]).total(*self.explored.counts(self._weights))
+        parts, each = together([*self._weights.values()]), [self.explored.counts([name]) for name in self._weights]
+        explored, size = (sum(parts.total(*counts)) for counts in zip(*each, strict=True))
         return explored / size
 
     @property

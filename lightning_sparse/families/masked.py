@@ -97,6 +97,7 @@ class MaskedCallback(Stored, SparseCallback):
     skips_update = False
 
     needs_whole_gradients = False
+    takes_tensor_parallel = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from lightning_sparse.compat.compiled import Uncompiled, copied
 from lightning_sparse.compat.lightning_private import is_redirected
 from lightning_sparse.compat.nested import tensors
+from lightning_sparse.compat.shards import is_sharded, layout, local
 from lightning_sparse.compat.torch_private import RunningNorm, padded_sides
 from lightning_sparse.layers.selection import NORMS
 from lightning_sparse.layers.sparse import SparseLayer
@@ -85,7 +86,8 @@ class Activity(Hooks):
         self._sums = {name: self._zeros(layer) for name, layer in layers.items()}
         self.calls = dict.fromkeys(layers, 0)
         for name, layer in layers.items():
-            self._handles.append(layer.register_forward_hook(partial(self._called, name), with_kwargs=True))
+            called, first = partial(self._called, name), is_sharded(_weight(layer))  # before DTensors become plain
+            self._handles.append(layer.register_forward_hook(called, with_kwargs=True, prepend=first))
 
     def sums(self) -> Sums:
         """Return the sums over inputs and over outputs by name; zeros for layers that were not called."""
@@ -94,7 +96,7 @@ class Activity(Hooks):
     def _called(self, name: str, layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
         if self._open and torch.is_grad_enabled() and _weight(layer).requires_grad and output.requires_grad:
             self.calls[name] += 1
-            of_inputs, of_outputs = self._sums_of_call(layer, output)
+            of_inputs, of_outputs = self._sums_of_call(layer, local(output))
             self._add(name, 0, of_inputs, args[0] if args else kwargs["input"])
             output.register_hook(partial(self._add, name, 1, of_outputs))  # type: ignore[no-untyped-call]
 
@@ -105,8 +107,13 @@ class Activity(Hooks):
 
     @torch.no_grad()
     def _add(self, name: str, end: int, sums_of: SumsOf, x: Tensor) -> None:
-        if self._open:
-            self._sums[name][end].add_(sums_of(x))
+        if not self._open:
+            return
+        sums = self._sums[name][end]
+        if is_sharded(x):  # a linear layer under tensor parallelism
+            units = layout(x).ranges[-1]
+            sums = sums[units.start : units.stop]
+        sums.add_(sums_of(local(x)))
 
     @staticmethod
     def _zeros(layer: Any) -> tuple[Tensor, Tensor]:

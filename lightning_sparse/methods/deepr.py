@@ -117,7 +117,7 @@ class DeepR(DenseOnly, MaskedCallback):
         sign = signs(weight, places)
         W -= lr * self.l1 * sign
         if self.temperature:
-            noise = weight.part.drawn_for(len(W), partial(torch.randn, generator=self.generator))
+            noise = weight.part.drawn_for(places, partial(torch.randn, generator=self.generator))
             W += (noise * math.sqrt(2 * lr * self.temperature)).to(W)
         select.put_(weight.W, indices, W)
         return W * sign < 0

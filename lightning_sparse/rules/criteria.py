@@ -29,7 +29,7 @@ class Connections(Protocol):
 
     @property
     def part(self) -> Any:
-        """What is here of the weight: ``Whole`` or ``Rows`` of :mod:`~lightning_sparse.rules.parts`."""
+        """What is here of the weight: ``Whole`` or ``Shard`` of :mod:`~lightning_sparse.rules.parts`."""
 
     @property
     def num_active(self) -> int:

@@ -90,7 +90,13 @@ def kth(keys: Sequence[Tensor], k: Sequence[int], add: Add) -> list[Bound]:
     return [bounds[i] for i in range(len(k))]
 
 
-def least(keys: Sequence[Tensor], k: Sequence[int], orders: Sequence[Sequence[Order]], add: Add) -> list[Tensor]:
+def least(
+    keys: Sequence[Tensor],
+    k: Sequence[int],
+    orders: Sequence[Sequence[Order]],
+    add: Add,
+    counted: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """Mark exactly the ``k`` least of each of several lists of numbers that are divided over processes.
 
     Args:
@@ -98,6 +104,8 @@ def least(keys: Sequence[Tensor], k: Sequence[int], orders: Sequence[Sequence[Or
         k: for each list, from 0 to its length.
         orders: for each list, what tells equals apart: the first order, among those that it leaves equal the next.
         add: see ``Add``.
+        counted: marks in each list the numbers that count here, and not on another process that has them, too; default:
+            all.
 
     >>> least([torch.tensor([3, 1, 2, 1])], [1], [[lambda indices: -indices]], lambda counts: counts)
     [tensor([False, False, False,  True])]
@@ -106,8 +114,9 @@ def least(keys: Sequence[Tensor], k: Sequence[int], orders: Sequence[Sequence[Or
     live = [i for i, n in enumerate(k) if n > 0]
     if not live:
         return marks
+    own = keys if counted is None else [key[here] for key, here in zip(keys, counted, strict=True)]
     tied: dict[int, tuple[Tensor, int]] = {}
-    for i, bound in zip(live, kth([keys[i] for i in live], [k[i] for i in live], add), strict=True):
+    for i, bound in zip(live, kth([own[i] for i in live], [k[i] for i in live], add), strict=True):
         if bound.tied is None:
             marks[i] = keys[i] <= bound.last
         else:
@@ -115,7 +124,8 @@ def least(keys: Sequence[Tensor], k: Sequence[int], orders: Sequence[Sequence[Or
             tied[i] = select.positions(keys[i] == bound.tied), bound.missing
     if tied:
         ranks = [ordered(orders[i][0](places)) for i, (places, _) in tied.items()]
-        chosen = least(ranks, [n for _, n in tied.values()], [orders[i][1:] for i in tied], add)
+        here = None if counted is None else [counted[i][places] for i, (places, _) in tied.items()]
+        chosen = least(ranks, [n for _, n in tied.values()], [orders[i][1:] for i in tied], add, here)
         for (i, (places, _)), won in zip(tied.items(), chosen, strict=True):
             marks[i][places[won]] = True
     return marks

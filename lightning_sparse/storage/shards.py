@@ -5,13 +5,15 @@ reads those that it needs, whatever the number of processes was.
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 from torch import Tensor
 
 from lightning_sparse.compat.shards import is_sharded, whole
 
-__all__ = ["gathered", "read", "set_aside"]
+__all__ = ["gathered", "is_consolidated", "read", "set_aside"]
 
 #: an entry of a state whose shards are beside it
 _ASIDE = "lightning_sparse.shards"
@@ -60,6 +62,19 @@ def read(state: Mapping[str, Any], now: Mapping[str, Any], key: str, path: str) 
     found = {name: shards.clone() for name, shards in _shards(now, key)}
     load({"state_dict": found}, storage_reader=FileSystemReader(path))
     return _with({name: value for name, value in state.items() if name != _ASIDE}, now, key, found)
+
+
+def is_consolidated(path: str) -> bool:
+    """Tell whether this is a file that Lightning's ``consolidate_checkpoint`` has made of a distributed checkpoint.
+
+    Shards are aside as in the folder, but optimizers' states have other names than Lightning reads. What is pickled is
+    searched as bytes, so nothing is loaded.
+    """
+    if not (Path(path).is_file() and is_zipfile(path)):
+        return False
+    with ZipFile(path) as file:
+        pickled = b"".join(file.read(name) for name in file.namelist() if name.endswith("/data.pkl"))
+    return _ASIDE.encode() in pickled and b"optimizer_states" not in pickled
 
 
 def _shards(state: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:

@@ -12,13 +12,14 @@ from lightning_sparse.compat.lightning_private import saves_by_shards
 from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.unit_activity import Hooks
-from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.rules.parts import WHOLE
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.storage import shards
 from lightning_sparse.storage.checkpoint import load_for
 from lightning_sparse.storage.optimizers import carry_over
 from lightning_sparse.trainer.adopt import Adoption
 from lightning_sparse.trainer.after import After
+from lightning_sparse.trainer.guards import refuse_consolidated
 from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroups
@@ -285,7 +286,7 @@ class Stored(Verbs, Callback, ABC):
         """Let the store have its say in what a checkpoint holds of the module."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         self.store.on_save_checkpoint(pl_module, checkpoint)
-        if together([*self._weights.values()]) is WHOLE:
+        if all(weight.part is WHOLE for weight in self._weights.values()):
             return
         states, key = checkpoint["callbacks"], self.state_key
         if saves_by_shards(trainer):
@@ -304,6 +305,9 @@ class Stored(Verbs, Callback, ABC):
         """Leave effective weights behind, and the module as it was."""
         super().on_exception(trainer, pl_module, exception)
         self.store.abort()
+        unread = "optimizer_states" in str(exception) or self.state_key in str(exception)
+        if unread and shards.is_consolidated(str(trainer.ckpt_path)):
+            refuse_consolidated(self, trainer, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""

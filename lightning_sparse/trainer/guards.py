@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ __all__ = [
     "averaging",
     "listed",
     "refuse_capture",
+    "refuse_consolidated",
     "refuse_exchanged_optimizers",
     "refuse_missing_state",
     "refuse_older_state",
@@ -245,6 +246,16 @@ def refuse_unread_checkpoint(method: Verbs, trainer: Trainer, restored: bool) ->
         raise MisconfigurationException(
             f"The checkpoint {trainer.ckpt_path} has no state of {method!r}. {_from_weights(method)}"
         )
+
+
+def refuse_consolidated(method: Verbs, trainer: Trainer, reason: BaseException) -> NoReturn:
+    """Say what helps, since Lightning could not read the checkpoint, a file that was made of a distributed one."""
+    raise MisconfigurationException(
+        f"{method!r} cannot go on from {trainer.ckpt_path}: consolidate_checkpoint has made it of a folder, and "
+        "Lightning finds no optimizer's state in it. Give ckpt_path the folder, and the Trainer ModelParallelStrategy "
+        "with any number of processes. To start from its weights with fresh state: model = "
+        "MyModule.load_from_checkpoint(path, strict=False), then a fit with initial='zeros'."
+    ) from reason
 
 
 def _from_weights(method: Verbs) -> str:

@@ -1,4 +1,4 @@
-"""Shards: weights of which each process holds some rows, as FSDP2 divides them under ModelParallelStrategy.
+"""Shards: weights of which each process holds a part, as FSDP2 and tensor parallelism divide them.
 
 What a fit refuses of them, and what it warns of. What is done with them stands in ``rules/parts.py``.
 """
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.compat.lightning import MisconfigurationException, Trainer, is_a, rank_zero_warn
-from lightning_sparse.compat.shards import is_sharded, layout, local
+from lightning_sparse.compat.shards import Layout, is_sharded, layout, local
 from lightning_sparse.layers.selection import ParameterChoice
-from lightning_sparse.rules.parts import Rows
+from lightning_sparse.rules.parts import Shard
+from lightning_sparse.trainer.fit import Processes
 from lightning_sparse.trainer.guards import listed
 from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["divides_weights", "identical_parts", "refuse_parts", "warn_of_identical_parts"]
+__all__ = ["divides_weights", "identical_parts", "refuse_parts", "unfit_layout", "warn_of_identical_parts"]
 
 _SEEN = 16  # numbers of a part that are compared with those of the others
 
@@ -26,30 +27,30 @@ def divides_weights(trainer: Trainer) -> bool:
 
 
 def refuse_parts(method: Verbs, choices: Sequence[ParameterChoice], trainer: Trainer) -> None:
-    """Raise unless each weight is divided by rows over all processes, or none is, and nothing divides them."""
-    for choice in choices:
-        reason = _reason(choice, trainer)
+    """Raise unless each weight is divided as is known, or none is, and nothing divides them."""
+    divided = divides_weights(trainer) or any(is_sharded(choice.parameter) for choice in choices)
+    for choice in choices if divided else ():
+        reason = _reason(method, choice, trainer)
         if reason is not None:
             raise MisconfigurationException(f"{method!r} cannot train {choice.name} sparse: {reason}")
 
 
-def _reason(choice: ParameterChoice, trainer: Trainer) -> str | None:
+def _reason(method: Verbs, choice: ParameterChoice, trainer: Trainer) -> str | None:
     if not is_sharded(choice.parameter):
-        if not divides_weights(trainer):
-            return None
         return (
             "it is no DTensor, so processes would train it each by itself. Call fully_shard on its module in "
-            "configure_model, or leave it out with exclude."
+            "configure_model, or name the module in the plan of parallelize_module, or leave it out with exclude."
         )
-    if not divides_weights(trainer):
+    if not (divides_weights(trainer) or isinstance(trainer.strategy, Processes)):
         return "it is a DTensor, which only ModelParallelStrategy trains. Use that, or plain parameters."
+    if not (divides_weights(trainer) or method.takes_tensor_parallel):
+        return "it is a DTensor, which only methods with masks train in a loop of your own. Use one, or a Trainer."
+    if method.needs_whole_weights is not None:
+        return f"it is a DTensor, of which each process holds a part. {method.needs_whole_weights}"
     divided = layout(choice.parameter)
-    if not divided.by_rows or divided.mesh.size() != trainer.world_size:
-        return (
-            f"it is divided as {divided.placements} over {divided.mesh.size()} of {trainer.world_size} processes. "
-            "Only rows divided over all processes are known, as by fully_shard with data_parallel_size of all "
-            "devices and tensor_parallel_size=1. Leave weights under tensor parallelism out with exclude."
-        )
+    remedy = unfit_layout(method, divided, trainer)
+    if remedy is not None:
+        return f"it is divided as {divided.placements} over {divided.mesh}. {remedy}"
     if choice.nonempty is not None:
         return (
             "its rows are divided by their norms, as by weight_norm, so none may be empty, which is not looked after "
@@ -58,10 +59,38 @@ def _reason(choice: ParameterChoice, trainer: Trainer) -> str | None:
     return None
 
 
+def unfit_layout(method: Verbs, divided: Layout, trainer: Trainer) -> str | None:
+    """Return what helps if a weight is divided in a way that is not known; None: it is known."""
+    if not divided.is_known:
+        return "Only Shard and Replicate are known. Leave it out with exclude."
+    if not _averaged(divided, trainer):
+        return (
+            "Its gradients are not averaged over all processes that have other batches. Call fully_shard on its module "
+            "with mesh=self.device_mesh['data_parallel']."
+        )
+    cut = {placement.dim for placement in divided.placements if not placement.is_replicate()}
+    if len(cut - {0}) > 1:
+        return "Rows and one other dimension may be divided. Choose another plan, or leave it out with exclude."
+    by_rows = divided.by_rows and divided.mesh.size() == trainer.world_size
+    if not by_rows and not method.takes_tensor_parallel:
+        return (
+            "This method trains weights whose rows are divided over all processes, as by fully_shard with "
+            "tensor_parallel_size=1. Divide it so, or leave it out with exclude."
+        )
+    return None
+
+
+def _averaged(divided: Layout, trainer: Trainer) -> bool:
+    """Tell whether the processes of different batches are among those of a weight's mesh."""
+    mesh = getattr(trainer.strategy, "device_mesh", None)  # none in a loop of one's own
+    batches = range(trainer.world_size) if mesh is None else mesh["data_parallel"].mesh.flatten().tolist()
+    return {*batches} <= {*divided.mesh.mesh.flatten().tolist()}
+
+
 def identical_parts(choices: Sequence[ParameterChoice]) -> list[str]:
     """Return the names of weights of which several processes have the same numbers."""
     divided = [(c.name, local(c.parameter), layout(c.parameter)) for c in choices if is_sharded(c.parameter)]
-    return [name for name, values, of in divided if _identical(Rows(of, values.device), values)]
+    return [name for name, values, of in divided if _identical(Shard(of, values.device), values)]
 
 
 def warn_of_identical_parts(method: Verbs, names: Sequence[str]) -> None:
@@ -76,11 +105,11 @@ def warn_of_identical_parts(method: Verbs, names: Sequence[str]) -> None:
         )
 
 
-def _identical(rows: Rows, values: Tensor) -> bool:
+def _identical(part: Shard, values: Tensor) -> bool:
     """Tell whether two processes have the same first numbers, which are not all equal."""
-    first = torch.zeros(rows.world, _SEEN, dtype=torch.float64)
+    first = torch.zeros(part.numbers, _SEEN, dtype=torch.float64)
     own = values.detach().reshape(-1)[:_SEEN].double().cpu()
-    first[rows.rank, : len(own)] = own
-    samples = rows.sums(first)
+    first[part.number, : len(own)] = own
+    samples = part.sums(first)
     drawn = [sample for sample in samples if bool((sample != sample[0]).any())]
     return any(bool((a == b).all()) for i, a in enumerate(drawn) for b in drawn[:i])

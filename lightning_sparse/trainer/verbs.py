@@ -51,8 +51,11 @@ class Verbs(ABC):
 
     @property
     def needs_whole_weights(self) -> str | None:
-        """What helps where processes hold some rows of each weight, which the method cannot train; None: it can."""
+        """What helps where processes hold parts of each weight, which the method cannot train; None: it can."""
         return "Use a single device or strategy='ddp'."
+
+    #: where weights are divided over processes, these may hold columns, or the same as others; also in ``attach``
+    takes_tensor_parallel: bool = False
 
     @property
     def planned_density(self) -> dict[str, float]:

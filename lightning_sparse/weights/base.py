@@ -36,8 +36,8 @@ _versions = count(1)
 class Weight(ABC):
     """One weight that trains sparse: its active connections, what they hold, and how they move.
 
-    Where processes hold some rows each (:class:`~lightning_sparse.weights.sharded.ShardedWeight`), numbers and shapes
-    are those of the whole weight; connections, and what belongs to them, are those of the rows that are here. Then all
+    Where processes hold a part each (:class:`~lightning_sparse.weights.sharded.ShardedWeight`), numbers and shapes are
+    those of the whole weight; connections, and what belongs to them, are those of the part that is here. Then all
     processes must ask and order the same, at the same time.
 
     Attributes:
@@ -92,7 +92,7 @@ class Weight(ABC):
     @property
     @abstractmethod
     def mask(self) -> Tensor:
-        """Where the weight is active: boolean, of its shape; of some rows of it, if the others are not here."""
+        """Where the weight is active: boolean, of its shape; of a part of it, if the others are not here."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""ShardedWeight: some rows of a masked weight, whose other rows are on other processes (FSDP2)."""
+"""ShardedWeight: a part of a masked weight, whose other parts are on other processes (FSDP2, tensor parallelism)."""
 
 import torch
 from torch import Generator, Tensor, nn
@@ -6,7 +6,7 @@ from torch import Generator, Tensor, nn
 from lightning_sparse.compat.shards import layout, local
 from lightning_sparse.rules import select
 from lightning_sparse.rules.matrices import FIRST, Outputs, rows_of
-from lightning_sparse.rules.parts import Rows
+from lightning_sparse.rules.parts import Shard
 from lightning_sparse.weights.base import all_finite
 from lightning_sparse.weights.masked import MaskedWeight
 
@@ -14,22 +14,22 @@ __all__ = ["ShardedWeight"]
 
 
 class ShardedWeight(MaskedWeight):
-    """Some rows of a dense parameter, which is exactly 0 outside of a mask: what a process holds of a DTensor.
+    """A part of a dense parameter, which is exactly 0 outside of a mask: what a process holds of a DTensor.
 
-    Here the DTensor ends: mask, buffers, values and gradients are plain tensors of the rows that are here.
+    Here the DTensor ends: mask, buffers, values and gradients are plain tensors of the rows or columns that are here.
 
     Args:
         name: the parameter's name in the LightningModule.
-        parameter: the module's parameter, a DTensor that is divided by rows.
+        parameter: the module's parameter, a DTensor; see ``rules.parts.Shard`` for how it may be divided.
         outputs: see ``Weight``.
     """
 
-    part: Rows
+    part: Shard
 
     def __init__(self, name: str, parameter: nn.Parameter, outputs: Outputs = FIRST) -> None:
         here = local(parameter)
         super().__init__(name, torch.ones_like(here, dtype=torch.bool), parameter, outputs=outputs)
-        self.part = Rows(layout(parameter), here.device)
+        self.part = Shard(layout(parameter), here.device)
         self._num_active = self.size
 
     @property
@@ -111,7 +111,7 @@ class ShardedWeight(MaskedWeight):
     @property
     def _rows_are_whole(self) -> bool:
         """No row of a matrix ``(out, in)`` lies on several processes."""
-        return self.outputs == FIRST or self.outputs.stacked
+        return self.part.divided <= ({0, self.outputs.axis} if self.outputs.stacked else {self.outputs.axis})
 
     def _of_all(self, sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         if not self._rows_are_whole:
@@ -122,7 +122,7 @@ class ShardedWeight(MaskedWeight):
     # ------------------------------------------------------------------ state
 
     def restore(self, saved: MaskedWeight) -> None:
-        """Have the mask and the buffers of ``saved``: the same rows of them, if it has all."""
+        """Have the mask and the buffers of ``saved``: the same part of them, if it has all."""
         if isinstance(saved, ShardedWeight):
             self.mask = torch.empty_like(self.mask).copy_(saved.mask)
             self.buffers = {key: buffer.to(self.mask.device) for key, buffer in saved.buffers.items()}

@@ -7,14 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import N_OF_M, ROUNDS, SETTINGS
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
-from shards_ranks import METHODS, RESUMED, Divided, run_all, run_resumed, train
+from shards_ranks import GRID, METHODS, RESUMED, Divided, run_all, run_killed, run_resumed, train
+from torch.distributed._tensor import Partial, Replicate, Shard
 
 from lightning_sparse import SET, MemoryEfficientDST, SparsityMonitor
+from lightning_sparse.compat.shards import Layout
 from lightning_sparse.trainer.guards import refuse_trainer
 from lightning_sparse.trainer.mask_files import read_masks
+from lightning_sparse.trainer.shards import unfit_layout
 
 pytestmark = pytest.mark.xdist_group("shards")  # one process of pytest trains for all of them
 THREE = ("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST")  # of each way to choose one
@@ -26,7 +30,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     run_fresh_ranks(run_all, 2, folder, [*METHODS])
     run_fresh_ranks(run_all, 3, folder, THREE)
-    results = {world: torch.load(folder / f"{world}.pt") for world in (2, 3)}
+    run_fresh_ranks(run_all, 4, folder, [*GRID])
+    results = {world: torch.load(folder / f"{world}.pt") for world in (2, 3, 4)}
     return {**results, "file": folder / "masks.safetensors"}
 
 
@@ -48,6 +53,8 @@ def assert_same(found, expected):
         assert not found["parameters"][name][~mask].any(), name
     for name, parameter in expected["parameters"].items():
         assert torch.allclose(found["parameters"][name], parameter, rtol=0, atol=1e-12), name
+    for (name, key), moment in expected["moments"].items():
+        assert torch.allclose(found["moments"][name, key], moment, rtol=0, atol=1e-12), (name, key)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,6 +63,23 @@ def test_two_processes_train_what_one_does(trained, method):
     assert_same(trained[2][method], expected)
     if method in THREE:
         assert_same(trained[3][method], expected)
+
+
+@pytest.mark.parametrize("method", GRID)
+def test_four_processes_train_what_one_does(trained, method):
+    assert_same(trained[4][method], train(method))
+
+
+@pytest.mark.parametrize("way", ["looped", "looped, in two"])
+def test_a_loop_of_its_own_trains_the_same_bits_as_a_trainer(trained, way):
+    in_trainer = trained[2]["RigL, AdamW"]
+    for name, parameter in trained[2][way]["parameters"].items():
+        assert torch.equal(parameter, in_trainer["parameters"][name])
+    assert_same(trained[2][way], in_trainer)
+
+
+def test_a_loop_of_its_own_refuses_latent_weights(trained):
+    assert re.search("0.weight sparse: it is a DTensor, which only methods with masks", trained[2]["loop refused"])
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "distributed"])
@@ -83,6 +107,26 @@ def test_a_distributed_checkpoint_keeps_masks_by_shards(resumed):
     assert state["weights"]["net.0.weight"] == {"buffers": {}}
 
 
+def test_a_consolidated_checkpoint_says_what_to_do(resumed, tmp_path):
+    path = tmp_path / "consolidated"
+    torch.save(_load_distributed_checkpoint(resumed / "SNFS-False-2.ckpt"), path)
+    with pytest.raises(MisconfigurationException, match=r"has made it of a folder.*Give ckpt_path the folder"):
+        train("SNFS", resumes=path)
+    sparse = Divided.load_from_checkpoint(path, strict=False).net[0].weight
+    whole = Divided.load_from_checkpoint(resumed / "SNFS-True-2.ckpt").net[0].weight
+    assert torch.equal(sparse, whole)
+
+
+@pytest.mark.parametrize("method", ["RigL", "plain"])
+def test_a_process_that_is_killed_ends_the_others(tmp_path, method):
+    folder = tmp_path / method
+    folder.mkdir()
+    run_fresh_ranks(run_killed, 2, folder, may_die=True)
+    assert "RuntimeError" in (folder / "error.txt").read_text()
+    if method == "RigL":
+        assert_same(train("RigL", resumes=folder / "last.ckpt"), train("RigL"))
+
+
 def test_a_second_fit_goes_on(trained):
     first, second = trained[2]["again"]
     assert all(torch.equal(mask, second[name]) for name, mask in first.items())
@@ -93,8 +137,9 @@ def test_masks_are_written_whole(trained):
     assert all(torch.equal(mask, masks[name]) for name, mask in trained[2]["again"][1].items())
 
 
-def test_what_a_move_sends_does_not_grow_with_the_layer(trained):
-    small, large = trained[2]["bytes"].values()
+@pytest.mark.parametrize("part", ["bytes", "bytes, columns"])
+def test_what_a_move_sends_does_not_grow_with_the_layer(trained, part):
+    small, large = trained[2][part].values()
     assert 0 < max(large) <= 32 * 1024
     assert max(large) <= 1.5 * max(small)  # rounds that many different scores take more
 
@@ -115,6 +160,27 @@ def test_identical_parts_are_named(trained):
 
 def test_a_weight_that_is_not_divided_is_refused(trained):
     assert re.search("net.0.weight sparse: it is no DTensor.*fully_shard", trained[2]["refused"])
+
+
+def test_a_plan_alone_is_refused_where_processes_have_other_batches(trained):
+    assert re.search(r"net.0.weight sparse: it is divided as.*not averaged.*fully_shard", trained[4]["refused"])
+
+
+@pytest.mark.parametrize(
+    ("placements", "method", "remedy"),
+    [
+        ([Partial()], "RigL", "Only Shard and Replicate are known"),
+        ([Shard(1), Shard(2)], "RigL", "Rows and one other dimension"),
+        ([Replicate()], "STR", "rows are divided over all processes"),
+        ([Shard(1)], "STR", "rows are divided over all processes"),
+    ],
+)
+def test_other_ways_to_divide_are_refused(placements, method, remedy):
+    mesh = SimpleNamespace(mesh=torch.arange(2 ** len(placements)), size=lambda: 2 ** len(placements))
+    run = SimpleNamespace(strategy=None, world_size=mesh.size())
+    assert remedy in unfit_layout(
+        SETTINGS[method](), Layout(mesh, tuple(placements), torch.Size((4, 4, 4)), (16, 4, 1)), run
+    )
 
 
 def test_the_monitor_is_refused():

@@ -1,0 +1,322 @@
+"""Shard: what a process holds of a weight that is divided over processes; see :mod:`~lightning_sparse.rules.parts`."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, distributed
+
+from lightning_sparse.compat.shards import Layout, is_sharded, joined
+from lightning_sparse.kernels.positions import ranks
+from lightning_sparse.rules import select, ties
+from lightning_sparse.rules.ascending import contains, different, merged
+from lightning_sparse.rules.drawn import Drawn
+from lightning_sparse.rules.radix import least, ordered
+from lightning_sparse.rules.whole import Whole
+
+__all__ = ["Shard", "added"]
+
+_AT_ONCE = 1 << 18  # numbers that are drawn to be looked through
+
+
+class Shard(Whole):
+    """Some rows of a weight, or some columns of some rows: runs of positions, of one length and at equal distances.
+
+    All processes take part, those too that hold the same as another. Of these the first one counts: it is the owner.
+
+    Args:
+        layout: how the weight is divided.
+        device: where its part is, and where counts are added up.
+
+    Attributes:
+        ranges: what is here of each dimension.
+        held: what each process holds of each dimension.
+        divided: the dimensions of which some process has a part only.
+        number: that of this shard, among ``numbers`` different ones.
+        is_owner: no process before this one holds the same.
+        is_shared: some processes hold the same.
+    """
+
+    count_global_top_k = global_top_k = ranking = None  # type: ignore[assignment]  # ask ``together``
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.shape, self.device = layout, tuple(layout.shape), device
+        self.size, self.ranges = math.prod(self.shape), layout.ranges
+        self.held = self._held()
+        self.is_owner = self.held.index(self.ranges) == distributed.get_rank()
+        shards = sorted(set(self.held), key=_ends)
+        self.is_shared = sum(math.prod(map(len, ranges)) for ranges in self.held) > self.size
+        self.number, self.numbers = shards.index(self.ranges), len(shards)
+        self.divided = {d for d, n in enumerate(self.shape) if any(len(ranges[d]) < n for ranges in shards)}
+        self._lay_runs(shards)
+
+    def _held(self) -> list[tuple[range, ...]]:
+        """Return what each process holds of each dimension."""
+        table = torch.zeros(distributed.get_world_size(), 2 * len(self.shape), dtype=torch.long)
+        table[distributed.get_rank()] = torch.tensor(_ends(self.ranges))
+        return [
+            tuple(range(*ends) for ends in zip(row[::2], row[1::2], strict=True))
+            for row in added(table, self.device).tolist()
+        ]
+
+    def _lay_runs(self, shards: Sequence[tuple[range, ...]]) -> None:
+        """Find the runs, and their numbers among the runs of all shards in the order of positions."""
+        d = max(self.divided, default=0)
+        rows, within = math.prod(self.shape[:d]), math.prod(self.shape[d + 1 :])
+        self._begin = sum(r.start * math.prod(self.shape[i + 1 :]) for i, r in enumerate(self.ranges))
+        self._length, self._distance = len(self.ranges[d]) * within, self.shape[d] * within
+        columns = sorted({(ranges[d].start, ranges[d].stop) for ranges in shards})
+        first = math.prod(self.shape[1:d]) * self.ranges[0].start if d else 0
+        here = torch.arange(first, first + math.prod(map(len, self.ranges[:d])))
+        self._runs = here * len(columns) + columns.index((self.ranges[d].start, self.ranges[d].stop))
+        self._all_runs = rows * len(columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the processes."""
+        return {**self.__dict__, "layout": None}
+
+    def __eq__(self, other: object) -> bool:
+        """Compare how weights are divided: the answer is the same on all processes."""
+        return isinstance(other, Shard) and (self.shape, self.held) == (other.shape, other.held)
+
+    def __hash__(self) -> int:
+        return hash((self.shape, *self.held))
+
+    # ------------------------------------------------------------------ which elements
+
+    def positions(self, indices: Tensor) -> Tensor:  # noqa: D102  (inherited)
+        if len(self._runs) == 1:
+            return indices + self._begin
+        length = max(self._length, 1)
+        return indices.div(length, rounding_mode="floor") * self._distance + indices % length + self._begin
+
+    def here(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
+        return positions[self.has(positions)]
+
+    def has(self, positions: Tensor) -> Tensor:
+        """Mark the positions that lie in the part."""
+        run, place = self._in_runs(positions)
+        return (run >= 0) & (run < len(self._runs)) & (place < self._length)
+
+    def indices(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
+        run, place = self._in_runs(positions)
+        return run * self._length + place
+
+    def _in_runs(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the run of each position, and its place within."""
+        after = positions - self._begin
+        return after.div(self._distance, rounding_mode="floor"), after % self._distance
+
+    def length(self, size: int) -> int:  # noqa: D102  (inherited)
+        return len(self._runs) * self._length
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Return the part of a tensor of the weight's shape, also of one that is divided in the same way."""
+        if is_sharded(x):
+            part: Tensor = x.to_local()  # type: ignore[attr-defined]
+            return part
+        return x[tuple(slice(r.start, r.stop) for r in self.ranges)]
+
+    def joined(self, part: Tensor) -> Tensor:
+        """Return the DTensor of which this is the part.
+
+        Raises:
+            RuntimeError: the part has been copied or pickled without the processes.
+        """
+        if self.layout is None:
+            raise RuntimeError("This copy has no processes that hold the other parts. Ask the callback of the fit.")
+        return joined(part, self.layout)
+
+    # ------------------------------------------------------------------ what all parts have together
+
+    def sums(self, x: Tensor) -> Tensor:  # noqa: D102  (inherited)
+        return added(x if self.is_owner else torch.zeros_like(x), self.device)
+
+    def total(self, *counts: int) -> list[int]:  # noqa: D102  (inherited)
+        found: list[int] = self.sums(torch.tensor(counts)).tolist()
+        return found
+
+    def all(self, holds: bool) -> bool:  # noqa: D102  (inherited)
+        return not self.any(int(not holds))
+
+    def any(self, count: int) -> bool:  # noqa: D102  (inherited)
+        return self.total(count) > [0]
+
+    def all_equal(self, scores: Tensor) -> bool:  # noqa: D102  (inherited)
+        low, high = scores.aminmax() if scores.numel() else (torch.tensor(torch.inf), torch.tensor(-torch.inf))
+        several = float(scores.numel()) if scores.numel() < 2 else 2.0
+        ends = torch.zeros(self.numbers, 3, dtype=torch.float64)
+        ends[self.number] = torch.tensor([float(low), float(high), several], dtype=torch.float64)
+        lows, highs, lengths = self.sums(ends).T
+        return bool(lengths.sum() > 1) and bool(lows.min() == highs.max())
+
+    def _before(self, counts: Tensor) -> tuple[Tensor, int]:
+        """Return how many of something lie before each run, and how many there are; ``counts``: of each run."""
+        table = torch.zeros(self._all_runs, dtype=torch.int32 if self.size < 1 << 31 else torch.int64)
+        table[self._runs] = counts.to(table.dtype)
+        of_runs = self.sums(table).long()
+        upto = of_runs.cumsum(0)
+        return (upto - of_runs)[self._runs], int(upto[-1])
+
+    def _of_runs(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the run of each position, and how many there are in each run."""
+        run, _ = self._in_runs(positions)
+        return run, torch.bincount(run, minlength=len(self._runs))
+
+    def _places(self, positions: Tensor) -> tuple[Tensor, int]:
+        """Return the places of ascending positions among those of all parts, and how many these are."""
+        run, counts = self._of_runs(positions)
+        before, total = self._before(counts)
+        shifts = before - (counts.cumsum(0) - counts)
+        return torch.arange(len(positions)) + shifts[run], total
+
+    # ------------------------------------------------------------------ which are chosen
+
+    def top_k_positions(  # type: ignore[override]  # noqa: D102  (inherited)
+        self, scores: Tensor, k: int, among: Tensor | None = None, order: ties.Order | None = None
+    ) -> Tensor:
+        return self._extreme(scores, k, among, order, largest=True)
+
+    def lowest_positions(  # type: ignore[override]  # noqa: D102  (inherited)
+        self, scores: Tensor, k: int, among: Tensor | None = None, order: ties.Order | None = None
+    ) -> Tensor:
+        return self._extreme(scores, k, among, order, largest=False)
+
+    def top_k(self, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:  # noqa: D102  (inherited)
+        marks = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+        marks[self.top_k_positions(scores, k, among)] = True
+        return marks.view(scores.shape)
+
+    def _extreme(self, scores: Tensor, k: int, among: Tensor | None, order: ties.Order | None, largest: bool) -> Tensor:
+        """Return the flat indices, ascending, of those of the ``k`` largest (or smallest) scores that are here."""
+        flat = scores.reshape(-1)
+        candidates = None if among is None else select.positions(among)
+        keys = ordered(flat if candidates is None else flat[candidates])
+        rank = order or (lambda indices: ties.spread(self.positions(indices), self.shape))
+
+        def place(indices: Tensor) -> Tensor:
+            numbers = rank(indices if candidates is None else candidates[indices])
+            return self._short(numbers if largest else ~numbers)
+
+        (marks,) = least([~keys if largest else keys], [k], [[place]], self.sums)
+        found = select.positions(marks)
+        return found if candidates is None else candidates[found]
+
+    def _short(self, numbers: Tensor) -> Tensor:
+        """Return whole numbers below the weight's size in as few bits as they need: fewer rounds."""
+        return numbers.int() if self.size < 1 << 31 else numbers
+
+    def numbered(self, indices: Tensor) -> Tensor:
+        """Return numbers that differ from those of other parts: an order for equals of which any will do."""
+        return indices * self.numbers + self.number
+
+    # ------------------------------------------------------------------ what is drawn
+
+    def num_free(self, taken: Tensor, size: int) -> int:  # noqa: D102  (inherited)
+        return size - self.total(len(taken))[0]
+
+    def distinct(self, n: int, below: int, generator: Generator) -> Tensor:  # noqa: D102  (inherited)
+        return self._distinct(n, below, generator, self.has)
+
+    def free_positions(self, n: int, taken: Tensor, size: int, generator: Generator) -> Tensor:
+        """Draw ``n`` different positions that are not ``taken``, ascending here; return those that are here."""
+        free = self._length - self._of_runs(taken)[1]
+        before, total = self._before(free)
+        if not 0 <= n <= total:
+            raise ValueError(f"{n} connections were asked for, {total} are free.")
+        places = self._distinct(n, total, generator, lambda numbers: _within(numbers, before, free)[1])
+        shifts = (free.cumsum(0) - free) - before  # from places among all free ones to those among the free ones here
+        places += shifts[_within(places, before, free)[0]]
+        free_before = torch.arange(len(taken)).neg_().add_(self.indices(taken))
+        return self.positions(places + ranks(free_before, places, right=True))
+
+    def drawn(self, n: int, taken: Tensor, size: int) -> Drawn:  # noqa: D102  (inherited)
+        return _DrawnHere(self, taken)
+
+    def rand(self, shape: Sequence[int], generator: Generator) -> Tensor:  # noqa: D102  (inherited)
+        kept = [
+            numbers[self.has(torch.arange(first, first + len(numbers)))]
+            for first, numbers in _in_turn(self.size, lambda n: torch.rand(n, generator=generator))
+        ]
+        return torch.cat(kept).view(*shape)
+
+    def drawn_for(self, positions: Tensor, draw: Callable[[int], Tensor]) -> Tensor:  # noqa: D102  (inherited)
+        places, total = self._places(positions.cpu())
+        return draw(total)[places]
+
+    def taken(self, positions: Tensor, places: Tensor) -> Tensor:  # noqa: D102  (inherited)
+        own, _ = self._places(positions.cpu())
+        return positions[torch.isin(own, places).to(positions.device)]
+
+    def _distinct(self, n: int, below: int, generator: Generator, kept: Callable[[Tensor], Tensor]) -> Tensor:
+        """Draw what ``sampling.distinct`` draws; return those that ``kept`` marks, ascending, and hold no others."""
+        if 2 * n >= below:
+            chosen = torch.randperm(below, generator=generator, dtype=self._permuted(below))[:n]
+            return torch.cat([part[kept(part)] for part in torch.split(chosen, _AT_ONCE)]).long().sort().values
+        found, held = torch.empty(0, dtype=torch.long), 0
+        while held < n:
+            for _, numbers in _in_turn(n - held, lambda m: torch.randint(below, (m,), generator=generator)):
+                new = different(numbers[kept(numbers)])
+                found = merged(found, new[~contains(found, new)])
+            (held,) = self.total(len(found))
+        return found
+
+    @staticmethod
+    def _permuted(below: int) -> torch.dtype:
+        """Return the smallest dtype of a permutation, which is the same in each."""
+        return torch.int32 if below < 1 << 31 else torch.int64
+
+
+class _DrawnHere:
+    """Those of a growing set of positions that lie in a part; see ``sampling.Drawn``."""
+
+    def __init__(self, part: Shard, taken: Tensor) -> None:
+        self._part, self._used, self.positions = part, taken, taken.new_empty(0)
+
+    @property
+    def count(self) -> int:
+        return self._part.total(len(self.positions))[0]
+
+    def add(self, positions: Tensor) -> None:
+        self._add(different(self._part.here(positions)))
+
+    def add_first(self, positions: Tensor, n: int) -> None:
+        turns = select.positions(self._part.has(positions))
+        values, order = positions[turns].sort(stable=True)
+        new = ~contains(self._used, values)
+        new[1:] &= values[1:] != values[:-1]
+        turns, values = turns[order[new]], values[new]
+        (there_are,) = self._part.total(len(turns))
+        (first,) = least([turns.int()], [min(n, there_are)], [[]], self._part.sums)
+        self._add(values[first])
+
+    def _add(self, positions: Tensor) -> None:
+        new = positions[~contains(self._used, positions)]
+        self._used, self.positions = merged(self._used, new), merged(self.positions, new)
+
+
+def _ends(ranges: Sequence[range]) -> list[int]:
+    return [end for each in ranges for end in (each.start, each.stop)]
+
+
+def added(x: Tensor, device: torch.device) -> Tensor:
+    """Return the sums of numbers over all processes; may write into ``x``."""
+    sums = x.to(device)
+    distributed.all_reduce(sums)
+    return sums.to(x.device)
+
+
+def _within(numbers: Tensor, begins: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the stretch in which each number lies, and whether it lies in one; stretches are in ascending order."""
+    if not len(begins):
+        return torch.zeros_like(numbers, dtype=torch.long), torch.zeros_like(numbers, dtype=torch.bool)
+    stretch = torch.searchsorted(begins, numbers.to(begins.dtype), right=True).sub_(1).clamp_(min=0)
+    place = numbers - begins[stretch]
+    return stretch, (place >= 0) & (place < lengths[stretch])
+
+
+def _in_turn(n: int, draw: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number of the first, and the next of ``n`` numbers, which are those of one draw."""
+    for first in range(0, n, _AT_ONCE):
+        yield first, draw(min(_AT_ONCE, n - first))

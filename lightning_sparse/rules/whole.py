@@ -1,0 +1,129 @@
+"""Whole: all of a weight, as one process has it; see :mod:`~lightning_sparse.rules.parts` for parts."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from lightning_sparse.rules import ranking, sampling, select, ties
+from lightning_sparse.rules.criteria import Connections
+from lightning_sparse.rules.sampling import Everywhere
+
+__all__ = ["WHOLE", "Together", "Whole"]
+
+
+class Together:
+    """Several weights, of which all is here: what is counted in all of them, and how they compete."""
+
+    def total(self, *counts: int) -> list[int]:
+        """Return the sums of counts over all parts; of several weights, one for each."""
+        return [*counts]
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Return the sums of numbers over all parts."""
+        return x
+
+    def all(self, holds: bool) -> bool:
+        """Tell whether all processes say so."""
+        return holds
+
+    def any(self, count: int) -> bool:
+        """Tell whether some process has any of what is counted."""
+        return count > 0
+
+    def count_global_top_k(
+        self,
+        tensors: Iterable[Tensor],
+        k: int,
+        among: Sequence[Tensor],
+        at_least: Sequence[int] | None = None,
+        score: select.Score = torch.Tensor.detach,
+    ) -> list[int]:
+        """Return how many of the ``k`` largest scores lie in each weight; see ``select.count_global_top_k``."""
+        return select.count_global_top_k(tensors, k, among, at_least, score)
+
+    def global_top_k(
+        self,
+        scores: Sequence[Tensor],
+        k: int,
+        among: Sequence[Tensor],
+        at_least: Sequence[int],
+        orders: Sequence[ties.Order],
+    ) -> list[Tensor]:
+        """Mark exactly the ``k`` largest scores of all weights together; see ``select.global_top_k``."""
+        return select.global_top_k(scores, k, among, at_least, orders)
+
+    def ranking(self, weights: Sequence[Connections], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return the ``k`` inactive connections of largest ``|dP|`` of all weights; see ``ranking.ranking``."""
+        return ranking.ranking(weights, k, at_least)
+
+
+class Whole(Together, Everywhere):
+    """All of a weight, or of several: on one process, or the same on each of several."""
+
+    # ------------------------------------------------------------------ which elements
+
+    def positions(self, indices: Tensor) -> Tensor:
+        """Return the flat positions in the weight of flat indices of the part."""
+        return indices
+
+    def here(self, positions: Tensor) -> Tensor:
+        """Return those of ascending positions that lie in the part."""
+        return positions
+
+    def indices(self, positions: Tensor) -> Tensor:
+        """Return the flat indices in the part of positions, all of which lie in it."""
+        return positions
+
+    def length(self, size: int) -> int:
+        """Return how many elements the part has of a weight of this ``size``."""
+        return size
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Return the part of a tensor of the weight's shape."""
+        return x
+
+    def joined(self, part: Tensor) -> Tensor:
+        """Return the tensor of which this is the part: a DTensor if there are others."""
+        return part
+
+    # ------------------------------------------------------------------ what all parts have together
+
+    def all_equal(self, scores: Tensor) -> bool:
+        """Tell whether all parts have the same score, and there are several; see ``select.all_equal``."""
+        return select.all_equal(scores)
+
+    # ------------------------------------------------------------------ which are chosen
+
+    top_k_positions = staticmethod(select.top_k_positions)
+    lowest_positions = staticmethod(select.lowest_positions)
+
+    def top_k(self, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+        """Mark exactly the ``k`` largest scores of the weight; see ``select.top_k``."""
+        return select.top_k(scores, k, among)
+
+    # ------------------------------------------------------------------ what is drawn
+
+    def distinct(self, n: int, below: int, generator: Generator) -> Tensor:
+        """Draw ``n`` different positions of a weight of size ``below``, and return those that lie in the part."""
+        return sampling.distinct(n, below, generator)
+
+    def rand(self, shape: Sequence[int], generator: Generator) -> Tensor:
+        """Draw a number from 0 to 1 for each element of the weight; return those of the part, which has a shape."""
+        return torch.rand(*shape, generator=generator)
+
+    def drawn_for(self, positions: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+        """Draw for a list of ascending positions, one by one; return what is for those in the part, ``positions``."""
+        return draw(len(positions))
+
+    def taken(self, positions: Tensor, places: Tensor) -> Tensor:
+        """Return those in the part of some ascending positions, given by their places in the list of all of them.
+
+        Args:
+            positions: those of the list that lie in the part.
+            places: which are returned, in any order.
+        """
+        return positions[places.to(positions.device)]
+
+
+WHOLE = Whole()
