@@ -46,7 +46,7 @@ def run_fresh(function, *arguments):
 
 
 def run_fresh_ranks(function, world, *arguments, may_die=False):
-    """Call it in ``world`` such processes that differ in nothing but their rank; ``may_die``: some may kill themselves."""
+    """Call it in ``world`` processes that differ in nothing but their rank; ``may_die``: some may kill themselves."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
     _run_fresh([{**shared, "LOCAL_RANK": str(rank)} for rank in range(world)], function, arguments, may_die)
 
