@@ -5,17 +5,16 @@ import warnings
 
 import lightning.pytorch as pl
 import torch
-from helpers import MASKED, Largest, trainer
+from helpers import LATENT, MASKED, N_OF_M, SETTINGS, Largest, trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import ITOP, MEST, SNFS, RandomPruning, RigL
+from lightning_sparse import ITOP, MEST, SNFS, FixedMask, RandomPruning, RigL
 from lightning_sparse.compat.shards import whole
 
 EPOCHS, STEPS, BATCH = 3, 4, 12
-STILL = ("DeepR", "RandomPruning", "FixedMask")  # they take no interval
 MOVING = {"update_every": 2, "seed": 3}
 
 
@@ -25,7 +24,8 @@ def rigl(**options):
 
 #: by name: the method, the kind of module, and what is given to the Trainer
 METHODS = {
-    **{name: (build, "SGD", {}) for name, build in MASKED.items() if build().needs_whole_weights is None},
+    **{name: (build, "SGD", {}) for name, build in {**SETTINGS, **N_OF_M}.items() if build().needs_whole_weights is None},
+    "SWAT": (LATENT["SWAT"], "alike", {}),
     "RigL, AdamW": (rigl, "AdamW", {}),
     "RigL, accumulated and clipped": (rigl, "SGD", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
     "RigL, no gradient": (rigl, "no gradient", {}),
@@ -37,11 +37,26 @@ METHODS = {
         "SGD",
         {},
     ),
+    "DST, AdamW, clipped": (LATENT["DST"], "AdamW", {"gradient_clip_val": 0.1}),
+    "DST, layers collapse": (lambda: LATENT["DST"](alpha=0.2, reset_above=0.3, granularity="layer"), "SGD", {}),
+    "DST, by weight": (lambda: LATENT["DST"](granularity="weight", threshold_weight_decay=0.1), "SGD", {}),
+    "DFBST, AdamW, accumulated": (LATENT["DFBST"], "AdamW", {"accumulate_grad_batches": 2}),
+    "STR, AdamW, clipped": (LATENT["STR"], "AdamW", {"gradient_clip_val": 0.1}),
+    "AutoSparse, no gradient": (LATENT["AutoSparse"], "no gradient", {}),
+    "TopKAST, global, AdamW": (
+        lambda **kw: LATENT["TopKAST"](scope="global", power=2, **kw),
+        "AdamW",
+        {"gradient_clip_val": 0.1},
+    ),
+    "OptG, tied": (LATENT["OptG"], "tied", {}),
 }
 RESUMED = {
     "SNFS": (lambda **kw: SNFS(0.8, **kw), "AdamW", {}),
     "ITOP": (lambda **kw: ITOP(0.8, growth="random", **kw), "SGD", {}),
     "FixedMask": (MASKED["FixedMask"], "SGD", {}),
+    "DFBST": (LATENT["DFBST"], "AdamW", {}),
+    "STR": (LATENT["STR"], "SGD", {}),
+    "TopKAST": (LATENT["TopKAST"], "AdamW", {}),
 }
 
 
@@ -113,13 +128,16 @@ def start(callbacks, world, full=True, **options):
 def train(name, rank=0, world=0, saves=None, epoch=None, resumes=None, full=True):
     """Train in ``world`` processes, each of which holds some rows, or in one that holds all (0)."""
     build, kind, options = {**METHODS, **RESUMED}[name]
-    callback, module = build() if name in STILL else build(**MOVING), Divided(kind)
+    callback, module = build(**{key: value for key, value in MOVING.items() if key in build().arguments}), Divided(kind)
     run = start([callback, *([Stops(saves, epoch)] if saves else [])], world, full, **options)
-    run.fit(module, batches(rank, max(world, 1)), ckpt_path=resumes, weights_only=True if resumes else None)
+    data = batches(0, 1) if kind == "alike" else batches(rank, max(world, 1))
+    run.fit(module, data, ckpt_path=resumes, weights_only=True if resumes else None)
     return {
         "masks": {name: whole(mask) for name, mask in callback.masks.items()},
         "counts": callback.layer_count,
         "metrics": callback.extra_metrics,
+        "thresholds": {name: whole(t) for name, t in callback.effective_thresholds.items()},
+        "latents": {name: whole(W) for name, W in getattr(callback, "latents", {}).items()},
         "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
     }
 
@@ -153,14 +171,16 @@ def finish(path, results):
 
 
 def again(rank, folder):
-    """Train a module twice with one callback, and return its masks after each fit; write the last ones."""
+    """Train a module twice with one callback, then another from a file of its masks; return those after each fit."""
     callback, module, masks = RandomPruning(0.8), Divided(), []
     for _ in range(2):
         start(callback, 2, max_epochs=1).fit(module, batches(rank, 2))
         module.configure_model = lambda: None  # it is divided
         masks.append({name: whole(mask) for name, mask in callback.masks.items()})
     callback.save_masks(folder / "masks.safetensors")
-    return masks
+    other = FixedMask(initial=folder / "masks.safetensors")
+    start(other, 2, max_epochs=1).fit(Divided(), batches(rank, 2))
+    return [*masks, {name: whole(mask) for name, mask in other.masks.items()}]
 
 
 def sent():

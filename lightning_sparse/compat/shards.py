@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "is_sharded", "joined", "layout", "local", "whole"]
+__all__ = ["Layout", "exchange", "is_sharded", "joined", "layout", "local", "whole"]
 
 
 class Layout(NamedTuple):
@@ -30,6 +30,18 @@ class Layout(NamedTuple):
         return len(self.placements) == 1 and self.placements[0].is_shard(0) and type(self.placements[0]) is _shard()
 
 
+    @property
+    def of_rows(self) -> "Layout":
+        """Of a vector with one number for each row."""
+        return self._replace(shape=self.shape[:1], stride=(1,))
+
+    def everywhere(self, shape: torch.Size) -> "Layout":
+        """Of a vector that each of these processes has as a whole."""
+        from torch.distributed._tensor.placement_types import Replicate
+
+        return Layout(self.mesh, tuple(Replicate() for _ in self.placements), shape, (1,))
+
+
 def _shard() -> type:
     from torch.distributed._tensor.placement_types import Shard  # from PyTorch 2.4 on under this name
 
@@ -51,6 +63,18 @@ def local(x: Any) -> Tensor:
     """Return the part of a DTensor that is here, sharing its memory; of any other tensor itself."""
     part: Tensor = x.detach().to_local() if is_sharded(x) else x
     return part
+
+
+def exchange(x: Any, memory: Tensor) -> None:
+    """Have a tensor use other memory: a DTensor for the part that is here, any other for all of it.
+
+    Relies on ``DTensor._local_tensor``: to assign to ``data`` of a DTensor does nothing. FSDP2 goes on to gather what
+    is in the memory from before.
+    """
+    if is_sharded(x):
+        x._local_tensor = memory
+    else:
+        x.data = memory
 
 
 def joined(part: Tensor, like: Layout) -> Tensor:

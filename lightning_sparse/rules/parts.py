@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, distributed
 
-from lightning_sparse.compat.shards import Layout, is_sharded, joined
+from lightning_sparse.compat.shards import Layout, is_sharded, joined, layout, local
 from lightning_sparse.kernels.positions import ranks
 from lightning_sparse.rules import ranking, sampling, select, ties
 from lightning_sparse.rules.ascending import contains, different, merged
@@ -24,7 +24,7 @@ from lightning_sparse.rules.drawn import Drawn
 from lightning_sparse.rules.radix import kth, least, ordered
 from lightning_sparse.rules.sampling import Everywhere
 
-__all__ = ["WHOLE", "Rows", "Whole", "together"]
+__all__ = ["WHOLE", "Rows", "Whole", "part_of", "together"]
 
 _AT_ONCE = 1 << 18  # numbers that are drawn to be looked through
 
@@ -50,6 +50,10 @@ class Whole(Everywhere):
         """Return how many elements the part has of a weight of this ``size``."""
         return size
 
+    def shape_of(self, part: Tensor) -> tuple[int, ...]:
+        """Return the shape of the weight of which this is the part."""
+        return tuple(part.shape)
+
     def cut(self, x: Tensor) -> Tensor:
         """Return the part of a tensor of the weight's shape."""
         return x
@@ -60,8 +64,8 @@ class Whole(Everywhere):
 
     # ------------------------------------------------------------------ what all parts have together
 
-    def total(self, *counts: int) -> list[int]:
-        """Return the sums of counts over all parts."""
+    def total(self, *counts: Any) -> list[Any]:
+        """Return the sums of counts over all parts; of a whole weight, whatever they are."""
         return [*counts]
 
     def sums(self, x: Tensor) -> Tensor:
@@ -156,6 +160,9 @@ class Rows(Whole):
     def length(self, size: int) -> int:  # noqa: D102  (inherited)
         return self.end - self.begin
 
+    def shape_of(self, part: Tensor) -> tuple[int, ...]:  # noqa: D102  (inherited)
+        return self.shape
+
     def cut(self, x: Tensor) -> Tensor:
         """Return the part of a tensor of the weight's shape, also of one that is divided in the same way."""
         if is_sharded(x):
@@ -180,7 +187,7 @@ class Rows(Whole):
         distributed.all_reduce(added, group=self.group)
         return added.to(x.device)
 
-    def total(self, *counts: int) -> list[int]:  # noqa: D102  (inherited)
+    def total(self, *counts: Any) -> list[int]:  # noqa: D102  (inherited)
         found: list[int] = self.sums(torch.tensor(counts)).tolist()
         return found
 
@@ -402,6 +409,11 @@ class _DrawnHere:
     def _add(self, positions: Tensor) -> None:
         new = positions[~contains(self._used, positions)]
         self._used, self.positions = merged(self._used, new), merged(self.positions, new)
+
+
+def part_of(parameter: Any) -> Whole:
+    """Return what this process holds of a parameter."""
+    return Rows(layout(parameter), local(parameter).device) if is_sharded(parameter) else WHOLE
 
 
 def together(weights: Sequence[Any]) -> Whole:

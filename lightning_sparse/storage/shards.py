@@ -4,17 +4,44 @@ A full checkpoint has whole tensors. In a distributed one, a folder, each proces
 reads those that it needs, whatever the number of processes was.
 """
 
+from abc import ABC
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer
+from lightning_sparse.compat.lightning_private import saves_by_shards
 from lightning_sparse.compat.shards import is_sharded, whole
+from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["gathered", "read", "set_aside"]
+__all__ = ["SavesShards", "gathered", "read", "set_aside"]
 
 #: an entry of a state whose shards are beside it
 _ASIDE = "lightning_sparse.shards"
+
+
+class SavesShards(Verbs, Callback, ABC):
+    """A method whose state has DTensors where processes hold parts of its weights."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have the state saved by shards, or whole, as the module's is."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if together([*self._weights.values()]) is WHOLE:
+            return
+        states, key = checkpoint["callbacks"], self.state_key
+        if saves_by_shards(trainer):
+            states[key] = set_aside(states[key], key, checkpoint["state_dict"])
+        else:
+            states[key] = gathered(states[key], trainer.is_global_zero)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read what processes have written in shards."""
+        states, key = checkpoint.get("callbacks", {}), self.state_key
+        if key in states and self._fit.restored_late:
+            states[key] = read(states[key], self.state_dict(), key, str(trainer.ckpt_path))
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 def gathered(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:

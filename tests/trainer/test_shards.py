@@ -17,7 +17,10 @@ from lightning_sparse.trainer.guards import refuse_trainer
 from lightning_sparse.trainer.mask_files import read_masks
 
 pytestmark = pytest.mark.xdist_group("shards")  # one process of pytest trains for all of them
-THREE = ("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST")  # of each way to choose one
+THREE = (  # of each way to choose one
+    *("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST"),
+    *("DFBST, AdamW, accumulated", "STR", "TopKAST", "OptG"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +49,9 @@ def assert_same(found, expected):
     for name, mask in expected["masks"].items():
         assert torch.equal(found["masks"][name], mask), name
         assert not found["parameters"][name][~mask].any(), name
-    for name, parameter in expected["parameters"].items():
-        assert torch.allclose(found["parameters"][name], parameter, rtol=0, atol=1e-12), name
+    for kind in ("parameters", "latents", "thresholds"):
+        for name, expects in expected[kind].items():
+            assert torch.allclose(found[kind][name], expects, rtol=0, atol=1e-12), (kind, name)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,13 +88,14 @@ def test_a_distributed_checkpoint_keeps_masks_by_shards(resumed):
 
 
 def test_a_second_fit_goes_on(trained):
-    first, second = trained[2]["again"]
+    first, second, _ = trained[2]["again"]
     assert all(torch.equal(mask, second[name]) for name, mask in first.items())
 
 
-def test_masks_are_written_whole(trained):
+def test_masks_are_written_whole_and_begin_another_run(trained):
     masks = read_masks(str(trained["file"]))
-    assert all(torch.equal(mask, masks[name]) for name, mask in trained[2]["again"][1].items())
+    for found in trained[2]["again"][1:]:
+        assert all(torch.equal(mask, masks[name]) for name, mask in found.items())
 
 
 def test_what_a_move_sends_does_not_grow_with_the_layer(trained):
