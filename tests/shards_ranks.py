@@ -5,7 +5,7 @@ import warnings
 
 import lightning.pytorch as pl
 import torch
-from helpers import LATENT, MASKED, N_OF_M, SETTINGS, Largest, trainer
+from helpers import LATENT, MASKED, N_OF_M, ROUNDS, SETTINGS, Largest, trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
@@ -22,9 +22,10 @@ def rigl(**options):
     return RigL(0.8, **options)
 
 
+EVERY = {**SETTINGS, **ROUNDS, **N_OF_M}
 #: by name: the method, the kind of module, and what is given to the Trainer
 METHODS = {
-    **{name: (build, "SGD", {}) for name, build in {**SETTINGS, **N_OF_M}.items() if build().needs_whole_weights is None},
+    **{name: (build, "SGD", {}) for name, build in EVERY.items() if build().needs_whole_weights is None},
     "SWAT": (LATENT["SWAT"], "alike", {}),
     "RigL, AdamW": (rigl, "AdamW", {}),
     "RigL, accumulated and clipped": (rigl, "SGD", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
@@ -48,6 +49,13 @@ METHODS = {
         "AdamW",
         {"gradient_clip_val": 0.1},
     ),
+    "DST, sparsity": (
+        lambda: LATENT["DST"](alpha=None, sparsity=0.8, begin_at=0.0, end_at=0.6, min_layer_density=0.1),
+        "SGD",
+        {},
+    ),
+    "DFBST, sparsity": (lambda: LATENT["DFBST"](alpha=None, sparsity=0.7), "no gradient", {}),
+    "STR, sparsity": (lambda: LATENT["STR"](sparsity=0.8, granularity="neuron"), "AdamW", {}),
     "OptG, tied": (LATENT["OptG"], "tied", {}),
 }
 RESUMED = {
@@ -57,6 +65,8 @@ RESUMED = {
     "DFBST": (LATENT["DFBST"], "AdamW", {}),
     "STR": (LATENT["STR"], "SGD", {}),
     "TopKAST": (LATENT["TopKAST"], "AdamW", {}),
+    "LotteryTicket": (ROUNDS["LotteryTicket"], "AdamW", {}),
+    "ACDC": (ROUNDS["ACDC"], "AdamW", {}),
 }
 
 
@@ -150,7 +160,7 @@ def run_all(folder, methods):
     results = {name: train(name, rank, world) for name in methods}
     if world == 2:
         results |= {"again": again(rank, folder), "bytes": sent(), "largest": largest(rank), "mixed": mixed(rank)}
-        results |= {"warned": warned(rank), "refused": refused()}
+        results |= {"warned": warned(rank), "refused": refused(), "latent step": latent_step(rank)}
     finish(folder / f"{world}.pt", results)
 
 
@@ -247,6 +257,24 @@ def warned(rank):
         warnings.simplefilter("always")
         start(RigL(0.8, **MOVING), 2, max_epochs=1).fit(Divided("meta"), batches(rank, 2))
     return [str(warning.message) for warning in caught]
+
+
+class _Gradients(pl.Callback):
+    """Keeps the gradients that an update is made with, whole; stands behind the method."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.whole = {name: whole(p.grad) for name, p in pl_module.named_parameters()}
+
+
+def latent_step(rank):
+    """Return latent weights after one update, and what the optimizer makes of them by themselves."""
+    callback, gradients, module = LATENT["OptG"](), _Gradients(), Divided("AdamW")
+    start([callback, gradients], 2, max_epochs=1, limit_train_batches=1).fit(module, batches(rank, 2))
+    plain = {name: p for name, p in Divided("AdamW").named_parameters() if name in callback.latents}
+    for name, p in plain.items():
+        p.grad = gradients.whole[name]
+    torch.optim.AdamW(plain.values(), 0.01, weight_decay=0.01).step()
+    return {name: whole(W) for name, W in callback.latents.items()}, {n: p.detach() for n, p in plain.items()}
 
 
 def refused():

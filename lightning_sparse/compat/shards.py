@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "exchange", "is_sharded", "joined", "layout", "local", "whole"]
+__all__ = ["Layout", "copied", "exchange", "is_sharded", "joined", "layout", "local", "whole"]
 
 
 class Layout(NamedTuple):
@@ -28,7 +28,6 @@ class Layout(NamedTuple):
     def by_rows(self) -> bool:
         """The processes of a mesh of one dimension hold some rows each, one after the other."""
         return len(self.placements) == 1 and self.placements[0].is_shard(0) and type(self.placements[0]) is _shard()
-
 
     @property
     def of_rows(self) -> "Layout":
@@ -91,8 +90,13 @@ def whole(x: Any) -> Tensor:
     """Return all of a DTensor, which all processes ask for together; of any other tensor itself."""
     if not is_sharded(x):
         return x  # type: ignore[no-any-return]
-    bits: Any = (
-        joined(x.to_local().to(torch.uint8), layout(x)) if x.dtype == torch.bool else x
-    )  # gloo sends no booleans
-    gathered: Tensor = bits.full_tensor()
-    return gathered.to(x.dtype)
+    part, divided = local(x), layout(x)
+    numbers = part.to(torch.uint8) if x.dtype == torch.bool else part  # gloo sends no booleans
+    gathered: Tensor = joined(numbers.to(divided.mesh.device_type), divided).full_tensor()  # type: ignore[attr-defined]
+    return gathered.to(part.device, x.dtype)
+
+
+def copied(x: Tensor, device: str | torch.device | None = None) -> Tensor:
+    """Return a copy of a tensor, of a DTensor of the part that is here; ``device``: where to, else where it is."""
+    part = local(x.detach()).to(device).clone()
+    return joined(part, layout(x)) if is_sharded(x) else part

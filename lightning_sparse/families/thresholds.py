@@ -113,13 +113,6 @@ class Thresholded(Options, Readouts, Verbs, ABC):
             )
         self._thresholds: Thresholds | None = Thresholds(self)
 
-    @property
-    def needs_whole_weights(self) -> str | None:
-        """None, unless there is a target, for which the margins of whole layers are compared."""
-        if self.sparsity_target is not None:
-            return "Leave sparsity out, and let the thresholds find it, or use strategy='ddp'."
-        return super().needs_whole_weights
-
     def new_target(self) -> Target | None:
         """Return what the thresholds are shifted to meet, if anything."""
         return None if self.sparsity_target is None else Target(self, self.sparsity_target)

@@ -21,10 +21,11 @@ from lightning_sparse.rules.ascending import contains, different, merged
 from lightning_sparse.rules.budgets import apportion
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.drawn import Drawn
+from lightning_sparse.rules.even import evenly, fractions
 from lightning_sparse.rules.radix import kth, least, ordered
 from lightning_sparse.rules.sampling import Everywhere
 
-__all__ = ["WHOLE", "Rows", "Whole", "part_of", "together"]
+__all__ = ["WHOLE", "Rows", "Whole", "divided_as", "part_of", "together"]
 
 _AT_ONCE = 1 << 18  # numbers that are drawn to be looked through
 
@@ -72,6 +73,10 @@ class Whole(Everywhere):
         """Return the sums of numbers over all parts."""
         return x
 
+    def least(self, x: float) -> float:
+        """Return the least of the numbers that the parts have, one each."""
+        return x
+
     def all(self, holds: bool) -> bool:
         """Tell whether all parts say so."""
         return holds
@@ -95,6 +100,18 @@ class Whole(Everywhere):
     def top_k(self, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         """Mark exactly the ``k`` largest scores of the weight; see ``select.top_k``."""
         return select.top_k(scores, k, among)
+
+    def evenly(self, counts: Sequence[int], k: int) -> Tensor:
+        """Return ``k`` of the places of several lists, one after the other, that are spread evenly; see ``evenly``.
+
+        Args:
+            counts: how many elements of each list are in the part.
+            k: how many; if there are fewer, all.
+
+        Returns:
+            Their places among those of the part, ascending.
+        """
+        return evenly(sum(counts), k)
 
     # ------------------------------------------------------------------ what is drawn
 
@@ -191,6 +208,22 @@ class Rows(Whole):
         found: list[int] = self.sums(torch.tensor(counts)).tolist()
         return found
 
+    def least(self, x: float) -> float:  # noqa: D102  (inherited)
+        return float(self._table([x]).min())
+
+    def _table(self, own: Sequence[float]) -> Tensor:
+        """Return the numbers that each process has, ``(processes, numbers)``."""
+        table = torch.zeros(self.world, len(own), dtype=torch.float64)
+        table[self.rank] = torch.tensor(own, dtype=torch.float64)
+        return self.sums(table)
+
+    def evenly(self, counts: Sequence[int], k: int) -> Tensor:  # noqa: D102  (inherited)
+        numbers = self._table(counts).long()
+        before = numbers.sum(0).cumsum(0) - numbers.sum(0) + numbers[: self.rank].sum(0)
+        here = torch.cat([torch.arange(n) + first for n, first in zip(counts, before.tolist(), strict=True)])
+        (marks,) = least([ordered(fractions(here))], [min(k, int(numbers.sum()))], [[lambda i: here[i]]], self.sums)
+        return select.positions(marks)
+
     def all(self, holds: bool) -> bool:  # noqa: D102  (inherited)
         return self.total(int(holds)) == [self.world]
 
@@ -200,9 +233,7 @@ class Rows(Whole):
     def all_equal(self, scores: Tensor) -> bool:  # noqa: D102  (inherited)
         low, high = scores.aminmax() if scores.numel() else (torch.tensor(torch.inf), torch.tensor(-torch.inf))
         several = float(scores.numel()) if scores.numel() < 2 else 2.0
-        ends = torch.zeros(self.world, 3, dtype=torch.float64)
-        ends[self.rank] = torch.tensor([float(low), float(high), several], dtype=torch.float64)
-        lows, highs, numbers = self.sums(ends).T
+        lows, highs, numbers = self._table([float(low), float(high), several]).T
         return bool(numbers.sum() > 1) and bool(lows.min() == highs.max())
 
     def _before(self, count: int) -> tuple[int, int]:
@@ -414,6 +445,11 @@ class _DrawnHere:
 def part_of(parameter: Any) -> Whole:
     """Return what this process holds of a parameter."""
     return Rows(layout(parameter), local(parameter).device) if is_sharded(parameter) else WHOLE
+
+
+def divided_as(x: Tensor, like: Any) -> Tensor:
+    """Return a tensor, which is whole or divided already, in the parts that another one of its shape is in."""
+    return joined(part_of(like).cut(x), layout(like)) if is_sharded(like) else x
 
 
 def together(weights: Sequence[Any]) -> Whole:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer
 from lightning_sparse.compat.lightning_private import saves_by_shards
-from lightning_sparse.compat.shards import is_sharded, whole
+from lightning_sparse.compat.shards import copied, is_sharded, whole
 from lightning_sparse.rules.parts import WHOLE, together
 from lightning_sparse.trainer.verbs import Verbs
 
@@ -24,6 +24,10 @@ _ASIDE = "lightning_sparse.shards"
 
 class SavesShards(Verbs, Callback, ABC):
     """A method whose state has DTensors where processes hold parts of its weights."""
+
+    def divided_state(self, trainer: Trainer) -> dict[str, Any]:
+        """Return a state with all DTensors that one in a checkpoint may have, divided as they are to be."""
+        return self.state_dict()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have the state saved by shards, or whole, as the module's is."""
@@ -40,7 +44,7 @@ class SavesShards(Verbs, Callback, ABC):
         """Read what processes have written in shards."""
         states, key = checkpoint.get("callbacks", {}), self.state_key
         if key in states and self._fit.restored_late:
-            states[key] = read(states[key], self.state_dict(), key, str(trainer.ckpt_path))
+            states[key] = read(states[key], self.divided_state(trainer), key, str(trainer.ckpt_path))
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
@@ -75,7 +79,8 @@ def read(state: Mapping[str, Any], now: Mapping[str, Any], key: str, path: str) 
 
     Args:
         state: from the checkpoint.
-        now: the state that the method has, whose DTensors are divided as they are to be; they stay as they are.
+        now: a state whose DTensors, which stay as they are, are divided as those of the checkpoint are to be; it may
+            have more of them.
         key: as it was written.
         path: of the checkpoint, a folder.
     """
@@ -84,8 +89,10 @@ def read(state: Mapping[str, Any], now: Mapping[str, Any], key: str, path: str) 
     from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes a while
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    found = {name: shards.clone() for name, shards in _shards(now, key)}
-    load({"state_dict": found}, storage_reader=FileSystemReader(path))
+    reader = FileSystemReader(path)
+    written = reader.read_metadata().state_dict_metadata
+    found = {name: copied(shards) for name, shards in _shards(now, key) if f"state_dict.{name}" in written}
+    load({"state_dict": found}, storage_reader=reader)
     return _with({name: value for name, value in state.items() if name != _ASIDE}, now, key, found)
 
 

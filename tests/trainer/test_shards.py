@@ -19,7 +19,7 @@ from lightning_sparse.trainer.mask_files import read_masks
 pytestmark = pytest.mark.xdist_group("shards")  # one process of pytest trains for all of them
 THREE = (  # of each way to choose one
     *("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST"),
-    *("DFBST, AdamW, accumulated", "STR", "TopKAST", "OptG"),
+    *("DFBST, AdamW, accumulated", "STR", "DST, sparsity", "TopKAST", "LotteryTicket"),
 )
 
 
@@ -108,6 +108,12 @@ def test_no_process_makes_a_whole_weight(trained):
     assert trained[2]["largest"] <= 128 * 257  # with the bias, whose gradient lies beside that of the weight
 
 
+def test_a_latent_step_is_the_optimizers_to_the_last_bit(trained):
+    found, expected = trained[2]["latent step"]
+    assert all(torch.equal(W, expected[name]) for name, W in found.items())
+    assert found.keys() == expected.keys()
+
+
 def test_mixed_precision_keeps_counts(trained):
     counts, nonzero = trained[2]["mixed"]
     assert sum(counts.values()) == 66  # of 330
@@ -141,9 +147,10 @@ def test_the_guide_lists_what_trains():
 @pytest.mark.parametrize(
     ("callback", "remedy"),
     [
-        (SETTINGS["DST"](), "strategy='ddp'"),
+        (SETTINGS["AutoSparse"](backward_density=0.5), "Leave backward_density out"),
+        (N_OF_M["SRSTE"](transposable=True), "Leave transposable out"),
         (SETTINGS["SNIP"](), r"save_masks.*FixedMask\(initial=path\)"),
-        (ROUNDS["LotteryTicket"](), "Use GMP"),
+        (SETTINGS["CHT"](), "Use SET or RigL"),
         (SET(0.8, storage="sparse"), "storage='masked', got 'sparse'"),
         (MemoryEfficientDST(0.8, heuristic="synflow"), 'heuristic="grabo"'),
     ],
