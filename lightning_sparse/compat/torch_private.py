@@ -109,7 +109,7 @@ def trace(tensor: Tensor) -> tuple[int, int]:
     """Return what differs once other code has written into a tensor in place, or given it another storage.
 
     Relies on ``Tensor._version``, which each operation in place counts up. Writes through ``.data`` and in inference
-    mode leave no trace there. A DTensor counts its own, its part, ``_local_tensor``, those of whoever has taken it out.
+    mode leave no trace there. A DTensor and its part, ``DTensor._local_tensor``, count each by itself.
     """
     part: Tensor = getattr(tensor, "_local_tensor", tensor)
     return tensor._version + part._version, part.data_ptr()

@@ -7,7 +7,7 @@ copy), with ``dW`` in its gradient.
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.compat.optimizers import wrapped
-from lightning_sparse.compat.shards import is_sharded, layout, local
+from lightning_sparse.compat.shards import local
+from lightning_sparse.families.latent_readouts import LatentReadouts
 from lightning_sparse.families.target import Target
 from lightning_sparse.families.thresholds import Thresholds
 from lightning_sparse.kernels.dispatch import is_fused
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
-from lightning_sparse.rules.matrices import FIRST
 from lightning_sparse.rules.parts import WHOLE, part_of, together
 from lightning_sparse.rules.select import zero_outside_
 from lightning_sparse.storage.shards import SavesShards
@@ -31,6 +31,7 @@ from lightning_sparse.trainer.adopt import adopt
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.guards import refuse_capture, refuse_other_sparsity, refuse_other_weights
 from lightning_sparse.trainer.ownership import Ownership
+from lightning_sparse.trainer.shards import refuse_parts_of_rows
 from lightning_sparse.weights.joined import Joined, can_join
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.latent_group import LatentGroup
@@ -38,7 +39,7 @@ from lightning_sparse.weights.latent_group import LatentGroup
 __all__ = ["LatentCallback", "LatentGroup", "LatentWeight"]
 
 
-class LatentCallback(SavesShards, SparseCallback):
+class LatentCallback(LatentReadouts, SavesShards, SparseCallback):
     """Base of the methods with latent weights.
 
     A method defines ``effective`` (the forward function) and ``gradients`` (its derivative). If it trains thresholds,
@@ -102,48 +103,8 @@ class LatentCallback(SavesShards, SparseCallback):
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """See the latent weights after an update of ``optimizer``, before ``P`` is made; None: it was broken off."""
 
-    # ------------------------------------------------------------------ what users read
-
-    @property
-    def latents(self) -> dict[str, Tensor]:
-        """The dense latent weights ``W`` by parameter name."""
-        return {name: weight.part.joined(weight.latent.detach()) for name, weight in self._weights.items()}
-
-    @property
-    def layer_gradient_density(self) -> dict[str, float]:
-        """Share of each layer's weights whose gradient is used: what it costs where sparsity is exploited."""
-        frozen = {name: weight.frozen for name, weight in self._weights.items() if weight.frozen is not None}
-        return dict.fromkeys(self._weights, 1.0) | self.densities(frozen)
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """Where each weight is nonzero: a boolean tensor of the weight's shape, by parameter name.
-
-        Of a weight that is divided over processes it is a DTensor: ``full_tensor()``, called on all, returns the whole.
-        """
-        return {name: self.mask(name) for name in self._weights}
-
-    def mask(self, name: str) -> Tensor:  # noqa: D102  (inherited)
-        weight = self._weights[name]
-        return weight.part.joined(self.nonzero(weight))
-
-    @property
-    def layer_count(self) -> dict[str, int]:
-        """Number of nonzero weights of each layer, by parameter name; processes that share weights ask together."""
-        return self.ones({name: self.nonzero(weight) for name, weight in self._weights.items()})
-
-    def nonzero(self, weight: LatentWeight) -> Tensor:
-        """Return where a weight is nonzero, of what is here of it."""
+    def nonzero(self, weight: LatentWeight) -> Tensor:  # noqa: D102  (inherited)
         return _effective(self, weight) != 0 if weight.frozen is None else weight.frozen
-
-    def ones(self, masks: Mapping[str, Tensor]) -> dict[str, int]:
-        """Return the number of ones of each weight, by name, of masks of what is here; processes ask together."""
-        part = together([*self._weights.values()])
-        return dict(zip(masks, part.total(*(select.count(mask) for mask in masks.values())), strict=True))
-
-    def densities(self, masks: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the share of ones of each weight, likewise."""
-        return {name: count / self._weights[name].size for name, count in self.ones(masks).items()}
 
     # ------------------------------------------------------------------ state
 
@@ -153,15 +114,10 @@ class LatentCallback(SavesShards, SparseCallback):
         return {
             **super().state_dict(),
             **({"target": self._target.state(), "begun": dict(self._before_fit)} if self._target else {}),
-            **self._states_of_thresholds(),
+            **(self._thresholds.states.state_dict(self._weights) if self._thresholds else {}),
             "granularity": "layer" if self._thresholds is None else self._thresholds.method.granularity,
             "weights": {name: weight.state() for name, weight in self._weights.items()},
         }
-
-    def _states_of_thresholds(self) -> dict[str, Any]:
-        """Return what optimizers keep for thresholds where their own states leave it out."""
-        states = self._thresholds.states if self._thresholds else None
-        return {"optimizer": states.state(self._weights)} if states and states.apart else {}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,13 +189,8 @@ class LatentCallback(SavesShards, SparseCallback):
         return None
 
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:  # noqa: D102  (inherited)
+        refuse_parts_of_rows(self, choices)
         for choice in choices:
-            if is_sharded(choice.parameter) and (choice.outputs != FIRST or not layout(choice.parameter).by_rows):
-                raise MisconfigurationException(
-                    f"{self!r} trains weights that processes share only if each holds some outputs, with all that they "
-                    f"read, but {choice.name} of {choice.kind} is divided otherwise. Leave it out with exclude, or use "
-                    "a method with masks, such as RigL."
-                )
             if choice.sparse is not None:
                 raise MisconfigurationException(
                     f"{choice.name} is held by a sparse layer, but {self!r} trains dense latent weights. Leave it out "

@@ -16,11 +16,11 @@ from torch.optim import SGD, Optimizer
 
 from lightning_sparse.compat.lightning import MisconfigurationException
 from lightning_sparse.compat.optimizers import wrapped
-from lightning_sparse.compat.shards import local
+from lightning_sparse.compat.shards import is_sharded, local
 from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.latent import LatentWeight
 
-__all__ = ["ThresholdStates"]
+__all__ = ["ThresholdStates", "place"]
 
 #: of a threshold: what has a number for each of its elements, the names of that, and the rest
 _EACH, _NAMES, _PLAIN = "each", "names", "plain"
@@ -43,6 +43,7 @@ class ThresholdStates:
 
     def begin(self, apart: bool, resumed: bool) -> None:
         """Begin a fit, with what a checkpoint had if it is resumed; with states ``apart`` also if that has them so."""
+        self._let_go()
         self._restored = self._restored if resumed else {}
         self.apart = apart or bool(self._restored)
 
@@ -60,7 +61,8 @@ class ThresholdStates:
                 f"{method!r} cannot train thresholds that processes share with {kind}, which hands its step to another "
                 "optimizer: what that keeps for them would be lost. Use SGD or AdamW by itself."
             )
-        if isinstance(optimizer, SGD) and any(group.get("fused") for group in optimizer.param_groups):
+        fused = isinstance(optimizer, SGD) and any(group.get("fused") for group in optimizer.param_groups)
+        if fused and any(is_sharded(t) for t in ours()):
             raise MisconfigurationException(
                 f"{method!r} cannot train thresholds that processes share with {kind}(fused=True), which takes none "
                 "that is divided in another way than the weights. Use fused=False, or AdamW."
@@ -88,11 +90,18 @@ class ThresholdStates:
                         group[entry] = [group[entry][i] for i in kept]
             for t in [t for t in optimizer.state if id(t) in ours]:
                 del optimizer.state[t]
+        self._let_go()
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._optimizers, self._handles = [], []
 
     # ------------------------------------------------------------------ state
+
+    def state_dict(self, weights: Mapping[str, LatentWeight]) -> dict[str, Any]:
+        """Return what a method's state has of them: nothing where the optimizers' own states have it."""
+        return {"optimizer": self.state(weights)} if self.apart else {}
 
     def state(self, weights: Mapping[str, LatentWeight]) -> dict[str, Any]:
         """Return what a checkpoint keeps: by weight, by threshold."""
@@ -122,6 +131,22 @@ class ThresholdStates:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without optimizers."""
         return {"apart": False, "_optimizers": [], "_handles": [], "_restored": {}}
+
+
+def place(weight: LatentWeight, key: str, group: dict[str, Any]) -> None:
+    """Put a threshold into the param group of its weight, where it stood when the checkpoint was written."""
+    t, places = weight.thresholds[key], weight.thresholds.places
+    place = next((i for i, p in enumerate(group["params"]) if p is t), len(group["params"]))
+    if places.setdefault(key, place) != place:
+        raise MisconfigurationException(
+            f"The checkpoint has the threshold of {weight.name} at index {places[key]} of its param group; "
+            f"here it would be at index {place} and get another tensor's optimizer state. Give the Trainer the "
+            "callbacks, and the optimizer the parameters, in the same order as when the checkpoint was written."
+        )
+    if place == len(group["params"]):
+        group["params"].append(t)
+        if "param_names" in group:
+            group["param_names"].append(f"{weight.name}.{key}")
 
 
 def _kept(state: Mapping[str, Any], t: nn.Parameter) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lightning_sparse.families.common import (
 )
 from lightning_sparse.families.target import Target
 from lightning_sparse.families.threshold_decay import decay_apart, refuse_unknown_decay
-from lightning_sparse.families.threshold_states import ThresholdStates
+from lightning_sparse.families.threshold_states import ThresholdStates, place
 from lightning_sparse.kernels.thresholds import fused, fused_kernels
 from lightning_sparse.rules.parts import together
 from lightning_sparse.trainer.guards import REMEDY, listed
@@ -231,7 +231,7 @@ class Thresholds:
         self._refuse_vectors(optimizer, weights)
         theirs = [(weight, key) for weight in weights for key in weight.thresholds.values]
         for weight, key in sorted(theirs, key=lambda of: of[0].thresholds.places.get(of[1], math.inf)):
-            _place(weight, key, group)
+            place(weight, key, group)
         known = any(weight.parameter in optimizer.state for weight in weights)
         if known and len(wrapped(optimizer)) > 1 and callable(prepare := getattr(optimizer, "init_group", None)):
             prepare(group)  # Lookahead of pytorch_optimizer makes its state of each parameter before the first step
@@ -422,22 +422,6 @@ class Thresholds:
                 f"Gradients were not finite: those of {listed(names)}. Thresholds took no step from them, but the "
                 f"weights did, as in any run. {REMEDY}"
             )
-
-
-def _place(weight: LatentWeight, key: str, group: dict[str, Any]) -> None:
-    """Put a threshold into the param group of its weight, where it stood when the checkpoint was written."""
-    t, places = weight.thresholds[key], weight.thresholds.places
-    place = next((i for i, p in enumerate(group["params"]) if p is t), len(group["params"]))
-    if places.setdefault(key, place) != place:
-        raise MisconfigurationException(
-            f"The checkpoint has the threshold of {weight.name} at index {places[key]} of its param group; "
-            f"here it would be at index {place} and get another tensor's optimizer state. Give the Trainer the "
-            "callbacks, and the optimizer the parameters, in the same order as when the checkpoint was written."
-        )
-    if place == len(group["params"]):
-        group["params"].append(t)
-        if "param_names" in group:
-            group["param_names"].append(f"{weight.name}.{key}")
 
 
 def _add_up(weights: Sequence[LatentWeight], stepping: Sequence[LatentWeight | Joined]) -> None:
