@@ -160,7 +160,9 @@ def run_all(folder, methods):
     results = {name: train(name, rank, world) for name in methods}
     if world == 2:
         results |= {"again": again(rank, folder), "bytes": sent(), "largest": largest(rank), "mixed": mixed(rank)}
-        results |= {"warned": warned(rank), "refused": refused(), "latent step": latent_step(rank)}
+        results |= {"warned": warned(rank), "latent step": latent_step(rank)}
+        results |= {"refused": refused(RigL(0.8, **MOVING), "plain")}
+        results |= {"other rows": refused(LATENT["TopKAST"](include=["net.*.weight"]), "transposed")}
     finish(folder / f"{world}.pt", results)
 
 
@@ -277,9 +279,9 @@ def latent_step(rank):
     return {name: whole(W) for name, W in callback.latents.items()}, {n: p.detach() for n, p in plain.items()}
 
 
-def refused():
-    """Return why weights that are not divided cannot be trained."""
+def refused(callback, kind):
+    """Return why weights of this kind of module cannot be trained."""
     try:
-        start(RigL(0.8, **MOVING), 2).fit(Divided("plain"), batches(0, 2))
+        start(callback, 2).fit(Divided(kind), batches(0, 2))
     except MisconfigurationException as error:
         return str(error)

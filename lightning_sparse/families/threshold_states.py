@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import MisconfigurationException
 from lightning_sparse.compat.optimizers import wrapped
-from lightning_sparse.compat.shards import is_sharded, local
+from lightning_sparse.compat.shards import local
 from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.latent import LatentWeight
 
@@ -60,12 +60,6 @@ class ThresholdStates:
             raise MisconfigurationException(
                 f"{method!r} cannot train thresholds that processes share with {kind}, which hands its step to another "
                 "optimizer: what that keeps for them would be lost. Use SGD or AdamW by itself."
-            )
-        fused = isinstance(optimizer, SGD) and any(group.get("fused") for group in optimizer.param_groups)
-        if fused and any(is_sharded(t) for t in ours()):
-            raise MisconfigurationException(
-                f"{method!r} cannot train thresholds that processes share with {kind}(fused=True), which takes none "
-                "that is divided in another way than the weights. Use fused=False, or AdamW."
             )
         self._optimizers.append(optimizer)
         self._handles.append(optimizer.register_state_dict_post_hook(partial(_without, ours)))

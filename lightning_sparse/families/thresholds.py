@@ -375,7 +375,7 @@ class Thresholds:
             weights: any.
             passing: how many of each pass, of what is here; None: the method has no collapse guard.
         """
-        counted = [count for count in passing if count is not None]
+        counted: list[Any] = [count for count in passing if count is not None]
         if self.method.reset_above is None or self.target or len(counted) < len(weights):
             return []
         counts = together(weights).total(*counted)

@@ -62,7 +62,7 @@ class Near(NamedTuple):
 
     def count(self, level: float) -> int:
         """Return how many exceed a ``level`` that was looked at."""
-        return sum(self.above) + int(self.part.total(np.count_nonzero(self.values > level))[0])
+        return sum(self.above) + self.part.total(int(np.count_nonzero(self.values > level)))[0]
 
     def layer(self, i: int) -> "Near":
         """Return what is known of one layer."""

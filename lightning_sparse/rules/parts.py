@@ -65,8 +65,8 @@ class Whole(Everywhere):
 
     # ------------------------------------------------------------------ what all parts have together
 
-    def total(self, *counts: Any) -> list[Any]:
-        """Return the sums of counts over all parts; of a whole weight, whatever they are."""
+    def total(self, *counts: int) -> list[int]:
+        """Return the sums of counts over all parts."""
         return [*counts]
 
     def sums(self, x: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class Rows(Whole):
         distributed.all_reduce(added, group=self.group)
         return added.to(x.device)
 
-    def total(self, *counts: Any) -> list[int]:  # noqa: D102  (inherited)
+    def total(self, *counts: int) -> list[int]:  # noqa: D102  (inherited)
         found: list[int] = self.sums(torch.tensor(counts)).tolist()
         return found
 

@@ -128,6 +128,10 @@ def test_a_weight_that_is_not_divided_is_refused(trained):
     assert re.search("net.0.weight sparse: it is no DTensor.*fully_shard", trained[2]["refused"])
 
 
+def test_latent_weights_of_which_processes_hold_inputs_are_refused(trained):
+    assert re.search("net.1.weight of ConvTranspose1d is divided otherwise.*exclude", trained[2]["other rows"])
+
+
 def test_the_monitor_is_refused():
     run = SimpleNamespace(strategy=ModelParallelStrategy(), callbacks=[])
     with pytest.raises(MisconfigurationException, match=r"SparsityMonitor looks at whole masks.*Take it away"):
