@@ -132,6 +132,11 @@ class Whole(Everywhere):
         return x[indices.to(x.device)]
 
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Stay the one object that it is where it is pickled or copied."""
+        return "WHOLE" if type(self) is Whole else super().__reduce_ex__(protocol)
+
+
 WHOLE = Whole()
 
 

@@ -129,7 +129,7 @@ def test_a_weight_that_is_not_divided_is_refused(trained):
 
 
 def test_latent_weights_of_which_processes_hold_inputs_are_refused(trained):
-    assert re.search("net.1.weight of ConvTranspose1d is divided otherwise.*exclude", trained[2]["other rows"])
+    assert re.search("net.1.weight of FSDPConvTranspose1d is divided otherwise.*exclude", trained[2]["other rows"])
 
 
 def test_the_monitor_is_refused():
