@@ -131,7 +131,6 @@ class Whole(Everywhere):
         """Return elements of a list, of which the part has ``x``, by their places in the whole list."""
         return x[indices.to(x.device)]
 
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Stay the one object that it is where it is pickled or copied."""
         return "WHOLE" if type(self) is Whole else super().__reduce_ex__(protocol)
