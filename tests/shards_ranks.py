@@ -7,7 +7,7 @@ import warnings
 
 import lightning.pytorch as pl
 import torch
-from helpers import MASKED, SETTINGS, Largest, trainer
+from helpers import LATENT, MASKED, N_OF_M, ROUNDS, SETTINGS, Largest, trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
@@ -16,11 +16,10 @@ from torch.distributed._tensor import DTensor, Replicate, distribute_module, ini
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import ITOP, MEST, SNFS, RandomPruning, RigL, attach
+from lightning_sparse import ITOP, MEST, SNFS, FixedMask, RandomPruning, RigL, attach
 from lightning_sparse.compat.shards import whole
 
 EPOCHS, STEPS, BATCH = 3, 4, 12
-STILL = ("DeepR", "RandomPruning", "FixedMask")  # they take no interval
 MOVING = {"update_every": 2, "seed": 3}
 
 
@@ -28,9 +27,11 @@ def rigl(**options):
     return RigL(0.8, **options)
 
 
+EVERY = {**SETTINGS, **ROUNDS, **N_OF_M}
 #: by name: the method, the kind of module, and what is given to the Trainer
 METHODS = {
-    **{name: (build, "SGD", {}) for name, build in MASKED.items() if build().needs_whole_weights is None},
+    **{name: (build, "SGD", {}) for name, build in EVERY.items() if build().needs_whole_weights is None},
+    "SWAT": (LATENT["SWAT"], "alike", {}),
     "RigL, AdamW": (rigl, "AdamW", {}),
     "RigL, AdamW foreach": (rigl, "AdamW foreach", {}),
     "RigL, AdamW fused": (rigl, "AdamW fused", {}),
@@ -44,6 +45,25 @@ METHODS = {
         "SGD",
         {},
     ),
+    "DST, AdamW, clipped": (LATENT["DST"], "AdamW", {"gradient_clip_val": 0.1}),
+    "DST, layers collapse": (lambda: LATENT["DST"](alpha=0.2, reset_above=0.3, granularity="layer"), "SGD", {}),
+    "DST, by weight": (lambda: LATENT["DST"](granularity="weight", threshold_weight_decay=0.1), "SGD", {}),
+    "DFBST, AdamW, accumulated": (LATENT["DFBST"], "AdamW", {"accumulate_grad_batches": 2}),
+    "STR, AdamW, clipped": (LATENT["STR"], "AdamW", {"gradient_clip_val": 0.1}),
+    "AutoSparse, no gradient": (LATENT["AutoSparse"], "no gradient", {}),
+    "TopKAST, global, AdamW": (
+        lambda **kw: LATENT["TopKAST"](scope="global", power=2, **kw),
+        "AdamW",
+        {"gradient_clip_val": 0.1},
+    ),
+    "DST, sparsity": (
+        lambda: LATENT["DST"](alpha=None, sparsity=0.8, begin_at=0.0, end_at=0.6, min_layer_density=0.1),
+        "SGD",
+        {},
+    ),
+    "DFBST, sparsity": (lambda: LATENT["DFBST"](alpha=None, sparsity=0.7), "no gradient", {}),
+    "STR, sparsity": (lambda: LATENT["STR"](sparsity=0.8, granularity="neuron"), "AdamW", {}),
+    "OptG, tied": (LATENT["OptG"], "tied", {}),
 }
 TRAIN = [name for name, build in MASKED.items() if build().needs_whole_weights is None]
 METHODS |= {f"{name}, tensor parallel": (MASKED[name], "tensor parallel", {}) for name in TRAIN}
@@ -65,6 +85,11 @@ RESUMED = {
     "SNFS": (lambda **kw: SNFS(0.8, **kw), "AdamW", {}),
     "ITOP": (lambda **kw: ITOP(0.8, growth="random", **kw), "SGD", {}),
     "FixedMask": (MASKED["FixedMask"], "SGD", {}),
+    "DFBST": (LATENT["DFBST"], "AdamW", {}),
+    "STR": (LATENT["STR"], "SGD", {}),
+    "TopKAST": (LATENT["TopKAST"], "AdamW", {}),
+    "LotteryTicket": (ROUNDS["LotteryTicket"], "AdamW", {}),
+    "ACDC": (ROUNDS["ACDC"], "AdamW", {}),
 }
 
 
@@ -159,14 +184,16 @@ def train(name, rank=0, world=0, saves=None, epoch=None, resumes=None, full=True
     """Train in ``world`` processes, each of which holds some rows, or in one that holds all (0)."""
     build, kind, options = {**METHODS, **GRID, **RESUMED}[name]
     tensor = 2 if world and "tensor" in kind else 1
-    callback, module = build(**({} if name.split(",")[0] in STILL else MOVING)), Divided(kind)
+    callback, module = build(**{key: value for key, value in MOVING.items() if key in build().arguments}), Divided(kind)
     run = start([callback, *([Stops(saves, epoch)] if saves else [])], world, full, tensor, **options)
-    data = batches(rank // tensor, max(world, 1) // tensor)
+    data = batches(0, 1) if kind == "alike" else batches(rank // tensor, max(world, 1) // tensor)
     run.fit(module, data, ckpt_path=resumes, weights_only=True if resumes else None)
     return {
         "masks": {name: whole(mask) for name, mask in callback.masks.items()},
         "counts": callback.layer_count,
         "metrics": callback.extra_metrics,
+        "thresholds": {name: whole(t) for name, t in callback.effective_thresholds.items()},
+        "latents": {name: whole(W) for name, W in getattr(callback, "latents", {}).items()},
         "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
         "moments": moments(run.optimizers[0], module),
     }
@@ -200,6 +227,8 @@ def looped(rank, world, stops=()):
         "masks": {f"net.{name}": whole(mask) for name, mask in sparse.masks.items()},
         "counts": {f"net.{name}": count for name, count in sparse.method.layer_count.items()},
         "metrics": sparse.method.extra_metrics,
+        "thresholds": {},
+        "latents": {},
         "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
         "moments": moments(optimizer, module),
     }
@@ -212,18 +241,14 @@ def run_all(folder, methods):
     rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     results = {name: train(name, rank, world) for name in methods}
     if world == 2:
-        results |= {
-            "again": again(rank, folder),
-            "bytes": sent(),
-            "bytes, columns": sent("columns", tensor=2),
-            "largest": largest(rank),
-            "mixed": mixed(rank),
-        }
-        results |= {"warned": warned(rank), "refused": refused(world, "plain")}
+        results |= {"again": again(rank, folder), "largest": largest(rank), "mixed": mixed(rank)}
+        results |= {"bytes": sent(), "bytes, columns": sent("columns", tensor=2)}
+        results |= {"warned": warned(rank), "latent step": latent_step(rank), "loop refused": loop_refused()}
+        results |= {"refused": refused(RigL(0.8, **MOVING), world, "plain")}
+        results |= {"other rows": refused(LATENT["TopKAST"](include=["net.*.weight"]), world, "transposed")}
         results |= {"looped": looped(rank, world), "looped, in two": looped(rank, world, stops=(5,))}
-        results |= {"loop refused": loop_refused()}
     if world == 4:
-        results |= {"refused": refused(world, "tensor parallel", tensor=2)}
+        results |= {"refused": refused(RigL(0.8, **MOVING), world, "tensor parallel", tensor=2)}
     finish(folder / f"{world}.pt", results)
 
 
@@ -274,14 +299,16 @@ def finish(path, results):
 
 
 def again(rank, folder):
-    """Train a module twice with one callback, and return its masks after each fit; write the last ones."""
+    """Train a module twice with one callback, then another from a file of its masks; return those after each fit."""
     callback, module, masks = RandomPruning(0.8), Divided(), []
     for _ in range(2):
         start(callback, 2, max_epochs=1).fit(module, batches(rank, 2))
         module.configure_model = lambda: None  # it is divided
         masks.append({name: whole(mask) for name, mask in callback.masks.items()})
     callback.save_masks(folder / "masks.safetensors")
-    return masks
+    other = FixedMask(initial=folder / "masks.safetensors")
+    start(other, 2, max_epochs=1).fit(Divided(), batches(rank, 2))
+    return [*masks, {name: whole(mask) for name, mask in other.masks.items()}]
 
 
 def sent(kind="SGD", tensor=1):
@@ -350,12 +377,22 @@ def warned(rank):
     return [str(warning.message) for warning in caught]
 
 
-def refused(world, kind, tensor=1):
-    """Return why weights that are divided in this way cannot be trained."""
-    try:
-        start(RigL(0.8, **MOVING), world, tensor=tensor).fit(Divided(kind), batches(0, 2))
-    except MisconfigurationException as error:
-        return str(error)
+class _Gradients(pl.Callback):
+    """Keeps the gradients that an update is made with, whole; stands behind the method."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.whole = {name: whole(p.grad) for name, p in pl_module.named_parameters()}
+
+
+def latent_step(rank):
+    """Return latent weights after one update, and what the optimizer makes of them by themselves."""
+    callback, gradients, module = LATENT["OptG"](), _Gradients(), Divided("AdamW")
+    start([callback, gradients], 2, max_epochs=1, limit_train_batches=1).fit(module, batches(rank, 2))
+    plain = {name: p for name, p in Divided("AdamW").named_parameters() if name in callback.latents}
+    for name, p in plain.items():
+        p.grad = gradients.whole[name]
+    torch.optim.AdamW(plain.values(), 0.01, weight_decay=0.01).step()
+    return {name: whole(W) for name, W in callback.latents.items()}, {n: p.detach() for n, p in plain.items()}
 
 
 def loop_refused():
@@ -364,5 +401,13 @@ def loop_refused():
     fully_shard(module)
     try:
         attach(SETTINGS["STR"](), module, torch.optim.SGD(module.parameters(), 0.1), steps=3).__enter__()
+    except MisconfigurationException as error:
+        return str(error)
+
+
+def refused(callback, world, kind, tensor=1):
+    """Return why weights that are divided in this way cannot be trained."""
+    try:
+        start(callback, world, tensor=tensor).fit(Divided(kind), batches(0, 2))
     except MisconfigurationException as error:
         return str(error)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "is_sharded", "joined", "layout", "local", "whole"]
+__all__ = ["Layout", "copied", "exchange", "is_sharded", "joined", "layout", "local", "whole"]
 
 
 class Layout(NamedTuple):
@@ -46,6 +46,17 @@ class Layout(NamedTuple):
                 held[dim] = held[dim][first : first + length]
         return tuple(each if len(each) else range(0) for each in held)
 
+    @property
+    def of_rows(self) -> "Layout":
+        """Of a vector with one number for each row."""
+        return self._replace(shape=self.shape[:1], stride=(1,))
+
+    def everywhere(self, shape: torch.Size) -> "Layout":
+        """Of a vector that each of these processes has as a whole."""
+        from torch.distributed._tensor.placement_types import Replicate
+
+        return Layout(self.mesh, tuple(Replicate() for _ in self.placements), shape, (1,))
+
 
 def _dimension(placement: Any) -> int | None:
     """Return the dimension that a placement cuts."""
@@ -75,6 +86,18 @@ def local(x: Any) -> Tensor:
     return part
 
 
+def exchange(x: Any, memory: Tensor) -> None:
+    """Have a tensor use other memory: a DTensor for the part that is here, any other for all of it.
+
+    Relies on ``DTensor._local_tensor``: to assign to ``data`` of a DTensor does nothing. FSDP2 goes on to gather what
+    is in the memory from before.
+    """
+    if is_sharded(x):
+        x._local_tensor = memory
+    else:
+        x.data = memory
+
+
 def joined(part: Tensor, like: Layout) -> Tensor:
     """Return the DTensor of which ``part`` is here; asks no other process."""
     from torch.distributed._tensor.api import DTensor
@@ -89,8 +112,13 @@ def whole(x: Any) -> Tensor:
     """Return all of a DTensor, which all processes ask for together; of any other tensor itself."""
     if not is_sharded(x):
         return x  # type: ignore[no-any-return]
-    bits: Any = (
-        joined(x.to_local().to(torch.uint8), layout(x)) if x.dtype == torch.bool else x
-    )  # gloo sends no booleans
-    gathered: Tensor = bits.full_tensor()
-    return gathered.to(x.dtype)
+    part, divided = local(x), layout(x)
+    numbers = part.to(torch.uint8) if x.dtype == torch.bool else part  # gloo sends no booleans
+    gathered: Tensor = joined(numbers.to(divided.mesh.device_type), divided).full_tensor()  # type: ignore[attr-defined]
+    return gathered.to(part.device, x.dtype)
+
+
+def copied(x: Tensor, device: str | torch.device | None = None) -> Tensor:
+    """Return a copy of a tensor, of a DTensor of the part that is here; ``device``: where to, else where it is."""
+    part = local(x.detach()).to(device).clone()
+    return joined(part, layout(x)) if is_sharded(x) else part

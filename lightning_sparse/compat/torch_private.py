@@ -109,9 +109,10 @@ def trace(tensor: Tensor) -> tuple[int, int]:
     """Return what differs once other code has written into a tensor in place, or given it another storage.
 
     Relies on ``Tensor._version``, which each operation in place counts up. Writes through ``.data`` and in inference
-    mode leave no trace there.
+    mode leave no trace there. A DTensor and its part, ``DTensor._local_tensor``, count each by itself.
     """
-    return tensor._version, tensor.data_ptr()
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return tensor._version + part._version, part.data_ptr()
 
 
 def stored_values(tensor: Tensor) -> Tensor:

@@ -135,8 +135,7 @@ class BeforeTraining(DenseOnly, MaskedCallback):
         assert self._fit.module is not None
         with probing(self._fit.trainer, self._fit.module, [weight.name for weight in weights]) as probe:
             chosen = self.choose_masks(probe)
-        outputs = {weight.name: weight.outputs.rows(weight.shape) for weight in weights}
-        scaled = starts.made_anew(self, self._fit.module, {weight.name: weight.given for weight in weights}, outputs)
+        scaled = starts.made_anew(self, self._fit.module, weights, [weight.given for weight in weights])
         for weight, mask in zip(weights, chosen, strict=True):
             weight.keep(mask)
             if weight.name in scaled:

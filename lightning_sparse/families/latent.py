@@ -17,14 +17,21 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.compat.optimizers import wrapped
+from lightning_sparse.compat.shards import local
+from lightning_sparse.families.latent_readouts import LatentReadouts
 from lightning_sparse.families.target import Target
 from lightning_sparse.families.thresholds import Thresholds
 from lightning_sparse.kernels.dispatch import is_fused
 from lightning_sparse.layers.selection import ParameterChoice
+from lightning_sparse.rules import select
+from lightning_sparse.rules.parts import WHOLE, part_of, together
 from lightning_sparse.rules.select import zero_outside_
+from lightning_sparse.storage.shards import SavesShards
 from lightning_sparse.trainer.adopt import adopt
 from lightning_sparse.trainer.callback import SparseCallback
-from lightning_sparse.trainer.guards import refuse_capture, refuse_other_sparsity
+from lightning_sparse.trainer.guards import refuse_capture, refuse_other_sparsity, refuse_other_weights
+from lightning_sparse.trainer.ownership import Ownership
+from lightning_sparse.trainer.shards import refuse_parts_of_rows
 from lightning_sparse.weights.joined import Joined, can_join
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.latent_group import LatentGroup
@@ -32,7 +39,7 @@ from lightning_sparse.weights.latent_group import LatentGroup
 __all__ = ["LatentCallback", "LatentGroup", "LatentWeight"]
 
 
-class LatentCallback(SparseCallback):
+class LatentCallback(LatentReadouts, SavesShards, SparseCallback):
     """Base of the methods with latent weights.
 
     A method defines ``effective`` (the forward function) and ``gradients`` (its derivative). If it trains thresholds,
@@ -96,26 +103,7 @@ class LatentCallback(SparseCallback):
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """See the latent weights after an update of ``optimizer``, before ``P`` is made; None: it was broken off."""
 
-    # ------------------------------------------------------------------ what users read
-
-    @property
-    def latents(self) -> dict[str, Tensor]:
-        """The dense latent weights ``W`` by parameter name."""
-        return {name: weight.latent.detach() for name, weight in self._weights.items()}
-
-    @property
-    def layer_gradient_density(self) -> dict[str, float]:
-        """Share of each layer's weights whose gradient is used: what it costs where sparsity is exploited."""
-        frozen = {name: weight.frozen for name, weight in self._weights.items() if weight.frozen is not None}
-        kept = {name: int(mask.count_nonzero()) / mask.numel() for name, mask in frozen.items()}
-        return dict.fromkeys(self._weights, 1.0) | kept
-
-    @property
-    def masks(self) -> dict[str, Tensor]:  # noqa: D102  (inherited)
-        return {name: self.mask(name) for name in self._weights}
-
-    def mask(self, name: str) -> Tensor:  # noqa: D102  (inherited)
-        weight = self._weights[name]
+    def nonzero(self, weight: LatentWeight) -> Tensor:  # noqa: D102  (inherited)
         return _effective(self, weight) != 0 if weight.frozen is None else weight.frozen
 
     # ------------------------------------------------------------------ state
@@ -126,6 +114,7 @@ class LatentCallback(SparseCallback):
         return {
             **super().state_dict(),
             **({"target": self._target.state(), "begun": dict(self._before_fit)} if self._target else {}),
+            **(self._thresholds.states.state_dict(self._weights) if self._thresholds else {}),
             "granularity": "layer" if self._thresholds is None else self._thresholds.method.granularity,
             "weights": {name: weight.state() for name, weight in self._weights.items()},
         }
@@ -139,15 +128,28 @@ class LatentCallback(SparseCallback):
         refuse_other_sparsity(self, there, self._target.sparsity if self._target else None)
         if self._target:
             self._target.load(state_dict["target"])
-        states = state_dict["weights"].items()
-        loaded = {name: LatentWeight.loaded(name, state, self.mask_names) for name, state in states}
+        if self._thresholds:
+            self._thresholds.states.take(state_dict.get("optimizer", {}))
+        states = state_dict["weights"]
+        if self._fit.module is not None:
+            here = {name: weight.shape for name, weight in self._weights.items()}
+            refuse_other_weights(self, here, {name: tuple(state["latent"].shape) for name, state in states.items()})
+            states = {name: weight.here(states[name]) for name, weight in self._weights.items()}
+        loaded = {name: LatentWeight.loaded(name, state, self.mask_names) for name, state in states.items()}
         if self._fit.module is None:
             self._weights = loaded
         else:
             for name, weight in self._weights.items():
                 weight.copy_(loaded[name])
-                self._project(weight)
+            self._project(*self._weights.values())
         super().load_state_dict(state_dict)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make room for what the checkpoint has by shards of the optimizers' states of thresholds."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if self._thresholds and self._thresholds.states.apart and state:
+            self._thresholds.states.expect(state.get("optimizer", {}), self._weights)
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""
@@ -156,7 +158,7 @@ class LatentCallback(SparseCallback):
             if self._target:
                 self._target.release()
             if self._thresholds:
-                self._thresholds.release()
+                self._thresholds.release(self._weights)
             for group in self._groups.values():
                 group.joined, group.buffers = [], []
             for weight in self._weights.values():
@@ -181,7 +183,13 @@ class LatentCallback(SparseCallback):
                     "automatic_optimization=False."
                 )
 
+    @property
+    def needs_whole_weights(self) -> str | None:
+        """None: latent weights are kept of the rows that are here."""
+        return None
+
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:  # noqa: D102  (inherited)
+        refuse_parts_of_rows(self, choices)
         for choice in choices:
             if choice.sparse is not None:
                 raise MisconfigurationException(
@@ -201,7 +209,9 @@ class LatentCallback(SparseCallback):
                 _refuse_other_outputs(self, self._weights[choice.name], choice)
                 self._weights[choice.name].nonempty = choice.nonempty
                 self._weights[choice.name].move_to(choice.parameter, choice.outputs)
-                self._project(self._weights[choice.name])
+            self._project(*self._weights.values())
+        if self._thresholds:
+            self._thresholds.states.begin(together([*self._weights.values()]) is not WHOLE, adoption == "resumed")
         if self._thresholds and adoption != "resumed":
             self._thresholds.forget_places(self._weights.values())
         self._groups.clear()
@@ -222,9 +232,14 @@ class LatentCallback(SparseCallback):
 
     def _new(self, choice: ParameterChoice) -> LatentWeight:
         """Return a weight that begins with the parameter's values."""
-        latent = choice.parameter.detach().clone()
+        latent = local(choice.parameter.detach()).clone()
         weight = LatentWeight(
-            choice.name, latent, self.new_buffers(latent), outputs=choice.outputs, nonempty=choice.nonempty
+            choice.name,
+            latent,
+            self.new_buffers(latent),
+            outputs=choice.outputs,
+            nonempty=choice.nonempty,
+            part=part_of(choice.parameter),
         )
         for key in self.mask_names:
             weight.keep_mask(key, torch.tensor(True))
@@ -238,12 +253,10 @@ class LatentCallback(SparseCallback):
         """Note which of the weights ``optimizer`` updates, and let it update their thresholds as well."""
         of = {id(weight.parameter): weight for weight in weights}
         ours = self._groups[id(optimizer)]
-        for each in wrapped(optimizer):
-            for group in each.param_groups:
-                members = [of[id(parameter)] for parameter in group["params"] if id(parameter) in of]
-                ours.weights += members if each is optimizer else []
-                if members and self._thresholds is not None:
-                    self._thresholds.join(each, group, members)
+        members = [of[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in of]
+        ours.weights += members
+        if self._thresholds and not self._join_late:
+            self._thresholds.join(optimizer, weights)
         if self._thresholds:
             ours.weights, ours.buffers = self._thresholds.lay_out(optimizer, ours.weights)
             ours.joined = self._thresholds.joined(optimizer, ours.weights)
@@ -255,9 +268,18 @@ class LatentCallback(SparseCallback):
         elif self.joins:
             ours.joined = _joined(ours.weights)
 
+    @property
+    def _join_late(self) -> bool:
+        """The thresholds are to join the optimizers once the states of these have been restored."""
+        return self._thresholds is not None and self._thresholds.states.apart and self._fit.module is None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that a plan, if there is one, can be followed."""
+        """Let thresholds join late, if they do; make sure that a plan, if there is one, can be followed."""
         super().on_train_start(trainer, pl_module)
+        if self._thresholds and self._thresholds.states.apart:
+            for optimizer in trainer.optimizers:
+                self._thresholds.join(optimizer, self._groups[id(optimizer)].weights)
+            self._ownership = Ownership(trainer.optimizers, self.choices_in(pl_module))
         if self._target:
             self._target.check()
 
@@ -292,8 +314,7 @@ class LatentCallback(SparseCallback):
                 added += [weight] if self._take_over(weight, *found) else []
         if added:
             self.written(optimizer, added)
-        for weight in changed:
-            self._project(weight)
+        self._project(*changed)
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102
@@ -328,11 +349,10 @@ class LatentCallback(SparseCallback):
         self.updated(optimizer, weights)
         if self._target and self._target.follow(optimizer):
             weights = group.weights  # also those without a gradient
-        for part in group.parts(weights):
-            if isinstance(part, Joined):
-                self._project_all(part)
-            else:
-                self._project(part)
+        parts = group.parts(weights)
+        for joined in [part for part in parts if isinstance(part, Joined)]:
+            self._project_all(joined)
+        self._project(*(part for part in parts if not isinstance(part, Joined)))
 
     @torch.no_grad()
     def abort_update(self) -> None:  # noqa: D102
@@ -340,12 +360,15 @@ class LatentCallback(SparseCallback):
         self.updated(None, weights)
         for weight in self._weights.values():  # also those that were left, but not brought back
             if weight.parameter is not None:
-                self._project(weight)
+                self._write(weight, weight.values)  # no collapse guard: others may not be here to be asked
+                self._fit.traces.note(_parameter(weight))
 
     def _changed(self, weight: LatentWeight) -> tuple[Tensor, Tensor] | None:
         """Return the ``P`` of a weight's ``W``, and where its parameter is another, a boolean tensor; None: nowhere."""
-        X, P = _parameter(weight).data, _effective(self, weight)
-        if torch.equal(X, P) or not (where := (X != P).logical_and_(~(X.isnan() & P.isnan()))).any():
+        X, P = weight.values, _effective(self, weight)
+        same = torch.equal(X, P)
+        where = torch.zeros_like(X, dtype=torch.bool) if same else (X != P).logical_and_(~(X.isnan() & P.isnan()))
+        if not weight.part.any(0 if same else select.count(where)):
             self._fit.traces.note(_parameter(weight))
             return None
         if not self._fit.traces.differs(_parameter(weight)):  # through .data, as may be done at every step
@@ -354,23 +377,25 @@ class LatentCallback(SparseCallback):
 
     def _take_over(self, weight: LatentWeight, P: Tensor, where: Tensor) -> bool:
         """Take what was written over ``P`` ``where``; tell whether there are values where there was 0."""
-        X = _parameter(weight).data
+        X = weight.values
         added = where & (P == 0) & (X != 0)
         weight.latent.copy_(torch.where(where, self.latent(weight, X), weight.latent))
         self._fit.tell_once(f"{self!r} goes on with what other code wrote into {weight.name}.")
-        if weight.frozen is not None and (lost := int(torch.gt(added, weight.frozen).count_nonzero())):
+        lost = 0 if weight.frozen is None else weight.part.total(select.count(torch.gt(added, weight.frozen)))[0]
+        if lost:
             self.warn_once(
                 f"{self!r} has set {lost} values to 0 that other code wrote into {weight.name} outside of its mask, "
                 "which stays since sparsity was reached: load weights before the fit, or before that."
             )
-        return bool(added.any())
+        return weight.part.any(select.count(added))
 
-    def _project(self, weight: LatentWeight) -> None:
-        """Write ``P`` into the parameter, after the collapse guard."""
-        passing = self._write(weight, weight.values)
-        if self._thresholds and self._thresholds.reset_collapsed(weight, passing):
+    def _project(self, *weights: LatentWeight) -> None:
+        """Write ``P`` into the parameters of some weights, after the collapse guard."""
+        passing = [self._write(weight, weight.values) for weight in weights]
+        for weight in self._thresholds.reset_collapsed(weights, passing) if self._thresholds else ():
             self._write(weight, weight.values)
-        self._fit.traces.note(_parameter(weight))
+        for weight in weights:
+            self._fit.traces.note(_parameter(weight))
 
     def _project_all(self, joined: Joined) -> None:
         """Write ``P`` into the parameters of weights that lie together, after the collapse guard."""
@@ -444,5 +469,9 @@ def _effective(method: LatentCallback, weight: LatentWeight) -> Tensor:
 
 def _continues(method: LatentCallback, choices: Sequence[ParameterChoice]) -> bool:
     """Tell whether the parameters hold just what the state of an earlier fit says."""
-    pairs = ((choice.parameter, _effective(method, method._weights[choice.name])) for choice in choices)
-    return all(torch.equal(parameter.cpu(), P.cpu()) for parameter, P in pairs)
+    held = [method._weights[choice.name] for choice in choices]
+    if any(part_of(choice.parameter) != weight.part for choice, weight in zip(choices, held, strict=True)):
+        return False
+    here = [local(choice.parameter).cpu() for choice in choices]
+    same = all(torch.equal(x, _effective(method, weight).cpu()) for x, weight in zip(here, held, strict=True))
+    return together(held).all(same)

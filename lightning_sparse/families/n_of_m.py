@@ -62,6 +62,11 @@ class NOfMCallback(TopKCallback):
                 f'transposable needs M = {SIDE}, got pattern={self.pattern_name!r}. Give "2:4", or leave it out.'
             )
 
+    @property
+    def needs_whole_weights(self) -> str | None:
+        """None, as the groups lie within a row, unless tiles hold several rows."""
+        return "Leave transposable out, or use strategy='ddp'." if self.transposable else super().needs_whole_weights
+
     def choices_in(self, module: nn.Module) -> list[ParameterChoice]:
         """Leave weights dense that cannot have the pattern."""
         choices = leave_misfits(super().choices_in(module), self.pattern, self.pattern_name)
@@ -75,5 +80,5 @@ class NOfMCallback(TopKCallback):
         if self.transposable:
             chosen = largest_tiles(scores, weight.outputs, self.pattern.n)
         else:
-            chosen = self.pattern.top_k(weight, scores, count)
+            chosen = self.pattern.largest(weight, scores)
         weight.buffers[key] = torch.empty_like(weight.latent, dtype=torch.bool).copy_(chosen)

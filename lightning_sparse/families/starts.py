@@ -15,8 +15,8 @@ from lightning_sparse.families.shares import floors, least, unit_counts
 from lightning_sparse.layers.seen import behind_seen_norms
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, budget
-from lightning_sparse.rules.matrices import as_matrix
-from lightning_sparse.rules.parts import WHOLE
+from lightning_sparse.rules.matrices import Outputs, as_matrix
+from lightning_sparse.rules.parts import WHOLE, together
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.rules.trained import looks_trained
 from lightning_sparse.trainer.fit import Fit
@@ -52,6 +52,16 @@ class _Scaling(Protocol):
     """What the scale of a start asks of its method."""
 
     scale_init: bool
+
+
+class _Held(Protocol):
+    """What the scale of a start asks of a weight."""
+
+    name: str
+    outputs: Outputs
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class _Method(Protocol):
@@ -102,23 +112,25 @@ def begin(method: _Method, weights: Sequence[Weight], sparsity: float | None) ->
 
 
 def made_anew(
-    method: _Scaling, module: nn.Module | None, values: Mapping[str, Tensor], outputs: Mapping[str, int]
+    method: _Scaling, module: nn.Module | None, weights: Sequence[_Held], values: Sequence[Tensor]
 ) -> set[str]:
     """Return the names of the weights whose first values a method is to scale; tell of those that look trained.
 
     Args:
         method: that keeps weights by what they are, or by what the loss says of them.
         module: that has the weights; None: its batch norms cannot be asked.
-        values: the weights by name.
-        outputs: the number of outputs of each.
+        weights: which.
+        values: of each, of what is here.
     """
     if not method.scale_init:
         return set()
+    outputs = {weight.name: weight.outputs.rows(weight.shape) for weight in weights}
     seen = behind_seen_norms(module, outputs) if module else set()
-    trained = [name for name, W in values.items() if name in seen or looks_trained(W)]
+    looks = together(weights).total(*(looks_trained(W) for W in values))  # of some rows, where processes share them
+    trained = [name for name, looks_so in zip(outputs, looks, strict=True) if name in seen or looks_so]
     if trained:
         rank_zero_info(f"{method!r} does not scale {', '.join(trained)} to the connections left: they look trained.")
-    return values.keys() - set(trained)
+    return outputs.keys() - set(trained)
 
 
 def start(initial: str) -> Start:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import Options, option
+from lightning_sparse.compat.shards import local
 from lightning_sparse.families.common import (
     FINAL_SPARSITY,
     MIN_LAYER_DENSITY,
@@ -25,9 +26,11 @@ from lightning_sparse.families.common import (
     check_sparsity,
 )
 from lightning_sparse.families.shares import floors, least
+from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import budget
-from lightning_sparse.rules.level import Cut, Look, Near, cuts, evenly
+from lightning_sparse.rules.level import Cut, Look, Near, cuts
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
+from lightning_sparse.rules.parts import Together, together
 from lightning_sparse.rules.schedules import cubic
 from lightning_sparse.rules.select import positions, top_k
 from lightning_sparse.trainer.agreement import refuse_broken_clock
@@ -260,7 +263,8 @@ class Target:
                 torch.clamp(self.method.level(self.method.shifted(buffer.values["t"], by)), min=0, out=bound)
         above, found = zip(*(_near_one(weight) for weight in weights), strict=True)
         magnitudes, theirs = torch.cat(found, 1).unbind()
-        return Near(above, [each.shape[1] for each in found], self.method.margins(magnitudes, theirs).numpy())
+        margins, part = self.method.margins(magnitudes, theirs).numpy(), together(weights)
+        return Near(part.total(*above), [each.shape[1] for each in found], margins, part)
 
     def _shift(self, group: LatentGroup, weights: Sequence[LatentWeight], found: Sequence[Cut]) -> None:
         """Shift the thresholds of some weights of a group to their cuts, all at once where they have the same."""
@@ -269,7 +273,7 @@ class Target:
                 self._shift_one(buffer.values["t"], found[0].level)
         else:
             for weight, cut in zip(weights, found, strict=True):
-                self._shift_one(weight.thresholds["t"].detach(), cut.level)
+                self._shift_one(local(weight.thresholds["t"].detach()), cut.level)
 
     def _shift_one(self, t: Tensor, by: float) -> None:
         """Shift thresholds; their values are rounded once."""
@@ -287,7 +291,7 @@ class Target:
         for cut in {id(cut): cut for cut in found}.values():
             ours = [i for i, other in enumerate(found) if other is cut]
             margins = [self._all_margins(weights[i]) for i in ours]
-            chosen = _largest(torch.cat([each.reshape(-1) for each in margins]), cut)
+            chosen = _largest([each.reshape(-1) for each in margins], cut, together(weights))
             parts = torch.split(chosen, [each.numel() for each in margins])
             for i, each, part in zip(ours, margins, parts, strict=True):
                 masks[i] = _without_empty_rows(weights[i], each, part.view(each.shape))
@@ -332,7 +336,7 @@ def _near_one(weight: LatentWeight) -> tuple[int, Tensor]:
 
 def _count(weight: LatentWeight) -> int:
     """Return the number of places that a weight's frozen mask leaves, 0 if it is not frozen."""
-    return 0 if weight.frozen is None else int(weight.frozen.count_nonzero())
+    return 0 if weight.frozen is None else int(weight.part.total(select.count(weight.frozen))[0])
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -360,10 +364,19 @@ def _without_empty_rows(weight: LatentWeight, margins: Tensor, mask: Tensor) -> 
     return weight.matrix(held.copy_(top_k(scores, count)))
 
 
-def _largest(margins: Tensor, cut: Cut) -> Tensor:
-    """Mark exactly ``cut.k`` margins, those above its ``kth`` and an even spread of the ones equal to it."""
-    chosen = margins > cut.kth
-    for candidates in (margins == cut.kth, torch.ones_like(chosen)):
+def _largest(margins: Sequence[Tensor], cut: Cut, part: Together) -> Tensor:
+    """Mark exactly ``cut.k`` margins of several weights, those above its ``kth`` and an even spread of equal ones.
+
+    Args:
+        margins: of each, of what is here.
+        cut: where they are cut.
+        part: what is here.
+    """
+    joined = torch.cat([*margins])
+    owners = torch.arange(len(margins)).repeat_interleave(torch.tensor([len(each) for each in margins]))
+    chosen = joined > cut.kth
+    for candidates in (joined == cut.kth, torch.ones_like(chosen)):
         found = positions(candidates & ~chosen)
-        chosen[found[evenly(len(found), cut.k - int(chosen.count_nonzero()))]] = True
+        counts = torch.bincount(owners[found], minlength=len(margins)).tolist()
+        chosen[found[part.evenly(counts, cut.k - part.total(select.count(chosen))[0])]] = True
     return chosen

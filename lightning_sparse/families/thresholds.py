@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
@@ -21,7 +21,9 @@ from lightning_sparse.compat.options import option
 from lightning_sparse.compat.torch_private import complete_momentum, found_infinite
 from lightning_sparse.families.target import Targeted
 from lightning_sparse.families.threshold_decay import decay_apart, refuse_unknown_decay
+from lightning_sparse.families.threshold_states import ThresholdStates, place
 from lightning_sparse.kernels.thresholds import fused, fused_kernels
+from lightning_sparse.rules.parts import together
 from lightning_sparse.trainer.guards import REMEDY, listed
 from lightning_sparse.weights.joined import Joined, can_join
 from lightning_sparse.weights.latent import LatentWeight
@@ -134,6 +136,7 @@ class Thresholds:
     def __init__(self, method: Thresholded) -> None:
         self.method = method
         self.target = method.new_target()
+        self.states = ThresholdStates()
         self._laid_out: dict[int, list[ThresholdBuffer]] = {}
         self._nonfinite: dict[ThresholdBuffer, Tensor] = {}  # where, so far
 
@@ -150,9 +153,23 @@ class Thresholds:
     def begin(self, weight: LatentWeight) -> None:
         """Give a new weight its thresholds."""
         start = dict.fromkeys(self.method.threshold_names, 0.0) | {"t": self.method.init_threshold or 0.0}
-        weight.trained = WeightThresholds.new(weight.latent, weight.outputs, self.method.granularity, start)
+        granularity = self.method.granularity
+        weight.trained = WeightThresholds.new(weight.latent, weight.outputs, granularity, start, weight.part)
 
-    def join(self, optimizer: Optimizer, group: dict[str, Any], weights: Sequence[LatentWeight]) -> None:
+    def join(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
+        """Put the thresholds of those of ``weights`` that ``optimizer`` updates into the param groups of these."""
+        of = {id(weight.parameter): weight for weight in weights}
+        if self.states.apart:
+            self.forget_places(weights)
+            self.states.join(self.method, optimizer, partial(self.of, optimizer))
+        for each in wrapped(optimizer):
+            for group in each.param_groups:
+                members = [of[id(parameter)] for parameter in group["params"] if id(parameter) in of]
+                if members:
+                    self._join(each, group, members)
+        self.states.restore(optimizer, weights)
+
+    def _join(self, optimizer: Optimizer, group: dict[str, Any], weights: Sequence[LatentWeight]) -> None:
         """Put the thresholds of ``weights`` into their param group."""
         own = self.method.threshold_weight_decay
         if own is not None:
@@ -172,7 +189,7 @@ class Thresholds:
         self._refuse_vectors(optimizer, weights)
         theirs = [(weight, key) for weight in weights for key in weight.thresholds.values]
         for weight, key in sorted(theirs, key=lambda of: of[0].thresholds.places.get(of[1], math.inf)):
-            _place(weight, key, group)
+            place(weight, key, group)
         known = any(weight.parameter in optimizer.state for weight in weights)
         if known and len(wrapped(optimizer)) > 1 and callable(prepare := getattr(optimizer, "init_group", None)):
             prepare(group)  # Lookahead of pytorch_optimizer makes its state of each parameter before the first step
@@ -219,8 +236,13 @@ class Thresholds:
         for weight in weights:
             weight.thresholds.places = {}
 
-    def release(self) -> None:
+    def of(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Return the thresholds that an optimizer has."""
+        return [t for buffer in self._laid_out.get(id(optimizer), ()) for t in buffer.parameters]
+
+    def release(self, weights: Mapping[str, LatentWeight]) -> None:
         """Let go of the optimizers."""
+        self.states.release(weights)
         self._laid_out, self._nonfinite = {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -249,6 +271,8 @@ class Thresholds:
         laid = self._laid_out.get(id(optimizer), [])
         if self.train:
             _add_up(weights, stepping)
+            for buffer in laid:
+                buffer.add_parts()
         for buffer in () if self.target else laid:
             self.method.threshold_gradients(buffer, share * scale)
         for weight in weights if self.train else ():
@@ -267,7 +291,7 @@ class Thresholds:
         if not self.train:
             return
         self.make_finite(optimizer)
-        thresholds = [t for buffer in self._laid_out.get(id(optimizer), ()) for t in buffer.parameters]
+        thresholds = self.of(optimizer)
         own = self.method.threshold_weight_decay
         if own is not None:
             decay_apart(optimizer, thresholds, own)
@@ -300,11 +324,25 @@ class Thresholds:
         """Set ``tau``, for ``P`` to be made of."""
         weight.thresholds.set_levels(self.method.level)
 
-    def reset_collapsed(self, weight: LatentWeight, passing: int | Tensor | None) -> bool:
+    def reset_collapsed(
+        self, weights: Sequence[LatentWeight], passing: Sequence[int | Tensor | None]
+    ) -> list[LatentWeight]:
+        """Set the thresholds of layers to 0 of whose weights too few pass; return those whose ``P`` is to be made anew.
+
+        Args:
+            weights: any.
+            passing: how many of each pass, of what is here; None: the method has no collapse guard.
+        """
+        counted: list[Any] = [count for count in passing if count is not None]
+        if self.method.reset_above is None or self.target or len(counted) < len(weights):
+            return []
+        counts = together(weights).total(*counted)
+        return [weight for weight, count in zip(weights, counts, strict=True) if self._reset(weight, count)]
+
+    def _reset(self, weight: LatentWeight, passing: int | Tensor) -> bool:
         """Set the thresholds of a layer to 0 if too few of its weights pass; tell whether ``P`` must be made anew."""
         bound, t = self.method.reset_above, weight.thresholds
-        if bound is None or passing is None or self.target:
-            return False
+        assert bound is not None
         masked = (weight.size - passing) / weight.size  # rounded once: exactly 99 % is not more than 0.99
         if isinstance(masked, Tensor):  # on an accelerator: no waiting for the count
             collapsed = masked > bound
@@ -334,30 +372,14 @@ class Thresholds:
                     f"{name} collapsed: over {self.method.reset_above:.0%} of it was masked (so far {resets} x) "
                     "and its thresholds were set to 0. A smaller alpha or learning rate avoids it."
                 )
-        of = {id(weight.thresholds): name for name, weight in weights.items()}
-        marked = [each for buffer, noted in self._nonfinite.items() for each in buffer.marked(noted.isnan())]
-        names = [of[id(each)] for each in marked if id(each) in of]
+        marked = {id(each) for buffer, noted in self._nonfinite.items() for each in buffer.marked(noted.isnan())}
+        found = together([*weights.values()]).total(*(id(weight.thresholds) in marked for weight in weights.values()))
+        names = [name for name, count in zip(weights, found, strict=True) if count]
         if names:
             self.method.warn_once(
                 f"Gradients were not finite: those of {listed(names)}. Thresholds took no step from them, but the "
                 f"weights did, as in any run. {REMEDY}"
             )
-
-
-def _place(weight: LatentWeight, key: str, group: dict[str, Any]) -> None:
-    """Put a threshold into the param group of its weight, where it stood when the checkpoint was written."""
-    t, places = weight.thresholds[key], weight.thresholds.places
-    place = next((i for i, p in enumerate(group["params"]) if p is t), len(group["params"]))
-    if places.setdefault(key, place) != place:
-        raise MisconfigurationException(
-            f"The checkpoint has the threshold of {weight.name} at index {places[key]} of its param group; "
-            f"here it would be at index {place} and get another tensor's optimizer state. Give the Trainer the "
-            "callbacks, and the optimizer the parameters, in the same order as when the checkpoint was written."
-        )
-    if place == len(group["params"]):
-        group["params"].append(t)
-        if "param_names" in group:
-            group["param_names"].append(f"{weight.name}.{key}")
 
 
 def _add_up(weights: Sequence[LatentWeight], stepping: Sequence[LatentWeight | Joined]) -> None:
@@ -379,4 +401,4 @@ def _hand_out(weight: LatentWeight, regularised: bool, rests: bool) -> None:
     for t in weight.thresholds.values.values():
         t.grad = None
     if not rests and ((regularised and weight.parameter.requires_grad) or weight.has_gradient):
-        weight.thresholds["t"].grad = weight.thresholds.gradients["t"]
+        weight.thresholds.hand_out("t")

@@ -17,6 +17,7 @@ from lightning_sparse.families.shares import floors, layer_counts
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget, shrunk
+from lightning_sparse.rules.parts import together
 from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.guards import refuse_other_sparsity, warn_of_equal_scores
 from lightning_sparse.trainer.updates import skips
@@ -82,9 +83,9 @@ class TopKCallback(LatentCallback):
 
     # ------------------------------------------------------------------ what users read
 
-    def mask(self, name: str) -> Tensor:
-        """Return the set A of one weight, of its shape."""
-        return self._weights[name].buffers["A"]
+    def nonzero(self, weight: LatentWeight) -> Tensor:
+        """Return the set A of one weight."""
+        return weight.buffers["A"]
 
     # ------------------------------------------------------------------ how many, and which
 
@@ -110,13 +111,14 @@ class TopKCallback(LatentCallback):
     def largest(self, weights: Sequence[LatentWeight], total: int, floors: Sequence[int]) -> list[int]:
         """Return how many of the ``total`` largest scores of all lie in each weight, ``floors`` of them in any case."""
         everywhere = [torch.ones_like(weight.latent, dtype=torch.bool) for weight in weights]
-        return select.count_global_top_k(map(self.scores, weights), total, everywhere, floors)
+        scores = [self.scores(weight) for weight in weights]
+        return together(weights).count_global_top_k(scores, total, everywhere, floors)
 
     def mark(self, weight: LatentWeight, key: str, count: int) -> None:
         """Write the set of the ``count`` largest scores, in the weight's order of memory."""
         mask = torch.empty_like(weight.latent, dtype=torch.bool)
         scores = select.first_of_rows(self.scores(weight), weight.nonempty)
-        weight.buffers[key] = mask.copy_(select.top_k(scores, count))
+        weight.buffers[key] = mask.copy_(weight.part.top_k(scores, count))
 
     # ------------------------------------------------------------------ a fit begins
 
@@ -154,17 +156,17 @@ class TopKCallback(LatentCallback):
         """Choose the sets of new weights among themselves, by the clock of their group."""
         if not weights:
             return
-        outputs = {weight.name: weight.outputs.rows(weight.shape) for weight in weights}
-        scaled = starts.made_anew(self, self._fit.module, {weight.name: weight.latent for weight in weights}, outputs)
+        scaled = starts.made_anew(self, self._fit.module, weights, [weight.latent for weight in weights])
         for weight in weights:
             self.begin(weight)
         self.choose(weights, group.updates)
-        chosen = [weight for weight in weights if not self.mask(weight.name).all()]
-        warn_of_equal_scores(self, [weight.name for weight in chosen if select.all_equal(self.scores(weight))])
+        active = self.ones({weight.name: weight.buffers["A"] for weight in weights})
+        chosen = [weight for weight in weights if active[weight.name] < weight.size]
+        warn_of_equal_scores(self, [weight.name for weight in chosen if weight.part.all_equal(self.scores(weight))])
         for weight in weights:
             if weight.name in scaled:
-                self.scale(weight, math.sqrt(weight.size / max(1, select.count(weight.buffers["A"]))))
-            self._project(weight)
+                self.scale(weight, math.sqrt(weight.size / max(1, active[weight.name])))
+        self._project(*weights)
 
     # ------------------------------------------------------------------ steps
 
@@ -181,8 +183,7 @@ class TopKCallback(LatentCallback):
         """Find the sets anew, which may be others now."""
         group = self._groups[id(optimizer)]
         self.choose(group.weights, group.updates)
-        for weight in group.weights:
-            self._project(weight)
+        self._project(*group.weights)
 
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """Count the update, and find the sets anew if it is time."""
@@ -193,9 +194,7 @@ class TopKCallback(LatentCallback):
         group.updates += 1
         if group.weights and self.is_due(group):
             self.choose(group.weights, group.updates)
-            for weight in group.weights:
-                if weight not in weights:  # one without a gradient, which nobody else projects
-                    self._project(weight)
+            self._project(*(weight for weight in group.weights if weight not in weights))  # nobody else projects these
 
     # ------------------------------------------------------------------ state
 

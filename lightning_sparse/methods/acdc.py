@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import rank_zero_info
 from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.compat.shards import copied, whole
 from lightning_sparse.families import magnitude
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
@@ -28,6 +29,7 @@ from lightning_sparse.families.shares import floors
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget
+from lightning_sparse.rules.parts import divided_as
 from lightning_sparse.rules.phases import PAPER_CYCLES, Phases, alternating, cycles_that_fit
 from lightning_sparse.trainer.fit import epochs
 from lightning_sparse.trainer.guards import REMEDY, listed, refuse_unknown_length
@@ -102,11 +104,6 @@ class ACDC(DenseOnly, MaskedCallback):
             )
         self._phases = Phases()
         self._dense: dict[str, Any] = {}
-
-    @property
-    def needs_whole_weights(self) -> str | None:
-        """The dense network is kept whole."""
-        return "Use GMP, which prunes by magnitude, too, or strategy='ddp'."
 
     @property
     def planned_density(self) -> dict[str, float]:
@@ -189,7 +186,7 @@ class ACDC(DenseOnly, MaskedCallback):
         if group.num_active == group.size:
             return
         for weight in group.weights:
-            pruned = select.positions(~weight.mask)
+            pruned = weight.part.positions(select.positions(~weight.mask))
             weight.rewire(pruned[:0], pruned)
         reset_momentum(group.weights[0].optimizer)
 
@@ -198,6 +195,8 @@ class ACDC(DenseOnly, MaskedCallback):
     def dense_state_dict(self) -> dict[str, Any]:
         """Return the dense network as the ``state_dict`` of the module: what the last pruning found, on the CPU.
 
+        Processes that hold parts of it call this together, and each gets the whole.
+
         Raises:
             RuntimeError: the last pruning has not come.
         """
@@ -205,7 +204,7 @@ class ACDC(DenseOnly, MaskedCallback):
             raise RuntimeError(
                 f"{self!r} has no dense network yet: it keeps the weights with which its last dense phase ends."
             )
-        return dict(self._dense)
+        return {name: whole(value) for name, value in self._dense.items()}
 
     def _keep_dense(self, group: WeightGroup) -> None:
         """Keep the whole module, and the weights of each further optimizer when they are about to be pruned."""
@@ -213,7 +212,7 @@ class ACDC(DenseOnly, MaskedCallback):
         ours = {id(weight.parameter) for weight in group.weights}
         for name, value in self._fit.module.state_dict(keep_vars=True).items():
             if name not in self._dense or id(value) in ours:
-                self._dense[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                self._dense[name] = copied(value, "cpu") if isinstance(value, Tensor) else copy.deepcopy(value)
 
     @property
     def state_tensors(self) -> list[Mapping[str, Any]]:
@@ -261,4 +260,9 @@ class ACDC(DenseOnly, MaskedCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
         super().load_state_dict(state_dict)
-        self._dense = dict(state_dict["dense"])
+        now: dict[str, Any] = self._fit.module.state_dict() if self._fit.module else {}
+        self._dense = {name: divided_as(value, now.get(name)) for name, value in state_dict["dense"].items()}
+
+    def divided_state(self, trainer: Any) -> dict[str, Any]:
+        """Return the state with a network of which the dense one has the parts."""
+        return {**super().divided_state(trainer), "dense": trainer.lightning_module.state_dict()}

@@ -73,6 +73,13 @@ class AutoSparse(Annealed, SoftThresholded, LatentCallback):
         dense = {name: share for name, weight in self._weights.items() if weight.frozen is None}
         return {name: max(dense.get(name, 0.0), density) for name, density in self.layer_density.items()}
 
+    @property
+    def needs_whole_weights(self) -> str | None:
+        """None, unless the weights with a gradient are chosen, which is done with whole layers."""
+        if self.backward_density is not None:
+            return "Leave backward_density out, or use strategy='ddp'."
+        return super().needs_whole_weights
+
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:
         """Anneal alpha (Eqs. 2-4, 9)."""
         if self.alpha_zero_epoch is not None and epoch >= self.alpha_zero_epoch:

@@ -15,9 +15,11 @@ from torch.optim import SGD, Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.optimizers import stepping
 from lightning_sparse.compat.options import option
+from lightning_sparse.compat.shards import local
 from lightning_sparse.families.hard_threshold import HardThresholded
 from lightning_sparse.families.latent import LatentCallback, LatentWeight
 from lightning_sparse.families.thresholds import Granularity, ThresholdBuffer
+from lightning_sparse.rules.parts import together
 from lightning_sparse.trainer.updates import skips
 
 __all__ = ["DFBST"]
@@ -79,12 +81,12 @@ class DFBST(HardThresholded, LatentCallback):
     @property
     def backward_masks(self) -> dict[str, Tensor]:
         """``M_b`` of the latest step by parameter name, of the weight's shape; all True before the first step."""
-        return {name: weight.mask("M_b") for name, weight in self._weights.items()}
+        return {name: weight.part.joined(weight.mask("M_b")) for name, weight in self._weights.items()}
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:
         """Share of ones in the ``M_b`` of each layer at the latest step."""
-        return {name: int(mask.count_nonzero()) / mask.numel() for name, mask in self.backward_masks.items()}
+        return self.densities({name: weight.mask("M_b") for name, weight in self._weights.items()})
 
     @property
     def backward_density(self) -> float:
@@ -149,12 +151,13 @@ class DFBST(HardThresholded, LatentCallback):
         if not trained or not self._penalised:
             return
         N = sum(weight.size for weight in trained)
+        self._moments = together(trained).sums(self._moments)
         for buffer in buffers:
             t_b, dt_b = buffer.values["t_b"], buffer.gradients["t_b"]
             buffer.kernels.variance_penalty(dt_b, buffer.gradients["plain"], self._moments, N, self.beta * share)
             buffer.kernels.through_abs(dt_b, t_b)
         for weight in trained if self._by_optimizer else ():
-            weight.thresholds["t_b"].grad = weight.thresholds.gradients["t_b"]
+            weight.thresholds.hand_out("t_b")
 
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """With a target, descend along the gradient of ``t_b`` itself where the optimizer would take out ``beta``."""
@@ -165,8 +168,8 @@ class DFBST(HardThresholded, LatentCallback):
             own = self.threshold_weight_decay
             decay = group.get("weight_decay", 0.0) if own is None else own
             for t in (of[id(p)] for p in group["params"] if id(p) in of):
-                dt_b = t.gradients["t_b"].nan_to_num(0.0, 0.0, 0.0)
-                t["t_b"].sub_(group["lr"] * dt_b.add_(t["t_b"], alpha=decay))
+                dt_b, t_b = t.gradients["t_b"].nan_to_num(0.0, 0.0, 0.0), local(t["t_b"])
+                t_b.sub_(group["lr"] * dt_b.add_(t_b, alpha=decay))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what belongs to a step, and to its device."""

@@ -98,11 +98,6 @@ class LotteryTicket(DenseOnly, MaskedCallback):
         return [*super().state_tensors, self._rewind_point]
 
     @property
-    def needs_whole_weights(self) -> str | None:
-        """The state to rewind to is one of whole tensors."""
-        return "Use GMP, which prunes by magnitude within one training, or strategy='ddp'."
-
-    @property
     def planned_density(self) -> dict[str, float]:
         """None: the layers begin dense."""
         return {}
@@ -276,3 +271,7 @@ class LotteryTicket(DenseOnly, MaskedCallback):
             )
         self._pruned, self._earlier, self._rounds = (state_dict[key] for key in ("pruned", "earlier", "rounds"))
         self._rewind_point = state_dict["rewind_point"]
+
+    def divided_state(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the state with a point to rewind to, of now, of which that of a checkpoint has the parts."""
+        return {**super().divided_state(trainer), "rewind_point": snapshot(trainer, trainer.lightning_module)}

@@ -74,7 +74,7 @@ class OptG(TopKCallback):
     @property
     def criteria(self) -> dict[str, Tensor]:
         """The scores ``S`` of each weight, of its shape, by parameter name."""
-        return {name: weight.buffers["S"].detach() for name, weight in self._weights.items()}
+        return {name: weight.part.joined(weight.buffers["S"].detach()) for name, weight in self._weights.items()}
 
     @property
     def planned_density(self) -> dict[str, float]:
@@ -118,7 +118,7 @@ class OptG(TopKCallback):
 
     def present(self, weights: Sequence[LatentWeight]) -> int:
         """Return the number of weights that are active now."""
-        return sum(int(weight.buffers["A"].count_nonzero()) for weight in weights)
+        return sum(self.ones({weight.name: weight.buffers["A"] for weight in weights}).values())
 
     def active(self, weights: Sequence[LatentWeight], updates: int) -> int:
         """Return the number of weights that the schedule leaves, never more than before."""
@@ -159,9 +159,7 @@ class OptG(TopKCallback):
         rate = self.curve(group.updates) / scale
         for weight in group.weights if share else ():
             if weight.has_gradient:
-                assert weight.parameter is not None
-                assert weight.parameter.grad is not None
-                dS = torch.mul(weight.parameter.grad, weight.latent).to(weight.buffers["S"].dtype).mul_(rate)
+                dS = torch.mul(weight.gradient, weight.latent).to(weight.buffers["S"].dtype).mul_(rate)
                 self._dS[weight.name] = dS.nan_to_num_(0.0, 0.0, 0.0)
         super().before_step(optimizer, share, scale)
 

@@ -70,8 +70,8 @@ class SSTE(NOfMCallback):
         W, S = weight.matrix(weight.latent), torch.empty_like(weight.matrix(weight.latent))
         self.effective(weight, W, S)
         W, S = W.double(), S.double()
-        square = float((S * S).sum())
-        self._betas[weight.name] = float((W * S).sum()) / square if square else 1.0
+        product, square = weight.part.sums(torch.stack([(W * S).sum(), (S * S).sum()])).tolist()
+        self._betas[weight.name] = product / square if square else 1.0
 
     def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
         """Write ``beta sign(W) max(|W| - t, 0)``."""

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.optimizers import states
 from lightning_sparse.compat.options import option
+from lightning_sparse.compat.shards import local
 from lightning_sparse.compat.torch_private import copy_each
 from lightning_sparse.families.annealing import Annealed
 from lightning_sparse.families.latent import LatentWeight
@@ -95,14 +96,14 @@ class TopKAST(Annealed, TopKCallback):
     @property
     def backward_masks(self) -> dict[str, Tensor]:
         """The set B of each weight: a boolean tensor of the weight's shape, by parameter name."""
-        return {name: weight.buffers["B"] for name, weight in self._weights.items()}
+        return {name: weight.part.joined(weight.buffers["B"]) for name, weight in self._weights.items()}
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:
         """Share of each layer's weights whose gradient is used: B, or once alpha is 0, A."""
         if self.current_alpha == 0:
             return self.layer_density
-        return {name: select.count(B) / B.numel() for name, B in self.backward_masks.items()}
+        return self.densities(self._sets_of_updated())
 
     @property
     def backward_density(self) -> float:
@@ -203,10 +204,10 @@ class TopKAST(Annealed, TopKCallback):
             assert weight.parameter is not None
             kept = [item for state in states(optimizer, weight.parameter) for item in state.items()]
             for key, state in kept:
-                if isinstance(state, Tensor) and state.shape == B.shape and key not in COPIES:
-                    select.zero_outside_(state, before[weight.name] | ~B)
+                if isinstance(state, Tensor) and state.shape == weight.shape and key not in COPIES:
+                    select.zero_outside_(local(state), before[weight.name] | ~B)
                     if key in SCALES:
-                        _fill_with_means(weight, state, before[weight.name])
+                        _fill_with_means(weight, local(state), before[weight.name])
 
 
 def _fill_with_means(weight: LatentWeight, state: Tensor, before: Tensor) -> None:

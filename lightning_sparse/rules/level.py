@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-__all__ = ["Cut", "Look", "Near", "cuts", "evenly"]
+from lightning_sparse.rules.parts import WHOLE, Together
+from lightning_sparse.rules.radix import kth, ordered
+
+__all__ = ["Cut", "Look", "Near", "cuts"]
 
 #: widths above are taken to be infinite
 _WIDEST = 1e9
@@ -48,22 +50,24 @@ class Near(NamedTuple):
 
     Attributes:
         above: how many of each layer are above those that were looked at.
-        counts: how many of each layer were looked at.
+        counts: how many of each layer were looked at, of what is here.
         values: these, layer by layer, in float64; all that are not above, if the width is infinite.
+        part: what is here of the layers.
     """
 
     above: Sequence[int]
     counts: Sequence[int]
     values: np.ndarray
+    part: Together = WHOLE
 
     def count(self, level: float) -> int:
         """Return how many exceed a ``level`` that was looked at."""
-        return sum(self.above) + int(np.count_nonzero(self.values > level))
+        return sum(self.above) + self.part.total(int(np.count_nonzero(self.values > level)))[0]
 
     def layer(self, i: int) -> "Near":
         """Return what is known of one layer."""
         start = sum(self.counts[:i])
-        return Near([self.above[i]], [self.counts[i]], self.values[start : start + self.counts[i]])
+        return Near([self.above[i]], [self.counts[i]], self.values[start : start + self.counts[i]], self.part)
 
     def layers(self, chosen: Sequence[int]) -> "Near":
         """Return what is known of some layers, ascending."""
@@ -71,7 +75,30 @@ class Near(NamedTuple):
             return self
         parts = [self.layer(i) for i in chosen]
         values = np.concatenate([part.values for part in parts])
-        return Near([part.above[0] for part in parts], [part.counts[0] for part in parts], values)
+        return Near([part.above[0] for part in parts], [part.counts[0] for part in parts], values, self.part)
+
+    def ends(self, rank: int) -> tuple[int, float, float]:
+        """Return how many were looked at, the one of this rank from the largest, 1, on, and the largest less than it.
+
+        It is the least if there are fewer, and infinite if there is none or ``rank`` is less. None is less than -inf.
+        """
+        if self.part is not WHOLE:
+            return self._ends_of_all(rank)
+        values = np.sort(self.values)
+        nth = float(values[max(0, len(values) - rank)]) if rank >= 1 and len(values) else math.inf
+        lower = int(np.searchsorted(values, nth))  # how many are less
+        return len(values), nth, float(values[lower - 1]) if lower else -math.inf
+
+    def _ends_of_all(self, rank: int) -> tuple[int, float, float]:
+        """Do the same with what all processes have looked at."""
+        (number,) = self.part.total(len(self.values))
+        nth = math.inf
+        if rank >= 1 and number:
+            keys = ~ordered(torch.from_numpy(self.values))
+            (bound,) = kth([keys], [min(rank, number)], self.part.sums)
+            upto = bound.last if bound.tied is None else bound.tied
+            nth = self.part.least(float(self.values[(keys <= upto).numpy()].min(initial=math.inf)))
+        return number, nth, -self.part.least(-float(self.values[self.values < nth].max(initial=-math.inf)))
 
 
 class Cut(NamedTuple):
@@ -150,23 +177,6 @@ def _cuts(known: Near, k: int, at_least: Sequence[int], whole: bool) -> list[Cut
 def _cut(known: Near, k: int, whole: bool) -> Cut | None:
     """Return the cut below the ``k``-th largest margin of some layers, None if too little is known."""
     rank = k - sum(known.above)
-    values = np.sort(known.values)
-    if not whole and not 1 <= rank < len(values):
-        return None
-    kth = float(values[max(0, len(values) - rank)]) if rank >= 1 and len(values) else math.inf
-    lower = int(np.searchsorted(values, kth))  # how many are less
-    if not whole and not lower:
-        return None
-    return Cut(float(values[lower - 1]) if lower else -math.inf, kth, k)
-
-
-def evenly(n: int, k: int) -> Tensor:
-    """Return ``k`` of the numbers below ``n``, ascending: spread evenly, over any rows that they are laid out in.
-
-    Those whose multiple of the golden ratio has the smallest fraction.
-
-    >>> evenly(12, 4)
-    tensor([ 0,  2,  5, 10])
-    """
-    fractions = (torch.arange(n, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2)).frac()
-    return fractions.argsort()[:k].sort().values
+    number, nth, below = known.ends(rank)
+    enough = 1 <= rank < number and below > -math.inf
+    return Cut(below, nth, k) if whole or enough else None

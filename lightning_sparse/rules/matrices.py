@@ -51,13 +51,14 @@ def as_matrix(x: Tensor, outputs: Outputs = FIRST) -> Tensor:
     strides are equal.
     """
     if outputs is not FIRST and outputs != FIRST:
-        return parts(x, outputs).reshape(outputs.rows(x.shape), -1)
+        rows = outputs.rows(x.shape)
+        return parts(x, outputs).reshape(rows, x.numel() // max(rows, 1))  # a process may have no element
     if x.ndim == 2:
         return x
     for layout in (torch.channels_last, torch.channels_last_3d):
         if x.ndim == (4 if layout is torch.channels_last else 5) and x.is_contiguous(memory_format=layout):
-            return x.movedim(1, -1).reshape(len(x), -1)
-    return x.reshape(len(x), -1)
+            return x.movedim(1, -1).reshape(len(x), math.prod(x.shape[1:]))
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def write_matrix(x: Tensor, matrix: Tensor, outputs: Outputs = FIRST) -> None:

@@ -11,16 +11,18 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from lightning_sparse.compat.shards import is_sharded, joined, layout, local
 from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.budgets import apportion
 from lightning_sparse.rules.criteria import Connections
+from lightning_sparse.rules.even import fractions
 from lightning_sparse.rules.radix import kth, least, ordered
 from lightning_sparse.rules.shard import Shard, added
 from lightning_sparse.rules.whole import WHOLE, Together, Whole
 
-__all__ = ["WHOLE", "Shard", "Together", "Whole", "together"]
+__all__ = ["WHOLE", "Shard", "Together", "Whole", "divided_as", "part_of", "together"]
 
 
 class _Shards(Together):
@@ -47,6 +49,22 @@ class _Shards(Together):
 
     def any(self, count: int) -> bool:
         return bool(self.sums(torch.tensor([count])) > 0)
+
+    def least(self, x: float) -> float:
+        return float(self._table([x]).min())
+
+    def _table(self, own: Sequence[float]) -> Tensor:
+        """Return the numbers that each process has, ``(processes, numbers)``."""
+        table = torch.zeros(distributed.get_world_size(), len(own), dtype=torch.float64)
+        table[distributed.get_rank()] = torch.tensor(own, dtype=torch.float64)
+        return self.sums(table)
+
+    def evenly(self, counts: Sequence[int], k: int) -> Tensor:
+        numbers, rank = self._table(counts).long(), distributed.get_rank()
+        before = numbers.sum(0).cumsum(0) - numbers.sum(0) + numbers[:rank].sum(0)
+        here = torch.cat([torch.arange(n) + first for n, first in zip(counts, before.tolist(), strict=True)])
+        (marks,) = least([ordered(fractions(here))], [min(k, int(numbers.sum()))], [[lambda i: here[i]]], self.sums)
+        return select.positions(marks)
 
     def count_global_top_k(
         self,
@@ -134,3 +152,13 @@ def together(weights: Sequence[Any]) -> Together:
     """Return what answers for several weights: either all of them are whole, or all are divided over processes."""
     parts = [weight.part for weight in weights]
     return _Shards(parts) if parts and isinstance(parts[0], Shard) else WHOLE
+
+
+def part_of(parameter: Any) -> Whole:
+    """Return what this process holds of a parameter."""
+    return Shard(layout(parameter), local(parameter).device) if is_sharded(parameter) else WHOLE
+
+
+def divided_as(x: Tensor, like: Any) -> Tensor:
+    """Return a tensor, which is whole or divided already, in the parts that another one of its shape is in."""
+    return joined(part_of(like).cut(x), layout(like)) if is_sharded(like) else x

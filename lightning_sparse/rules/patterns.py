@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -42,6 +42,10 @@ class Laid(Protocol):
     @property
     def outputs(self) -> Outputs:
         """Where the layer's outputs lie."""
+
+    @property
+    def part(self) -> Any:
+        """What is here of the weight."""
 
 
 class Sized(Laid, Protocol):
@@ -231,7 +235,7 @@ class NOfM(Pattern):
 
     def top_k(self, weight: Laid, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         """Mark the ``k`` of largest score among the ``n`` largest of each group; if these are fewer, others as well."""
-        first = self._largest(weight, scores, among)
+        first = self.largest(weight, scores, among)
         rest = k - select.count(first)
         if rest <= 0:
             return select.top_k(scores, k, first)
@@ -248,7 +252,7 @@ class NOfM(Pattern):
     ) -> list[int]:
         """Return how many lie in each weight of the ``k`` that ``top_k`` would mark in all weights together."""
         each = zip(weights, tensors, among, strict=True)
-        first = [self._largest(weight, score(tensor), candidates) for weight, tensor, candidates in each]
+        first = [self.largest(weight, score(tensor), candidates) for weight, tensor, candidates in each]
         counts = [select.count(mask) for mask in first]
         if k <= sum(counts):
             return select.count_global_top_k(tensors, k, first, at_least, score)
@@ -304,11 +308,13 @@ class NOfM(Pattern):
         room = (self.n - active).clamp_(min=0).add_(_counts(groups, dropped))
         return groups, room.minimum(self.m - active)
 
-    def _largest(self, weight: Laid, scores: Tensor, among: Tensor | None) -> Tensor:
-        """Mark the ``n`` largest of each group."""
-        groups = Tiles(tuple(scores.shape), weight.outputs, 1, self.m)
-        limits = torch.full((math.prod(groups.grid),), self.n)
-        return _largest_of_each(groups, scores if among is None else scores.masked_fill(~among, -math.inf), limits)
+    def largest(self, weight: Laid, scores: Tensor, among: Tensor | None = None) -> Tensor:
+        """Mark the ``n`` largest of each group, of what is here of the weight."""
+        groups = Tiles(weight.part.shape_of(scores), weight.outputs, 1, self.m)
+        first = int(weight.part.positions(torch.tensor(0)))
+        limits = torch.full((scores.numel() // self.m,), self.n)
+        scores = scores if among is None else scores.masked_fill(~among, -math.inf)
+        return _largest_of_each(groups, scores, limits, first)
 
 
 def _counts(groups: Tiles, positions: Tensor) -> Tensor:

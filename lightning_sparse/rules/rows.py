@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.rules import ties
-from lightning_sparse.rules.level import evenly
+from lightning_sparse.rules.even import evenly
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, write_matrix
 
 __all__ = ["counts_of_rows", "top_k_of_rows"]

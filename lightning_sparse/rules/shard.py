@@ -111,6 +111,9 @@ class Shard(Whole):
     def length(self, size: int) -> int:  # noqa: D102  (inherited)
         return len(self._runs) * self._length
 
+    def shape_of(self, part: Tensor) -> tuple[int, ...]:  # noqa: D102  (inherited)
+        return self.shape
+
     def cut(self, x: Tensor) -> Tensor:
         """Return the part of a tensor of the weight's shape, also of one that is divided in the same way."""
         if is_sharded(x):

@@ -1,12 +1,14 @@
 """Whole: all of a weight, as one process has it; see :mod:`~lightning_sparse.rules.parts` for parts."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from lightning_sparse.rules import ranking, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
+from lightning_sparse.rules.even import evenly
 from lightning_sparse.rules.sampling import Everywhere
 
 __all__ = ["WHOLE", "Together", "Whole"]
@@ -30,6 +32,22 @@ class Together:
     def any(self, count: int) -> bool:
         """Tell whether some process has any of what is counted."""
         return count > 0
+
+    def least(self, x: float) -> float:
+        """Return the least of the numbers that the processes have, one each."""
+        return x
+
+    def evenly(self, counts: Sequence[int], k: int) -> Tensor:
+        """Return ``k`` of the places of several lists, one after the other, that are spread evenly; see ``evenly``.
+
+        Args:
+            counts: how many elements of each list are here.
+            k: how many; if there are fewer, all.
+
+        Returns:
+            Their places among those that are here, ascending.
+        """
+        return evenly(sum(counts), k)
 
     def count_global_top_k(
         self,
@@ -79,6 +97,10 @@ class Whole(Together, Everywhere):
         """Return how many elements the part has of a weight of this ``size``."""
         return size
 
+    def shape_of(self, part: Tensor) -> tuple[int, ...]:
+        """Return the shape of the weight of which this is the part."""
+        return tuple(part.shape)
+
     def cut(self, x: Tensor) -> Tensor:
         """Return the part of a tensor of the weight's shape."""
         return x
@@ -124,6 +146,10 @@ class Whole(Together, Everywhere):
             places: which are returned, in any order.
         """
         return positions[places.to(positions.device)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Stay the one object that it is where it is pickled or copied."""
+        return "WHOLE" if type(self) is Whole else super().__reduce_ex__(protocol)
 
 
 WHOLE = Whole()

@@ -4,6 +4,7 @@ A full checkpoint has whole tensors. In a distributed one, a folder, each proces
 reads those that it needs, whatever the number of processes was.
 """
 
+from abc import ABC
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,42 @@ from zipfile import ZipFile, is_zipfile
 
 from torch import Tensor
 
-from lightning_sparse.compat.shards import is_sharded, whole
+from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer
+from lightning_sparse.compat.lightning_private import saves_by_shards
+from lightning_sparse.compat.shards import copied, is_sharded, whole
+from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["gathered", "is_consolidated", "read", "set_aside"]
+__all__ = ["SavesShards", "gathered", "is_consolidated", "read", "set_aside"]
 
 #: an entry of a state whose shards are beside it
 _ASIDE = "lightning_sparse.shards"
+
+
+class SavesShards(Verbs, Callback, ABC):
+    """A method whose state has DTensors where processes hold parts of its weights."""
+
+    def divided_state(self, trainer: Trainer) -> dict[str, Any]:
+        """Return a state with all DTensors that one in a checkpoint may have, divided as they are to be."""
+        return self.state_dict()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have the state saved by shards, or whole, as the module's is."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if together([*self._weights.values()]) is WHOLE:
+            return
+        states, key = checkpoint["callbacks"], self.state_key
+        if saves_by_shards(trainer):
+            states[key] = set_aside(states[key], key, checkpoint["state_dict"])
+        else:
+            states[key] = gathered(states[key], trainer.is_global_zero)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read what processes have written in shards."""
+        states, key = checkpoint.get("callbacks", {}), self.state_key
+        if key in states and self._fit.restored_late:
+            states[key] = read(states[key], self.divided_state(trainer), key, str(trainer.ckpt_path))
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 def gathered(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:
@@ -50,7 +81,8 @@ def read(state: Mapping[str, Any], now: Mapping[str, Any], key: str, path: str) 
 
     Args:
         state: from the checkpoint.
-        now: the state that the method has, whose DTensors are divided as they are to be; they stay as they are.
+        now: a state whose DTensors, which stay as they are, are divided as those of the checkpoint are to be; it may
+            have more of them.
         key: as it was written.
         path: of the checkpoint, a folder.
     """
@@ -59,8 +91,10 @@ def read(state: Mapping[str, Any], now: Mapping[str, Any], key: str, path: str) 
     from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes a while
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    found = {name: shards.clone() for name, shards in _shards(now, key)}
-    load({"state_dict": found}, storage_reader=FileSystemReader(path))
+    reader = FileSystemReader(path)
+    written = reader.read_metadata().state_dict_metadata
+    found = {name: copied(shards) for name, shards in _shards(now, key) if f"state_dict.{name}" in written}
+    load({"state_dict": found}, storage_reader=reader)
     return _with({name: value for name, value in state.items() if name != _ASIDE}, now, key, found)
 
 

@@ -7,20 +7,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_sparse.compat.lightning import Callback, LightningModule, MisconfigurationException, Trainer
-from lightning_sparse.compat.lightning_private import saves_by_shards
+from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.unit_activity import Hooks
-from lightning_sparse.rules.parts import WHOLE
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.storage import shards
 from lightning_sparse.storage.checkpoint import load_for
 from lightning_sparse.storage.optimizers import carry_over
+from lightning_sparse.storage.shards import SavesShards
 from lightning_sparse.trainer.adopt import Adoption
 from lightning_sparse.trainer.after import After
 from lightning_sparse.trainer.guards import refuse_consolidated
-from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroups
 
@@ -177,7 +175,7 @@ class Store(ABC):
         """Change the module's part of a checkpoint."""
 
 
-class Stored(Verbs, Callback, ABC):
+class Stored(SavesShards):
     """A method whose weights a store keeps: it passes Lightning's hooks on to the store.
 
     Attributes:
@@ -286,20 +284,6 @@ class Stored(Verbs, Callback, ABC):
         """Let the store have its say in what a checkpoint holds of the module."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         self.store.on_save_checkpoint(pl_module, checkpoint)
-        if all(weight.part is WHOLE for weight in self._weights.values()):
-            return
-        states, key = checkpoint["callbacks"], self.state_key
-        if saves_by_shards(trainer):
-            states[key] = shards.set_aside(states[key], key, checkpoint["state_dict"])
-        else:
-            states[key] = shards.gathered(states[key], trainer.is_global_zero)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read what processes have written in shards."""
-        states, key = checkpoint.get("callbacks", {}), self.state_key
-        if key in states and self._fit.restored_late:
-            states[key] = shards.read(states[key], self.state_dict(), key, str(trainer.ckpt_path))
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave effective weights behind, and the module as it was."""

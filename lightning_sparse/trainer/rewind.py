@@ -5,23 +5,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_sparse.compat.shards import copied, is_sharded, layout, local
+from lightning_sparse.compat.torch_private import tree_map
+from lightning_sparse.rules.parts import divided_as, part_of
+from lightning_sparse.trainer.guards import listed
 
 __all__ = ["restore", "snapshot"]
 
 
 def snapshot(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Return what a training depends on: tensors on the CPU and plain values.
+    """Return what a training depends on: tensors on the CPU, of DTensors the parts that are here, and plain values.
 
     Raises:
-        MisconfigurationException: an optimizer cannot tell its state.
+        MisconfigurationException: an optimizer cannot tell its state, or tensors are divided otherwise than by rows.
     """
+    tensors = _tensors(module)
+    _refuse_other_parts(tensors)
     return {
-        "tensors": {name: tensor.detach().cpu().clone() for name, tensor in _tensors(module).items()},
-        "optimizers": {str(i): copy.deepcopy(_state(o)) for i, o in enumerate(trainer.optimizers)},
+        "tensors": {name: copied(tensor, "cpu") for name, tensor in tensors.items()},
+        "optimizers": {str(i): _copied(_state(o)) for i, o in enumerate(trainer.optimizers)},
         "schedulers": {
             str(i): copy.deepcopy(config.scheduler.state_dict())
             for i, config in enumerate(trainer.lr_scheduler_configs)
@@ -34,7 +40,7 @@ def restore(state: Mapping[str, Any], trainer: Trainer, module: LightningModule)
     """Bring back what ``snapshot`` has returned; what has joined the training since then stays as it is."""
     for name, tensor in _tensors(module).items():
         if name in state["tensors"]:
-            tensor.copy_(state["tensors"][name])
+            local(tensor).copy_(part_of(tensor).cut(state["tensors"][name]))
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"].values(), strict=True):
         _load(optimizer, saved)
     for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"].values(), strict=True):
@@ -58,7 +64,7 @@ def _state(optimizer: Optimizer) -> dict[str, Any]:
 def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Bring an optimizer's state back; groups and weights that joined it since then stay, without state."""
     if "param_groups" not in saved:  # of an optimizer that wraps another, in a form of its own
-        optimizer.load_state_dict(copy.deepcopy(saved))
+        optimizer.load_state_dict(_copied(saved))
         return
     now = optimizer.state_dict()["param_groups"]
     then = saved["param_groups"]
@@ -68,5 +74,27 @@ def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         for group, other in zip(then, groups, strict=False)
         for old, new in zip(group["params"], other["params"], strict=False)
     }
-    state = {moved[index]: values for index, values in saved["state"].items()}
-    optimizer.load_state_dict(copy.deepcopy({**saved, "state": state, "param_groups": groups}))
+    parameters = [*dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])]
+    state = {moved[index]: _divided(values, parameters[moved[index]]) for index, values in saved["state"].items()}
+    optimizer.load_state_dict(_copied({**saved, "state": state, "param_groups": groups}))
+
+
+def _divided(values: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
+    """Return an optimizer's state of a parameter, divided over processes as that is."""
+    alike = {key for key, x in values.items() if isinstance(x, Tensor) and x.shape == parameter.shape}
+    return {key: divided_as(x, parameter) if key in alike else x for key, x in values.items()}
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a deep copy."""
+    copies: dict[str, Any] = tree_map(lambda x: copied(x) if is_sharded(x) else copy.deepcopy(x), state)
+    return copies
+
+
+def _refuse_other_parts(tensors: Mapping[str, Tensor]) -> None:
+    others = [name for name, x in tensors.items() if is_sharded(x) and not layout(x).by_rows]
+    if others:
+        raise MisconfigurationException(
+            f"A training can be rewound only if processes share tensors by rows, as FSDP2 divides them, but "
+            f"{listed(others)} are divided otherwise. Use GMP, which prunes within one training."
+        )

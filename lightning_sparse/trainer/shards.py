@@ -11,12 +11,20 @@ from torch import Tensor
 from lightning_sparse.compat.lightning import MisconfigurationException, Trainer, is_a, rank_zero_warn
 from lightning_sparse.compat.shards import Layout, is_sharded, layout, local
 from lightning_sparse.layers.selection import ParameterChoice
+from lightning_sparse.rules.matrices import FIRST
 from lightning_sparse.rules.parts import Shard
 from lightning_sparse.trainer.fit import Processes
 from lightning_sparse.trainer.guards import listed
 from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["divides_weights", "identical_parts", "refuse_parts", "unfit_layout", "warn_of_identical_parts"]
+__all__ = [
+    "divides_weights",
+    "identical_parts",
+    "refuse_parts",
+    "refuse_parts_of_rows",
+    "unfit_layout",
+    "warn_of_identical_parts",
+]
 
 _SEEN = 16  # numbers of a part that are compared with those of the others
 
@@ -85,6 +93,17 @@ def _averaged(divided: Layout, trainer: Trainer) -> bool:
     mesh = getattr(trainer.strategy, "device_mesh", None)  # none in a loop of one's own
     batches = range(trainer.world_size) if mesh is None else mesh["data_parallel"].mesh.flatten().tolist()
     return {*batches} <= {*divided.mesh.mesh.flatten().tolist()}
+
+
+def refuse_parts_of_rows(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
+    """Raise if processes share a weight otherwise than by outputs with all that they read."""
+    for choice in choices:
+        if is_sharded(choice.parameter) and (choice.outputs != FIRST or not layout(choice.parameter).by_rows):
+            raise MisconfigurationException(
+                f"{method!r} trains weights that processes share only if each holds some outputs, with all that they "
+                f"read, but {choice.name} of {choice.kind} is divided otherwise. Leave it out with exclude, or use a "
+                "method with masks, such as RigL."
+            )
 
 
 def identical_parts(choices: Sequence[ParameterChoice]) -> list[str]:

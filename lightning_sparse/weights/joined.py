@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.compat.torch_private import copy_each
 from lightning_sparse.kernels.thresholds import FusedKernels
+from lightning_sparse.rules.parts import WHOLE
 from lightning_sparse.weights.flat import Scratch, in_memory_order, views
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.thresholds import ThresholdBuffer
@@ -19,7 +20,8 @@ def can_join(weight: LatentWeight) -> bool:
     """Tell whether the rows of a weight follow each other in memory, so that it can lie among others."""
     matrix = weight.matrix(weight.latent)
     plain = matrix.data_ptr() == weight.latent.data_ptr() and matrix.is_contiguous()
-    return plain and weight.size > 0 and weight.nonempty is None and weight.frozen is None
+    alone = weight.part is WHOLE and weight.nonempty is None and weight.frozen is None
+    return plain and alone and weight.size > 0
 
 
 class Joined:

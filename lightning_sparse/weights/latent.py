@@ -1,5 +1,6 @@
 """LatentWeight: what is kept of a weight whose dense latent values stand behind a sparse parameter."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -7,9 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.compat.shards import exchange, local
 from lightning_sparse.kernels.bits import pack, unpack
 from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, write_matrix
+from lightning_sparse.rules.parts import WHOLE, Whole, part_of
 from lightning_sparse.weights.base import all_finite
 from lightning_sparse.weights.flat import alone
 from lightning_sparse.weights.thresholds import WeightThresholds
@@ -21,7 +24,10 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class LatentWeight:
-    """One weight that trains sparse.
+    """One weight that trains sparse, or what a process holds of it.
+
+    Where processes hold some rows of a parameter each, the DTensor ends here: all tensors are plain ones, of the rows
+    that are here. Only ``shape`` and ``size`` are those of the whole weight.
 
     Attributes:
         name: the parameter's name in the LightningModule.
@@ -31,6 +37,7 @@ class LatentWeight:
         bits: boolean ones among them, packed; see ``mask``.
         outputs: where the layer's outputs lie.
         nonempty: where rows lie of which each keeps a nonzero; None: any may be empty.
+        part: what this process holds of it.
         trained: its thresholds; None if the method has none.
         parameter: the module's parameter; None outside fit.
         effective: the storage of ``P`` while the parameter holds ``W``; else None.
@@ -42,6 +49,7 @@ class LatentWeight:
     bits: dict[str, Tensor] = field(default_factory=dict)
     outputs: Outputs = FIRST
     nonempty: Outputs | None = None
+    part: Whole = WHOLE
     trained: WeightThresholds | None = None
     parameter: nn.Parameter | None = None
     effective: Tensor | None = None
@@ -51,12 +59,12 @@ class LatentWeight:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
-        return tuple(self.latent.shape)
+        return self.part.shape_of(self.latent)
 
     @property
     def size(self) -> int:
         """Number of the weight's elements."""
-        return self.latent.numel()
+        return math.prod(self.shape)
 
     @property
     def thresholds(self) -> WeightThresholds:
@@ -92,7 +100,7 @@ class LatentWeight:
     def diverged(self) -> bool:
         """Some latent values or thresholds are NaN or infinite."""
         thresholds = [] if self.trained is None else self.trained.values.values()
-        return not all(all_finite(x.detach()) for x in (self.latent, *thresholds))
+        return not self.part.all(all(all_finite(local(x).detach()) for x in (self.latent, *thresholds)))
 
     # ------------------------------------------------------------------ as matrices
 
@@ -146,9 +154,7 @@ class LatentWeight:
         Args:
             gradients: turns ``dP (out, n)`` into ``dW``; it gets ``W (out, n)`` as well.
         """
-        assert self.parameter is not None
-        assert self.parameter.grad is not None
-        gradient = self.parameter.grad
+        gradient = self.gradient
         same_layout = gradient.stride() == self.latent.stride()
         work = gradient if same_layout else torch.empty_like(self.latent).copy_(gradient)
         dP = self.matrix(work)
@@ -163,15 +169,21 @@ class LatentWeight:
     def values(self) -> Tensor:
         """The parameter's values, as a tensor that is kept as long as they stay where they are."""
         assert self.parameter is not None
-        kept = self._views.get("values")
-        if kept is None or kept.data_ptr() != self.parameter.data_ptr() or kept.shape != self.parameter.shape:
-            kept = self._views["values"] = self.parameter.data
+        kept, here = self._views.get("values"), local(self.parameter)
+        if kept is None or kept.data_ptr() != here.data_ptr() or kept.shape != here.shape:
+            kept = self._views["values"] = here.data
         return kept
+
+    @property
+    def gradient(self) -> Tensor:
+        """The parameter's gradient."""
+        assert self.parameter is not None
+        assert self.parameter.grad is not None
+        return local(self.parameter.grad)
 
     def undo_outside(self, key: str) -> None:
         """Give ``W`` the values that the parameter holds, outside of a boolean buffer."""
-        assert self.parameter is not None
-        self.latent.copy_(torch.where(self.buffers[key], self.latent, self.parameter.data))
+        self.latent.copy_(torch.where(self.buffers[key], self.latent, self.values))
 
     def enter(self) -> None:
         """Give the parameter ``W`` for an update, if there will be one."""
@@ -179,15 +191,16 @@ class LatentWeight:
         steps = self.has_gradient or (self.trained is not None and self.trained.have_gradient)
         if steps and self.effective is None:
             self.effective = self.values
-            self.parameter.data = self.latent
+            exchange(self.parameter, self.latent)
 
     def leave(self) -> bool:
         """Take ``W`` back from the parameter, which then wants its ``P``; tell whether an update was under way."""
         if self.effective is None or self.parameter is None:
             return False
-        if self.parameter.data_ptr() != self.latent.data_ptr():  # the optimizer gave it new storage
-            self.latent = self.parameter.data
-        self.parameter.data, self.effective = self.effective, None
+        if (updated := local(self.parameter)).data_ptr() != self.latent.data_ptr():  # the optimizer gave it new storage
+            self.latent = updated.data
+        exchange(self.parameter, self.effective)
+        self.effective = None
         return True
 
     # ------------------------------------------------------------------ state
@@ -205,14 +218,20 @@ class LatentWeight:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors and plain values only."""
-        buffers = {key: buffer.detach() for key, buffer in self.buffers.items()}
+        buffers = {**self.buffers, **{key: self.mask(key) for key in self.bits}}
         thresholds = {"thresholds": {}, "places": {}} if self.trained is None else self.trained.state()
         return {
-            "latent": self.latent.detach(),
-            "buffers": {**buffers, **{key: self.mask(key) for key in self.bits}},
+            "latent": self.part.joined(self.latent.detach()),
+            "buffers": {key: self.part.joined(buffer.detach()) for key, buffer in buffers.items()},
             "outputs": self.outputs._asdict(),
             **thresholds,
         }
+
+    def here(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what this process holds of a state, all of whose tensors are whole, or divided as this weight is."""
+        trained = {key: self.thresholds.here(t) for key, t in state["thresholds"].items()}
+        buffers = {key: self.part.cut(buffer) for key, buffer in state["buffers"].items()}
+        return {**state, "latent": self.part.cut(state["latent"]), "buffers": buffers, "thresholds": trained}
 
     @classmethod
     def loaded(cls, name: str, state: Mapping[str, Any], masks: Collection[str]) -> "LatentWeight":
@@ -239,11 +258,11 @@ class LatentWeight:
 
     def move_to(self, parameter: nn.Parameter, outputs: Outputs) -> None:
         """Stand behind ``parameter``, with the state on its device and in its order of memory."""
-        masks = {key: self.mask(key) for key in self.bits}
-        self.outputs = outputs
-        self.latent = torch.empty_like(parameter).copy_(self.latent)
+        masks, values = {key: self.mask(key) for key in self.bits}, local(parameter)
+        self.outputs, self.part = outputs, part_of(parameter)
+        self.latent = torch.empty_like(values).copy_(self.latent)
         for key, buffer in self.buffers.items():
-            self.buffers[key] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
+            self.buffers[key] = torch.empty_like(values, dtype=buffer.dtype).copy_(buffer)
         for key, mask in masks.items():
             self.keep_mask(key, mask)
         if self.trained is not None:

@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.compat.shards import exchange, is_sharded, joined, layout, local
 from lightning_sparse.kernels.thresholds import ThresholdKernels, for_tensors, fused
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, write_matrix
+from lightning_sparse.rules.parts import WHOLE, Shard, Whole
 from lightning_sparse.weights.flat import views
 
 __all__ = ["Granularity", "ThresholdBuffer", "WeightThresholds", "buffers"]
@@ -19,12 +21,15 @@ Granularity = Literal["neuron", "layer", "weight"]
 
 @dataclass(eq=False)
 class WeightThresholds:
-    """The trained thresholds of one weight.
+    """The trained thresholds of one weight, or of the rows of it that a process holds.
+
+    Of a weight that is divided over processes the optimizer has DTensors, divided as its rows are; one for the whole
+    layer is the same on all of them. All other tensors are plain ones, of what is here.
 
     Attributes:
-        values: by name; ``"t"`` is the forward one. Of shape ``(out,)``, ``(1,)`` or the weight's, after the
-            granularity.
-        rows: ``out``, the number of the weight's neurons or filters.
+        values: by name, as the optimizer has them; ``"t"`` is the forward one. Of shape ``(out,)``, ``(1,)`` or the
+            weight's, after the granularity.
+        rows: ``out``, the number of the weight's neurons or filters that are here.
         outputs: where the weight's outputs lie.
         places: where each threshold stands in the param group of its weight, by which a checkpoint knows its state.
         resets: how often the collapse guard set them to 0.
@@ -33,6 +38,7 @@ class WeightThresholds:
         gradients: the same added up to the shape of the thresholds.
         shrinkage: by how much of ``tau`` a method with a soft threshold shrinks the weights above it, from 0 to 1.
         bounds: room for two numbers beside each threshold, as ``tau`` in shape; see ``ThresholdBuffer.bounds``.
+        part: what this process holds of the weight.
     """
 
     values: dict[str, nn.Parameter]
@@ -45,14 +51,23 @@ class WeightThresholds:
     dtau: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     bounds: Sequence[Tensor] = ()
+    part: Whole = WHOLE
     _views: dict[str, Tensor] = field(default_factory=dict)
     _among: tuple[Tensor, int] | None = None  # a vector that has "t" from a place on, all levels of which are computed
 
     @classmethod
     def new(
-        cls, latent: Tensor, outputs: Outputs, granularity: Granularity, start: Mapping[str, float]
+        cls, latent: Tensor, outputs: Outputs, granularity: Granularity, start: Mapping[str, float], part: Whole = WHOLE
     ) -> "WeightThresholds":
-        """Return thresholds of the values ``start``, in at least float32, since their steps are small."""
+        """Return thresholds of the values ``start``, in at least float32, since their steps are small.
+
+        Args:
+            latent: what is here of the weight.
+            outputs: see above, as ``part``.
+            granularity: what has a threshold each.
+            start: their values by name.
+            part: see above.
+        """
         rows = outputs.rows(latent.shape)
         dtype = torch.promote_types(latent.dtype, torch.float32)
 
@@ -62,8 +77,8 @@ class WeightThresholds:
             count = rows if granularity == "neuron" else 1
             return torch.full((count,), value, dtype=dtype, device=latent.device)
 
-        values = {key: nn.Parameter(filled(value)) for key, value in start.items()}
-        return cls(values, rows, outputs)
+        values = {key: nn.Parameter(_divided(filled(value), granularity, part)) for key, value in start.items()}
+        return cls(values, rows, outputs, part=part)
 
     @classmethod
     def loaded(cls, latent: Tensor, outputs: Outputs, state: Mapping[str, Any]) -> "WeightThresholds":
@@ -89,7 +104,7 @@ class WeightThresholds:
 
     def per_row(self, key: str = "t") -> Tensor:
         """Return thresholds as ``(out, 1)`` or ``(out, n)``: a view, kept as long as they stay where they are."""
-        t = self.values[key]
+        t = local(self.values[key])
         kept = self._views.get(key)
         if kept is not None and kept.data_ptr() == t.data_ptr():
             return kept
@@ -127,6 +142,24 @@ class WeightThresholds:
             else:
                 write_matrix(dt, dtau, self.outputs)
 
+    @property
+    def everywhere(self) -> bool:
+        """They are the same on all processes, each of which has a part of the weight."""
+        return any(is_sharded(t) and not layout(t).by_rows for t in self.values.values())
+
+    def here(self, t: Tensor) -> Tensor:
+        """Return what this process holds of a tensor like the thresholds, which is whole or divided as they are."""
+        return local(t) if self.everywhere else self.part.cut(t)
+
+    def divided(self, key: str, x: Tensor) -> Tensor:
+        """Return a tensor that is like the thresholds of a name as the optimizer has them, of which ``x`` is here."""
+        t = self.values[key]
+        return joined(x, layout(t)) if is_sharded(t) else x
+
+    def hand_out(self, key: str) -> None:
+        """Give thresholds their gradient, for the optimizer to see."""
+        self.values[key].grad = self.divided(key, self.gradients[key])
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         values = {key: t.detach() for key, t in self.values.items()}
@@ -136,25 +169,25 @@ class WeightThresholds:
         """Take the values of others of the same names and shapes."""
         self.shrinkage = others.shrinkage
         for key, t in self.values.items():
-            t.copy_(others[key])
+            local(t).copy_(others[key])
 
     def move_like(self, parameter: nn.Parameter, outputs: Outputs) -> None:
         """Go to the device and the order of memory of ``parameter``; an optimizer may know them: they stay the same."""
         self.outputs, self._among = outputs, None
         for t in self.values.values():
-            like = parameter if t.ndim > 1 else t
-            t.data = torch.empty_like(like, dtype=t.dtype, device=parameter.device).copy_(t.data)
+            like = local(parameter if t.ndim > 1 else t)
+            exchange(t, torch.empty_like(like, dtype=t.dtype, device=parameter.device).copy_(local(t)))
             t.grad = None
 
     def release(self) -> None:
         """Let go of the other weights; keep the state on the CPU."""
         for t in self.values.values():
-            t.data = torch.empty_like(t, device="cpu").copy_(t.data)
+            exchange(t, torch.empty_like(local(t), device="cpu").copy_(local(t)))
         self.dtau, self.gradients, self.bounds, self._views, self._among = {}, {}, (), {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the other weights."""
-        values = {key: nn.Parameter(t.detach().clone()) for key, t in self.values.items()}
+        values = {key: nn.Parameter(local(t).detach().clone()) for key, t in self.values.items()}
         loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "bounds": (), "_views": {}, "_among": None}
         return {**self.__dict__, "values": values, "tau": torch.zeros(1, 1), **loose}
 
@@ -197,17 +230,18 @@ class ThresholdBuffer:
 
     def _lay_out(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Move parameters into one vector, of which they become views."""
-        values = parameters[0].new_empty(sum(t.numel() for t in parameters))
-        for t, view in zip(parameters, views(values, parameters), strict=True):
-            view.copy_(t)
-            t.data = view
+        here = [local(t).detach() for t in parameters]
+        values = here[0].new_empty(sum(t.numel() for t in here))
+        for t, own, view in zip(parameters, here, views(values, here), strict=True):
+            exchange(t, view.copy_(own))
             self._slots.append((t, view))
         return values
 
     def _lay_out_gradients(self, key: str, parameters: Sequence[nn.Parameter]) -> None:
         """Give all weights room for the gradients of their thresholds, or a sum like them, in one vector."""
-        self.gradients[key] = parameters[0].new_zeros(sum(t.numel() for t in parameters))
-        for each, dt in zip(self.thresholds, views(self.gradients[key], parameters), strict=True):
+        here = [local(t).detach() for t in parameters]
+        self.gradients[key] = here[0].new_zeros(sum(t.numel() for t in here))
+        for each, dt in zip(self.thresholds, views(self.gradients[key], here), strict=True):
             each.gradients[key] = dt
             rows = as_matrix(dt, each.outputs) if dt.ndim > 1 else dt.unsqueeze(1)
             each.dtau[key] = rows if len(rows) == each.rows else rows.new_empty(each.rows, 1)
@@ -216,7 +250,7 @@ class ThresholdBuffer:
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Room for two numbers beside each forward threshold, of which each weight has its part."""
         low, high = torch.empty_like(self.values["t"]), torch.empty_like(self.values["t"])
-        ours = [each["t"] for each in self.thresholds]
+        ours = [local(each["t"]) for each in self.thresholds]
         for each, *parts in zip(self.thresholds, views(low, ours), views(high, ours), strict=True):
             each.bounds = [each.as_rows(part) for part in parts]
         return low, high
@@ -229,13 +263,20 @@ class ThresholdBuffer:
     def gather(self) -> None:
         """Take back thresholds to which an optimizer gave new storage."""
         for t, view in self._slots:
-            if t.data_ptr() != view.data_ptr():
-                view.copy_(t)
-                t.data = view
+            if local(t).data_ptr() != view.data_ptr():
+                exchange(t, view.copy_(local(t)))
+
+    def add_parts(self) -> None:
+        """Add up, over the processes, gradients of thresholds that all of them have, as of whole layers."""
+        one = self.thresholds[0]
+        if one.everywhere:
+            sums = one.part.sums(torch.stack([*self.gradients.values()]))
+            for dt, total in zip(self.gradients.values(), sums, strict=True):
+                dt.copy_(total)
 
     def marked(self, where: Tensor) -> list[WeightThresholds]:
         """Return those with a True in ``where``, a boolean vector like ``values``."""
-        parts = torch.split(where, [next(iter(each.values.values())).numel() for each in self.thresholds])
+        parts = torch.split(where, [local(next(iter(each.values.values()))).numel() for each in self.thresholds])
         return [each for each, part in zip(self.thresholds, parts, strict=True) if bool(part.any())]
 
     def gradients_in_use(self) -> list[Tensor]:
@@ -245,12 +286,21 @@ class ThresholdBuffer:
             for key, t in each.values.items():
                 if t.grad is None:
                     continue
-                view = each.gradients[key]
-                if t.grad is not view:  # someone gave it another
-                    view.copy_(t.grad)
-                    t.grad = view
+                view, given = each.gradients[key], local(t.grad)
+                if given.data_ptr() != view.data_ptr():  # someone gave it another
+                    view.copy_(given)
+                    each.hand_out(key)
                 used[key] = self.gradients[key]
         return list(used.values())
+
+
+def _divided(t: Tensor, granularity: Granularity, part: Whole) -> Tensor:
+    """Return the thresholds that the optimizer is to have, of which ``t`` are here."""
+    if not isinstance(part, Shard):
+        return t
+    if granularity == "layer":
+        return joined(t, part.layout.everywhere(t.shape))
+    return joined(t, part.layout if granularity == "weight" else part.layout.of_rows)
 
 
 def buffers(

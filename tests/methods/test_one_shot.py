@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import FixedMask, OneShot
 from lightning_sparse.rules.budgets import apportion, budget
-from lightning_sparse.rules.level import evenly
+from lightning_sparse.rules.even import evenly
 
 
 def still(parameters):

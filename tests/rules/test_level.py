@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sparse.rules.level import Cut, Look, Near, cuts, evenly
+from lightning_sparse.rules.even import evenly
+from lightning_sparse.rules.level import Cut, Look, Near, cuts
 
 
 def looking(layers):

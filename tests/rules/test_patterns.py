@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_sparse.rules import select
 from lightning_sparse.rules.matrices import FIRST, Outputs, outputs_first
+from lightning_sparse.rules.parts import WHOLE
 from lightning_sparse.rules.patterns import NOfM, named
 from lightning_sparse.rules.tiles import Tiles
 from lightning_sparse.weights.masked import MaskedWeight
@@ -22,7 +23,7 @@ LAYOUTS = {
     "transposed": ((24, 2, 1, 2), Outputs(1, groups=2)),
     "stacked": ((2, 12, 4), Outputs(2, groups=2, stacked=True)),
 }
-PLAIN = SimpleNamespace(outputs=FIRST)
+PLAIN = SimpleNamespace(outputs=FIRST, part=WHOLE)
 
 
 def groups(shape, outputs, rows, columns):
@@ -109,7 +110,7 @@ def test_the_largest_under_a_limit_are_those_of_a_greedy_loop(layout, n, m):
         if room[group]:
             room[group] -= 1
             expected.append(position)
-    weight = SimpleNamespace(outputs=outputs)
+    weight = SimpleNamespace(outputs=outputs, part=WHOLE)
     for k in (size // 5, size * n // m):
         mask = NOfM(n, m).top_k(weight, scores, k)
         assert select.positions(mask).tolist() == sorted(expected[:k])

@@ -21,7 +21,10 @@ from lightning_sparse.trainer.mask_files import read_masks
 from lightning_sparse.trainer.shards import unfit_layout
 
 pytestmark = pytest.mark.xdist_group("shards")  # one process of pytest trains for all of them
-THREE = ("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST")  # of each way to choose one
+THREE = (  # of each way to choose one
+    *("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST"),
+    *("DFBST, AdamW, accumulated", "STR", "DST, sparsity", "TopKAST", "LotteryTicket"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +54,9 @@ def assert_same(found, expected):
     for name, mask in expected["masks"].items():
         assert torch.equal(found["masks"][name], mask), name
         assert not found["parameters"][name][~mask].any(), name
-    for name, parameter in expected["parameters"].items():
-        assert torch.allclose(found["parameters"][name], parameter, rtol=0, atol=1e-12), name
-    for (name, key), moment in expected["moments"].items():
-        assert torch.allclose(found["moments"][name, key], moment, rtol=0, atol=1e-12), (name, key)
+    for kind in ("parameters", "latents", "thresholds", "moments"):
+        for name, expects in expected[kind].items():
+            assert torch.allclose(found[kind][name], expects, rtol=0, atol=1e-12), (kind, name)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -128,13 +130,14 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path, method):
 
 
 def test_a_second_fit_goes_on(trained):
-    first, second = trained[2]["again"]
+    first, second, _ = trained[2]["again"]
     assert all(torch.equal(mask, second[name]) for name, mask in first.items())
 
 
-def test_masks_are_written_whole(trained):
+def test_masks_are_written_whole_and_begin_another_run(trained):
     masks = read_masks(str(trained["file"]))
-    assert all(torch.equal(mask, masks[name]) for name, mask in trained[2]["again"][1].items())
+    for found in trained[2]["again"][1:]:
+        assert all(torch.equal(mask, masks[name]) for name, mask in found.items())
 
 
 @pytest.mark.parametrize("part", ["bytes", "bytes, columns"])
@@ -146,6 +149,12 @@ def test_what_a_move_sends_does_not_grow_with_the_layer(trained, part):
 
 def test_no_process_makes_a_whole_weight(trained):
     assert trained[2]["largest"] <= 128 * 257  # with the bias, whose gradient lies beside that of the weight
+
+
+def test_a_latent_step_is_the_optimizers_to_the_last_bit(trained):
+    found, expected = trained[2]["latent step"]
+    assert all(torch.equal(W, expected[name]) for name, W in found.items())
+    assert found.keys() == expected.keys()
 
 
 def test_mixed_precision_keeps_counts(trained):
@@ -183,6 +192,10 @@ def test_other_ways_to_divide_are_refused(placements, method, remedy):
     )
 
 
+def test_latent_weights_of_which_processes_hold_inputs_are_refused(trained):
+    assert re.search("net.1.weight of FSDPConvTranspose1d is divided otherwise.*exclude", trained[2]["other rows"])
+
+
 def test_the_monitor_is_refused():
     run = SimpleNamespace(strategy=ModelParallelStrategy(), callbacks=[])
     with pytest.raises(MisconfigurationException, match=r"SparsityMonitor looks at whole masks.*Take it away"):
@@ -202,9 +215,10 @@ def test_the_guide_lists_what_trains():
 @pytest.mark.parametrize(
     ("callback", "remedy"),
     [
-        (SETTINGS["DST"](), "strategy='ddp'"),
+        (SETTINGS["AutoSparse"](backward_density=0.5), "Leave backward_density out"),
+        (N_OF_M["SRSTE"](transposable=True), "Leave transposable out"),
         (SETTINGS["SNIP"](), r"save_masks.*FixedMask\(initial=path\)"),
-        (ROUNDS["LotteryTicket"](), "Use GMP"),
+        (SETTINGS["CHT"](), "Use SET or RigL"),
         (SET(0.8, storage="sparse"), "storage='masked', got 'sparse'"),
         (MemoryEfficientDST(0.8, heuristic="synflow"), 'heuristic="grabo"'),
     ],
