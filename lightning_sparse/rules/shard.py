@@ -115,11 +115,11 @@ class Shard(Whole):
         return self.shape
 
     def cut(self, x: Tensor) -> Tensor:
-        """Return the part of a tensor of the weight's shape, also of one that is divided in the same way."""
+        """Return the part of a tensor of the weight's shape, or of its first dimensions; also of a divided one."""
         if is_sharded(x):
             part: Tensor = x.to_local()  # type: ignore[attr-defined]
             return part
-        return x[tuple(slice(r.start, r.stop) for r in self.ranges)]
+        return x[tuple(slice(r.start, r.stop) for r in self.ranges[: x.ndim])]
 
     def joined(self, part: Tensor) -> Tensor:
         """Return the DTensor of which this is the part.

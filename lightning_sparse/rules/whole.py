@@ -102,7 +102,7 @@ class Whole(Together, Everywhere):
         return tuple(part.shape)
 
     def cut(self, x: Tensor) -> Tensor:
-        """Return the part of a tensor of the weight's shape."""
+        """Return the part of a tensor of the weight's shape, or of its first dimensions."""
         return x
 
     def joined(self, part: Tensor) -> Tensor:
