@@ -7,49 +7,27 @@ pays. Networks, densities, patterns, methods, seeds, images and epochs may be ch
 """
 
 import argparse
-import csv
 import logging
 import statistics
-import subprocess
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from grid import Results, SmallCNN, mnist, trained
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sparse import GMP, SET, SRSTE, SSTE, RigL, SRigL
 from lightning_sparse.export import to_csr
 from lightning_sparse.rules import sampling
 from lightning_sparse.rules.fan_in import FanIn
 from lightning_sparse.storage import SparseLinear
-from lightning_sparse.zoo.data import MNISTDataModule
 from lightning_sparse.zoo.models import LeNet300
-from lightning_sparse.zoo.models.classifier import Classifier
-
-
-class SmallCNN(Classifier):
-    """Three convolutions of 16, 32 and 32 filters, each with batch norm and ReLU, and a linear layer."""
-
-    def __init__(self, **training):
-        super().__init__(10, **training)
-        self.first, self.head = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.Linear(32 * 9, 10)
-        layers = [nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
-        for before in (16, 32):
-            layers += [nn.Conv2d(before, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
-        self.net = nn.Sequential(*layers, nn.Flatten())
-
-    def forward(self, x):
-        """Return logits."""
-        return self.head(self.net(self.first(x)))
-
 
 #: network, layers that stay dense (those whose rows are classes, or that have one input), images, epochs
 NETWORKS = {"lenet300": (LeNet300, ["fc3.weight"], 4_000, 3), "cnn": (SmallCNN, ["first.*", "head.*"], 4_000, 2)}
@@ -66,6 +44,7 @@ OWN: dict[str, dict[str, Callable[..., pl.Callback]]] = {
     "fan-in": {"SRigL": SRigL},
 }
 ALL = [*METHODS, *(method for methods in OWN.values() for method in methods)]
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-4)
 RESULTS = ("accuracy", "active", "seconds", "revision")
 
 
@@ -95,39 +74,6 @@ class Run(NamedTuple):
         return own(pattern=self.pattern, exclude=exclude) if self.kind == "N:M" else own(**budget, exclude=exclude)
 
 
-class Batches(IterableDataset):
-    """Batches of 64 images, in another order each epoch."""
-
-    def __init__(self, images, labels, seed):
-        self.images, self.labels = images, labels
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for part in torch.randperm(len(self.images), generator=self.generator).split(64):
-            yield self.images[part], self.labels[part]
-
-    def __len__(self):
-        return -(-len(self.images) // 64)
-
-
-def trained(data, run: Run):
-    """Train; return accuracy in percent on the test images and the share of active weights."""
-    pl.seed_everything(run.seed, verbose=False)
-    rate = lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4)  # noqa: E731
-    module, callback = NETWORKS[run.network][0](optimizer=rate), run.callback
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=run.epochs, callbacks=[callback], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    train = Batches(data.train.images[: run.images], data.train.labels[: run.images], run.seed)
-    trainer.fit(module, DataLoader(train, batch_size=None))
-    module.eval()
-    with torch.no_grad():
-        pairs = zip(data.test.images.split(1000), data.test.labels.split(1000), strict=True)
-        right = sum(int((module(x).argmax(1) == y).sum()) for x, y in pairs)
-    return right / 100, callback.density
-
-
 def runs(chosen) -> Iterator[Run]:
     """Yield what is to be trained, the first seed of everything first."""
     networks, patterns, methods = (part.split(",") for part in (chosen.networks, chosen.patterns, chosen.methods))
@@ -141,34 +87,19 @@ def runs(chosen) -> Iterator[Run]:
             yield Run(network, chosen.images or images, chosen.epochs or epochs, seed, density, pattern, method)
 
 
-def rows(file: Path) -> dict[Run, dict[str, str]]:
-    """Return what a file holds."""
-    found = csv.DictReader(file.open()) if file.exists() else ()
-    types = Run.__annotations__
-    return {Run(**{name: kind(row[name]) for name, kind in types.items()}): row for row in found}
-
-
 def train(chosen):
     """Train all that the file lacks."""
-    file = Path(chosen.out)
-    if not file.exists():
-        file.write_text(",".join((*Run._fields, *RESULTS)) + "\n")
-    here = Path(__file__).parent
-    revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    data = MNISTDataModule(chosen.data_dir)
-    data.setup("fit")
-    known = rows(file)
-    for run in (run for run in runs(chosen) if run not in known):
+    results, data = Results(chosen.out, Run, RESULTS), mnist(chosen.data_dir)
+    for run in (run for run in runs(chosen) if run not in results.rows):
         start = time.process_time()
-        results = trained(data, run)
-        with file.open("a") as out:
-            csv.writer(out).writerow([*run, *results, round(time.process_time() - start, 1), revision.stdout.strip()])
+        found = trained(data, run, NETWORKS[run.network][0], SGD)
+        results.add(run, *found, round(time.process_time() - start, 1))
 
 
 def table(chosen):
     """Print means and deviations of accuracies, in percent."""
     found = defaultdict(list)
-    for run, row in rows(Path(chosen.out)).items():
+    for run, row in Results(chosen.out, Run, RESULTS).rows.items():
         found[run.network, run.density, run.method, run.kind].append(float(row["accuracy"]))
     print(f"| network | density | method | {' | '.join(PATTERNS)} |\n|{'---|' * (3 + len(PATTERNS))}")
     for network, density, method in product(NETWORKS, DENSITIES, ALL):

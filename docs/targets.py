@@ -6,44 +6,21 @@ holds MNIST/raw. Networks, optimizers, methods, sparsities, seeds, images and ep
 """
 
 import argparse
-import csv
 import statistics
-import subprocess
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from grid import Results, SmallCNN, mnist, trained
 
 from lightning_sparse import DFBST, DST, GMP, STR, AutoSparse
-from lightning_sparse.zoo.data import MNISTDataModule
 from lightning_sparse.zoo.models import LeNet5Caffe, LeNet300, SequenceLSTM
-from lightning_sparse.zoo.models.classifier import Classifier
-
-
-class SmallCNN(Classifier):
-    """Three convolutions of 16, 32 and 32 filters, each with batch norm and ReLU, and a linear layer."""
-
-    def __init__(self, **training):
-        super().__init__(10, **training)
-        layers, before = [], 1
-        for width in (16, 32, 32):
-            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
-            before = width
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 9, 10))
-
-    def forward(self, x):
-        """Return logits."""
-        return self.net(x)
-
 
 #: network, number of training images, of epochs
 NETWORKS = {
@@ -53,8 +30,8 @@ NETWORKS = {
     "lstm": (lambda **training: SequenceLSTM(hidden=128, **training), 6_000, 4),
 }
 OPTIMIZERS = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4),
-    "Adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-4),
+    "Adam": partial(torch.optim.Adam, lr=1e-3),
 }
 TARGETS = (0.9, 0.98, 0.5, 0.95, 0.8)
 METHODS: dict[str, Callable[[float], pl.Callback]] = {
@@ -71,6 +48,7 @@ TUNED: dict[str, tuple[Callable[[float], pl.Callback], tuple[float, ...]]] = {
     "AutoSparse decay": (lambda x: AutoSparse(threshold_weight_decay=x), (1e-3, 1.5e-3, 2e-3, 3e-3)),
     "STR decay": (lambda x: STR(init_threshold=-5, threshold_weight_decay=x), (1e-3, 1.5e-3, 2e-3, 3e-3)),
 }
+CLIPPED = {"gradient_clip_val": 1.0}
 RESULTS = ("accuracy", "density", "seconds", "revision")
 
 
@@ -92,41 +70,12 @@ class Run(NamedTuple):
         return build(self.setting)
 
 
-class Batches(IterableDataset):
-    """Batches of images, in another order each epoch."""
-
-    def __init__(self, images, labels, size, seed):
-        self.images, self.labels, self.size = images, labels, size
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = torch.randperm(len(self.images), generator=self.generator)
-        for part in order.split(self.size):
-            yield self.images[part], self.labels[part]
-
-    def __len__(self):
-        return -(-len(self.images) // self.size)
-
-
-def trained(data, run: Run):
-    """Train; return accuracy in percent on the test images and the density."""
-    pl.seed_everything(run.seed, verbose=False)
-    rate = OPTIMIZERS[run.optimizer]
-    if run.network == "lstm" and run.optimizer == "SGD":
-        rate = lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9)  # noqa: E731
-    module, callback = NETWORKS[run.network][0](optimizer=rate), run.callback
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=run.epochs, callbacks=[callback], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        gradient_clip_val=1.0 if run.network == "lstm" else None,
-    )  # fmt: skip
-    train = Batches(data.train.images[: run.images], data.train.labels[: run.images], 64, run.seed)
-    trainer.fit(module, DataLoader(train, batch_size=None))
-    module.eval()
-    with torch.no_grad():
-        pairs = zip(data.test.images.split(1000), data.test.labels.split(1000), strict=True)
-        right = sum(int((module(x).argmax(1) == y).sum()) for x, y in pairs)
-    return right / 100, callback.density
+def options(run: Run) -> tuple:
+    """Return network, optimizer and arguments of the Trainer."""
+    build, rate = NETWORKS[run.network][0], OPTIMIZERS[run.optimizer]
+    if run.network != "lstm":
+        return build, rate, {}
+    return build, partial(torch.optim.SGD, lr=0.3, momentum=0.9) if run.optimizer == "SGD" else rate, CLIPPED
 
 
 def runs(chosen) -> Iterator[Run]:
@@ -141,33 +90,16 @@ def runs(chosen) -> Iterator[Run]:
         yield Run(network, optimizer, chosen.images or images, chosen.epochs or epochs, seed, *setting)
 
 
-def rows(file: Path) -> dict[Run, dict[str, str]]:
-    """Return what a file holds."""
-    found = csv.DictReader(file.open()) if file.exists() else ()
-    types = Run.__annotations__
-    return {Run(**{name: kind(row[name]) for name, kind in types.items()}): row for row in found}
-
-
 def train(chosen):
     """Train all that the file lacks; after what is tuned by hand, a target of the density that it ended with."""
-    file = Path(chosen.out)
-    if not file.exists():
-        file.write_text(",".join((*Run._fields, *RESULTS)) + "\n")
-    here = Path(__file__).parent
-    revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    data = MNISTDataModule(chosen.data_dir)
-    data.setup("fit")
-    known = rows(file)
+    results, data = Results(chosen.out, Run, RESULTS), mnist(chosen.data_dir)
 
     def density(run: Run) -> float:
-        if run not in known:
-            start = time.perf_counter()
-            results = trained(data, run)
-            row = [*run, *results, round(time.perf_counter() - start, 1), revision.stdout.strip()]
-            with file.open("a") as out:
-                csv.writer(out, lineterminator="\n").writerow(row)
-            known[run] = dict(zip((*Run._fields, *RESULTS), map(str, row), strict=True))
-        return float(known[run]["density"])
+        if run not in results.rows:
+            start, (build, rate, more) = time.perf_counter(), options(run)
+            found = trained(data, run, build, rate, **more)
+            results.add(run, *found, round(time.perf_counter() - start, 1))
+        return float(results.rows[run]["density"])
 
     for run in runs(chosen):
         left = density(run)
@@ -178,7 +110,7 @@ def train(chosen):
 def tables(chosen):
     """Print mean accuracies, in percent, over seeds, and how many seeds there are."""
     found = defaultdict(list)
-    for run, row in rows(Path(chosen.out)).items():
+    for run, row in Results(chosen.out, Run, RESULTS).rows.items():
         found[run._replace(seed=0)].append((float(row["accuracy"]), float(row["density"])))
     print("| network, optimizer, images, epochs | method | setting | seeds | accuracy | density |")
     print("|---|---|---|---|---|---|")
