@@ -1,6 +1,7 @@
 """The documentation runs: Python blocks page by page; every card, method and module has its place."""
 
 import csv
+import json
 import inspect
 import os
 import re
@@ -119,6 +120,17 @@ def test_every_module_of_the_package_is_in_the_reference():
     missing = {f"lightning_sparse.{name}" for name in modules} - documented
     assert not missing, f"Add '::: NAME' to a page of docs/api for {sorted(missing)}."
     assert "lightning_sparse" in documented
+
+
+def test_the_readme_quotes_what_the_notebook_printed():
+    readme, notebook = (ROOT / "README.md").read_text(), ROOT / "notebooks" / "8-prune-a-trained-network.ipynb"
+    outputs = [output for cell in json.loads(notebook.read_text())["cells"] for output in cell.get("outputs", ())]
+    printed = "".join(line for output in outputs for line in output.get("text", ()))
+    dense, sparse = re.search(r"shrinks from ([\d,]+) to (\d+) KiB", readme).groups()
+    assert re.search(rf"dense +{dense.replace(',', '')} KiB", printed)
+    assert re.search(rf"save_sparse +{sparse} KiB", printed)
+    (faster,) = re.search(r"128 images ([\d.]+) times", readme).groups()
+    assert re.search(rf"batch 128: .*, {faster} times as fast", printed)
 
 
 def test_the_accuracies_with_a_target_are_those_of_the_runs():
