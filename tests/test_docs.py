@@ -1,8 +1,8 @@
 """The documentation runs: Python blocks page by page; every card, method and module has its place."""
 
 import csv
-import json
 import inspect
+import json
 import os
 import re
 import statistics
