@@ -111,11 +111,14 @@ def _ours(error: Exception) -> bool:
 
 def _tell(cli: Any) -> None:
     """Say what came of a fit, and where it is."""
-    if cli.subcommand != "fit" or not cli.trainer.is_global_zero:
+    if cli.subcommand != "fit":
         return
-    for callback in cli.trainer.callbacks:
-        if isinstance(callback, SparseCallback):
-            print(f"{type(callback).__name__}: density {callback.density:.2%}")
+    # all processes count together
+    found = [(type(each).__name__, each.density) for each in cli.trainer.callbacks if isinstance(each, SparseCallback)]
+    if not cli.trainer.is_global_zero:
+        return
+    for name, density in found:
+        print(f"{name}: density {density:.2%}")
     folder = cli.trainer.log_dir
     if cli.trainer.loggers and folder:
         page = f" A page on it: lightning-sparse report {folder}" if Path(folder, FILE).is_file() else ""

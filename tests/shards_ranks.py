@@ -16,7 +16,7 @@ from torch.distributed._tensor import DTensor, Replicate, distribute_module, ini
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import ITOP, MEST, SNFS, FixedMask, RandomPruning, RigL, attach
+from lightning_sparse import ITOP, MEST, SNFS, FixedMask, RandomPruning, RigL, TopKAST, attach
 from lightning_sparse.compat.shards import whole
 
 EPOCHS, STEPS, BATCH = 3, 4, 12
@@ -56,6 +56,7 @@ METHODS = {
         "AdamW",
         {"gradient_clip_val": 0.1},
     ),
+    "TopKAST, few, AdamW": (lambda **kw: TopKAST(0.95, 0.9, **kw), "AdamW", {}),  # some rows have none
     "DST, sparsity": (
         lambda: LATENT["DST"](alpha=None, sparsity=0.8, begin_at=0.0, end_at=0.6, min_layer_density=0.1),
         "SGD",

@@ -121,4 +121,8 @@ def whole(x: Any) -> Tensor:
 def copied(x: Tensor, device: str | torch.device | None = None) -> Tensor:
     """Return a copy of a tensor, of a DTensor of the part that is here; ``device``: where to, else where it is."""
     part = local(x.detach()).to(device).clone()
-    return joined(part, layout(x)) if is_sharded(x) else part
+    if not is_sharded(x):
+        return part
+    made = joined(part, layout(x))  # on the mesh's device
+    exchange(made, part)
+    return made

@@ -222,6 +222,7 @@ class LatentCallback(LatentReadouts, SavesShards, SparseCallback):
 
     @torch.no_grad()
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
+        refuse_parts_of_rows(self, choices)
         added = {choice.name: self._new(choice) for choice in choices}
         self._weights.update(added)
         self._join(optimizer, list(added.values()))

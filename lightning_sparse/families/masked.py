@@ -234,7 +234,7 @@ class MaskedCallback(Stored, SparseCallback):
 
     @property
     def needs_whole_weights(self) -> str | None:
-        """None: masks are kept of the rows that are here; but connections must be by themselves."""
+        """None: masks are kept of the part that is here; but connections must be by themselves."""
         if self.storage != "masked":
             return f"Use storage='masked', got {self.storage!r}, or strategy='ddp'."
         if self.pattern.kind != "unstructured":

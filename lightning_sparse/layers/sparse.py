@@ -500,7 +500,7 @@ def make_dense_(layer: SparseLayer) -> nn.Linear | nn.Conv2d:
     if not isinstance(layer, SparseLayer):
         raise TypeError(f"layer must be a SparseLinear or SparseConv2d, got one of type {type(layer).__name__}.")
     weight = nn.Parameter(layer.dense_weight(), layer.values.requires_grad)
-    for name, _ in [*layer.named_buffers(recurse=False)]:
+    for name in ("weight_shape", *layer.indices):
         delattr(layer, name)
     for name in ("plain", "backend", "full_name", "_found", "block"):
         vars(layer).pop(name, None)

@@ -39,7 +39,9 @@ __all__ = ["SRigL"]
 
 
 class SRigL(PruneAndGrow):
-    """Structured RigL: all neurons of a layer have as many connections, and neurons with few salient ones are ablated.
+    """Structured RigL: the same number of connections for every neuron of a layer, and neuron ablation.
+
+    Neurons with few salient connections lose all of theirs.
 
     Example:
         >>> from lightning_sparse import SRigL
@@ -130,8 +132,8 @@ class SRigL(PruneAndGrow):
         if self.sparsity_target is None:
             return 0
         above = sum(weight.num_active for weight in weights) - budget(self.sparsity_target, self.size)
-        neurons = sum(len(self._fan_ins(weight)) for weight in weights)
-        return above if 2 * abs(above) <= neurons else 0
+        neurons = [len(self._fan_ins(weight)) for weight in weights]
+        return above if 2 * abs(above) <= sum(neurons) + max(neurons, default=0) else 0
 
     @property
     def ablated(self) -> dict[str, int]:

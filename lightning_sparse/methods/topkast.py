@@ -214,7 +214,10 @@ def _fill_with_means(weight: LatentWeight, state: Tensor, before: Tensor) -> Non
     """Set a state of what has entered B, where it is 0, to the mean of its row's others, as of grown connections."""
     rows, staying, entering = (weight.matrix(x) for x in (state, weight.buffers["B"] & before, ~before))
     exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    means = mean_of_others((exact * staying).sum(1), staying.sum(1), torch.arange(len(rows), device=rows.device), 0.0)
+    sums, others = (exact * staying).sum(1), staying.sum(1)
+    total, number = weight.part.sums(torch.stack([sums.sum().double(), others.sum().double()]))  # of all processes
+    of_layer = total.to(sums.dtype), number.to(sums.dtype)
+    means = mean_of_others(sums, others, torch.arange(len(rows), device=rows.device), 0.0, of_layer)
     entering = entering & weight.matrix(weight.buffers["B"])
     write_matrix(state, torch.where(entering, means[:, None].to(rows.dtype), rows), weight.outputs)
 

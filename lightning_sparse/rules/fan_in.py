@@ -107,10 +107,10 @@ class FanIn(Pattern):
 def nearest(connections: int, neurons: int) -> int:
     """Return the fan-in with which so many neurons have nearly so many connections, at least 1.
 
-    >>> nearest(20, 6), nearest(20, 8), nearest(2, 8)
-    (3, 3, 1)
+    >>> nearest(20, 6), nearest(20, 8), nearest(2, 8), nearest(0, 0)
+    (3, 3, 1, 0)
     """
-    return max(1, (2 * connections + neurons) // (2 * neurons))
+    return max(1, (2 * connections + neurons) // (2 * neurons)) if neurons else 0
 
 
 def whole_fan_ins(shares: Sequence[int], neurons: Sequence[int]) -> list[int]:

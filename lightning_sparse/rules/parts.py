@@ -41,7 +41,7 @@ class _Shards(Together):
     def total(self, *counts: int) -> list[int]:
         if any(part.is_shared for part in self.parts):
             counts = tuple(count if own else 0 for count, own in zip(counts, self.owned, strict=True))
-        found: list[int] = self.sums(torch.tensor(counts)).tolist()
+        found: list[int] = self.sums(torch.tensor(counts, dtype=torch.long)).tolist()
         return found
 
     def all(self, holds: bool) -> bool:

@@ -38,7 +38,7 @@ class Shard(Whole):
         is_shared: some processes hold the same.
     """
 
-    count_global_top_k = global_top_k = ranking = None  # type: ignore[assignment]  # ask ``together``
+    least = evenly = count_global_top_k = global_top_k = ranking = None  # type: ignore[assignment]  # ask ``together``
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.shape, self.device = layout, tuple(layout.shape), device
@@ -137,7 +137,7 @@ class Shard(Whole):
         return added(x if self.is_owner else torch.zeros_like(x), self.device)
 
     def total(self, *counts: int) -> list[int]:  # noqa: D102  (inherited)
-        found: list[int] = self.sums(torch.tensor(counts)).tolist()
+        found: list[int] = self.sums(torch.tensor(counts, dtype=torch.long)).tolist()
         return found
 
     def all(self, holds: bool) -> bool:  # noqa: D102  (inherited)

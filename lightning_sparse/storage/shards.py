@@ -16,6 +16,7 @@ from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer
 from lightning_sparse.compat.lightning_private import saves_by_shards
 from lightning_sparse.compat.shards import copied, is_sharded, whole
 from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.trainer.guards import refuse_consolidated
 from lightning_sparse.trainer.verbs import Verbs
 
 __all__ = ["SavesShards", "gathered", "is_consolidated", "read", "set_aside"]
@@ -48,6 +49,13 @@ class SavesShards(Verbs, Callback, ABC):
         if key in states and self._fit.restored_late:
             states[key] = read(states[key], self.divided_state(trainer), key, str(trainer.ckpt_path))
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say what helps if a consolidated checkpoint could not be read."""
+        super().on_exception(trainer, pl_module, exception)
+        unread = "optimizer_states" in str(exception) or self.state_key in str(exception)
+        if unread and is_consolidated(str(trainer.ckpt_path)):
+            refuse_consolidated(self, trainer, exception)
 
 
 def gathered(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:

@@ -12,13 +12,11 @@ from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules.patterns import Pattern
-from lightning_sparse.storage import shards
 from lightning_sparse.storage.checkpoint import load_for
 from lightning_sparse.storage.optimizers import carry_over
 from lightning_sparse.storage.shards import SavesShards
 from lightning_sparse.trainer.adopt import Adoption
 from lightning_sparse.trainer.after import After
-from lightning_sparse.trainer.guards import refuse_consolidated
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroups
 
@@ -287,11 +285,8 @@ class Stored(SavesShards):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave effective weights behind, and the module as it was."""
-        super().on_exception(trainer, pl_module, exception)
         self.store.abort()
-        unread = "optimizer_states" in str(exception) or self.state_key in str(exception)
-        if unread and shards.is_consolidated(str(trainer.ckpt_path)):
-            refuse_consolidated(self, trainer, exception)
+        super().on_exception(trainer, pl_module, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module; keep the state on the CPU, where Lightning moves the module, too."""

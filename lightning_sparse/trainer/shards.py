@@ -62,7 +62,7 @@ def _reason(method: Verbs, choice: ParameterChoice, trainer: Trainer) -> str | N
     if choice.nonempty is not None:
         return (
             "its rows are divided by their norms, as by weight_norm, so none may be empty, which is not looked after "
-            "where processes hold some rows each. Leave it out with exclude."
+            "where processes hold a part each. Leave it out with exclude."
         )
     return None
 
@@ -79,7 +79,7 @@ def unfit_layout(method: Verbs, divided: Layout, trainer: Trainer) -> str | None
     cut = {placement.dim for placement in divided.placements if not placement.is_replicate()}
     if len(cut - {0}) > 1:
         return "Rows and one other dimension may be divided. Choose another plan, or leave it out with exclude."
-    by_rows = divided.by_rows and divided.mesh.size() == trainer.world_size
+    by_rows = divided.by_rows and divided.mesh.size() == len(_with_other_batches(trainer)) == trainer.world_size
     if not by_rows and not method.takes_tensor_parallel:
         return (
             "This method trains weights whose rows are divided over all processes, as by fully_shard with "
@@ -90,15 +90,19 @@ def unfit_layout(method: Verbs, divided: Layout, trainer: Trainer) -> str | None
 
 def _averaged(divided: Layout, trainer: Trainer) -> bool:
     """Tell whether the processes of different batches are among those of a weight's mesh."""
+    return _with_other_batches(trainer) <= {*divided.mesh.mesh.flatten().tolist()}
+
+
+def _with_other_batches(trainer: Trainer) -> set[int]:
+    """Return the processes each of which has batches of its own."""
     mesh = getattr(trainer.strategy, "device_mesh", None)  # none in a loop of one's own
-    batches = range(trainer.world_size) if mesh is None else mesh["data_parallel"].mesh.flatten().tolist()
-    return {*batches} <= {*divided.mesh.mesh.flatten().tolist()}
+    return {*(range(trainer.world_size) if mesh is None else mesh["data_parallel"].mesh.flatten().tolist())}
 
 
 def refuse_parts_of_rows(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
-    """Raise if processes share a weight otherwise than by outputs with all that they read."""
+    """Raise if processes share a weight along another dimension than its outputs."""
     for choice in choices:
-        if is_sharded(choice.parameter) and (choice.outputs != FIRST or not layout(choice.parameter).by_rows):
+        if is_sharded(choice.parameter) and (choice.outputs != FIRST):
             raise MisconfigurationException(
                 f"{method!r} trains weights that processes share only if each holds some outputs, with all that they "
                 f"read, but {choice.name} of {choice.kind} is divided otherwise. Leave it out with exclude, or use a "

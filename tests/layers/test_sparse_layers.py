@@ -291,6 +291,7 @@ def test_copies_are_whole_and_apart(layer, duplicate):
 
 def test_there_and_back_gives_the_same_dense_layer(layer):
     dense = layer.to_dense()
+    dense.register_buffer("scale", torch.ones(1))  # of the user
     twin, names = copy.deepcopy(dense), list(dense.state_dict())
     attributes = set(dense.__dict__)
     sparse = make_sparse_(dense, layer.positions)

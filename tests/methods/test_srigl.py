@@ -136,6 +136,16 @@ def test_a_second_fit_of_sparse_layers_goes_on_without_the_neurons_that_are_gone
     assert same(masks, callback.masks)
 
 
+def test_a_fit_goes_on_where_whole_fan_ins_of_the_start_and_after_ablation_add_up():
+    # 16 of 120: at the start 2 for each of 10 neurons; when 8 are left, 3 for each
+    module = seeded(lambda: Lit(nn.Linear(12, 10)))
+    module.net.weight.data[8:], module.net.weight.data[:, 3:] = 0, 0
+    callback = SRigL(0.87, initial="zeros")
+    fit(callback, module, loader(8), max_epochs=1)
+    assert callback.layer_count == {"net.weight": 24}
+    assert callback.surplus == 8
+
+
 def test_neurons_that_are_divided_by_their_norms_stay():
     net = nn.Sequential(parametrizations.weight_norm(nn.Linear(12, 16)), nn.ReLU(), nn.Linear(16, 4))
     callback = SRigL(0.7, min_salient=1.0, update_every=2, drop_fraction=0.9)

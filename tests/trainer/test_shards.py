@@ -109,11 +109,17 @@ def test_a_distributed_checkpoint_keeps_masks_by_shards(resumed):
     assert state["weights"]["net.0.weight"] == {"buffers": {}}
 
 
-def test_a_consolidated_checkpoint_says_what_to_do(resumed, tmp_path):
+@pytest.mark.parametrize("method", ["TopKAST", "SNFS"])
+def test_a_consolidated_checkpoint_says_what_to_do(resumed, tmp_path, method):
+    path = tmp_path / "consolidated"
+    torch.save(_load_distributed_checkpoint(resumed / f"{method}-False-2.ckpt"), path)
+    with pytest.raises(MisconfigurationException, match=r"has made it of a folder.*Give ckpt_path the folder"):
+        train(method, resumes=path)
+
+
+def test_a_consolidated_checkpoint_has_the_weights(resumed, tmp_path):
     path = tmp_path / "consolidated"
     torch.save(_load_distributed_checkpoint(resumed / "SNFS-False-2.ckpt"), path)
-    with pytest.raises(MisconfigurationException, match=r"has made it of a folder.*Give ckpt_path the folder"):
-        train("SNFS", resumes=path)
     sparse = Divided.load_from_checkpoint(path, strict=False).net[0].weight
     whole = Divided.load_from_checkpoint(resumed / "SNFS-True-2.ckpt").net[0].weight
     assert torch.equal(sparse, whole)
