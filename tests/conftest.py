@@ -1,10 +1,14 @@
 import gc
 import os
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from processes import started
 
+from lightning_sparse.compare import runs
 from lightning_sparse.kernels import dispatch
 
 collect_ignore_glob = ["*_script.py"]  # programs that tests start
@@ -40,3 +44,10 @@ def kernel(request, monkeypatch):
     yield request.param
     monkeypatch.undo()
     dispatch.module.cache_clear()
+
+
+@pytest.fixture
+def trainings_start_at_once(monkeypatch):
+    """Give trainings processes that need no seconds for the imports; ``make demo`` runs real programs."""
+    stand_in = SimpleNamespace(Popen=started, DEVNULL=None, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(runs, "subprocess", stand_in)
