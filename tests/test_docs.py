@@ -145,3 +145,18 @@ def test_the_accuracies_with_a_target_are_those_of_the_runs():
             told[float(sparsity), optimizer, method] = cell
     assert told == {run: f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for run, x in runs.items()}
     assert {len(seeds) for seeds in runs.values()} == {3}
+
+
+def test_the_accuracies_with_a_pattern_are_those_of_the_runs():
+    runs = defaultdict(list)
+    for row in csv.DictReader((ROOT / "docs" / "patterns.csv").open()):
+        kind = "N:M" if ":" in row["pattern"] and not row["pattern"].startswith("block") else row["pattern"]
+        runs[row["density"], row["method"], kind].append(float(row["accuracy"]))
+    page = (ROOT / "docs" / "guides" / "patterns.md").read_text()
+    (head,) = re.findall(r"^\| network \| density \| method \| (.*) \|$", page, re.M)
+    told = {}
+    for density, method, cells in re.findall(r"^\| lenet300 \| ([\d.]+) \| (\w+) \| (.*) \|$", page, re.M):
+        for kind, cell in zip(head.split(" | "), cells.split(" | "), strict=True):
+            told |= {(density, method, kind): cell} if cell.strip() else {}
+    assert told == {run: f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for run, x in runs.items()}
+    assert {len(seeds) for seeds in runs.values()} == {3}
