@@ -24,7 +24,7 @@ from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import apportion, budget
 from lightning_sparse.rules.matrices import write_matrix
-from lightning_sparse.weights.fresh import COPIES, SCALES, mean_of_others
+from lightning_sparse.weights.fresh import COPIES, SCALES, mean_of_others, whole_layer
 
 __all__ = ["TopKAST"]
 
@@ -215,9 +215,8 @@ def _fill_with_means(weight: LatentWeight, state: Tensor, before: Tensor) -> Non
     rows, staying, entering = (weight.matrix(x) for x in (state, weight.buffers["B"] & before, ~before))
     exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
     sums, others = (exact * staying).sum(1), staying.sum(1)
-    total, number = weight.part.sums(torch.stack([sums.sum().double(), others.sum().double()]))  # of all processes
-    of_layer = total.to(sums.dtype), number.to(sums.dtype)
-    means = mean_of_others(sums, others, torch.arange(len(rows), device=rows.device), 0.0, of_layer)
+    everywhere = whole_layer(weight.part, sums, others)
+    means = mean_of_others(sums, others, torch.arange(len(rows), device=rows.device), 0.0, everywhere)
     entering = entering & weight.matrix(weight.buffers["B"])
     write_matrix(state, torch.where(entering, means[:, None].to(rows.dtype), rows), weight.outputs)
 

@@ -52,7 +52,7 @@ def _reason(method: Verbs, choice: ParameterChoice, trainer: Trainer) -> str | N
     if not (divides_weights(trainer) or isinstance(trainer.strategy, Processes)):
         return "it is a DTensor, which only ModelParallelStrategy trains. Use that, or plain parameters."
     if not (divides_weights(trainer) or method.takes_tensor_parallel):
-        return "it is a DTensor, which only methods with masks train in a loop of your own. Use one, or a Trainer."
+        return "it is a DTensor, which this method trains with a Trainer only. Use that, or a method such as RigL."
     if method.needs_whole_weights is not None:
         return f"it is a DTensor, of which each process holds a part. {method.needs_whole_weights}"
     divided = layout(choice.parameter)

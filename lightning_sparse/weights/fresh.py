@@ -7,12 +7,14 @@ as old ones. So its scale starts at the mean of its neuron's other connections (
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_sparse.compat.optimizers import states
+from lightning_sparse.rules.parts import WHOLE, Whole
 from lightning_sparse.weights.base import Weight, param_group
 
-__all__ = ["COPIES", "SCALES", "fresh_value", "mean_of_others", "reset_momentum"]
+__all__ = ["COPIES", "SCALES", "fresh_value", "mean_of_others", "reset_momentum", "whole_layer"]
 
 #: states that gradients or steps are measured by: means, sums and maxima of their squares or magnitudes
 SCALES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", "sum"})
@@ -51,6 +53,14 @@ def mean_of_others(
     of_layer: Any = total / number
     of_layer = of_layer.where(number > 0, otherwise)
     return (sums / others).where(others > 0, of_layer)[rows]
+
+
+def whole_layer(part: Whole, sums: Tensor, others: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what ``mean_of_others`` is told of the rows of all processes; None: all rows are here."""
+    if part is WHOLE:
+        return None
+    total, number = part.sums(torch.stack([sums.sum().double(), others.sum().double()]))
+    return total.to(sums.dtype), number.to(sums.dtype)
 
 
 def reset_momentum(optimizer: Any) -> None:

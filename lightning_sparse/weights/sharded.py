@@ -8,6 +8,7 @@ from lightning_sparse.rules import select
 from lightning_sparse.rules.matrices import FIRST, Outputs, rows_of
 from lightning_sparse.rules.parts import Shard
 from lightning_sparse.weights.base import all_finite
+from lightning_sparse.weights.fresh import whole_layer
 from lightning_sparse.weights.masked import MaskedWeight
 
 __all__ = ["ShardedWeight"]
@@ -116,8 +117,7 @@ class ShardedWeight(MaskedWeight):
     def _of_all(self, sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         if not self._rows_are_whole:
             return self.part.sums(sums), self.part.sums(lengths), None
-        total, number = self.part.sums(torch.stack([sums.sum().double(), lengths.sum().double()]))
-        return sums, lengths, (total.to(sums.dtype), number.to(sums.dtype))
+        return sums, lengths, whole_layer(self.part, sums, lengths)
 
     # ------------------------------------------------------------------ state
 
