@@ -140,7 +140,7 @@ def run(args: Sequence[str]) -> Any:
         raise SystemExit(f"lightning-sparse: {error}") from error
     warnings.filterwarnings("ignore", "The '.*dataloader' does not have many workers")  # data in memory need none
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # ours are those of the command line
-    return _cli_class()(
+    return _cli_class(args[0] if args else "")(
         name,
         LightningModule,
         subclass_mode_model=True,
@@ -217,8 +217,8 @@ def _list_recipes() -> None:
             print(f"  {name:{width}}  {recipes.summary(name)}")
 
 
-def _cli_class() -> Any:
-    """Return the subclass of LightningCLI; a function, since its base needs packages of an extra."""
+def _cli_class(command: str) -> Any:
+    """Return the subclass of LightningCLI for a command; a function, since its base needs packages of an extra."""
     LightningCLI = import_module(f"{PACKAGE}.cli").LightningCLI
     ModelCheckpoint = import_module(f"{PACKAGE}.callbacks").ModelCheckpoint
 
@@ -226,6 +226,12 @@ def _cli_class() -> Any:
         def __init__(self, name: str | None, *args: Any, **kwargs: Any) -> None:
             self.run_name = name
             super().__init__(*args, **kwargs)
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            """Return those that get a parser: the one that is asked for, as each takes a while to make."""
+            known: dict[str, set[str]] = LightningCLI.subcommands()
+            return {command: known[command]} if command in known else known
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             """Add what runs have by default: a CSV log, a last checkpoint and a monitor, in runs/NAME."""
