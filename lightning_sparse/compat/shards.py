@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "copied", "exchange", "is_sharded", "joined", "layout", "local", "whole"]
+__all__ = ["Layout", "copied", "exchange", "is_sharded", "joined", "layout", "local", "settle_gradient", "whole"]
 
 
 class Layout(NamedTuple):
@@ -96,6 +96,15 @@ def exchange(x: Any, memory: Tensor) -> None:
         x._local_tensor = memory
     else:
         x.data = memory
+
+
+def settle_gradient(x: Any) -> None:
+    """Divide the gradient of a DTensor as that is divided, if processes still have the terms of a sum (``Partial``).
+
+    So it is where processes run what they all have on parts of a sequence.
+    """
+    if is_sharded(x) and x.grad.placements != x.placements:
+        x.grad = x.grad.redistribute(placements=x.placements)
 
 
 def joined(part: Tensor, like: Layout) -> Tensor:

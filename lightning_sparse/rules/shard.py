@@ -1,7 +1,7 @@
 """Shard: what a process holds of a weight that is divided over processes; see :mod:`~lightning_sparse.rules.parts`."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,9 @@ class Shard(Whole):
     def length(self, size: int) -> int:  # noqa: D102  (inherited)
         return len(self._runs) * self._length
 
+    def shape_here(self, shape: Sequence[int]) -> tuple[int, ...]:  # noqa: D102  (inherited)
+        return tuple(map(len, self.ranges))
+
     def shape_of(self, part: Tensor) -> tuple[int, ...]:  # noqa: D102  (inherited)
         return self.shape
 
@@ -147,12 +150,19 @@ class Shard(Whole):
         return self.total(count) > [0]
 
     def all_equal(self, scores: Tensor) -> bool:  # noqa: D102  (inherited)
-        low, high = scores.aminmax() if scores.numel() else (torch.tensor(torch.inf), torch.tensor(-torch.inf))
-        several = float(scores.numel()) if scores.numel() < 2 else 2.0
-        ends = torch.zeros(self.numbers, 3, dtype=torch.float64)
-        ends[self.number] = torch.tensor([float(low), float(high), several], dtype=torch.float64)
-        lows, highs, lengths = self.sums(ends).T
+        lows, highs, lengths = self._of_each(scores)
         return bool(lengths.sum() > 1) and bool(lows.min() == highs.max())
+
+    def extremes(self, x: Tensor) -> tuple[float, float]:  # noqa: D102  (inherited)
+        lows, highs, _ = self._of_each(x)
+        return float(lows.min()), float(highs.max())
+
+    def _of_each(self, x: Tensor) -> Tensor:
+        """Return the least number of each shard, the largest, and whether it has none, one, or several: 0 to 2."""
+        low, high = x.aminmax() if x.numel() else (torch.tensor(torch.inf), torch.tensor(-torch.inf))
+        ends = torch.zeros(self.numbers, 3, dtype=torch.float64)
+        ends[self.number] = torch.tensor([float(low), float(high), min(x.numel(), 2)], dtype=torch.float64)
+        return self.sums(ends).T
 
     def _before(self, counts: Tensor) -> tuple[Tensor, int]:
         """Return how many of something lie before each run, and how many there are; ``counts``: of each run."""
@@ -210,6 +220,14 @@ class Shard(Whole):
         """Return whole numbers below the weight's size in as few bits as they need: fewer rounds."""
         return numbers.int() if self.size < 1 << 31 else numbers
 
+    def largest(  # type: ignore[override]
+        self, blocks: Iterable[tuple[int, Tensor]], k: int, shape: Sequence[int], at_least: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the positions here of the ``k`` largest scores of all, given in blocks; see ``select.largest``."""
+        scores = torch.cat([block for _, block in blocks])
+        found = self.top_k_positions(scores, k, scores >= at_least)
+        return self.positions(found).cpu(), scores[found].cpu()
+
     def numbered(self, indices: Tensor) -> Tensor:
         """Return numbers that differ from those of other parts: an order for equals of which any will do."""
         return indices * self.numbers + self.number
@@ -236,6 +254,11 @@ class Shard(Whole):
 
     def drawn(self, n: int, taken: Tensor, size: int) -> Drawn:  # noqa: D102  (inherited)
         return _DrawnHere(self, taken)
+
+    def places(self, n: int, room: int, generator: Generator) -> Tensor:  # noqa: D102  (inherited)
+        lengths = torch.tensor([room])
+        before, total = self._before(lengths)
+        return self._distinct(n, total, generator, lambda numbers: _within(numbers, before, lengths)[1]) - before
 
     def rand(self, shape: Sequence[int], generator: Generator) -> Tensor:  # noqa: D102  (inherited)
         kept = [

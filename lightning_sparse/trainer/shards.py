@@ -102,11 +102,11 @@ def _with_other_batches(trainer: Trainer) -> set[int]:
 def refuse_parts_of_rows(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
     """Raise if processes share a weight along another dimension than its outputs."""
     for choice in choices:
-        if is_sharded(choice.parameter) and (choice.outputs != FIRST):
+        if is_sharded(choice.parameter) and not (choice.outputs == FIRST and layout(choice.parameter).by_rows):
             raise MisconfigurationException(
                 f"{method!r} trains weights that processes share only if each holds some outputs, with all that they "
                 f"read, but {choice.name} of {choice.kind} is divided otherwise. Leave it out with exclude, or use a "
-                "method with masks, such as RigL."
+                "method with masks and pattern='unstructured', such as RigL."
             )
 
 
