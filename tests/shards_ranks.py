@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from helpers import LATENT, MASKED, N_OF_M, ROUNDS, SETTINGS, Largest, trainer
 from lightning.fabric import Fabric
@@ -35,6 +36,7 @@ from lightning_sparse import (
     attach,
 )
 from lightning_sparse.compat.shards import whole
+from lightning_sparse.monitor import operations
 
 EPOCHS, STEPS, BATCH = 3, 4, 12
 MOVING = {"update_every": 2, "seed": 3}
@@ -334,6 +336,7 @@ def run_all(folder, methods):
     results = {name: train(name, rank, world) for name in methods}
     if world == 2:
         results |= {"again": again(rank, folder), "largest": largest(rank), "mixed": mixed(rank)}
+        results |= {"watched": watched(rank, world)}
         results |= {"bytes": sent(), "bytes, columns": sent("columns", tensor=2)}
         results |= {"bytes, drawn": sent("columns", tensor=2, build=SET)}
         results |= {"bytes, AdamW": sent("AdamW, columns", tensor=2)}
@@ -462,6 +465,16 @@ def mixed(rank):
     start(callback, 2, precision="bf16-mixed").fit(module, DataLoader(TensorDataset(x, x[:, 0]), 6))
     weights = dict(module.named_parameters())
     return callback.layer_count, {name: int((whole(weights[name]) != 0).sum()) for name in callback.masks}
+
+
+def watched(rank, world):
+    """Return what a monitor writes of a dense run, and what it tells."""
+    told = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operations, "rank_zero_info", told.append)
+        start(SparsityMonitor(), world, max_epochs=1, default_root_dir=folder).fit(Divided(), batches(rank, world or 1))
+        path = Path(folder, "sparsity.json")
+        return (json.loads(path.read_text()) if path.exists() else None), told
 
 
 def warned(rank):

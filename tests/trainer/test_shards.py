@@ -11,7 +11,19 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
-from shards_ranks import GRID, METHODS, MONITORED, RESUMED, Divided, looped, run_all, run_killed, run_resumed, train
+from shards_ranks import (
+    GRID,
+    METHODS,
+    MONITORED,
+    RESUMED,
+    Divided,
+    looped,
+    run_all,
+    run_killed,
+    run_resumed,
+    train,
+    watched,
+)
 from torch.distributed._tensor import Partial, Replicate, Shard
 
 from lightning_sparse import SET, MemoryEfficientDST
@@ -79,6 +91,17 @@ def test_four_processes_train_what_one_does(trained, method):
 def test_the_first_process_writes_what_a_monitor_has_seen(trained):
     results = [(name, trained[2][name]) for name in METHODS] + [(name, trained[4][name]) for name in GRID]
     assert {name for name, found in results if found["seen"]} == MONITORED
+
+
+def test_a_dense_run_is_watched_without_its_operations(trained):
+    (found, told), (expected, _) = trained[2]["watched"], watched(0, 0)
+    assert found["masks"] == expected["masks"]
+    ((record,), (other,)) = found["epochs"], expected["epochs"]
+    assert record["layers"] == other["layers"]
+    assert record["inference_flops"] is record["training_flops"] is None
+    assert other["inference_flops"] == 1
+    assert re.search("counts no operations .* leaves inference_flops and training_flops out", told[0])
+    assert record["bytes"]["weights"] == 8 * (9 * 13 + 4 * 18 + 8)  # of the process that has most
 
 
 @pytest.mark.parametrize("way", ["looped", "looped, in two"])
