@@ -95,6 +95,14 @@ METHODS |= {
     "RandomPruning, 1:4": (lambda **kw: RandomPruning(0.75, pattern="1:4", **kw), "groups", {}),
     "RigL, 2:4, magnitude": (lambda **kw: RigL(0.6, pattern="2:4", initial="global_magnitude", **kw), "groups", {}),
 }
+METHODS |= {
+    "RigL, rows": (lambda **kw: RigL(0.6, pattern="row", **kw), "SGD", {}),
+    "SET, blocks, AdamW": (lambda **kw: SET(0.6, pattern="block:2x3", **kw), "blocks, AdamW", {}),
+    "GGR, blocks": (lambda **kw: MASKED["GGR"](pattern="block:1x3", **kw), "blocks", {}),
+    "GMP, blocks": (lambda **kw: GMP(0.6, pattern="block:2x2", **kw), "blocks", {}),
+    "ITOP, blocks": (lambda **kw: ITOP(0.6, pattern="block:2x2", **kw), "blocks", {}),
+    "MEST, rows": (lambda **kw: MEST(0.6, pattern="row", **kw), "blocks", {}),
+}
 TRAIN = [name for name, build in MASKED.items() if build().needs_whole_weights is None]
 METHODS |= {f"{name}, tensor parallel": (MASKED[name], "tensor parallel", {}) for name in TRAIN}
 METHODS |= {
@@ -149,6 +157,11 @@ class Divided(pl.LightningModule):
         if "groups" in kind:  # of four inputs; a convolution, and a layer of which one process has no row
             first = nn.Unflatten(1, (4, 3)), nn.Conv1d(4, 7, 2), nn.ReLU(), nn.Flatten(), nn.Linear(14, 8), nn.ReLU()
             self.net = nn.Sequential(*first, nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 1)).double()
+        if kind == "odd":
+            self.net = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 1)).double()
+        if "blocks" in kind:  # of up to two outputs
+            first = nn.Unflatten(1, (6, 2)), nn.Conv1d(6, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 12), nn.ReLU()
+            self.net = nn.Sequential(*first, nn.Linear(12, 4), nn.Linear(4, 1)).double()
         if kind == "meta":
             self.net.to("meta")
 
@@ -342,6 +355,8 @@ def run_all(folder, methods):
         results |= {"bytes, AdamW": sent("AdamW, columns", tensor=2)}
         results |= {"warned": warned(rank), "latent step": latent_step(rank), "loop refused": loop_refused()}
         results |= {"refused": refused(RigL(0.8, **MOVING), world, "plain")}
+        results |= {"rows": refused(RigL(0.6, pattern="row", **MOVING), world, "tensor parallel", tensor=2)}
+        results |= {"cut": refused(RigL(0.6, pattern="block:2x2", **MOVING), world, "odd")}
         results |= {"other rows": refused(LATENT["TopKAST"](include=["net.*.weight"]), world, "transposed")}
         results |= {"looped": looped(rank, world), "looped, in two": looped(rank, world, stops=(5,))}
         results |= {"with Fabric": with_fabric(rank, world), "in float32": looped(rank, world, dtype=torch.float32)}

@@ -30,6 +30,11 @@ class Layout(NamedTuple):
         return len(self.placements) == 1 and _dimension(self.placements[0]) == 0
 
     @property
+    def rows_each(self) -> int:
+        """Number of rows that each of these processes holds, but the last ones, which may have fewer."""
+        return -(-self.shape[0] // self.mesh.size())  # type: ignore[no-any-return]
+
+    @property
     def is_known(self) -> bool:
         """Each dimension of the mesh cuts one of the tensor into parts, or does nothing."""
         return all(_dimension(placement) is not None or placement.is_replicate() for placement in self.placements)

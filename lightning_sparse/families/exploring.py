@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from lightning_sparse.accounting.masks import Explored, bits_of_part, saved_bits
 from lightning_sparse.families.masked import MaskedCallback
 from lightning_sparse.layers.selection import ParameterChoice
-from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.rules.parts import together
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["Exploring"]
@@ -62,16 +62,15 @@ class Exploring(MaskedCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return what has been explored, too."""
         explored = self.explored.state_dict()
-        for name, weight in self._weights.items():
-            explored["bits"][name] = saved_bits(explored["bits"][name], weight.part, weight.shape)
-            if weight.part is not WHOLE:
-                explored["sizes"][name] = weight.size
+        for unit in self.units([*self._weights.values()]):
+            explored["bits"][unit.name] = saved_bits(explored["bits"][unit.name], unit.part, unit.shape)
+            explored["sizes"][unit.name] = unit.size
         return {**super().state_dict(), "explored": explored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
         super().load_state_dict(state_dict)
-        saved, weights = state_dict["explored"], self._weights
+        saved, weights = state_dict["explored"], {unit.name: unit for unit in self.units([*self._weights.values()])}
         self.explored.load_state_dict(
             {
                 "bits": {n: bits_of_part(x, weights[n].part, weights[n].shape) for n, x in saved["bits"].items()},

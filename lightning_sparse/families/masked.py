@@ -48,7 +48,7 @@ from lightning_sparse.trainer.guards import (
     warn_of_cautious,
     warn_of_equal_scores,
 )
-from lightning_sparse.trainer.shards import refuse_parts_of_rows
+from lightning_sparse.trainer.shards import refuse_cut_blocks, refuse_parts_of_rows
 from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 from lightning_sparse.weights.units import units
@@ -235,21 +235,18 @@ class MaskedCallback(Stored, SparseCallback):
 
     @property
     def needs_whole_weights(self) -> str | None:
-        """None: masks are kept of the part that is here; but no block may lie on several processes."""
-        if self.storage != "masked":
-            return f"Use storage='masked', got {self.storage!r}, or strategy='ddp'."
-        if self.pattern.kind in ("block", "row"):
-            return f"Use pattern='unstructured' or 'N:M', got {self.pattern_name!r}, or strategy='ddp'."
-        return None
+        """None: masks are kept of the part that is here."""
+        return None if self.storage == "masked" else f"Use storage='masked', got {self.storage!r}, or strategy='ddp'."
 
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
-        """Raise if a group of N:M may lie on several processes."""
+        """Raise if a group of N:M, a row or a block may lie on several processes."""
         super().refuse_choices(choices)
-        self._refuse_parts_of_groups(choices)
+        self._refuse_parts_of_units(choices)
 
-    def _refuse_parts_of_groups(self, choices: Sequence[ParameterChoice]) -> None:
-        if self.pattern.kind == "N:M":
+    def _refuse_parts_of_units(self, choices: Sequence[ParameterChoice]) -> None:
+        if self.pattern.kind != "unstructured":
             refuse_parts_of_rows(self, choices)
+            refuse_cut_blocks(self, choices, self.pattern)
 
     @property
     def planned_density(self) -> dict[str, float]:
@@ -288,7 +285,7 @@ class MaskedCallback(Stored, SparseCallback):
 
     @torch.no_grad()
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
-        self._refuse_parts_of_groups(choices)
+        self._refuse_parts_of_units(choices)
         new = self.store.add(choices)
         self._weights.update(new)
         self._groups.join(optimizer, new)

@@ -13,6 +13,7 @@ from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.ascending import contains, different, merged
 from lightning_sparse.rules.drawn import Drawn
 from lightning_sparse.rules.radix import least, ordered
+from lightning_sparse.rules.tiles import Tiles
 from lightning_sparse.rules.whole import Whole
 
 __all__ = ["Shard", "added"]
@@ -28,6 +29,7 @@ class Shard(Whole):
     Args:
         layout: how the weight is divided.
         device: where its part is, and where counts are added up.
+        held: see below; default: processes tell each other.
 
     Attributes:
         ranges: what is here of each dimension.
@@ -40,16 +42,27 @@ class Shard(Whole):
 
     least = evenly = count_global_top_k = global_top_k = ranking = None  # type: ignore[assignment]  # ask ``together``
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, held: list[tuple[range, ...]] | None = None) -> None:
         self.layout, self.shape, self.device = layout, tuple(layout.shape), device
         self.size, self.ranges = math.prod(self.shape), layout.ranges
-        self.held = self._held()
+        self.held = self._held() if held is None else held
+        self._of_tiles: dict[Tiles, Shard] = {}
         self.is_owner = self.held.index(self.ranges) == distributed.get_rank()
         shards = sorted(set(self.held), key=_ends)
         self.is_shared = sum(math.prod(map(len, ranges)) for ranges in self.held) > self.size
         self.number, self.numbers = shards.index(self.ranges), len(shards)
         self.divided = {d for d, n in enumerate(self.shape) if any(len(ranges[d]) < n for ranges in shards)}
         self._lay_runs(shards)
+
+    def of_tiles(self, tiles: Tiles) -> "Shard":
+        """Return what is here of the tiles of the weight, none of which lies on several processes."""
+        if tiles not in self._of_tiles:
+            stride = torch.empty(tiles.grid, device="meta").stride()
+            layout = self.layout._replace(shape=torch.Size(tiles.grid), stride=stride)
+            others = tuple(map(range, tiles.grid[1:]))
+            held = [(range(r.start // tiles.rows, r.stop // tiles.rows), *others) for r, *_ in self.held]
+            self._of_tiles[tiles] = Shard(layout, self.device, held)
+        return self._of_tiles[tiles]
 
     def _held(self) -> list[tuple[range, ...]]:
         """Return what each process holds of each dimension."""
@@ -74,7 +87,7 @@ class Shard(Whole):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the processes."""
-        return {**self.__dict__, "layout": None}
+        return {**self.__dict__, "layout": None, "_of_tiles": {}}
 
     def __eq__(self, other: object) -> bool:
         """Compare how weights are divided: the answer is the same on all processes."""
@@ -225,7 +238,8 @@ class Shard(Whole):
     ) -> tuple[Tensor, Tensor]:
         """Return the positions here of the ``k`` largest scores of all, given in blocks; see ``select.largest``."""
         scores = torch.cat([block for _, block in blocks])
-        found = self.top_k_positions(scores, k, scores >= at_least)
+        among = scores >= at_least
+        found = self.top_k_positions(scores, min(k, self.total(select.count(among))[0]), among)
         return self.positions(found).cpu(), scores[found].cpu()
 
     def numbered(self, indices: Tensor) -> Tensor:

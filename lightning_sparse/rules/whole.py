@@ -10,6 +10,7 @@ from lightning_sparse.rules import ranking, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.even import evenly
 from lightning_sparse.rules.sampling import Everywhere
+from lightning_sparse.rules.tiles import Tiles
 
 __all__ = ["WHOLE", "Together", "Whole"]
 
@@ -100,6 +101,10 @@ class Whole(Together, Everywhere):
     def shape_here(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the part of a weight of this ``shape``."""
         return tuple(shape)
+
+    def of_tiles(self, tiles: Tiles) -> "Whole":
+        """Return what is here of the tiles of the weight."""
+        return self
 
     def shape_of(self, part: Tensor) -> tuple[int, ...]:
         """Return the shape of the weight of which this is the part."""

@@ -250,6 +250,11 @@ def test_latent_weights_of_which_processes_hold_inputs_are_refused(trained):
     assert re.search("net.1.weight of FSDPConvTranspose1d is divided otherwise.*exclude", trained[2]["other rows"])
 
 
+def test_rows_and_blocks_that_lie_on_several_processes_are_refused(trained):
+    assert re.search("net.2.weight of Linear is divided otherwise", trained[2]["rows"])
+    assert re.search("block of 2 rows on one process, .* 5 rows each of net.0.weight, no multiple", trained[2]["cut"])
+
+
 # ---------------------------------------------------------------------- what is refused, and the table that says so
 
 
