@@ -136,6 +136,7 @@ RESUMED = {
 #: of each way to divide weights, and to keep thresholds and masks; of each way to go on
 MONITORED = {
     *("RigL, AdamW", "DST, by weight", "STR", "TopKAST", "DeepR, tensor parallel", "RigL, transposed"),
+    "GMP, by layer",  # some processes drop nothing
     *("SET, tensor and data parallel", "SET, replicas", "ITOP", "DFBST"),
 }
 
