@@ -1,23 +1,42 @@
 """Weights divided over processes by FSDP2: trainer/test_shards.py calls these functions in each process."""
 
+import json
 import os
 import signal
+import tempfile
 import traceback
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from helpers import LATENT, MASKED, N_OF_M, ROUNDS, SETTINGS, Largest, trainer
+from lightning.fabric import Fabric
+from lightning.fabric import strategies as fabric_strategies
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
 from torch.distributed._composable.fsdp import fully_shard
-from torch.distributed._tensor import DTensor, Replicate, distribute_module, init_device_mesh
+from torch.distributed._tensor import DTensor, Replicate, Shard, distribute_module, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import ITOP, MEST, SNFS, FixedMask, RandomPruning, RigL, TopKAST, attach
+from lightning_sparse import (
+    GMP,
+    ITOP,
+    MEST,
+    SET,
+    SNFS,
+    FixedMask,
+    RandomPruning,
+    RigL,
+    SparsityMonitor,
+    TopKAST,
+    attach,
+)
 from lightning_sparse.compat.shards import whole
+from lightning_sparse.monitor import operations
 
 EPOCHS, STEPS, BATCH = 3, 4, 12
 MOVING = {"update_every": 2, "seed": 3}
@@ -66,11 +85,31 @@ METHODS = {
     "STR, sparsity": (lambda: LATENT["STR"](sparsity=0.8, granularity="neuron"), "AdamW", {}),
     "OptG, tied": (LATENT["OptG"], "tied", {}),
 }
+#: methods that may have N:M, with N above half of M as well, where not all of a group can be dropped
+METHODS |= {
+    "RigL, 2:4": (lambda **kw: RigL(0.7, pattern="2:4", **kw), "groups", {}),
+    "RigL, 3:4, AdamW": (lambda **kw: RigL(0.5, pattern="3:4", **kw), "groups, AdamW", {}),
+    "SET, 2:4": (lambda **kw: SET(0.6, pattern="2:4", **kw), "groups", {}),
+    "ITOP, 2:4": (lambda **kw: ITOP(0.5, pattern="2:4", growth="random", **kw), "groups", {}),
+    "GMP, 2:4": (lambda **kw: GMP(0.7, pattern="2:4", **kw), "groups", {}),
+    "RandomPruning, 1:4": (lambda **kw: RandomPruning(0.75, pattern="1:4", **kw), "groups", {}),
+    "RigL, 2:4, magnitude": (lambda **kw: RigL(0.6, pattern="2:4", initial="global_magnitude", **kw), "groups", {}),
+}
+METHODS |= {
+    "RigL, rows": (lambda **kw: RigL(0.6, pattern="row", **kw), "SGD", {}),
+    "SET, blocks, AdamW": (lambda **kw: SET(0.6, pattern="block:2x3", **kw), "blocks, AdamW", {}),
+    "GGR, blocks": (lambda **kw: MASKED["GGR"](pattern="block:1x3", **kw), "blocks", {}),
+    "GMP, blocks": (lambda **kw: GMP(0.6, pattern="block:2x2", **kw), "blocks", {}),
+    "ITOP, blocks": (lambda **kw: ITOP(0.6, pattern="block:2x2", **kw), "blocks", {}),
+    "MEST, rows": (lambda **kw: MEST(0.6, pattern="row", **kw), "blocks", {}),
+}
 TRAIN = [name for name, build in MASKED.items() if build().needs_whole_weights is None]
 METHODS |= {f"{name}, tensor parallel": (MASKED[name], "tensor parallel", {}) for name in TRAIN}
 METHODS |= {
     "RigL, AdamW, tensor parallel": (rigl, "AdamW, tensor parallel", {}),
     "RigL, no gradient, tensor parallel": (rigl, "no gradient, tensor parallel", {}),
+    "RigL, AdamW, sequence, tensor parallel": (rigl, "AdamW, sequence, tensor parallel", {}),
+    "SNFS, sequence, tensor parallel": (MASKED["SNFS"], "sequence, tensor parallel", {}),
     "RigL, replicas": (rigl, "replicas", {}),
 }
 #: on four processes: rows divided twice, rows and columns, rows on two processes each
@@ -94,6 +133,14 @@ RESUMED = {
 }
 
 
+#: of each way to divide weights, and to keep thresholds and masks; of each way to go on
+MONITORED = {
+    *("RigL, AdamW", "DST, by weight", "STR", "TopKAST", "DeepR, tensor parallel", "RigL, transposed"),
+    "GMP, by layer",  # some processes drop nothing
+    *("SET, tensor and data parallel", "SET, replicas", "ITOP", "DFBST"),
+}
+
+
 class Divided(pl.LightningModule):
     """A regression whose layers are divided over processes; of the last layer, all but one process have no row."""
 
@@ -108,6 +155,14 @@ class Divided(pl.LightningModule):
         if kind == "transposed":  # each process has some inputs of all outputs
             first = nn.Unflatten(1, (12, 1)), nn.ConvTranspose1d(12, 9, 3), nn.ReLU(), nn.Flatten()
             self.net = nn.Sequential(*first, nn.Linear(27, 1)).double()
+        if "groups" in kind:  # of four inputs; a convolution, and a layer of which one process has no row
+            first = nn.Unflatten(1, (4, 3)), nn.Conv1d(4, 7, 2), nn.ReLU(), nn.Flatten(), nn.Linear(14, 8), nn.ReLU()
+            self.net = nn.Sequential(*first, nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 1)).double()
+        if kind == "odd":
+            self.net = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 1)).double()
+        if "blocks" in kind:  # of up to two outputs
+            first = nn.Unflatten(1, (6, 2)), nn.Conv1d(6, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 12), nn.ReLU()
+            self.net = nn.Sequential(*first, nn.Linear(12, 4), nn.Linear(4, 1)).double()
         if kind == "meta":
             self.net.to("meta")
 
@@ -116,16 +171,17 @@ class Divided(pl.LightningModule):
         if not isinstance(strategy, ModelParallelStrategy) or self.kind == "plain":
             return
         if "tensor" in self.kind:
-            divide_by_tensor(self.net, self.device_mesh["tensor_parallel"], last="data" not in self.kind)
-        if self.kind == "columns":
+            mesh, last = self.device_mesh["tensor_parallel"], "data" not in self.kind
+            divide_by_tensor(self.net, mesh, last, "sequence" in self.kind)
+        if "columns" in self.kind:
             mesh = self.device_mesh["tensor_parallel"]
             parallelize_module(self.net, mesh, {"1": RowwiseParallel(input_layouts=Replicate())})
-        if self.kind == "columns" or self.kind.endswith("tensor parallel"):
+        if "columns" in self.kind or self.kind.endswith("tensor parallel"):
             return
         mesh = self.device_mesh["data_parallel"]
         if self.kind == "replicas":
             mesh = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("replicate", "shard"))
-        layers = [layer for layer in self.net if isinstance(layer, (nn.Linear, nn.ConvTranspose1d))]
+        layers = [layer for layer in self.net if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d))]
         for layer in (*(layers if self.kind != "tied" else ()), self.net):
             fully_shard(layer, mesh=mesh)
 
@@ -141,9 +197,15 @@ class Divided(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
 
 
-def divide_by_tensor(net, mesh, last):
-    """Divide outputs of the first layer, inputs of the second, unevenly; the last is the same on all, or left out."""
+def divide_by_tensor(net, mesh, last, sequence=False):
+    """Divide outputs of the first layer, inputs of the second, unevenly; the last is the same on all, or left out.
+
+    Of a sequence, the second layer is the same on all as well, and each process runs it on some examples.
+    """
     plan = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
+    if sequence:
+        del plan["2"]
+        distribute_module(net[2], mesh, input_fn=split, output_fn=lambda _, output, mesh: output.full_tensor())
     parallelize_module(net, mesh, plan)
     if last:
         distribute_module(
@@ -152,6 +214,11 @@ def divide_by_tensor(net, mesh, last):
             input_fn=lambda _, inputs, mesh: DTensor.from_local(inputs[0], mesh, [Replicate()]),
             output_fn=lambda _, output, mesh: output.to_local(),
         )
+
+
+def split(_, inputs, mesh):
+    """Give each process some of the examples that all have, as sequence parallelism does with tokens."""
+    return DTensor.from_local(inputs[0], mesh, [Replicate()]).redistribute(placements=[Shard(0)])
 
 
 class Stops(pl.Callback):
@@ -182,11 +249,14 @@ def start(callbacks, world, full=True, tensor=1, **options):
 
 
 def train(name, rank=0, world=0, saves=None, epoch=None, resumes=None, full=True):
-    """Train in ``world`` processes, each of which holds some rows, or in one that holds all (0)."""
+    """Train in ``world`` processes, each of which holds some rows, or in one that holds all (0); some are monitored."""
     build, kind, options = {**METHODS, **GRID, **RESUMED}[name]
     tensor = 2 if world and "tensor" in kind else 1
     callback, module = build(**{key: value for key, value in MOVING.items() if key in build().arguments}), Divided(kind)
-    run = start([callback, *([Stops(saves, epoch)] if saves else [])], world, full, tensor, **options)
+    monitor = SparsityMonitor(every_n_batches=3, flops=False)
+    more = [*([Stops(saves, epoch)] if saves else []), *([monitor] if name in MONITORED else [])]
+    folder = tempfile.TemporaryDirectory()
+    run = start([callback, *more], world, full, tensor, default_root_dir=folder.name, **options)
     data = batches(0, 1) if kind == "alike" else batches(rank // tensor, max(world, 1) // tensor)
     run.fit(module, data, ckpt_path=resumes, weights_only=True if resumes else None)
     return {
@@ -197,7 +267,23 @@ def train(name, rank=0, world=0, saves=None, epoch=None, resumes=None, full=True
         "latents": {name: whole(W) for name, W in getattr(callback, "latents", {}).items()},
         "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
         "moments": moments(run.optimizers[0], module),
+        "seen": seen(Path(folder.name, "sparsity.json")),
     }
+
+
+def seen(path):
+    """Return what a monitor has written, but for times and memory; only the first process writes."""
+    if not path.exists():
+        return None
+    file, varies = json.loads(path.read_text()), ("step_time_s", "peak_memory_bytes", "bytes", "thresholds")
+    epochs = [{key: value for key, value in epoch.items() if key not in varies} for epoch in file["epochs"]]
+    return {"epochs": epochs, "masks": file["masks"], "layers": file["layers"]}, levels(file["epochs"])
+
+
+def levels(epochs):
+    """Return the statistics of thresholds, one number after the other."""
+    statistics = [found for epoch in epochs for found in epoch["thresholds"].values()]
+    return [x for each in statistics for x in (each["mean"], *each["counts"], *each["edges"])]
 
 
 def moments(optimizer, module):
@@ -206,14 +292,18 @@ def moments(optimizer, module):
     return {(name, key): whole(x) for name, state in states.items() for key, x in state.items() if "exp_avg" in key}
 
 
-def looped(rank, world, stops=()):
-    """Train with AdamW in a loop of its own, without a strategy; ``stops``: after which steps it begins anew."""
+def looped(rank, world, stops=(), fabric=None, dtype=torch.float64):
+    """Train with AdamW in a loop of its own, or of Fabric; ``stops``: after which steps it begins anew."""
     module, state = Divided("AdamW"), None
-    net, optimizer = module.net, None
-    for layer in (net[0], net[2], net[4], net) if world else ():
-        fully_shard(layer)
-    optimizer, done = module.configure_optimizers(), 0
-    all_batches = [batch for _ in range(EPOCHS) for batch in batches(rank, max(world, 1))]
+    net = module.net.to(dtype)
+    if fabric:
+        net = fabric.setup(net)
+        optimizer = fabric.setup_optimizers(module.configure_optimizers())
+    else:
+        net = divided(net) if world else net
+        optimizer = module.configure_optimizers()
+    loader = [(x.to(dtype), y.to(dtype)) for x, y in batches(rank, max(world, 1))]
+    done, all_batches = 0, EPOCHS * loader
     for stop in (*stops, len(all_batches)):
         sparse = attach(rigl(**MOVING), net, optimizer, steps=len(all_batches), steps_per_epoch=STEPS)
         if state is not None:
@@ -221,7 +311,8 @@ def looped(rank, world, stops=()):
         with sparse:
             for x, y in all_batches[done:stop]:
                 optimizer.zero_grad()
-                ((net(x).squeeze(1) - y) ** 2).mean().backward()
+                loss = ((net(x).squeeze(1) - y) ** 2).mean()
+                (fabric.backward if fabric else torch.Tensor.backward)(loss)
                 optimizer.step()
             state, done = sparse.state_dict(), stop
     return {
@@ -232,7 +323,23 @@ def looped(rank, world, stops=()):
         "latents": {},
         "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
         "moments": moments(optimizer, module),
+        "seen": None,
     }
+
+
+def divided(net, mesh=None):
+    """Divide the layers over all processes, or those that hold other batches."""
+    for layer in (net[0], net[2], net[4], net):
+        fully_shard(layer, mesh=mesh and mesh["data_parallel"])
+    return net
+
+
+def with_fabric(rank, world):
+    """Train in a loop of Fabric, whose strategy divides the weights."""
+    strategy = fabric_strategies.ModelParallelStrategy(divided, world, 1)
+    fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy)
+    fabric.launch()
+    return looped(rank, world, fabric=fabric, dtype=torch.float32)  # it takes no other
 
 
 # ---------------------------------------------------------------------- what each process does
@@ -243,11 +350,17 @@ def run_all(folder, methods):
     results = {name: train(name, rank, world) for name in methods}
     if world == 2:
         results |= {"again": again(rank, folder), "largest": largest(rank), "mixed": mixed(rank)}
+        results |= {"watched": watched(rank, world)}
         results |= {"bytes": sent(), "bytes, columns": sent("columns", tensor=2)}
+        results |= {"bytes, drawn": sent("columns", tensor=2, build=SET)}
+        results |= {"bytes, AdamW": sent("AdamW, columns", tensor=2)}
         results |= {"warned": warned(rank), "latent step": latent_step(rank), "loop refused": loop_refused()}
         results |= {"refused": refused(RigL(0.8, **MOVING), world, "plain")}
+        results |= {"rows": refused(RigL(0.6, pattern="row", **MOVING), world, "tensor parallel", tensor=2)}
+        results |= {"cut": refused(RigL(0.6, pattern="block:2x2", **MOVING), world, "odd")}
         results |= {"other rows": refused(LATENT["TopKAST"](include=["net.*.weight"]), world, "transposed")}
         results |= {"looped": looped(rank, world), "looped, in two": looped(rank, world, stops=(5,))}
+        results |= {"with Fabric": with_fabric(rank, world), "in float32": looped(rank, world, dtype=torch.float32)}
     if world == 4:
         results |= {"refused": refused(RigL(0.8, **MOVING), world, "tensor parallel", tensor=2)}
     finish(folder / f"{world}.pt", results)
@@ -312,11 +425,11 @@ def again(rank, folder):
     return [*masks, {name: whole(mask) for name, mask in other.masks.items()}]
 
 
-def sent(kind="SGD", tensor=1):
-    """Return how many bytes a process hands over in a move of RigL, for layers of 16 x 16 and of 128 x 128."""
+def sent(kind="SGD", tensor=1, build=RigL, widths=(16, 128)):
+    """Return how many bytes a process hands over in a move, of RigL or another, for square layers of these widths."""
     found, all_reduce = {}, distributed.all_reduce
-    for width in (16, 128):
-        callback, module = RigL(0.8, update_every=1, exclude=["net.0.*", "net.2.*"]), Divided(kind)
+    for width in widths:
+        callback, module = build(0.8, update_every=1, exclude=["net.0.*", "net.2.*"]), Divided(kind)
         module.net = nn.Sequential(nn.Linear(12, width), nn.Linear(width, width), nn.Linear(width, 1))
         counted, moves, move = [], [], callback.move
 
@@ -368,6 +481,16 @@ def mixed(rank):
     start(callback, 2, precision="bf16-mixed").fit(module, DataLoader(TensorDataset(x, x[:, 0]), 6))
     weights = dict(module.named_parameters())
     return callback.layer_count, {name: int((whole(weights[name]) != 0).sum()) for name in callback.masks}
+
+
+def watched(rank, world):
+    """Return what a monitor writes of a dense run, and what it tells."""
+    told = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operations, "rank_zero_info", told.append)
+        start(SparsityMonitor(), world, max_epochs=1, default_root_dir=folder).fit(Divided(), batches(rank, world or 1))
+        path = Path(folder, "sparsity.json")
+        return (json.loads(path.read_text()) if path.exists() else None), told
 
 
 def warned(rank):

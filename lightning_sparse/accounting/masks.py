@@ -1,22 +1,26 @@
 """How masks look and how they change: empty units, pictures, churn, exploration."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sparse.kernels.bits import pack
+from lightning_sparse.kernels.bits import pack, unpack
+from lightning_sparse.rules.parts import WHOLE, Together, Whole
 
 __all__ = [
     "Explored",
+    "bits_of_part",
     "cells",
     "churn",
+    "edges",
     "empty_inputs",
     "empty_neurons",
     "mask_bits",
+    "saved_bits",
     "shrunk_size",
     "spread",
 ]
@@ -75,7 +79,7 @@ def cells(matrix: Tensor, most: int = 128) -> Tensor:
     tensor([[0.5000, 1.0000],
             [0.0000, 0.5000]], dtype=torch.float64)
     """
-    rows, columns = (_edges(size, most) for size in matrix.shape)
+    rows, columns = (edges(size, most) for size in matrix.shape)
     band = max(1, (1 << 20) // matrix.shape[1])  # rows at once: numbers take four times the memory of the mask
     by_column = torch.cat([_sums(part, columns, dim=1) for part in torch.split(matrix, band)])
     counts = _sums(by_column, rows, dim=0).double().cpu()
@@ -83,31 +87,37 @@ def cells(matrix: Tensor, most: int = 128) -> Tensor:
     return counts / area
 
 
-def _sums(x: Tensor, edges: list[int], dim: int) -> Tensor:
-    """Return the sums of ``x`` between each two of ``edges`` along ``dim``."""
-    ends = torch.tensor(edges[1:], device=x.device) - 1
+def _sums(x: Tensor, between: list[int], dim: int) -> Tensor:
+    """Return the sums of ``x`` between each two of some edges along ``dim``."""
+    ends = torch.tensor(between[1:], device=x.device) - 1
     sums = x.cumsum(dim, dtype=torch.int32).index_select(dim, ends)
     return sums.diff(dim=dim, prepend=torch.zeros_like(sums.narrow(dim, 0, 1)))
 
 
-def _edges(size: int, most: int) -> list[int]:
-    """Divide ``size`` into at most ``most`` nearly equal parts."""
+def edges(size: int, most: int = 128) -> list[int]:
+    """Divide ``size`` into at most ``most`` nearly equal parts: where these begin, and the end."""
     count = min(size, most)
     return [index * size // count for index in range(count + 1)]
 
 
-def spread(values: Tensor, bins: int = 20) -> dict[str, Any]:
+def spread(values: Tensor, bins: int = 20, part: Whole = WHOLE) -> dict[str, Any]:
     """Return minimum, mean, maximum and a histogram of some numbers: ``counts`` between ``edges``.
+
+    Args:
+        values: the numbers, or the part of them that is here.
+        bins: of the histogram.
+        part: adds up what all parts have.
 
     >>> spread(torch.tensor([0.0, 1.0, 1.0, 4.0]), bins=2)
     {'min': 0.0, 'mean': 1.5, 'max': 4.0, 'counts': [3, 1], 'edges': [0.0, 2.0, 4.0]}
     """
     values = values.detach().reshape(-1).double().cpu()
-    low, high = float(values.min()), float(values.max())
+    low, high = part.extremes(values)
     bins = bins if low < high else 1
-    counts = [int(n) for n in torch.histc(values, bins, low, high).tolist()]
-    edges = [low + (high - low) * index / bins for index in range(bins + 1)]
-    return {"min": low, "mean": float(values.mean()), "max": high, "counts": counts, "edges": edges}
+    sums = part.sums(torch.cat([values.sum().view(1), torch.histc(values, bins, low, high)]))
+    total, counts = float(sums[0]), [int(n) for n in sums[1:].tolist()]
+    between = [low + (high - low) * index / bins for index in range(bins + 1)]
+    return {"min": low, "mean": total / sum(counts), "max": high, "counts": counts, "edges": between}
 
 
 # ---------------------------------------------------------------------- how masks change
@@ -123,7 +133,30 @@ def _ones(bits: Tensor) -> int:
     return int(torch.bincount(bits, minlength=256) @ torch.tensor([byte.bit_count() for byte in range(256)]))
 
 
-def churn(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+def bits_of_part(saved: Tensor, part: Whole, shape: Sequence[int]) -> Tensor:
+    """Return the bits of a part of a weight of this ``shape``, from what a checkpoint has; on the CPU.
+
+    Args:
+        saved: bits or mask of the whole weight, or its mask divided as the part is.
+        part: which.
+        shape: of the weight.
+    """
+    if saved.dtype == torch.bool:
+        return mask_bits(part.cut(saved))
+    if part is WHOLE:
+        return saved.cpu()
+    return mask_bits(part.cut(unpack(saved.view(1, -1), math.prod(shape)).view(*shape)))
+
+
+def saved_bits(bits: Tensor, part: Whole, shape: Sequence[int]) -> Tensor:
+    """Return what a checkpoint has of the bits of a part: of a whole weight themselves, else the mask as a DTensor."""
+    if part is WHOLE:
+        return bits
+    here = part.shape_here(shape)
+    return part.joined(unpack(bits.view(1, -1), math.prod(here)).view(here))
+
+
+def churn(before: Mapping[str, Tensor], after: Mapping[str, Tensor], parts: Together = WHOLE) -> float:
     """Return how far masks have changed: the share of connections that are in one of two, not both.
 
     ``|A xor B| / (|A| + |B|)`` over all weights: 0 for equal masks, 1 for disjoint ones, and with a fixed budget the
@@ -132,13 +165,14 @@ def churn(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     Args:
         before: bits by name, from ``mask_bits``.
         after: the same later.
+        parts: adds up what all parts of these weights have.
 
     >>> before, after = torch.tensor([True, True, False]), torch.tensor([True, False, True])
     >>> churn({"weight": mask_bits(before)}, {"weight": mask_bits(after)})
     0.5
     """
-    different = sum(_ones(before[name] ^ bits) for name, bits in after.items())
-    both = sum(_ones(before[name]) + _ones(bits) for name, bits in after.items())
+    different = sum(parts.total(*(_ones(before[name] ^ bits) for name, bits in after.items())))
+    both = sum(parts.total(*(_ones(before[name]) + _ones(bits) for name, bits in after.items())))
     return different / both if both else 0.0
 
 
@@ -179,15 +213,10 @@ class Explored:
         self.bits = {name: bits for name, bits in self.bits.items() if name in names}
         self.sizes = {name: size for name, size in self.sizes.items() if name in names}
 
-    def rate(self, names: Iterable[str]) -> float:
-        """Return the share of the weights ``names`` that have been active at any time."""
-        explored, size = self.counts(names)
-        return explored / size
-
-    def counts(self, names: Iterable[str]) -> tuple[int, int]:
-        """Return how many connections of the weights ``names`` have been active at any time, and how many there are."""
-        names = list(names)
-        return sum(_ones(self.bits[name]) for name in names), sum(self.sizes[name] for name in names)
+    def rate(self, names: Collection[str], parts: Together = WHOLE) -> float:
+        """Return the share of the weights ``names`` that have been active at any time; ``parts``: of these weights."""
+        explored = sum(parts.total(*(_ones(self.bits[name]) for name in names)))
+        return explored / sum(parts.total(*(self.sizes[name] for name in names)))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -195,5 +224,4 @@ class Explored:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what a checkpoint has kept."""
-        self.bits = {name: bits.cpu() for name, bits in state_dict["bits"].items()}
-        self.sizes = dict(state_dict["sizes"])
+        self.bits, self.sizes = dict(state_dict["bits"]), dict(state_dict["sizes"])

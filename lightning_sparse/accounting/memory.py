@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat.nested import tensors
+from lightning_sparse.compat.shards import local
 
 __all__ = ["peak_memory", "resident_memory", "stored_bytes"]
 
 
 def stored_bytes(module: nn.Module, optimizers: Sequence[Optimizer], method: object = None) -> dict[str, int]:
     """Return the bytes of training's tensors as they are stored, each memory counted once.
+
+    Of tensors that processes share, those of the part that is here count.
 
     Args:
         module: the one that is trained, dense or with sparse layers.
@@ -34,7 +37,7 @@ def stored_bytes(module: nn.Module, optimizers: Sequence[Optimizer], method: obj
     parameters = list(module.parameters())
     weights = _new_bytes(parameters, seen)
     buffers = _new_bytes(list(module.buffers()), seen)
-    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    gradients = sum(local(p).nbytes for p in parameters if p.requires_grad)
     seen.update(_storage(p.grad) for p in parameters if p.grad is not None)
     state = _new_bytes([optimizer.state for optimizer in optimizers], seen)
     return {
@@ -47,7 +50,7 @@ def stored_bytes(module: nn.Module, optimizers: Sequence[Optimizer], method: obj
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return local(tensor).untyped_storage().data_ptr()
 
 
 def _new_bytes(thing: object, seen: set[int]) -> int:
@@ -56,7 +59,7 @@ def _new_bytes(thing: object, seen: set[int]) -> int:
     for tensor in tensors(thing):
         if _storage(tensor) not in seen:
             seen.add(_storage(tensor))
-            total += tensor.untyped_storage().nbytes()
+            total += local(tensor).untyped_storage().nbytes()
     return total
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "copied", "exchange", "is_sharded", "joined", "layout", "local", "whole"]
+__all__ = ["Layout", "copied", "exchange", "is_sharded", "joined", "layout", "local", "settle_gradient", "whole"]
 
 
 class Layout(NamedTuple):
@@ -28,6 +28,11 @@ class Layout(NamedTuple):
     def by_rows(self) -> bool:
         """The processes of a mesh of one dimension hold some rows each, one after the other."""
         return len(self.placements) == 1 and _dimension(self.placements[0]) == 0
+
+    @property
+    def rows_each(self) -> int:
+        """Number of rows that each of these processes holds, but the last ones, which may have fewer."""
+        return -(-self.shape[0] // self.mesh.size())  # type: ignore[no-any-return]
 
     @property
     def is_known(self) -> bool:
@@ -96,6 +101,15 @@ def exchange(x: Any, memory: Tensor) -> None:
         x._local_tensor = memory
     else:
         x.data = memory
+
+
+def settle_gradient(x: Any) -> None:
+    """Divide the gradient of a DTensor as that is divided, if processes still have the terms of a sum (``Partial``).
+
+    So it is where processes run what they all have on parts of a sequence.
+    """
+    if is_sharded(x) and x.grad.placements != x.placements:
+        x.grad = x.grad.redistribute(placements=x.placements)
 
 
 def joined(part: Tensor, like: Layout) -> Tensor:

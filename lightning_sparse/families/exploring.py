@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
-from lightning_sparse.accounting.masks import Explored, mask_bits
+from lightning_sparse.accounting.masks import Explored, bits_of_part, saved_bits
 from lightning_sparse.families.masked import MaskedCallback
-from lightning_sparse.kernels.bits import unpack
 from lightning_sparse.layers.selection import ParameterChoice
-from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.rules.parts import together
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["Exploring"]
@@ -32,9 +30,7 @@ class Exploring(MaskedCallback):
         """R_s: the share of all selected weights that have been active at any time."""
         if not self._weights:
             raise RuntimeError(f"{self!r} has no weights yet: they are chosen when trainer.fit starts.")
-        parts, each = together([*self._weights.values()]), [self.explored.counts([name]) for name in self._weights]
-        explored, size = (sum(parts.total(*counts)) for counts in zip(*each, strict=True))
-        return explored / size
+        return self.explored.rate(self._weights, together([*self._weights.values()]))
 
     @property
     def extra_metrics(self) -> dict[str, float]:
@@ -66,22 +62,18 @@ class Exploring(MaskedCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return what has been explored, too."""
         explored = self.explored.state_dict()
-        for name, weight in self._weights.items():
-            if weight.part is not WHOLE:
-                mask = unpack(explored["bits"][name].view(1, -1), weight.mask.numel()).view(weight.mask.shape)
-                explored["bits"][name], explored["sizes"][name] = weight.part.joined(mask), weight.size
+        for unit in self.units([*self._weights.values()]):
+            explored["bits"][unit.name] = saved_bits(explored["bits"][unit.name], unit.part, unit.shape)
+            explored["sizes"][unit.name] = unit.size
         return {**super().state_dict(), "explored": explored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
         super().load_state_dict(state_dict)
-        explored = {**state_dict["explored"], "bits": dict(state_dict["explored"]["bits"])}
-        for name, bits in explored["bits"].items():
-            weight = self._weights[name]
-            if bits.dtype == torch.bool:
-                explored["bits"][name] = mask_bits(weight.part.cut(bits).clone())
-            elif weight.part is not WHOLE:
-                mask = unpack(bits.view(1, -1), weight.size).view(weight.shape)
-                explored["bits"][name] = mask_bits(weight.part.cut(mask).clone())
-        explored["sizes"] = {name: self._weights[name].part.length(n) for name, n in explored["sizes"].items()}
-        self.explored.load_state_dict(explored)
+        saved, weights = state_dict["explored"], {unit.name: unit for unit in self.units([*self._weights.values()])}
+        self.explored.load_state_dict(
+            {
+                "bits": {n: bits_of_part(x, weights[n].part, weights[n].shape) for n, x in saved["bits"].items()},
+                "sizes": {n: weights[n].part.length(size) for n, size in saved["sizes"].items()},
+            }
+        )

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, fixed, option
-from lightning_sparse.compat.shards import local
+from lightning_sparse.compat.shards import local, settle_gradient
 from lightning_sparse.compat.torch_private import stored_values
 from lightning_sparse.families import starts
 from lightning_sparse.families.common import (
@@ -48,6 +48,7 @@ from lightning_sparse.trainer.guards import (
     warn_of_cautious,
     warn_of_equal_scores,
 )
+from lightning_sparse.trainer.shards import refuse_cut_blocks, refuse_parts_of_rows
 from lightning_sparse.weights.base import Weight, all_finite
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 from lightning_sparse.weights.units import units
@@ -234,12 +235,18 @@ class MaskedCallback(Stored, SparseCallback):
 
     @property
     def needs_whole_weights(self) -> str | None:
-        """None: masks are kept of the part that is here; but connections must be by themselves."""
-        if self.storage != "masked":
-            return f"Use storage='masked', got {self.storage!r}, or strategy='ddp'."
+        """None: masks are kept of the part that is here."""
+        return None if self.storage == "masked" else f"Use storage='masked', got {self.storage!r}, or strategy='ddp'."
+
+    def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
+        """Raise if a group of N:M, a row or a block may lie on several processes."""
+        super().refuse_choices(choices)
+        self._refuse_parts_of_units(choices)
+
+    def _refuse_parts_of_units(self, choices: Sequence[ParameterChoice]) -> None:
         if self.pattern.kind != "unstructured":
-            return f"Use pattern='unstructured', got {self.pattern_name!r}, or strategy='ddp'."
-        return None
+            refuse_parts_of_rows(self, choices)
+            refuse_cut_blocks(self, choices, self.pattern)
 
     @property
     def planned_density(self) -> dict[str, float]:
@@ -278,6 +285,7 @@ class MaskedCallback(Stored, SparseCallback):
 
     @torch.no_grad()
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
+        self._refuse_parts_of_units(choices)
         new = self.store.add(choices)
         self._weights.update(new)
         self._groups.join(optimizer, new)
@@ -344,6 +352,8 @@ class MaskedCallback(Stored, SparseCallback):
         group = self._groups.of(optimizer)
         group.moved = False  # in a step that AMP has skipped
         weights = [w for w in group.weights if w.parameter is not None and w.parameter.grad is not None]
+        for weight in weights:
+            settle_gradient(weight.parameter)
         if share and weights:
             self.observe(weights, scale)
             group.due = group.due or self.is_due(group)
@@ -429,7 +439,7 @@ class MaskedCallback(Stored, SparseCallback):
         """
         for weight in weights if self.pattern.density < 1 else ():
             within = weight.num_active <= self.pattern.capacity(weight)
-            if within and not self.pattern.fits(weight.mask, weight.outputs):
+            if within and not weight.part.all(self.pattern.fits(weight.mask, weight.outputs)):
                 raise RuntimeError(
                     f"{self!r} has moved connections of {weight.name} so that they have no pattern any more. In a "
                     "method of your own, let self.pattern choose what is dropped and grown, or name N:M in "

@@ -16,7 +16,7 @@ from lightning_sparse.layers.seen import behind_seen_norms
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, budget
 from lightning_sparse.rules.matrices import Outputs, as_matrix
-from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.rules.trained import looks_trained
 from lightning_sparse.trainer.fit import Fit
@@ -155,10 +155,7 @@ def _random(method: _Method, weights: Sequence[Weight], sparsity: float | None) 
     for weight, n in zip(weights, _shares(method, weights, sparsity), strict=True):
         if sparsity:
             method._fit.drawn[weight.name] = _looks_trained(weight.whole)
-        if weight.part is WHOLE:
-            yield method.pattern.draw(n, weight.shape, method.generator, weight.nonempty, weight.outputs)
-        else:
-            yield weight.part.distinct(n, weight.size, method.generator)  # what would be drawn, but for others
+        yield method.pattern.draw(n, weight.shape, method.generator, weight.nonempty, weight.outputs, weight.part)
 
 
 def _magnitude(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -310,7 +307,7 @@ def refuse_other_pattern(method: _Method, weights: Sequence[Weight]) -> None:
     """Raise unless the connections of all weights have the pattern."""
     if method.pattern.kind == "unstructured":
         return
-    others = [weight.name for weight in weights if not method.pattern.fits(weight.mask, weight.outputs)]
+    others = [w.name for w in weights if not w.part.all(method.pattern.fits(w.mask, w.outputs))]
     if others:
         raise MisconfigurationException(
             f"{method!r} must have weights of pattern={method.pattern_name!r}, but those that it begins with in "

@@ -97,6 +97,14 @@ class OneShot(BeforeTraining):
         return self.criterion == "wanda"
 
     @property
+    def needs_whole_weights(self) -> str | None:
+        """Scores are of a copy of the network; magnitudes can be had without one."""
+        starts = {"global": "'global_magnitude'", "layer": f"'magnitude', distribution={self.distribution!r}"}
+        if self.criterion == "wanda" or self.competition not in starts:
+            return super().needs_whole_weights
+        return f"Use RandomPruning(initial={starts[self.competition]}), which keeps the same weights."
+
+    @property
     def competition(self) -> Competition:
         """Which weights compete: what ``scope`` says, or the criterion's own."""
         if self.scope is not None:

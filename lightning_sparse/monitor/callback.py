@@ -12,7 +12,6 @@ from lightning_sparse.compat.extras import extra
 from lightning_sparse.compat.lightning import (
     Callback,
     LightningModule,
-    MisconfigurationException,
     Trainer,
     rank_zero_warn,
 )
@@ -25,6 +24,7 @@ from lightning_sparse.monitor.figures import draw, painters
 from lightning_sparse.monitor.history import History
 from lightning_sparse.monitor.looks import Looks
 from lightning_sparse.monitor.operations import Operations, counted
+from lightning_sparse.storage import shards
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.shards import divides_weights
 
@@ -98,11 +98,6 @@ class SparsityMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the methods and the place of the file."""
-        if divides_weights(trainer):
-            raise MisconfigurationException(
-                "SparsityMonitor looks at whole masks, which no process has with ModelParallelStrategy. Take it away: "
-                "methods log sparsity and density themselves."
-            )
         self._looks.methods = [c for c in trainer.callbacks if isinstance(c, SparseCallback)]  # type: ignore[attr-defined]
         folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -171,6 +166,17 @@ class SparsityMonitor(Callback):
 
     # ------------------------------------------------------------------ state
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have bits of divided weights saved by shards, or whole, as the module is."""
+        if divides_weights(trainer):
+            shards.save(trainer, checkpoint, self.state_key)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read what processes have written in shards."""
+        states, key = checkpoint.get("callbacks", {}), self.state_key
+        if key in states and divides_weights(trainer):
+            states[key] = shards.read(states[key], Looks.divided_state(pl_module), key, str(trainer.ckpt_path))
+
     def state_dict(self) -> dict[str, Any]:
         """Return averages, explored connections as bits, and the epochs so far: tensors and plain values only."""
         return {
@@ -234,7 +240,8 @@ class SparsityMonitor(Callback):
     def _record(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return what the file says of the epoch that ends."""
         looks, training = self._looks, self._operations.training
-        step_time, peak = highest(trainer, module, self._clock.median)
+        stored = stored_bytes(module, trainer.optimizers, [method.state_tensors for method in looks.methods])
+        step_time, peak, stored = highest(trainer, module, self._clock.median, stored)
         return {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
@@ -248,7 +255,7 @@ class SparsityMonitor(Callback):
             "churn_per_update": looks.churn_per_update,
             "exploration": looks.exploration,
             "thresholds": record.thresholds(looks.methods),
-            "bytes": stored_bytes(module, trainer.optimizers, [method.state_tensors for method in looks.methods]),
+            "bytes": stored,
             "metrics": record.metrics(trainer),
         }
 

@@ -1,16 +1,19 @@
 """Looks at the masks of a run: densities, exploration and churn of the connections, pictures."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.accounting.flops import Average
-from lightning_sparse.accounting.masks import Explored, churn
+from lightning_sparse.accounting.masks import Explored, bits_of_part, churn, saved_bits
 from lightning_sparse.compat.lightning import LightningModule, rank_zero_warn
+from lightning_sparse.compat.shards import is_sharded, joined, layout, local
 from lightning_sparse.monitor.collapse import CollapseAlarm
 from lightning_sparse.monitor.layer import Layer, layers_of, picture
+from lightning_sparse.rules.parts import Together, Whole, together
 from lightning_sparse.trainer.callback import SparseCallback
 
 __all__ = ["Looks"]
@@ -25,6 +28,7 @@ class Looks:
     Attributes:
         methods: those whose masks are looked at.
         layers: the selected weights.
+        held: what is here of each of them, and its shape, by name; after the fit, too.
         step: of the latest look.
         batches: since then.
         density: share of active weights, by name.
@@ -36,6 +40,7 @@ class Looks:
     def __init__(self, collapse_below: float | None) -> None:
         self.methods: list[SparseCallback] = []
         self.layers: list[Layer] = []
+        self.held: dict[str, tuple[Whole, tuple[int, ...]]] = {}
         self.step = 0
         self.batches = 0
         self.density: dict[str, float] = {}
@@ -53,7 +58,7 @@ class Looks:
 
     def begin(self, module: LightningModule) -> None:
         """Find the weights to look at."""
-        self.layers = layers_of(module, self.methods)
+        self._find_layers(module)
         self._keep_fitting()
 
     @torch.no_grad()
@@ -64,7 +69,7 @@ class Looks:
         for method in self.methods:
             gradients |= method.layer_gradient_density
         if not gradients.keys() <= self.gradient_density.keys():  # at first, and when weights join the training
-            self.layers = layers_of(module, self.methods)
+            self._find_layers(module)
         before, self._bits = self._bits, {}
         self.gradient_density = gradients
         self._versions = [(method, versions) for method in self.methods if (versions := method.mask_versions)]
@@ -72,7 +77,11 @@ class Looks:
         changed = [layer.name for layer in self.layers if layer.method in moved and layer.name in before]
         if changed:
             self.moves += 1
-            self._updates.add(churn(_among(changed, before), _among(changed, self._bits)))
+            self._updates.add(self._churn(changed, before))
+
+    def _find_layers(self, module: LightningModule) -> None:
+        self.layers = layers_of(module, self.methods)
+        self.held = {layer.name: (layer.part, layer.shape) for layer in self.layers}
 
     def due(self, every_n_batches: int) -> bool:
         """Tell whether masks that may change at any step have not been looked at for so many batches."""
@@ -97,21 +106,25 @@ class Looks:
 
     def _see_layers(self, draw: bool) -> None:
         """Take up all masks."""
+        active: dict[str, int] = {}
         for layer in self.layers:
             if layer.method is None and layer.name in self.pictures:
                 continue  # dense, and drawn
             mask = layer.mask()
             if layer.method is not None:
-                self._see(layer, mask)
+                active[layer.name] = int(torch.count_nonzero(mask))
+                self._bits[layer.name] = self._explored.add(layer.name, mask)
             if draw:
                 self.pictures[layer.name] = picture(layer, mask)
+        counts = dict(zip(active, self._parts(active).total(*active.values()), strict=True))
+        for layer in self.layers:
+            if layer.name in counts:
+                self.density[layer.name] = counts[layer.name] / layer.size
+                self._alarm.check(layer, counts[layer.name], self.step)
 
-    def _see(self, layer: Layer, mask: Tensor) -> None:
-        """Take up one mask."""
-        active = int(torch.count_nonzero(mask))
-        self.density[layer.name] = active / layer.size
-        self._bits[layer.name] = self._explored.add(layer.name, mask)
-        self._alarm.check(layer, active, self.step)
+    def _parts(self, names: Collection[str]) -> Together:
+        """Return what answers for the weights ``names``."""
+        return together([layer for layer in self.layers if layer.name in names])
 
     # ------------------------------------------------------------------ what they tell
 
@@ -119,7 +132,10 @@ class Looks:
     def churn(self) -> float | None:
         """Change since the end of the epoch before; None in a dense run."""
         known = [name for name in self._bits if name in self._epoch_bits]
-        return churn(_among(known, self._epoch_bits), _among(known, self._bits)) if self.methods else None
+        return self._churn(known, self._epoch_bits) if self.methods else None
+
+    def _churn(self, names: Sequence[str], before: Mapping[str, Tensor]) -> float:
+        return churn(_among(names, before), _among(names, self._bits), self._parts(names))
 
     @property
     def updates(self) -> int | None:
@@ -134,7 +150,8 @@ class Looks:
     @property
     def exploration(self) -> float | None:
         """Share of connections that have been active at any time; None in a dense run."""
-        return self._explored.rate([layer.name for layer in self.layers]) if self.methods else None
+        names = [layer.name for layer in self.layers]
+        return self._explored.rate(names, self._parts(names)) if self.methods else None
 
     # ------------------------------------------------------------------ state
 
@@ -143,8 +160,14 @@ class Looks:
         return {
             "updates": vars(self._updates).copy(),
             "moves": self.moves,
-            "explored": self._explored.state_dict(),
-            "epoch_bits": dict(self._epoch_bits),
+            "explored": {
+                "bits": self._saved(self._explored.bits),
+                "sizes": {
+                    name: math.prod(self.held[name][1]) if name in self.held else size
+                    for name, size in self._explored.sizes.items()
+                },
+            },
+            "epoch_bits": self._saved(self._epoch_bits),
             "look": {
                 "step": self.step,
                 "density": dict(self.density),
@@ -152,15 +175,26 @@ class Looks:
             },
         }
 
+    def _saved(self, bits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a checkpoint has of bits."""
+        return {name: saved_bits(x, *self.held[name]) if name in self.held else x for name, x in bits.items()}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what a checkpoint has kept."""
         self._updates = Average(**state_dict["updates"])
         self.moves = state_dict.get("moves", 0)  # earlier versions did not count them
         self._explored.load_state_dict(state_dict["explored"])
-        self._epoch_bits = {name: bits.cpu() for name, bits in state_dict["epoch_bits"].items()}
+        self._epoch_bits = dict(state_dict["epoch_bits"])
         look = state_dict["look"]
         self.step, self.density = look["step"], dict(look["density"])
         self.gradient_density = dict(look["gradient_density"])
+
+    @staticmethod
+    def divided_state(module: LightningModule) -> dict[str, Any]:
+        """Return a state whose masks are divided as the module's weights are."""
+        divided = {name: weight for name, weight in module.named_parameters() if is_sharded(weight)}
+        masks = {name: joined(torch.zeros_like(local(x), dtype=torch.bool), layout(x)) for name, x in divided.items()}
+        return {"explored": {"bits": masks}, "epoch_bits": masks}
 
     def release(self) -> None:
         """Let go of the methods."""
@@ -182,7 +216,13 @@ class Looks:
         self.density = _known(fits, self.density)
         self.gradient_density = _known(fits, self.gradient_density)
         self._explored.keep(fits)
-        self._epoch_bits = _known(fits, self._epoch_bits)
+        self._explored.bits = self._here(self._explored.bits)
+        self._explored.sizes = {name: self.held[name][0].length(n) for name, n in self._explored.sizes.items()}
+        self._epoch_bits = self._here(_known(fits, self._epoch_bits))
+
+    def _here(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the bits of what is here from what a checkpoint has."""
+        return {name: bits_of_part(bits, *self.held[name]) for name, bits in saved.items()}
 
 
 def _among(names: Iterable[str], values: Mapping[str, Tensor]) -> dict[str, Tensor]:

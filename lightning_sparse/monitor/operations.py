@@ -6,14 +6,21 @@ from typing import Any
 
 from lightning_sparse.accounting import flops
 from lightning_sparse.accounting.flops import Average, Flops
-from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_sparse.trainer.probe import probing
+from lightning_sparse.trainer.shards import divides_weights
 
 __all__ = ["Operations", "counted"]
 
 
 def counted(trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, Flops]:
     """Count the operations of a step on this batch, on a copy of the module; nothing if that cannot be done."""
+    if divides_weights(trainer):
+        rank_zero_info(
+            "SparsityMonitor counts no operations where processes hold parts of weights, as such a module cannot be "
+            "copied: its record leaves inference_flops and training_flops out."
+        )
+        return {}
     reason = "it optimizes manually"
     if module.automatic_optimization:
         try:

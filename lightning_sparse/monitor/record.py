@@ -9,8 +9,10 @@ from lightning_sparse.accounting.flops import Flops
 from lightning_sparse.accounting.masks import spread
 from lightning_sparse.compat.lightning import Trainer
 from lightning_sparse.compat.nested import tensors
+from lightning_sparse.compat.shards import local
 from lightning_sparse.monitor.layer import COUNTS, Layer
 from lightning_sparse.monitor.looks import Looks
+from lightning_sparse.rules.parts import part_of
 from lightning_sparse.trainer.callback import SparseCallback
 
 __all__ = ["batch_size", "densities", "described", "metrics", "of_layers", "scalars", "sizes", "thresholds"]
@@ -88,8 +90,12 @@ def of_layers(looks: Looks) -> dict[str, Any]:
 
 def thresholds(methods: Sequence[SparseCallback]) -> dict[str, Any]:
     """Return statistics of what ``|W|`` is compared with in each layer, where a method has thresholds."""
-    levels = {name: tau for method in methods for name, tau in method.effective_thresholds.items()}
-    return {name: spread(tau) for name, tau in levels.items() if bool(tau.isfinite().all())}
+    found = {}
+    for name, tau in ((n, t) for method in methods for n, t in method.effective_thresholds.items()):
+        here, part = local(tau), part_of(tau)
+        if part.all(bool(here.isfinite().all())):
+            found[name] = spread(here, part=part)
+    return found
 
 
 def scalars(record: Mapping[str, Any], layers: bool = True) -> dict[str, float]:

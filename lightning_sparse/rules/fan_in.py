@@ -9,6 +9,7 @@ from lightning_sparse.rules import select
 from lightning_sparse.rules.ascending import contains
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, parts, rows_of
+from lightning_sparse.rules.parts import WHOLE, Whole
 from lightning_sparse.rules.patterns import Laid, Pattern, Sized, candidates, other_rows
 from lightning_sparse.rules.rows import top_k_of_rows
 from lightning_sparse.rules.tiles import Tiles
@@ -51,8 +52,9 @@ class FanIn(Pattern):
         generator: Generator,
         nonempty: Outputs | None = None,
         outputs: Outputs = FIRST,
+        part: Whole = WHOLE,
     ) -> Tensor:
-        """Return ``n`` positions, as many in each row: all sets of inputs are equally likely."""
+        """Return ``n`` positions of a whole weight, as many in each row: all sets of inputs are equally likely."""
         neurons = _neurons(shape, outputs)
         rows = torch.arange(outputs.rows(shape))
         k, chosen = n // len(rows), []

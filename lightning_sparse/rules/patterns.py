@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from lightning_sparse.rules import ascending, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.matrices import FIRST, Outputs, parts
-from lightning_sparse.rules.parts import together
+from lightning_sparse.rules.parts import WHOLE, Whole, together
 from lightning_sparse.rules.tiles import Tiles
 
 __all__ = [
@@ -107,14 +107,15 @@ class Pattern:
         generator: Generator,
         nonempty: Outputs | None = None,
         outputs: Outputs = FIRST,
+        part: Whole = WHOLE,
     ) -> Tensor:
-        """Return the ``n`` connections that a weight of this ``shape`` begins with.
+        """Return those in a part of the ``n`` connections that a weight of this ``shape`` begins with.
 
-        They are equally likely, but one is in each row that must not be empty.
+        They are equally likely, but one is in each row that must not be empty, of a whole weight.
         """
         size = math.prod(shape)
         if nonempty is None:
-            return sampling.distinct(n, size, generator)
+            return part.distinct(n, size, generator)
         first = sampling.one_a_row(shape, nonempty, generator)
         return ascending.merged(first, sampling.free_positions(n - len(first), first, size, generator))
 
@@ -224,22 +225,23 @@ class NOfM(Pattern):
         generator: Generator,
         nonempty: Outputs | None = None,
         outputs: Outputs = FIRST,
+        part: Whole = WHOLE,
     ) -> Tensor:
-        """Return ``n`` different positions: each of the N places that a group has is equally likely to be taken."""
-        groups = Tiles(shape, outputs, 1, self.m)
+        """Return those in a part of ``n`` positions: each of the N places that a group has is equally likely."""
+        groups = _Groups(Tiles(shape, outputs, 1, self.m), part)
         first = torch.empty(0, dtype=torch.long)
         if nonempty is not None:
             first = sampling.one_a_row(shape, nonempty, generator)
-        room = self.n - torch.bincount(groups.of(first), minlength=math.prod(groups.grid))
-        return ascending.merged(first, _drawn(n - len(first), room, first, groups, generator))
+        return ascending.merged(first, groups.drawn(n - len(first), self.n - groups.counts(first), first, generator))
 
     def top_k(self, weight: Laid, scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         """Mark the ``k`` of largest score among the ``n`` largest of each group; if these are fewer, others as well."""
+        part: Whole = weight.part
         first = self.largest(weight, scores, among)
-        rest = k - select.count(first)
+        rest = k - part.total(select.count(first))[0]
         if rest <= 0:
-            return select.top_k(scores, k, first)
-        return first | select.top_k(scores, rest, ~first if among is None else among & ~first)
+            return part.top_k(scores, k, first)
+        return first | part.top_k(scores, rest, ~first if among is None else among & ~first)
 
     def count_global_top_k(
         self,
@@ -251,20 +253,21 @@ class NOfM(Pattern):
         score: select.Score = torch.Tensor.detach,
     ) -> list[int]:
         """Return how many lie in each weight of the ``k`` that ``top_k`` would mark in all weights together."""
-        each = zip(weights, tensors, among, strict=True)
+        each, all_parts = zip(weights, tensors, among, strict=True), together(weights)
         first = [self.largest(weight, score(tensor), candidates) for weight, tensor, candidates in each]
-        counts = [select.count(mask) for mask in first]
+        counts = all_parts.total(*(select.count(mask) for mask in first))
         if k <= sum(counts):
-            return select.count_global_top_k(tensors, k, first, at_least, score)
+            return all_parts.count_global_top_k(tensors, k, first, at_least, score)
         others = [candidates & ~mask for candidates, mask in zip(among, first, strict=True)]
         least = [max(0, n - count) for n, count in zip(at_least, counts, strict=True)]
-        more = select.count_global_top_k(tensors, k - sum(counts), others, least, score)
+        more = all_parts.count_global_top_k(tensors, k - sum(counts), others, least, score)
         return [count + n for count, n in zip(counts, more, strict=True)]
 
     def num_movable(self, weight: Connections) -> int:
         """Return how many can go so that all their groups can take others, and rows keep what they must."""
-        _, active = self._groups(weight)
-        movable = int(active.minimum(self.m - active).sum())
+        part: Whole = weight.part
+        active = self._groups(weight).counts(weight.active_indices)
+        (movable,) = part.total(int(active.minimum(self.m - active).sum()))
         if weight.nonempty is None:
             return movable
         rows = weight.nonempty.rows(weight.shape)
@@ -275,38 +278,39 @@ class NOfM(Pattern):
         if 2 * self.n <= self.m:  # then there always are
             return super().drop(weight, scores, n)
         scores = first_of_rows(weight, scores).nan_to_num(nan=math.inf, posinf=math.inf)
-        places, (groups, active) = weight.active_indices, self._groups(weight)
-        dense = scores.new_full((weight.size,), -math.inf)
-        dense[places] = -scores
-        limits = (self.m - active).to(dense.device)
-        droppable = _largest_of_each(groups, dense.view(weight.shape), limits).view(-1)[places]
+        places, groups, part = weight.active_indices, self._groups(weight), weight.part
+        indices = part.indices(places)
+        dense = scores.new_full(part.shape_here(weight.shape), -math.inf)
+        dense.view(-1)[indices] = -scores
+        limits = (self.m - groups.counts(places)).to(dense.device)
+        droppable = _largest_of_each(groups.tiles, dense, limits, groups.first_position).view(-1)[indices]
         droppable &= scores != math.inf
         order = ties.at(places, weight.shape)
-        return places[select.lowest_positions(scores, n, droppable, order)]
+        return places[part.lowest_positions(scores, n, droppable, order)]
 
     def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
         """Return the ``n`` of largest ``|dP|`` that groups have room for once others are ``dropped``."""
-        groups, room = self._room(weight, dropped)
-        return select.largest(candidates(groups, weight, room), n, weight.shape)[0]
+        part: Whole = weight.part
+        groups = self._groups(weight)
+        room = self._room(groups, weight, dropped)
+        return part.largest(candidates(groups.tiles, weight, room), n, weight.shape)[0]
 
     def grow_at_random(self, weight: Connections, n: int, dropped: Tensor, generator: Generator) -> Tensor:
         """Return ``n``: each place that a group has once others are ``dropped`` is equally likely to be taken."""
-        groups, room = self._room(weight, dropped)
-        return _drawn(n, room, weight.active_indices.cpu(), groups, generator)
+        groups = self._groups(weight)
+        return groups.drawn(n, self._room(groups, weight, dropped), weight.active_indices.cpu(), generator)
 
-    def _groups(self, weight: Connections) -> tuple[Tiles, Tensor]:
-        """Return the groups of a weight, and how many active connections each has: ``(groups,)``, on the CPU."""
-        groups = Tiles(weight.shape, weight.outputs, 1, self.m)
-        return groups, _counts(groups, weight.active_indices)
+    def _groups(self, weight: Connections) -> "_Groups":
+        return _Groups(Tiles(weight.shape, weight.outputs, 1, self.m), weight.part)
 
-    def _room(self, weight: Connections, dropped: Tensor) -> tuple[Tiles, Tensor]:
-        """Return the groups, and how many each can take once others are ``dropped``, which do not come back at once.
+    def _room(self, groups: "_Groups", weight: Connections, dropped: Tensor) -> Tensor:
+        """Return how many each group can take once others are ``dropped``, which do not come back at once.
 
         A group that still has more than N may have back as many as it loses.
         """
-        groups, active = self._groups(weight)
-        room = (self.n - active).clamp_(min=0).add_(_counts(groups, dropped))
-        return groups, room.minimum(self.m - active)
+        active = groups.counts(weight.active_indices)
+        room = (self.n - active).clamp_(min=0).add_(groups.counts(dropped))
+        return room.minimum(self.m - active)
 
     def largest(self, weight: Laid, scores: Tensor, among: Tensor | None = None) -> Tensor:
         """Mark the ``n`` largest of each group, of what is here of the weight."""
@@ -317,9 +321,38 @@ class NOfM(Pattern):
         return _largest_of_each(groups, scores, limits, first)
 
 
-def _counts(groups: Tiles, positions: Tensor) -> Tensor:
-    """Return how many of some flat positions are in each group."""
-    return torch.bincount(groups.of(positions.cpu()), minlength=math.prod(groups.grid))
+class _Groups:
+    """The groups of a weight that are here: all of them, or those of the rows that a process holds.
+
+    Args:
+        tiles: the groups of the whole weight.
+        part: what is here of it.
+
+    Attributes:
+        first_position: flat position of the first connection that is here.
+    """
+
+    def __init__(self, tiles: Tiles, part: Whole) -> None:
+        self.tiles, self._part = tiles, part
+        self._number = part.length(math.prod(tiles.shape)) // tiles.size
+        self.first_position = int(part.positions(torch.tensor(0)))
+        self._first = int(tiles.of(torch.tensor(self.first_position))) if self._number else 0
+
+    def counts(self, positions: Tensor) -> Tensor:
+        """Return how many of some flat positions that are here are in each group: ``(groups,)``, on the CPU."""
+        return torch.bincount(self.tiles.of(positions.cpu()) - self._first, minlength=self._number)
+
+    def drawn(self, n: int, room: Tensor, taken: Tensor, generator: Generator) -> Tensor:
+        """Draw ``n`` positions that are not ``taken``, of each group at most its ``room``; return those here."""
+        places = self._part.places(n, int(room.sum()), generator)
+        of_places = torch.searchsorted(room.cumsum(0), places, right=True)
+        chosen, counts = torch.unique_consecutive(of_places, return_counts=True)
+        members = self.tiles.members(chosen + self._first)
+        m, dtype = self.tiles.size, torch.float32  # whatever the precision
+        keys = self._part.drawn_for(members[:, 0], lambda k: torch.rand(k, m, generator=generator, dtype=dtype))
+        keys.masked_fill_(torch.isin(members, taken), 2)
+        nearest = members.gather(1, keys.argsort(1))
+        return nearest[torch.arange(m) < counts[:, None]].sort().values
 
 
 def _largest_of_each(groups: Tiles, scores: Tensor, limits: Tensor, first: int = 0) -> Tensor:
@@ -357,18 +390,6 @@ def candidates(groups: Tiles, weight: Connections, room: Tensor) -> Iterator[tup
         inactive = gradients.masked_fill(gradients < 0, -math.inf)
         marks = _largest_of_each(groups, inactive, limits, first)
         yield first, gradients.masked_fill_(~marks, -1).reshape(-1)
-
-
-def _drawn(n: int, room: Tensor, taken: Tensor, groups: Tiles, generator: Generator) -> Tensor:
-    """Draw ``n`` different positions that are not ``taken``, of each group at most as many as it has ``room`` for."""
-    ends = room.cumsum(0)
-    places = sampling.distinct(n, int(ends[-1]), generator)
-    chosen, counts = torch.unique_consecutive(torch.searchsorted(ends, places, right=True), return_counts=True)
-    members = groups.members(chosen)
-    keys = torch.rand(members.shape, generator=generator, dtype=torch.float32)  # whatever the precision
-    keys.masked_fill_(torch.isin(members, taken), 2)
-    nearest = members.gather(1, keys.argsort(1))
-    return nearest[torch.arange(groups.size) < counts[:, None]].sort().values
 
 
 def other_rows(outputs: Outputs, nonempty: Outputs | None) -> str | None:

@@ -1,7 +1,7 @@
 """Shard: what a process holds of a weight that is divided over processes; see :mod:`~lightning_sparse.rules.parts`."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.ascending import contains, different, merged
 from lightning_sparse.rules.drawn import Drawn
 from lightning_sparse.rules.radix import least, ordered
+from lightning_sparse.rules.tiles import Tiles
 from lightning_sparse.rules.whole import Whole
 
 __all__ = ["Shard", "added"]
@@ -28,6 +29,7 @@ class Shard(Whole):
     Args:
         layout: how the weight is divided.
         device: where its part is, and where counts are added up.
+        held: see below; default: processes tell each other.
 
     Attributes:
         ranges: what is here of each dimension.
@@ -40,16 +42,27 @@ class Shard(Whole):
 
     least = evenly = count_global_top_k = global_top_k = ranking = None  # type: ignore[assignment]  # ask ``together``
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, held: list[tuple[range, ...]] | None = None) -> None:
         self.layout, self.shape, self.device = layout, tuple(layout.shape), device
         self.size, self.ranges = math.prod(self.shape), layout.ranges
-        self.held = self._held()
+        self.held = self._held() if held is None else held
+        self._of_tiles: dict[Tiles, Shard] = {}
         self.is_owner = self.held.index(self.ranges) == distributed.get_rank()
         shards = sorted(set(self.held), key=_ends)
         self.is_shared = sum(math.prod(map(len, ranges)) for ranges in self.held) > self.size
         self.number, self.numbers = shards.index(self.ranges), len(shards)
         self.divided = {d for d, n in enumerate(self.shape) if any(len(ranges[d]) < n for ranges in shards)}
         self._lay_runs(shards)
+
+    def of_tiles(self, tiles: Tiles) -> "Shard":
+        """Return what is here of the tiles of the weight, none of which lies on several processes."""
+        if tiles not in self._of_tiles:
+            stride = torch.empty(tiles.grid, device="meta").stride()
+            layout = self.layout._replace(shape=torch.Size(tiles.grid), stride=stride)
+            others = tuple(map(range, tiles.grid[1:]))
+            held = [(range(r.start // tiles.rows, r.stop // tiles.rows), *others) for r, *_ in self.held]
+            self._of_tiles[tiles] = Shard(layout, self.device, held)
+        return self._of_tiles[tiles]
 
     def _held(self) -> list[tuple[range, ...]]:
         """Return what each process holds of each dimension."""
@@ -74,7 +87,7 @@ class Shard(Whole):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the processes."""
-        return {**self.__dict__, "layout": None}
+        return {**self.__dict__, "layout": None, "_of_tiles": {}}
 
     def __eq__(self, other: object) -> bool:
         """Compare how weights are divided: the answer is the same on all processes."""
@@ -110,6 +123,9 @@ class Shard(Whole):
 
     def length(self, size: int) -> int:  # noqa: D102  (inherited)
         return len(self._runs) * self._length
+
+    def shape_here(self, shape: Sequence[int]) -> tuple[int, ...]:  # noqa: D102  (inherited)
+        return tuple(map(len, self.ranges))
 
     def shape_of(self, part: Tensor) -> tuple[int, ...]:  # noqa: D102  (inherited)
         return self.shape
@@ -147,12 +163,19 @@ class Shard(Whole):
         return self.total(count) > [0]
 
     def all_equal(self, scores: Tensor) -> bool:  # noqa: D102  (inherited)
-        low, high = scores.aminmax() if scores.numel() else (torch.tensor(torch.inf), torch.tensor(-torch.inf))
-        several = float(scores.numel()) if scores.numel() < 2 else 2.0
-        ends = torch.zeros(self.numbers, 3, dtype=torch.float64)
-        ends[self.number] = torch.tensor([float(low), float(high), several], dtype=torch.float64)
-        lows, highs, lengths = self.sums(ends).T
+        lows, highs, lengths = self._of_each(scores)
         return bool(lengths.sum() > 1) and bool(lows.min() == highs.max())
+
+    def extremes(self, x: Tensor) -> tuple[float, float]:  # noqa: D102  (inherited)
+        lows, highs, _ = self._of_each(x)
+        return float(lows.min()), float(highs.max())
+
+    def _of_each(self, x: Tensor) -> Tensor:
+        """Return the least number of each shard, the largest, and whether it has none, one, or several: 0 to 2."""
+        low, high = x.aminmax() if x.numel() else (torch.tensor(torch.inf), torch.tensor(-torch.inf))
+        ends = torch.zeros(self.numbers, 3, dtype=torch.float64)
+        ends[self.number] = torch.tensor([float(low), float(high), min(x.numel(), 2)], dtype=torch.float64)
+        return self.sums(ends).T
 
     def _before(self, counts: Tensor) -> tuple[Tensor, int]:
         """Return how many of something lie before each run, and how many there are; ``counts``: of each run."""
@@ -210,6 +233,15 @@ class Shard(Whole):
         """Return whole numbers below the weight's size in as few bits as they need: fewer rounds."""
         return numbers.int() if self.size < 1 << 31 else numbers
 
+    def largest(  # type: ignore[override]
+        self, blocks: Iterable[tuple[int, Tensor]], k: int, shape: Sequence[int], at_least: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the positions here of the ``k`` largest scores of all, given in blocks; see ``select.largest``."""
+        scores = torch.cat([block for _, block in blocks])
+        among = scores >= at_least
+        found = self.top_k_positions(scores, min(k, self.total(select.count(among))[0]), among)
+        return self.positions(found).cpu(), scores[found].cpu()
+
     def numbered(self, indices: Tensor) -> Tensor:
         """Return numbers that differ from those of other parts: an order for equals of which any will do."""
         return indices * self.numbers + self.number
@@ -236,6 +268,11 @@ class Shard(Whole):
 
     def drawn(self, n: int, taken: Tensor, size: int) -> Drawn:  # noqa: D102  (inherited)
         return _DrawnHere(self, taken)
+
+    def places(self, n: int, room: int, generator: Generator) -> Tensor:  # noqa: D102  (inherited)
+        lengths = torch.tensor([room])
+        before, total = self._before(lengths)
+        return self._distinct(n, total, generator, lambda numbers: _within(numbers, before, lengths)[1]) - before
 
     def rand(self, shape: Sequence[int], generator: Generator) -> Tensor:  # noqa: D102  (inherited)
         kept = [

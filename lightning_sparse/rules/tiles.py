@@ -80,10 +80,14 @@ class Tiles:
 
     # ------------------------------------------------------------------ positions
 
+    def coordinates(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Return group, output and input in it, and place in the kernel of each flat position of the weight."""
+        pairs = zip(self._strides, self._sizes, strict=True)
+        return tuple(positions.div(stride, rounding_mode="floor") % size for stride, size in pairs)
+
     def of(self, positions: Tensor) -> Tensor:
         """Return the tile of each flat position of the weight."""
-        pairs = zip(self._strides, self._sizes, strict=True)
-        g, o, i, k = (positions.div(stride, rounding_mode="floor") % size for stride, size in pairs)
+        g, o, i, k = self.coordinates(positions)
         _, out, inputs, kernel = self._sizes
         down = o.div(self.rows, rounding_mode="floor").add_(g, alpha=out // self.rows)
         if self.columns is None:

@@ -10,6 +10,7 @@ from lightning_sparse.rules import ranking, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.even import evenly
 from lightning_sparse.rules.sampling import Everywhere
+from lightning_sparse.rules.tiles import Tiles
 
 __all__ = ["WHOLE", "Together", "Whole"]
 
@@ -97,6 +98,14 @@ class Whole(Together, Everywhere):
         """Return how many elements the part has of a weight of this ``size``."""
         return size
 
+    def shape_here(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the part of a weight of this ``shape``."""
+        return tuple(shape)
+
+    def of_tiles(self, tiles: Tiles) -> "Whole":
+        """Return what is here of the tiles of the weight."""
+        return self
+
     def shape_of(self, part: Tensor) -> tuple[int, ...]:
         """Return the shape of the weight of which this is the part."""
         return tuple(part.shape)
@@ -115,6 +124,11 @@ class Whole(Together, Everywhere):
         """Tell whether all parts have the same score, and there are several; see ``select.all_equal``."""
         return select.all_equal(scores)
 
+    def extremes(self, x: Tensor) -> tuple[float, float]:
+        """Return the least and the largest of the numbers that all parts have, of which there are some."""
+        low, high = x.aminmax()
+        return float(low), float(high)
+
     # ------------------------------------------------------------------ which are chosen
 
     top_k_positions = staticmethod(select.top_k_positions)
@@ -124,7 +138,22 @@ class Whole(Together, Everywhere):
         """Mark exactly the ``k`` largest scores of the weight; see ``select.top_k``."""
         return select.top_k(scores, k, among)
 
+    largest = staticmethod(select.largest)
+
     # ------------------------------------------------------------------ what is drawn
+
+    def places(self, n: int, room: int, generator: Generator) -> Tensor:
+        """Draw ``n`` different ones of the places that all parts, of whole rows, have one after the other.
+
+        Args:
+            n: how many.
+            room: number of places that this part has.
+            generator: on the CPU.
+
+        Returns:
+            Those that are here, ascending, counted from the first one here.
+        """
+        return sampling.distinct(n, room, generator)
 
     def distinct(self, n: int, below: int, generator: Generator) -> Tensor:
         """Draw ``n`` different positions of a weight of size ``below``, and return those that lie in the part."""

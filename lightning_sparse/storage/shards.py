@@ -19,7 +19,7 @@ from lightning_sparse.rules.parts import WHOLE, together
 from lightning_sparse.trainer.guards import refuse_consolidated
 from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["SavesShards", "gathered", "is_consolidated", "read", "set_aside"]
+__all__ = ["SavesShards", "gathered", "is_consolidated", "read", "save", "set_aside"]
 
 #: an entry of a state whose shards are beside it
 _ASIDE = "lightning_sparse.shards"
@@ -35,13 +35,8 @@ class SavesShards(Verbs, Callback, ABC):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have the state saved by shards, or whole, as the module's is."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if together([*self._weights.values()]) is WHOLE:
-            return
-        states, key = checkpoint["callbacks"], self.state_key
-        if saves_by_shards(trainer):
-            states[key] = set_aside(states[key], key, checkpoint["state_dict"])
-        else:
-            states[key] = gathered(states[key], trainer.is_global_zero)
+        if together([*self._weights.values()]) is not WHOLE:
+            save(trainer, checkpoint, self.state_key)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read what processes have written in shards."""
@@ -56,6 +51,15 @@ class SavesShards(Verbs, Callback, ABC):
         unread = "optimizer_states" in str(exception) or self.state_key in str(exception)
         if unread and is_consolidated(str(trainer.ckpt_path)):
             refuse_consolidated(self, trainer, exception)
+
+
+def save(trainer: Trainer, checkpoint: Mapping[str, Any], key: str) -> None:
+    """Have the state of the callback ``key``, which has DTensors, saved by shards, or whole, as the module's is."""
+    states = checkpoint["callbacks"]
+    if saves_by_shards(trainer):
+        states[key] = set_aside(states[key], key, checkpoint["state_dict"])
+    else:
+        states[key] = gathered(states[key], trainer.is_global_zero)
 
 
 def gathered(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lightning_sparse.compat.shards import Layout, is_sharded, layout, local
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.matrices import FIRST
 from lightning_sparse.rules.parts import Shard
+from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.trainer.fit import Processes
 from lightning_sparse.trainer.guards import listed
 from lightning_sparse.trainer.verbs import Verbs
@@ -20,6 +21,7 @@ from lightning_sparse.trainer.verbs import Verbs
 __all__ = [
     "divides_weights",
     "identical_parts",
+    "refuse_cut_blocks",
     "refuse_parts",
     "refuse_parts_of_rows",
     "unfit_layout",
@@ -102,11 +104,24 @@ def _with_other_batches(trainer: Trainer) -> set[int]:
 def refuse_parts_of_rows(method: Verbs, choices: Sequence[ParameterChoice]) -> None:
     """Raise if processes share a weight along another dimension than its outputs."""
     for choice in choices:
-        if is_sharded(choice.parameter) and (choice.outputs != FIRST):
+        if is_sharded(choice.parameter) and not (choice.outputs == FIRST and layout(choice.parameter).by_rows):
             raise MisconfigurationException(
                 f"{method!r} trains weights that processes share only if each holds some outputs, with all that they "
                 f"read, but {choice.name} of {choice.kind} is divided otherwise. Leave it out with exclude, or use a "
-                "method with masks, such as RigL."
+                "method with masks and pattern='unstructured', such as RigL."
+            )
+
+
+def refuse_cut_blocks(method: Verbs, choices: Sequence[ParameterChoice], pattern: Pattern) -> None:
+    """Raise if a block of the pattern lies on several processes."""
+    for choice in choices:
+        tiles = pattern.units(choice.shape, choice.outputs)
+        each = layout(choice.parameter).rows_each if is_sharded(choice.parameter) else 0
+        if tiles is not None and each % tiles.rows:
+            raise MisconfigurationException(
+                f"{method!r} needs each block of {tiles.rows} rows on one process, but processes hold {each} rows each "
+                f"of {choice.name}, no multiple of {tiles.rows}. Give blocks of another size, use another number of "
+                "processes, or leave the weight out with exclude."
             )
 
 

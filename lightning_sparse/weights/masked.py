@@ -134,7 +134,7 @@ class MaskedWeight(Weight):
         return self.dP.reshape(-1)[::stride].abs()[~self.mask.reshape(-1)[::stride]]
 
     def gradient_parts(self) -> Iterator[tuple[int, Tensor]]:  # noqa: D102  (inherited)
-        yield 0, self.dP.abs().masked_fill_(self.mask, -1)
+        yield int(self.part.positions(torch.tensor(0))), self.dP.abs().masked_fill_(self.mask, -1)
 
     def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
         likely = None
@@ -197,7 +197,7 @@ class MaskedWeight(Weight):
         return sums, lengths, None
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
-        if not torch.gt(self.mask, mask).any():
+        if not self.part.any(select.count(torch.gt(self.mask, mask))):
             return
         self.mask = self.mask.clone().logical_and_(mask)  # in the parameter's layout
         self.keep_zeros()

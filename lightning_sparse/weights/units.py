@@ -6,13 +6,13 @@ order of their sums; between layers, whose rows may differ in length, it tells w
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from lightning_sparse.rules import select
 from lightning_sparse.rules.matrices import FIRST
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.rules.tiles import Tiles
@@ -39,8 +39,10 @@ class Units(Weight):
 
     def __init__(self, whole: Weight, tiles: Tiles) -> None:
         self._whole, self.tiles = whole, tiles
+        self.part = whole.part.of_tiles(tiles)
+        self._tiles_here = replace(tiles, shape=whole.part.shape_here(tiles.shape))
         self.name, self.parameter, self.optimizer = whole.name, whole.parameter, whole.optimizer
-        self.buffers = {key: tiles.means(buffer.abs()) for key, buffer in whole.buffers.items()}
+        self.buffers = {key: self._tiles_here.means(buffer.abs()) for key, buffer in whole.buffers.items()}
         self.nonempty = None if whole.nonempty is None else FIRST
         self.mask_version = new_version()
 
@@ -60,7 +62,7 @@ class Units(Weight):
 
     @property
     def mask(self) -> Tensor:  # noqa: D102  (inherited)
-        return self.tiles.first(self.whole.mask)
+        return self._tiles_here.first(self.whole.mask)
 
     @property
     def active_indices(self) -> Tensor:  # noqa: D102  (inherited)
@@ -88,13 +90,13 @@ class Units(Weight):
     @property
     def given(self) -> Tensor:
         """The mean ``|W|`` of each unit of the weight that the module has, before ``start``."""
-        return self.tiles.means(self.whole.given.abs())
+        return self._tiles_here.means(self.whole.given.abs())
 
     @property
     def W(self) -> Tensor:
         """The mean ``|W|`` of each unit."""
         assert isinstance(self.whole, MaskedWeight)
-        return self.tiles.means(self.whole.W.abs())
+        return self._tiles_here.means(self.whole.W.abs())
 
     @property
     def finite(self) -> bool:  # noqa: D102  (inherited)
@@ -116,23 +118,24 @@ class Units(Weight):
     @cached_property
     def _gradients(self) -> Tensor:
         """The mean ``|dP|`` of inactive units; of active ones 0."""
-        rows = [self.tiles.pool_rows(gradients.clamp_(min=0)) for _, gradients in self.whole.gradient_parts()]
-        return self.tiles.pool_outputs(torch.cat(rows, 1)).div_(self.tiles.size)
+        rows = [self._tiles_here.pool_rows(gradients.clamp_(min=0)) for _, gradients in self.whole.gradient_parts()]
+        return self._tiles_here.pool_outputs(torch.cat(rows, 1)).div_(self.tiles.size)
 
     def gradient_at(self, positions: Tensor) -> Tensor:
         """Return the mean ``|dP|`` of some inactive units."""
-        return self._gradients.view(-1)[positions.to(self._gradients.device)]
+        return self._gradients.view(-1)[self.part.indices(positions).to(self._gradients.device)]
 
     def sample_inactive(self, stride: int) -> Tensor:  # noqa: D102  (inherited)
         inactive = ~self.mask.view(-1)[::stride].to(self._gradients.device)
         return self._gradients.view(-1)[::stride][inactive]
 
     def gradient_parts(self) -> Iterator[tuple[int, Tensor]]:  # noqa: D102  (inherited)
-        yield 0, self._gradients.masked_fill(self.mask.to(self._gradients.device), -1)
+        first = int(self.part.positions(torch.tensor(0)))
+        yield first, self._gradients.masked_fill(self.mask.to(self._gradients.device), -1)
 
     def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: D102  (inherited)
         parts = ((first, gradients.view(-1)) for first, gradients in self.gradient_parts())
-        return select.largest(parts, n, self.shape, at_least)
+        return self.part.largest(parts, n, self.shape, at_least)
 
     # ------------------------------------------------------------------ how they move
 
@@ -152,7 +155,7 @@ class Units(Weight):
         self.forget_indices()
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
-        self.whole.keep(self.tiles.whole(mask))
+        self.whole.keep(self._tiles_here.whole(mask))
         self.forget_indices()
 
     def keep_zeros(self) -> None:  # noqa: D102  (inherited)

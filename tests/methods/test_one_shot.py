@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import FixedMask, OneShot
+from lightning_sparse import FixedMask, OneShot, RandomPruning
 from lightning_sparse.rules.budgets import apportion, budget
 from lightning_sparse.rules.even import evenly
 
@@ -25,6 +25,18 @@ def pruned(callback, net=mlp, **kwargs):
     for name, mask in callback.masks.items():
         assert torch.equal(module.get_parameter(name), before[name] * mask), "weights keep their values"
     return callback.masks, before
+
+
+@pytest.mark.parametrize(
+    ("scope", "start"),
+    [("global", {"initial": "global_magnitude"}), ("layer", {"initial": "magnitude", "distribution": "uniform"})],
+)
+def test_the_way_round_for_divided_weights_keeps_the_same_ones(scope, start):
+    method = OneShot(0.8, scope=scope)
+    assert ", ".join(f"{name}={value!r}" for name, value in start.items()) in method.needs_whole_weights
+    (found, _), (expected, _) = pruned(RandomPruning(0.8, **start)), pruned(method)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
 
 
 # ---------------------------------------------------------------------- Wanda

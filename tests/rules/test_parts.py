@@ -38,6 +38,7 @@ def test_positions_are_those_of_the_whole_weight(shards):
     for shard in shards:
         everywhere = torch.arange(math.prod(shard.shape))
         expected = shard.cut(everywhere.view(shard.shape)).flatten()
+        assert shard.shape_here(shard.shape) == shard.cut(everywhere.view(shard.shape)).shape
         assert torch.equal(shard.positions(torch.arange(len(expected))), expected)
         assert torch.equal(shard.here(everywhere), expected)
         assert torch.equal(shard.indices(expected), torch.arange(len(expected)))

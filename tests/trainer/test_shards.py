@@ -11,10 +11,22 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
-from shards_ranks import GRID, METHODS, RESUMED, Divided, run_all, run_killed, run_resumed, train
+from shards_ranks import (
+    GRID,
+    METHODS,
+    MONITORED,
+    RESUMED,
+    Divided,
+    looped,
+    run_all,
+    run_killed,
+    run_resumed,
+    train,
+    watched,
+)
 from torch.distributed._tensor import Partial, Replicate, Shard
 
-from lightning_sparse import SET, MemoryEfficientDST, SparsityMonitor
+from lightning_sparse import SET, MemoryEfficientDST
 from lightning_sparse.compat.shards import Layout
 from lightning_sparse.trainer.guards import refuse_trainer
 from lightning_sparse.trainer.mask_files import read_masks
@@ -49,6 +61,10 @@ def resumed(tmp_path_factory):
 
 
 def assert_same(found, expected):
+    if expected["seen"] and found["seen"]:
+        (records, levels), (others, other_levels) = found["seen"], expected["seen"]
+        assert records == others
+        assert levels == pytest.approx(other_levels)
     assert found["counts"] == expected["counts"]
     assert found["metrics"] == pytest.approx(expected["metrics"])
     for name, mask in expected["masks"].items():
@@ -72,6 +88,22 @@ def test_four_processes_train_what_one_does(trained, method):
     assert_same(trained[4][method], train(method))
 
 
+def test_the_first_process_writes_what_a_monitor_has_seen(trained):
+    results = [(name, trained[2][name]) for name in METHODS] + [(name, trained[4][name]) for name in GRID]
+    assert {name for name, found in results if found["seen"]} == MONITORED
+
+
+def test_a_dense_run_is_watched_without_its_operations(trained):
+    (found, told), (expected, _) = trained[2]["watched"], watched(0, 0)
+    assert found["masks"] == expected["masks"]
+    ((record,), (other,)) = found["epochs"], expected["epochs"]
+    assert record["layers"] == other["layers"]
+    assert record["inference_flops"] is record["training_flops"] is None
+    assert other["inference_flops"] == 1
+    assert re.search("counts no operations .* leaves inference_flops and training_flops out", told[0])
+    assert record["bytes"]["weights"] == 8 * (9 * 13 + 4 * 18 + 8)  # of the process that has most
+
+
 @pytest.mark.parametrize("way", ["looped", "looped, in two"])
 def test_a_loop_of_its_own_trains_the_same_bits_as_a_trainer(trained, way):
     in_trainer = trained[2]["RigL, AdamW"]
@@ -80,8 +112,18 @@ def test_a_loop_of_its_own_trains_the_same_bits_as_a_trainer(trained, way):
     assert_same(trained[2][way], in_trainer)
 
 
+def test_a_loop_of_fabric_trains_the_same_bits(trained):
+    one, found = looped(0, 0, dtype=torch.float32), trained[2]["with Fabric"]
+    for name, parameter in trained[2]["in float32"]["parameters"].items():
+        assert torch.equal(found["parameters"][name], parameter)
+        assert torch.allclose(one["parameters"][name], parameter, atol=1e-4)
+    assert all(torch.equal(found["masks"][name], mask) for name, mask in one["masks"].items())
+
+
 def test_a_loop_of_its_own_refuses_latent_weights(trained):
-    assert re.search("0.weight sparse: it is a DTensor, which .* with a Trainer only. .*RigL", trained[2]["loop refused"])
+    assert re.search(
+        "0.weight sparse: it is a DTensor, which .* with a Trainer only. .*RigL", trained[2]["loop refused"]
+    )
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "distributed"])
@@ -153,6 +195,12 @@ def test_what_a_move_sends_does_not_grow_with_the_layer(trained, part):
     assert max(large) <= 1.5 * max(small)  # rounds that many different scores take more
 
 
+@pytest.mark.parametrize(("part", "a_row"), [("bytes, drawn", 2 * 4), ("bytes, AdamW", 12)])
+def test_a_row_of_divided_columns_sends_some_bytes(trained, part, a_row):
+    large = trained[2][part][128]
+    assert 128 * a_row < max(large) <= 32 * 1024 + 128 * a_row
+
+
 def test_no_process_makes_a_whole_weight(trained):
     assert trained[2]["largest"] <= 128 * 257  # with the bias, whose gradient lies beside that of the weight
 
@@ -202,10 +250,9 @@ def test_latent_weights_of_which_processes_hold_inputs_are_refused(trained):
     assert re.search("net.1.weight of FSDPConvTranspose1d is divided otherwise.*exclude", trained[2]["other rows"])
 
 
-def test_the_monitor_is_refused():
-    run = SimpleNamespace(strategy=ModelParallelStrategy(), callbacks=[])
-    with pytest.raises(MisconfigurationException, match=r"SparsityMonitor looks at whole masks.*Take it away"):
-        SparsityMonitor().on_train_start(run, Divided())
+def test_rows_and_blocks_that_lie_on_several_processes_are_refused(trained):
+    assert re.search("net.2.weight of Linear is divided otherwise", trained[2]["rows"])
+    assert re.search("block of 2 rows on one process, .* 5 rows each of net.0.weight, no multiple", trained[2]["cut"])
 
 
 # ---------------------------------------------------------------------- what is refused, and the table that says so
