@@ -382,7 +382,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not result.is_meta and not is_sharded(result):
+        plain = isinstance(result, torch.Tensor) and not result.is_meta and not is_sharded(result)
+        if plain and result.layout == torch.strided:  # a sparse one wraps tensors that were made before
             self.size = max(self.size, result.untyped_storage().nbytes() // result.element_size())
         return result
 

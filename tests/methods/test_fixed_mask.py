@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from averaging import EMAWeightAveraging
 from helpers import Lit, StopsAfter, fit, loader, mlp, prune, same, seeded, state, trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from lightning_sparse import FixedMask
 

@@ -7,6 +7,7 @@ import itertools
 import lightning.pytorch as pl
 import pytest
 import torch
+from averaging import EMAWeightAveraging, WeightAveraging
 from helpers import (
     HOOKED,
     REPRESENTATIVES,
@@ -25,12 +26,10 @@ from helpers import (
 )
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
