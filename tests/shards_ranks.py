@@ -7,7 +7,7 @@ import warnings
 
 import lightning.pytorch as pl
 import torch
-from helpers import LATENT, MASKED, N_OF_M, ROUNDS, SETTINGS, Largest, trainer
+from helpers import LATENT, MASKED, N_OF_M, PLAINLY, ROUNDS, SETTINGS, Largest, trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
@@ -188,7 +188,7 @@ def train(name, rank=0, world=0, saves=None, epoch=None, resumes=None, full=True
     callback, module = build(**{key: value for key, value in MOVING.items() if key in build().arguments}), Divided(kind)
     run = start([callback, *([Stops(saves, epoch)] if saves else [])], world, full, tensor, **options)
     data = batches(0, 1) if kind == "alike" else batches(rank // tensor, max(world, 1) // tensor)
-    run.fit(module, data, ckpt_path=resumes, weights_only=True if resumes else None)
+    run.fit(module, data, ckpt_path=resumes, **(PLAINLY if resumes else {}))
     return {
         "masks": {name: whole(mask) for name, mask in callback.masks.items()},
         "counts": callback.layer_count,

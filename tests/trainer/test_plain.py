@@ -10,6 +10,7 @@ import torch
 from averaging import EMAWeightAveraging, WeightAveraging
 from helpers import (
     HOOKED,
+    PLAINLY,
     REPRESENTATIVES,
     SETTINGS,
     Lit,
@@ -244,7 +245,7 @@ def test_test_with_the_best_checkpoint_brings_module_and_callback_to_the_same_mo
     module = seeded(Ages)
     run.fit(module, loader(), loader(16))
     last = {**state(callback), **copy.deepcopy(module.state_dict())}
-    run.test(module, loader(16), ckpt_path="best", verbose=False, weights_only=True)
+    run.test(module, loader(16), ckpt_path="best", verbose=False, **PLAINLY)
     assert effective(module, callback)
     assert not same(last, {**state(callback), **module.state_dict()})
 
