@@ -31,7 +31,7 @@ def run(session: nox.Session, *pins: str) -> None:
 @nox.session
 def oldest(session: nox.Session) -> None:
     """The minima that ``pyproject.toml`` promises."""
-    run(session, "torch==2.4.*", "lightning==2.4.*", "numpy<2.3")
+    run(session, "torch==2.4.*", "lightning==2.5.0", "numpy<2.3")
 
 
 @nox.session
