@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import inspect
 import math
 import socket
 import warnings
@@ -56,6 +57,9 @@ from lightning_sparse.layers.selection import select_parameters
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
 # Each Trainer reads the metadata of all installed packages for callbacks that it might be given.
 registry.entry_points = functools.cache(importlib.metadata.entry_points)
+
+# Given to a Trainer, has it read the checkpoint as plain data; Lightning takes the argument since 2.6.
+PLAINLY = {"weights_only": True} if "weights_only" in inspect.signature(pl.Trainer.fit).parameters else {}
 
 # One row a method: hyper-parameters under which a tiny network becomes visibly sparse within some dozen steps.
 THRESHOLDS: dict[str, Callable] = {
@@ -382,7 +386,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not result.is_meta and not is_sharded(result):
+        plain = isinstance(result, torch.Tensor) and not result.is_meta and not is_sharded(result)
+        if plain and result.layout == torch.strided:  # a sparse one wraps tensors that were made before
             self.size = max(self.size, result.untyped_storage().nbytes() // result.element_size())
         return result
 

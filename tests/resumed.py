@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from helpers import HOOKED, REPRESENTATIVES, ROUNDS, SETTINGS, Lit, data, loader, state, trainer
+from helpers import HOOKED, PLAINLY, REPRESENTATIVES, ROUNDS, SETTINGS, Lit, data, loader, state, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.lr_scheduler import StepLR
@@ -133,7 +133,7 @@ def run(mode, folder, method, optimizer, stop, accumulate):
             callbacks.append(OnExceptionCheckpoint(folder, path.name))
     keep = mode == "stopped"
     fit = trainer(callbacks, max_epochs=EPOCHS, accumulate_grad_batches=accumulate, enable_checkpointing=keep)
-    more = {"ckpt_path": f"{path}.ckpt", "weights_only": True} if mode == "resumed" else {}
+    more = {"ckpt_path": f"{path}.ckpt", **PLAINLY} if mode == "resumed" else {}
     error = {"middle": KeyError, "data": OSError, "step": ValueError, "sigterm": SIGTERMException}.get(stop)
     try:
         fit.fit(module, loader(8 * BATCHES) if by_index else Batches(fails_at), **more)

@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import LATENT, MASKED, N_OF_M, ROUNDS, SETTINGS, Largest, trainer
+from helpers import LATENT, MASKED, N_OF_M, PLAINLY, ROUNDS, SETTINGS, Largest, trainer
 from lightning.fabric import Fabric
 from lightning.fabric import strategies as fabric_strategies
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -258,7 +258,7 @@ def train(name, rank=0, world=0, saves=None, epoch=None, resumes=None, full=True
     folder = tempfile.TemporaryDirectory()
     run = start([callback, *more], world, full, tensor, default_root_dir=folder.name, **options)
     data = batches(0, 1) if kind == "alike" else batches(rank // tensor, max(world, 1) // tensor)
-    run.fit(module, data, ckpt_path=resumes, weights_only=True if resumes else None)
+    run.fit(module, data, ckpt_path=resumes, **(PLAINLY if resumes else {}))
     return {
         "masks": {name: whole(mask) for name, mask in callback.masks.items()},
         "counts": callback.layer_count,

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from helpers import Lit, SavesFirst, Scaler, Unmixed, data, mlp, prune, seeded, trainer
+from helpers import PLAINLY, Lit, SavesFirst, Scaler, Unmixed, data, mlp, prune, seeded, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -60,7 +60,7 @@ def train(method, accumulate, rank, world, saves=None, resumes=None):
     run = trainer(callbacks, max_epochs=2, **options)
     torch.manual_seed(rank if resumes is None else 50 + rank)  # the first process's values count
     module = Lit(mlp(torch.float64))
-    run.fit(module, rows(rank, world), ckpt_path=resumes, weights_only=True if resumes else None)
+    run.fit(module, rows(rank, world), ckpt_path=resumes, **(PLAINLY if resumes else {}))
     state = run.optimizers[0].state_dict()["state"].values()
     return {
         "parameters": module.state_dict(),

@@ -75,8 +75,14 @@ def folder_name(key: str) -> str:
     return plain if plain == key else f"{plain}-{hashlib.sha1(key.encode()).hexdigest()[:8]}"
 
 
-#: what compare sets of the Trainer
-_OURS = ("callbacks", "logger", "max_epochs", "default_root_dir", "enable_progress_bar")
+#: what compare sets of the Trainer, and what to give in its place
+_OURS = {
+    "callbacks": "Give --methods instead.",
+    "logger": "Leave it out.",
+    "max_epochs": "Give --epochs instead.",
+    "default_root_dir": "Give --out instead.",
+    "enable_progress_bar": "Leave it out.",
+}
 
 
 def check_option(option: str) -> None:
@@ -93,8 +99,9 @@ def check_option(option: str) -> None:
             f"{option} is not an option of compare. Options for all runs have the form --trainer.KEY=VALUE, "
             "--model.KEY=VALUE or --data.KEY=VALUE, with the equals sign."
         )
-    if key.split(".")[1].rstrip("+") in _OURS:
-        raise ValueError(f"{key} is set by compare itself. Leave it out.")
+    remedy = _OURS.get(key.split(".")[1].rstrip("+"))
+    if remedy:
+        raise ValueError(f"{key} is set by compare itself. {remedy}")
 
 
 def methods() -> dict[str, type[SparseCallback]]:

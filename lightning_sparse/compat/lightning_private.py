@@ -1,6 +1,6 @@
 """Lightning's private corners: each use of a name that Lightning may change stands here, with what it relies on.
 
-All of them are there in every Lightning from 2.4 on, the oldest that is supported, unless it says otherwise.
+All of them are there in every Lightning from 2.5 on, the oldest that is supported, unless it says otherwise.
 """
 
 from typing import Any

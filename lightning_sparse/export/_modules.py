@@ -129,9 +129,21 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def results(module: nn.Module, example_input: Example) -> list[Tensor]:
-    """Return the tensors that ``module`` gives for the example in eval mode, computed without TF32 on a GPU."""
+    """Return the tensors that ``module`` gives for the example in eval mode, computed without TF32 on a GPU.
+
+    Raises:
+        ValueError: the module has no ``forward``, as a LightningModule that has steps only.
+    """
     with evaluating(module), _whole_float32():
-        return tensors(module(*arguments(example_input)))
+        try:
+            return tensors(module(*arguments(example_input)))
+        except NotImplementedError as error:
+            if "forward" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(module).__name__} has no forward, which an export follows. Give the network within it, such as "
+                "module.net, or define forward."
+            ) from error
 
 
 @contextmanager

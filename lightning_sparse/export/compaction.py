@@ -190,8 +190,8 @@ def trace(module: nn.Module) -> fx.GraphModule:
     """
     try:
         with evaluating(module):
-            tracer = _Tracer()
-            graph = tracer.trace(module)
+            tracer, graph = _Tracer(), fx.Graph()  # one that knows no tracer: a pickle would need this package for it
+            graph.output(graph.graph_copy(tracer.trace(module), {}))
             traced = fx.GraphModule(tracer.root, graph, type(module).__name__)
     except Exception as error:
         raise ValueError(_cannot_trace(module, error)) from error

@@ -80,6 +80,7 @@ def to_onnx(
     size = sum(tensor.nbytes for tensor in module.state_dict().values() if isinstance(tensor, Tensor))
     if sparse_weights and size > _ONE_FILE:
         raise ValueError(f"sparse_weights must be False for weights of more than 2 GiB, got {size / 2**30:.1f} GiB.")
+    expected = [results(module, given), results(module, more)]
     try:
         with evaluating(module):
             torch.onnx.export(
@@ -103,10 +104,9 @@ def to_onnx(
         _make_weights_sparse(path)
     try:
         session = onnx_session(path)
-        for example in (given, more):
-            check_equal(
-                results(module, example), onnx_outputs(session, example), tolerance, f"{os.fspath(path)} in onnxruntime"
-            )
+        for example, wanted in zip((given, more), expected, strict=True):
+            found = onnx_outputs(session, example)
+            check_equal(wanted, found, tolerance, f"{os.fspath(path)} in onnxruntime")
     except Exception as error:
         for file in (Path(path), Path(f"{os.fspath(path)}.data")):
             file.unlink(missing_ok=True)

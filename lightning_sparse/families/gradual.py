@@ -16,7 +16,7 @@ from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.families.shares import floors
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.budgets import Scope, budget
-from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval
+from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval, spoken
 from lightning_sparse.rules.schedules import cubic
 from lightning_sparse.trainer.guards import REMEDY, listed, refuse_unknown_length
 from lightning_sparse.weights.base import Weight
@@ -91,8 +91,7 @@ class GradualPruning(DenseOnly, MaskedCallback):
             floors(self.units(group.weights), self.min_layer_density, self.final(group))
         ticks = [tick for tick in self.clock.ticks(int(self.total_steps) - 1) if tick <= self.span()[1]]
         rank_zero_info(
-            f"{self!r} prunes {len(ticks)} times, every {self.every} steps from step {ticks[0]} to {ticks[-1]}, "
-            f"to density {1 - self.sparsity_target:.4g} in all."
+            f"{self!r} prunes {spoken(ticks, self.every)}, to density {1 - self.sparsity_target:.4g} in all."
         )
         if len(ticks) < FEW:
             self.warn_once(

@@ -427,7 +427,9 @@ class MaskedCallback(Stored, SparseCallback):
         if after != (before if planned is None else planned):
             raise RuntimeError(
                 f"{self!r} has {after} active weights after moving connections, not "
-                f"{before if planned is None else planned}. Please report this."
+                f"{before if planned is None else planned}: ``drop`` must return different active positions, and "
+                "``grow`` different inactive ones, as many as they are asked for. Of a method of this package, please "
+                "report this."
             )
         self._refuse_broken_pattern(weights)
         return versions != [weight.mask_version for weight in weights]

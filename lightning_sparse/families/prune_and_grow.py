@@ -22,7 +22,7 @@ from lightning_sparse.families.watch import Watch
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules import criteria
 from lightning_sparse.rules.budgets import portion
-from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval
+from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval, spoken
 from lightning_sparse.rules.schedules import DECAYS, Decay
 from lightning_sparse.trainer.fit import epochs
 from lightning_sparse.trainer.guards import refuse_unknown_length
@@ -154,15 +154,17 @@ class PruneAndGrow(MaskedCallback):
     def _tell(self, ticks: Sequence[int]) -> None:
         """Show the plan; warn of one that moves little."""
         every, unit = (self._every, "step") if self._every else (1, "epoch")
-        often = f"every {every} {unit}s" if every > 1 else f"every {unit}"
         if ticks:
             shares = [self.fraction_at(tick) for tick in ticks]
-            rank_zero_info(
-                f"{self!r} moves connections {len(ticks)} times, {often} from {unit} {ticks[0]} to {ticks[-1]}: "
-                f"{shares[0]:.1%} of them at first, {shares[-1]:.1%} at last, {sum(shares):.2f} times all in sum."
-            )
+            first, last = f"{shares[0]:.1%} of them", f"{shares[-1]:.1%} at last, {sum(shares):.2f} times all in sum"
+            moved = f"{first} at first, {last}." if len(ticks) > 1 else f"{first}."
+            now = min((group.step for group in self._groups), default=0) if self._every else self._epoch
+            left = sum(tick >= now for tick in ticks)
+            resumed = f" It goes on from {unit} {now}: {left} of these moves are to come." if left < len(ticks) else ""
+            rank_zero_info(f"{self!r} moves connections {spoken(ticks, every, unit)}: {moved}{resumed}")
         if len(ticks) < FEW:
-            moves = f"connections only {len(ticks)} times" if ticks else "no connection"
+            often = "once" if len(ticks) == 1 else f"{len(ticks)} times"
+            moves = f"connections only {often}" if ticks else "no connection"
             self.warn_once(
                 f"{self!r} will move {moves}: the training is too short for its settings. "
                 "Lower update_every, raise stop_at, or train longer."

@@ -14,6 +14,8 @@ __all__ = ["INTERPRETED", "kernel", "launch"]
 
 #: kernels run on a CPU
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
+if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2):
+    raise ImportError(f"Triton's interpreter crashes in these kernels before Triton 3.2, got {triton.__version__}.")
 
 
 def kernel(function: Any) -> Any:

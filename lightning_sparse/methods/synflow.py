@@ -75,7 +75,8 @@ class SynFlow(BeforeTraining):
         """Return ``|W * dR/dW|``."""
         R = total_output(probe.module, self._way)
         gradients = torch.autograd.grad(R, probe.weights, materialize_grads=True)
-        return [(probe.over_ranks(dR) * W.detach()).abs() for dR, W in zip(gradients, probe.weights, strict=True)]
+        pairs = zip(gradients, probe.weights, strict=True)
+        return [(probe.over_ranks(dR.detach()) * W.detach()).abs() for dR, W in pairs]
 
 
 def passable(probe: Probe, found: Iterable[Way]) -> Way:

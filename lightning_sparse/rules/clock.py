@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["FEW", "UPDATES", "Clock", "interval"]
+__all__ = ["FEW", "UPDATES", "Clock", "interval", "spoken"]
 
 #: fewer updates than this are too few for a method to show what it can do
 FEW = 5
@@ -24,6 +24,18 @@ def interval(paper: int, ticks: float) -> int:
     (100, 23)
     """
     return paper if math.isinf(ticks) else min(paper, max(1, math.floor(ticks / (UPDATES + 1))))
+
+
+def spoken(ticks: Sequence[int], every: int, unit: str = "step") -> str:
+    """Say when something happens, at one tick or more.
+
+    >>> print(spoken([2, 4, 6], every=2), spoken([1, 2], 1, "epoch"), spoken([7], 5), sep="; ")
+    3 times, every 2 steps from step 2 to 6; 2 times, every epoch from epoch 1 to 2; once, at step 7
+    """
+    if len(ticks) == 1:
+        return f"once, at {unit} {ticks[0]}"
+    often = f"every {every} {unit}s" if every > 1 else f"every {unit}"
+    return f"{len(ticks)} times, {often} from {unit} {ticks[0]} to {ticks[-1]}"
 
 
 @dataclass(frozen=True)

@@ -397,7 +397,8 @@ def _told(chosen: Mapping[str, str], seconds: Mapping[str, Mapping[str, float]])
     for way in sorted({chosen[name] for name in seconds}):
         names = [name for name in seconds if chosen[name] == way]
         ratios = [seconds[name][way] / seconds[name][DENSE] for name in names if DENSE in seconds[name]]
-        told = f" in {min(ratios):.2g} to {max(ratios):.2g} of the time with dense weights" if ratios else ""
+        ends = dict.fromkeys(f"{ratio:.2g}" for ratio in (min(ratios), max(ratios))) if ratios else ()
+        told = f" in {' to '.join(ends)} of the time with dense weights" if ratios else ""
         how = "dense weights, made for each pass" if way == DENSE else f"{way}{told}"
         parts.append(f"{listed(names)} with {how}")
     return "; ".join(parts)

@@ -226,7 +226,9 @@ def refuse_missing_state(method: Verbs, key: str, callbacks: Mapping[str, Any]) 
     raise MisconfigurationException(
         f"The checkpoint has no state of {method!r} for its choice of weights: it was written "
         + (f"with {others}. " if others else "without a method of lightning_sparse. ")
-        + _from_weights(method)
+        + "To start from its weights with fresh state: model = MyModule.load_from_checkpoint(path), then "
+        f"trainer.fit(model) without ckpt_path. To continue, give the Trainer the callback it was written with, "
+        f"not this {type(method).__name__}."
     )
 
 
@@ -244,7 +246,10 @@ def refuse_unread_checkpoint(method: Verbs, trainer: Trainer, restored: bool) ->
     """Raise if the fit is resumed from a checkpoint, and no state was loaded."""
     if trainer.ckpt_path and not restored and not trainer.strategy.restore_checkpoint_after_setup:
         raise MisconfigurationException(
-            f"The checkpoint {trainer.ckpt_path} has no state of {method!r}. {_from_weights(method)}"
+            f"The checkpoint {trainer.ckpt_path} has no state of {method!r}, nor of any other callback: it was written "
+            "with save_weights_only=True, and no run can go on from it. To start from its weights: model = "
+            "MyModule.load_from_checkpoint(path), then trainer.fit(model) without ckpt_path. FixedMask() keeps its "
+            "zeros and makes no others; methods that take initial='zeros' begin with them."
         )
 
 
@@ -256,14 +261,6 @@ def refuse_consolidated(method: Verbs, trainer: Trainer, reason: BaseException) 
         "with any number of processes. To start from its weights with fresh state: model = "
         "MyModule.load_from_checkpoint(path, strict=False), then a fit with initial='zeros'."
     ) from reason
-
-
-def _from_weights(method: Verbs) -> str:
-    return (
-        "To start from its weights with fresh state: model = MyModule.load_from_checkpoint(path), then "
-        f"trainer.fit(model) without ckpt_path. To continue, give the Trainer the callback it was written with, "
-        f"not this {type(method).__name__}."
-    )
 
 
 def refuse_other_weights(

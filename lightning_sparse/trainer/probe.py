@@ -111,7 +111,7 @@ class Probe:
         sums = [torch.zeros_like(W, dtype=whole(W).dtype, requires_grad=False) for W in self.weights]
         for loss in self.losses(count):
             for total, dP in zip(sums, torch.autograd.grad(loss, self.weights, materialize_grads=True), strict=True):
-                total += dP
+                total += dP.detach()  # in torch 2.4 the zeros of an unused weight require gradients
         return [self.over_ranks(total / count) for total in sums]
 
     def over_ranks(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_sparse.storage.sparse as training
 from lightning_sparse import SET, MemoryEfficientDST, RigL
-from lightning_sparse.compat.compiled import Uncompiled, copied, is_compiled
+from lightning_sparse.compat.compiled import Uncompiled, can_pause, copied, is_compiled
 from lightning_sparse.layers.unit_activity import SynapticFlow
 
 SPARSE = {"storage": "sparse", "include": ["*0.weight"], "distribution": "uniform", "stop_at": 0.5}
@@ -47,6 +47,7 @@ def two_layers():
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
+pauses = pytest.mark.skipif(not can_pause(), reason="compiled code can be paused since torch 2.6")
 compile_ = functools.partial(torch.compile, backend="aot_eager")
 
 
@@ -62,7 +63,7 @@ def _fresh_compiler(monkeypatch):
 
 
 def stance():
-    return torch._dynamo.eval_frame._stance.stance
+    return torch._dynamo.eval_frame._stance.stance if can_pause() else "default"
 
 
 def net_of(method):
@@ -97,6 +98,8 @@ def eager_run(method):
 
 @pytest.mark.parametrize(("what", "method"), CASES)
 def test_compiled_module_trains_as_the_eager_one(what, method):
+    if method in LISTENING and not can_pause():
+        pytest.skip("compiled layers do not tell what enters them before torch 2.6: a warning says so")
     eager, plain = eager_run(method)
     given, module = compiled_lit(what, net_of(method))
     compiled = train(method, given)
@@ -127,6 +130,7 @@ class Stances(pl.Callback):
         self.validation.append(stance())
 
 
+@pauses
 def test_only_the_steps_that_move_connections_run_uncompiled():
     stances, method = Stances(), MemoryEfficientDST(0.8, update_every=4, stop_at=0.8)
     given, _ = compiled_lit("net")
@@ -136,6 +140,7 @@ def test_only_the_steps_that_move_connections_run_uncompiled():
     assert stances.validation == ["default"] * 3
 
 
+@pauses
 def test_two_methods_with_layers_of_their_own_move_connections_uncompiled():
     a = MemoryEfficientDST(0.8, update_every=4, include=["*.0.weight"])
     b = MemoryEfficientDST(0.8, update_every=6, include=["*.2.weight"], stop_at=0.9)
@@ -171,6 +176,7 @@ def test_the_stance_comes_back_at_teardown():
     assert stance() == "default"
 
 
+@pauses
 def test_the_stance_of_the_run_comes_back_whatever_the_order():
     with torch.compiler.set_stance("eager_on_recompile"):
         first, second = Uncompiled(), Uncompiled()
@@ -185,7 +191,7 @@ def test_the_stance_of_the_run_comes_back_whatever_the_order():
 
 @pytest.mark.parametrize(("what", "warns"), [("module", True), ("net", True), ("in place", True), ("nothing", False)])
 def test_a_pytorch_that_cannot_pause_is_warned_of(what, warns, monkeypatch):
-    monkeypatch.delattr(torch.compiler, "set_stance")
+    monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
     given, _ = compiled_lit(what)
     method = MemoryEfficientDST(0.8, update_every=2)
     with warnings.catch_warnings(record=True) as told:

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import pickle
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from exported import Model, directly, same_results, sizes, untouched
@@ -16,6 +18,7 @@ from lightning_sparse.export import (
     load_sparse,
     save_sparse,
     to_csr,
+    to_onnx,
 )
 from lightning_sparse.storage import SparseConv2d
 from lightning_sparse.storage import sparse as training
@@ -142,6 +145,8 @@ def test_a_compacted_module_can_be_pickled_and_goes_on_training():
     assert torch.equal(loaded(x), small(x))
     loaded(x).sum().backward()
     assert all(p.grad is not None for p in loaded.parameters())
+    plain, _ = compact(net, torch.randn(2, 12), select=False)
+    assert b"lightning_sparse" not in pickle.dumps(plain), "it needs this package to be loaded"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -203,6 +208,20 @@ def test_what_is_sparse_after_a_fit_is_exported(tmp_path, monkeypatch):
 
 def branches(m, x):
     return m.a(x) if x.sum() > 0 else m.a(-x)
+
+
+class StepsOnly(pl.LightningModule):
+    """Has a network, and no forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("export", [compact, lambda module, x: to_onnx(module, "unwritten.onnx", x)])
+def test_a_module_without_forward_is_refused_with_a_remedy(export):
+    with pytest.raises(ValueError, match=r"StepsOnly has no forward, .* such as module\.net, or define forward"):
+        export(StepsOnly(), torch.randn(2, 3))
 
 
 def test_a_module_that_cannot_be_traced_is_refused_with_a_remedy():

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_sparse import DST, STR, AutoSparse
 from lightning_sparse.bench import launches
 
+pytest.importorskip("lightning_sparse.kernels.thresholds_fused", exc_type=ImportError)
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 

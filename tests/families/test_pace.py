@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from helpers import Lit, fit, loader, seeded, watched
+from helpers import Lit, fit, loader, seeded, trainer, watched
 
 from lightning_sparse import DSR, GGR, GMP, ITOP, MEST, SET, SNFS, GraNet, MemoryEfficientDST, RigL
 from lightning_sparse.rules.clock import UPDATES, Clock, interval
@@ -81,6 +81,24 @@ def test_the_plan_of_epochs_and_of_pruning_is_told(caplog):
     assert "moves connections 6 times, every epoch from epoch 1 to 6: 30.0% of them at first, 30.0% at" in caplog.text
     assert "prunes 6 times, every 2 steps from step 2 to 12, to density 0.1 in all" in caplog.text
     assert "net.0.weight  Linear  16 x 12  0.09896  sparse" in caplog.text  # 19 of 192
+
+
+def test_a_single_move_is_told_as_one(caplog):
+    with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match="will move connections only once: "):
+        watched(RigL(0.5, update_every=3, stop_at=1.0, decay="none"), batches=6)
+    assert "moves connections once, at step 3: 30.0% of them." in caplog.text
+
+
+def test_a_resumed_run_tells_what_is_to_come(caplog, tmp_path):
+    _, run = fit(RigL(0.5, update_every=2, stop_at=1.0), train=loader(48), max_epochs=1)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    assert run.global_step == 6
+    assert "to come" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        longer = trainer(RigL(0.5, update_every=2, stop_at=1.0), max_epochs=2)
+        longer.fit(seeded(Lit), loader(48), ckpt_path=tmp_path / "last.ckpt")
+    assert "5 times, every 2 steps from step 2 to 10: " in caplog.text
+    assert "It goes on from step 6: 3 of these moves are to come." in caplog.text
 
 
 @pytest.mark.parametrize(

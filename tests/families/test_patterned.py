@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import MASKED, ROUNDS, Lit, SavesFirst, cnn, fit, loader, mlp, same, seeded, trainer, watched
+from helpers import MASKED, PLAINLY, ROUNDS, Lit, SavesFirst, cnn, fit, loader, mlp, same, seeded, trainer, watched
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -109,11 +109,11 @@ def test_a_resumed_run_ends_as_if_never_stopped(pattern, tmp_path):
     path = tmp_path / "first.ckpt"
     whole, _ = fit([method(pattern=pattern), SavesFirst(path)], train=loader(96))
     again, resumed = seeded(Lit, seed=5), method(pattern=pattern)
-    trainer(resumed).fit(again, loader(96), ckpt_path=path, weights_only=True)
+    trainer(resumed).fit(again, loader(96), ckpt_path=path, **PLAINLY)
     assert same(dict(whole.state_dict()), dict(again.state_dict()))
     assert fitted(resumed)
     with pytest.raises(Exception, match=r"was written with pattern='.*', this RigL\(.*\) has 'unstructured': give it"):
-        trainer(method()).fit(seeded(Lit), loader(96), ckpt_path=path, weights_only=True)
+        trainer(method()).fit(seeded(Lit), loader(96), ckpt_path=path, **PLAINLY)
 
 
 class TwoOptimizers(Lit):

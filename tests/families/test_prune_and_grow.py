@@ -8,6 +8,7 @@ import torch
 from helpers import NETS, Lit, Residual, Watch, cnn, fit, loader, seeded, watched
 
 from lightning_sparse import DSR, GGR, ITOP, MEST, SET, SNFS, DeepR, RandomPruning, RigL
+from lightning_sparse.families.prune_and_grow import PruneAndGrow
 
 MOVERS = {
     "SET": lambda s, **kw: SET(s, update_every=3, **kw),
@@ -121,6 +122,18 @@ def test_a_weight_without_gradient_is_left_out_and_the_budget_kept():
 def test_bad_arguments_are_refused_by_name(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+class Regrown(PruneAndGrow):
+    """Grows connections that are there, as a method of one's own may by mistake."""
+
+    def grow(self, weight, n, dropped):
+        return weight.active_indices[:n]
+
+
+def test_positions_that_are_not_free_are_refused():
+    with pytest.raises(RuntimeError, match=r"Regrown\(.* active weights after moving .*grow`` different inactive ones"):
+        fit(Regrown(0.5, update_every=2), max_epochs=1)
 
 
 def test_nothing_is_told_of_a_training_long_enough():

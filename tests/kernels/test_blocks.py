@@ -74,7 +74,7 @@ def test_products_equal_those_of_the_dense_weight(block, dtype, n, backend):
     [((16, 16), torch.float32, 1e-5), ((16, 32), torch.float16, 1e-3), ((3, 4), torch.float32, 1e-5)],
 )
 def test_kernels_of_a_gpu_do_so_by_the_interpreter(block, dtype, tolerance):
-    code = pytest.importorskip("lightning_sparse.kernels.blocks_triton")
+    code = pytest.importorskip("lightning_sparse.kernels.blocks_triton", exc_type=ImportError)
     W, positions = drawn(block, dtype)
     weight, values = block_structure(positions, W.shape, block), W.flatten()[positions]
     x, delta = torch.randn(21, W.shape[1]).to(dtype), torch.randn(21, W.shape[0]).to(dtype)

@@ -5,7 +5,7 @@ import torch
 
 from lightning_sparse.kernels import bits, thresholds_torch
 
-fused = pytest.importorskip("lightning_sparse.kernels.thresholds_fused")
+fused = pytest.importorskip("lightning_sparse.kernels.thresholds_fused", exc_type=ImportError)
 
 SHAPES = [(5, 7), (3, 40), (1, 1), (6, 300)]
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import Lit, StopsAfter, fit, loader, mlp, prune, same, seeded, state, trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from averaging import EMAWeightAveraging
+from helpers import PLAINLY, Lit, StopsAfter, fit, loader, mlp, prune, same, seeded, state, trainer
 
 from lightning_sparse import FixedMask
 
@@ -44,7 +44,7 @@ def test_a_run_is_resumed_bit_for_bit_in_a_module_without_zeros(optimizer, stora
     run.fit(module(optimizer), loader())
     run.save_checkpoint(tmp_path / "one.ckpt")
     run = trainer(resumed, deterministic=True)
-    run.fit(two, loader(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    run.fit(two, loader(), ckpt_path=tmp_path / "one.ckpt", **PLAINLY)
     assert same(one.state_dict(), two.state_dict())
     assert same(whole.masks, resumed.masks)
     assert same(state(whole), state(resumed))

@@ -8,7 +8,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, StopsAfter, cnn, data, effective, fit, loader, same, saved, seeded, state, trainer
+from helpers import PLAINLY, Lit, StopsAfter, cnn, data, effective, fit, loader, same, saved, seeded, state, trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -190,7 +190,7 @@ def test_a_run_stopped_within_an_epoch_resumes_to_the_last_bit(stop, tmp_path):
     module, _ = fit([whole, Saves()], seeded(lambda: one_cycle(41)), alike, **steps)
     again = seeded(lambda: one_cycle(41), 9)
     run = trainer(resumed, **steps)
-    run.fit(again, alike, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    run.fit(again, alike, ckpt_path=tmp_path / "half.ckpt", **PLAINLY)
     assert run.global_step == 70
     assert same(state(whole), state(resumed))
     assert same(module.state_dict(), again.state_dict())
@@ -312,7 +312,7 @@ def test_a_run_stopped_in_any_round_resumes_to_the_last_bit(stop, rewind, epochs
     saved(run, tmp_path / "half.ckpt")
     again = seeded(lambda: Lit(cnn(), scheduler=step_lr), 9)
     run = trainer(resumed, max_epochs=epochs)
-    run.fit(again, loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    run.fit(again, loader(), ckpt_path=tmp_path / "half.ckpt", **PLAINLY)
     whole, parameters = unbroken(rewind, epochs)
     assert same(state(whole), state(resumed))
     assert same(parameters, again.state_dict())

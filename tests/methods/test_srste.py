@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Lit, SavesFirst, Watch, cnn, fit, loader, mlp, same, seeded, trainer
+from helpers import PLAINLY, Lit, SavesFirst, Watch, cnn, fit, loader, mlp, same, seeded, trainer
 from torch import nn
 from torch.func import functional_call
 
@@ -131,11 +131,11 @@ def test_a_resumed_run_ends_as_if_never_stopped(method, tmp_path):
     adam = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.02)}
     whole, _ = fit([METHODS[method](), SavesFirst(path)], seeded(lambda: Lit(**adam)), loader(64))
     again, callback = seeded(lambda: Lit(**adam), seed=5), METHODS[method]()
-    trainer(callback).fit(again, loader(64), ckpt_path=path, weights_only=True)
+    trainer(callback).fit(again, loader(64), ckpt_path=path, **PLAINLY)
     assert same(dict(whole.state_dict()), dict(again.state_dict()))
     assert fits_2_4(again.net[0].weight)
     with pytest.raises(Exception, match="was written"):
-        trainer(METHODS[method]("1:2")).fit(seeded(Lit), loader(64), ckpt_path=path, weights_only=True)
+        trainer(METHODS[method]("1:2")).fit(seeded(Lit), loader(64), ckpt_path=path, **PLAINLY)
 
 
 def test_gradients_of_several_batches_decay_once():

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import monitor_ranks
 import pytest
 import torch
-from helpers import SETTINGS, Lit, cnn, data, fit, loader, same, saved, seeded, trainer
+from helpers import PLAINLY, SETTINGS, Lit, cnn, data, fit, loader, same, saved, seeded, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from processes import run_fresh_ranks
@@ -370,7 +370,7 @@ def test_a_resumed_run_says_what_an_uninterrupted_one_says(method, tmp_path):
     state = torch.load(middle, weights_only=True)["callbacks"]["SparsityMonitor"]
     assert state["explored"]["bits"]["net.0.weight"].dtype == torch.uint8
     run = trainer([SETTINGS[method](), SparsityMonitor(4)], logger=CSVLogger(tmp_path), max_epochs=3)
-    run.fit(seeded(Lit), loader(), ckpt_path=middle, weights_only=True)
+    run.fit(seeded(Lit), loader(), ckpt_path=middle, **PLAINLY)
     resumed = written(run)
     assert [epoch["epoch"] for epoch in resumed["epochs"]] == [0, 1, 2]
     for key in ("density", "training_flops", "churn", "churn_per_update", "exploration", "layers"):

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, SavesFirst, Scaler, Unmixed, fit, loader, mlp, same, saved, seeded, trainer
+from helpers import PLAINLY, Lit, SavesFirst, Scaler, Unmixed, fit, loader, mlp, same, saved, seeded, trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -105,7 +105,7 @@ def test_a_resumed_run_ends_as_if_never_stopped_whatever_storage_goes_on(writes,
     whole = method(writes)
     theirs, _ = fit([whole, SavesFirst(path)], module(0), train, precision="64-true")
     resumed, ours = method(reads), module(5)
-    trainer(resumed, precision="64-true").fit(ours, train, ckpt_path=path, weights_only=True)
+    trainer(resumed, precision="64-true").fit(ours, train, ckpt_path=path, **PLAINLY)
     assert same(whole.masks, resumed.masks)
     for name, x in theirs.state_dict().items():
         other = ours.state_dict()[name]

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Lit, fit, loader, seeded, trainer
+from helpers import PLAINLY, Lit, fit, loader, seeded, trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from stored import METHODS, OPTIMIZERS, images
 
@@ -41,7 +41,7 @@ def test_a_run_goes_on_with_the_other_storage_as_it_would_with_its_own(method, o
     theirs, first = fit([whole, Saves(path)], module(optimizer), train, **double())
     resumed = METHODS[method](**STORAGES[reads])
     ours, second = module(optimizer, seed=5), trainer(resumed, **double())
-    second.fit(ours, train, ckpt_path=path, weights_only=True)
+    second.fit(ours, train, ckpt_path=path, **PLAINLY)
     assert second.global_step == first.global_step == 30
     assert all(torch.equal(mask, resumed.masks[name]) for name, mask in whole.masks.items())
     for name, x in theirs.state_dict().items():

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import (
+    PLAINLY,
     Lit,
     fit,
     loader,
@@ -43,7 +44,7 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(method, optimi
     theirs, first = fit([whole, Saves()], module(), loader(120), max_epochs=3)
     ours = module(5)
     second = trainer(resumed, max_epochs=3)
-    second.fit(ours, loader(120), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    second.fit(ours, loader(120), ckpt_path=tmp_path / "middle.ckpt", **PLAINLY)
     assert second.global_step == first.global_step == 45
     for name, x in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], x), name

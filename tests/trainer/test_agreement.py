@@ -5,7 +5,7 @@ import warnings
 import agreement_ranks
 import pytest
 import torch
-from helpers import ROUNDS, SETTINGS, Lit, SavesFirst, fit, loader, seeded, trainer
+from helpers import PLAINLY, ROUNDS, SETTINGS, Lit, SavesFirst, fit, loader, seeded, trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
 from stored import measured
@@ -35,7 +35,7 @@ def checkpoint(path, method, change=lambda state: None, **arguments):
 
 def resume(path, method, epochs=3, **arguments):
     callback = METHODS[method](**arguments)
-    trainer(callback, max_epochs=epochs).fit(seeded(Lit), loader(80), ckpt_path=path, weights_only=True)
+    trainer(callback, max_epochs=epochs).fit(seeded(Lit), loader(80), ckpt_path=path, **PLAINLY)
     return callback
 
 

@@ -3,8 +3,9 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from averaging import EMAWeightAveraging, WeightAveraging
 from helpers import SETTINGS, Lit, StopsAfter, fit, loader, same, seeded, trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 METHODS = ["RigL", "DeepR", "SNIP", "GMP", "DST", "TopKAST", "FixedMask"]
 KINDS = {

@@ -1,13 +1,15 @@
 """Bad input is refused with a message that names it and says what to do; trouble on the way is told once."""
 
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from averaging import EMAWeightAveraging
 from helpers import REPRESENTATIVES, SETTINGS, THRESHOLDS, Lit, Recurrent, effective, fit, seeded
-from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -210,9 +212,10 @@ class OutOfReach(pl.Callback):
 Elsewhere = type("ElsewhereAveraging", (type("WeightAveraging", (OutOfReach,), {}),), {})
 
 
-@pytest.mark.parametrize("average", [StochasticWeightAveraging(0.1), EMAWeightAveraging(), Elsewhere()])
+@pytest.mark.parametrize("kind", [partial(StochasticWeightAveraging, 0.1), EMAWeightAveraging, Elsewhere])
 @pytest.mark.parametrize(("build", "moves"), [(DST, 1), (SET, 1), (RandomPruning, 0), (SNIP, 0)])
-def test_averages_out_of_reach_are_told_to_be_denser_where_connections_move(average, build, moves):
+def test_averages_out_of_reach_are_told_to_be_denser_where_connections_move(kind, build, moves):
+    average = kind()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit([build(0.5), average], max_epochs=1)

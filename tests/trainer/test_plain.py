@@ -7,8 +7,10 @@ import itertools
 import lightning.pytorch as pl
 import pytest
 import torch
+from averaging import EMAWeightAveraging, WeightAveraging
 from helpers import (
     HOOKED,
+    PLAINLY,
     REPRESENTATIVES,
     SETTINGS,
     Lit,
@@ -25,12 +27,10 @@ from helpers import (
 )
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -245,7 +245,7 @@ def test_test_with_the_best_checkpoint_brings_module_and_callback_to_the_same_mo
     module = seeded(Ages)
     run.fit(module, loader(), loader(16))
     last = {**state(callback), **copy.deepcopy(module.state_dict())}
-    run.test(module, loader(16), ckpt_path="best", verbose=False, weights_only=True)
+    run.test(module, loader(16), ckpt_path="best", verbose=False, **PLAINLY)
     assert effective(module, callback)
     assert not same(last, {**state(callback), **module.state_dict()})
 

@@ -7,6 +7,7 @@ import resumed
 import torch
 from helpers import (
     HOOKED,
+    PLAINLY,
     REPRESENTATIVES,
     SETTINGS,
     THRESHOLDS,
@@ -68,9 +69,7 @@ def test_checkpoint_is_loaded_with_weights_only(method, tmp_path):
 
     walk(state)
     assert kinds <= {dict, str, int, float, bool, torch.Tensor}
-    trainer(SETTINGS[method](), max_epochs=2).fit(
-        seeded(Lit), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
-    )
+    trainer(SETTINGS[method](), max_epochs=2).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "last.ckpt", **PLAINLY)
 
 
 @pytest.mark.parametrize("method", [*REPRESENTATIVES, *HOOKED])
@@ -158,7 +157,7 @@ def test_weights_only_checkpoint_is_refused(method, tmp_path):
     fit([callback, keep], max_epochs=1, enable_checkpointing=True)
     for candidate in (callback, SETTINGS[method]()):  # whatever state it still holds
         with pytest.raises(
-            MisconfigurationException, match=f"light.ckpt has no state of {method}.*load_from_checkpoint"
+            MisconfigurationException, match=f"light.ckpt has no state of {method}.*save_weights_only.*load_from_checkp"
         ):
             trainer(candidate, max_epochs=2).fit(seeded(Lit), loader(), ckpt_path=tmp_path / "light.ckpt")
 

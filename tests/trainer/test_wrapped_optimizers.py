@@ -7,7 +7,7 @@ from functools import cache
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import ROUNDS, SETTINGS, Lit, effective, fit, loader, same, seeded, state, trainer
+from helpers import PLAINLY, ROUNDS, SETTINGS, Lit, effective, fit, loader, same, seeded, state, trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from stored import measured
 from torch.optim.lr_scheduler import StepLR
@@ -255,7 +255,7 @@ def test_a_run_with_a_wrapper_is_resumed(method, tmp_path):
     )
     run.save_checkpoint(tmp_path / "first.ckpt")
     callback, other = METHODS[method](), seeded(lambda: Lit(optimizer=lambda p: Saves(base(p))), 1)
-    trainer(callback, max_epochs=3).fit(other, loader(120), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    trainer(callback, max_epochs=3).fit(other, loader(120), ckpt_path=tmp_path / "first.ckpt", **PLAINLY)
     assert same(other.state_dict(), module.state_dict())
     assert same(state(callback), state(whole))
 

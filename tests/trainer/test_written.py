@@ -7,7 +7,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import LATENT, SETTINGS, Lit, effective, fit, loader, same, seeded, state, trainer
+from helpers import LATENT, PLAINLY, SETTINGS, Lit, effective, fit, loader, same, seeded, state, trainer
 from torch import nn
 
 from lightning_sparse.trainer.written import Looks, Traces
@@ -297,7 +297,7 @@ def test_a_checkpoint_that_is_written_after_a_write_holds_both_alike(tmp_path):
     fit([SETTINGS["STR"](), Saves()], max_epochs=1)
     saved = torch.load(path, weights_only=True)["state_dict"]["net.0.weight"]
     assert 0.0199 < saved.abs().max() < 0.0201
-    trainer([SETTINGS["STR"](), first], max_epochs=2).fit(seeded(Lit, 3), loader(), ckpt_path=path, weights_only=True)
+    trainer([SETTINGS["STR"](), first], max_epochs=2).fit(seeded(Lit, 3), loader(), ckpt_path=path, **PLAINLY)
     assert torch.equal(first.weight, saved)
 
 
