@@ -2,11 +2,13 @@
 
 ``python docs/patterns.py DIR --out results.csv`` trains what the file does not hold yet and adds a line to it after
 each run, so it may be broken off and started again. Then it prints the mean accuracy over the seeds that the file
-holds. DIR holds MNIST/raw. ``--times`` trains nothing: it prints how long a layer of 4096 x 4096 takes in the form that
-pays. Networks, densities, patterns, methods, seeds, images and epochs may be chosen; one CPU thread.
+holds. DIR holds MNIST/raw. Networks, densities, patterns, methods, seeds, images and epochs may be chosen; one CPU
+thread. ``--times`` trains nothing: it prints how long a layer of 4096 x 4096 takes in the form that pays. ``--forms``
+does so for the networks: it measures all forms but the dense one that a pattern has, and prints the quickest.
 """
 
 import argparse
+import copy
 import logging
 import statistics
 import time
@@ -21,17 +23,20 @@ import lightning.pytorch as pl
 import torch
 from grid import Results, SmallCNN, mnist, trained
 from torch import nn
+from torch.nn.functional import cross_entropy
 
-from lightning_sparse import GMP, SET, SRSTE, SSTE, RigL, SRigL
-from lightning_sparse.export import to_csr
+from lightning_sparse import GMP, SET, SRSTE, SSTE, RandomPruning, RigL, SRigL, attach
+from lightning_sparse.export import compact, to_csr
 from lightning_sparse.rules import sampling
 from lightning_sparse.rules.fan_in import FanIn
-from lightning_sparse.storage import SparseLinear
+from lightning_sparse.storage import SparseLinear, make_blocks_, make_sparse_
 from lightning_sparse.zoo.models import LeNet300
 
 #: network, layers that stay dense (those whose rows are classes, or that have one input), images, epochs
 NETWORKS = {"lenet300": (LeNet300, ["fc3.weight"], 4_000, 3), "cnn": (SmallCNN, ["first.*", "head.*"], 4_000, 2)}
 DENSITIES = (0.5, 0.25, 0.1)
+N_OF_M = {0.5: "2:4", 0.25: "1:4"}
+BATCH = 64
 PATTERNS = ("unstructured", "N:M", "block:4x4", "row", "fan-in")
 METHODS: dict[str, Callable[..., pl.Callback]] = {
     "RigL": RigL,
@@ -80,8 +85,7 @@ def runs(chosen) -> Iterator[Run]:
     densities = [float(x) for x in chosen.densities.split(",")]
     for network, seed, kind, density in product(networks, range(chosen.seeds), patterns, densities):
         _, _, images, epochs = NETWORKS[network]
-        n_of_m = {0.5: "2:4", 0.25: "1:4"}.get(density)
-        pattern = n_of_m if kind == "N:M" else kind
+        pattern = N_OF_M.get(density) if kind == "N:M" else kind
         trained = {**(METHODS if kind != "fan-in" else {}), **OWN.get(kind, {})}
         for method in (method for method in methods if pattern and method in trained):
             yield Run(network, chosen.images or images, chosen.epochs or epochs, seed, density, pattern, method)
@@ -143,6 +147,79 @@ def times(chosen):
             print(f"| {density:g} | {batch} | {ratios} |", flush=True)
 
 
+def form_times(chosen):
+    """Print the times of the networks' quickest forms over dense: a training step, and inference."""
+    print(f"| network | density | {' | '.join(PATTERNS)} |\n|{'---|' * (2 + len(PATTERNS))}")
+    x, y = torch.rand(BATCH, 1, 28, 28), torch.arange(BATCH) % 10
+    for network, density in product(chosen.networks.split(","), map(float, chosen.densities.split(","))):
+        work: dict = {}
+        for pattern in chosen.patterns.split(","):
+            for kind, found in forms(network, density, pattern, x).items():
+                call = partial(update, x=x, y=y) if kind == "step" else partial(infer, x=x)
+                work |= {(pattern, kind, name): repeated(partial(call, module)) for name, module in found.items()}
+        best = least(work, chosen.rounds)
+        cells = [[quickest(best, pattern, kind) for kind in ("step", "inference")] for pattern in PATTERNS]
+        print(
+            f"| {network} | {density:g} | {' | '.join(', '.join(filter(None, cell)) for cell in cells)} |", flush=True
+        )
+
+
+def forms(network, density, pattern, x):
+    """Return the forms in which a network of this pattern can be trained and used, by name."""
+    build, exclude, *_ = NETWORKS[network]
+    name = N_OF_M.get(density) if pattern == "N:M" else pattern
+    if name is None:
+        return {}
+    budget = {"sparsity": 1 - density, "distribution": "uniform", "exclude": exclude}
+    method = SRigL(**budget) if pattern == "fan-in" else RandomPruning(**budget, pattern=name)
+    module = build(optimizer=SGD)
+    with attach(method, module, SGD(module.parameters()), steps=1):
+        pass  # the zeros are there
+    sparse = stored(module, method.masks)
+    found = {"step": {"dense": module, "sparse": sparse}}
+    found["inference"] = {"dense": module, "CSR": to_csr(sparse, min_sparsity=1.0)}
+    if pattern == "row":
+        found["inference"]["compact"] = compact(module.eval(), x)[0]
+    if pattern == "block:4x4" and network == "lenet300":
+        blocks = stored(module, method.masks, (4, 4))
+        found = {kind: {**each, "block": blocks} for kind, each in found.items()}
+    return found
+
+
+def stored(module, masks, block=None):
+    """Return a copy that stores the nonzeros alone, one by one or as blocks."""
+    module = copy.deepcopy(module)
+    for name, mask in masks.items():
+        layer = make_sparse_(module.get_submodule(name.removesuffix(".weight")), mask.view(-1).nonzero().view(-1))
+        if block:
+            make_blocks_(layer, block)
+    return module
+
+
+def quickest(best, pattern, kind):
+    """Return the least time over dense of the other forms, and which takes it."""
+    times = {name: time for (of, which, name), time in best.items() if (of, which) == (pattern, kind)}
+    if not times:
+        return ""
+    dense = times.pop("dense")
+    name = min(times, key=times.get)
+    return f"{times[name] / dense:.2f} {name}"
+
+
+def repeated(call):
+    """Return what calls it some times."""
+    return lambda: [call() for _ in range(10)]
+
+
+def update(module, x, y):
+    """Make a step of SGD with momentum."""
+    if not hasattr(module, "sgd"):
+        module.sgd = SGD(module.parameters())
+    module.sgd.zero_grad()
+    cross_entropy(module(x), y).backward()
+    module.sgd.step()
+
+
 def least(work, rounds):
     """Return the least processor time of each of several functions, which are called in turn."""
     best = dict.fromkeys(work, float("inf"))
@@ -180,13 +257,14 @@ def main():
     parser.add_argument("--images", type=int, help="number of training images; default: the network's")
     parser.add_argument("--epochs", type=int, help="default: the network's")
     parser.add_argument("--times", action="store_true", help="measure a layer of 4096 x 4096, train nothing")
+    parser.add_argument("--forms", action="store_true", help="measure the networks, train nothing")
     parser.add_argument("--rounds", type=int, default=5, help="of the measurement; the least time counts")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if chosen.times:
-        times(chosen)
+    if chosen.times or chosen.forms:
+        (times if chosen.times else form_times)(chosen)
         return
     if chosen.data_dir:
         train(chosen)

@@ -14,6 +14,7 @@ from lightning_sparse.bench import (
     gpu,
     launches,
     measure,
+    semi_structured,
     shards,
     steps,
     storage,
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "program": storage.program,
     "convolutions": convolutions.convolutions,
     "blocks": blocks.blocks,
+    "semi-structured": semi_structured.semi_structured,
     "traffic": traffic.traffic,
     "shards": shards.shards,
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_sparse.bench import blocks, launches, steps, storage
+from lightning_sparse.bench import blocks, launches, semi_structured, steps, storage
 from lightning_sparse.bench.measure import hardware
 from lightning_sparse.bench.networks import METHODS, NETWORKS, bare_step, batch_for
 from lightning_sparse.compat.lightning import MisconfigurationException
@@ -47,6 +47,7 @@ def gpu(arguments: argparse.Namespace) -> None:
                 "sparsities": arguments.sparsities or "0.8,0.9,0.95",
             }
             blocks.blocks(_with(arguments, precision=precision, **sizes))
+    semi_structured.semi_structured(arguments)
     left = 60 * _MINUTES - (time.monotonic() - start)
     _run_tests(max(10.0, left))
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.export._modules import check_dense
+from lightning_sparse.kernels.semi_structured import CAPABILITY, DTYPES, size_fits
 
 __all__ = ["fits_2_4", "to_semi_structured"]
-
-_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def fits_2_4(weight: Tensor) -> bool:
@@ -43,7 +42,8 @@ def to_semi_structured(module: nn.Module) -> nn.Module:
     """
     check_dense(module, "to_semi_structured")
     layers = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
-    chosen = {name: layer.weight for name, layer in layers.items() if fits_2_4(layer.weight) and _size_fits(layer)}
+    weights = {name: layer.weight for name, layer in layers.items()}
+    chosen = {name: weight for name, weight in weights.items() if fits_2_4(weight) and size_fits(weight.shape)}
     if not chosen:
         raise ValueError(
             f"None of the {len(layers)} Linear layers has the 2:4 pattern (at most two nonzeros in every four "
@@ -53,12 +53,12 @@ def to_semi_structured(module: nn.Module) -> nn.Module:
     if not torch.cuda.is_available():
         raise RuntimeError("2:4 sparsity needs a CUDA device, and torch sees none. On CPU use to_csr or compact.")
     for name, weight in chosen.items():
-        if weight.device.type != "cuda" or weight.dtype not in _DTYPES:
+        if weight.device.type != "cuda" or weight.dtype not in DTYPES:
             raise RuntimeError(
                 f"2:4 sparsity needs weights on CUDA in float16 or bfloat16, but {name}.weight is {weight.dtype} on "
                 f"{weight.device}. Call module.cuda().half() first."
             )
-        if torch.cuda.get_device_capability(weight.device) < (8, 0):
+        if torch.cuda.get_device_capability(weight.device) < CAPABILITY:
             raise RuntimeError("2:4 sparsity needs a GPU of compute capability 8.0 or more.")
     result = copy.deepcopy(module).eval()
     for name in chosen:
@@ -66,7 +66,3 @@ def to_semi_structured(module: nn.Module) -> nn.Module:
         sparse = torch.sparse.to_sparse_semi_structured(layer.weight.detach())  # type: ignore[operator,union-attr]
         layer.weight = nn.Parameter(sparse, requires_grad=False)
     return result
-
-
-def _size_fits(layer: nn.Linear) -> bool:
-    return layer.out_features % 32 == 0 and layer.in_features % 64 == 0

@@ -6,7 +6,7 @@ from typing import Protocol
 from lightning_sparse.rules import budgets
 from lightning_sparse.rules.budgets import Distribution, Stack, apportion
 from lightning_sparse.rules.matrices import Outputs
-from lightning_sparse.rules.patterns import Pattern
+from lightning_sparse.rules.patterns import UNSTRUCTURED, Pattern
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["droppable", "floors", "layer_counts", "least", "needed", "shared_out", "unit_counts"]
@@ -36,13 +36,15 @@ def least(weight: _Sized, min_layer_density: float) -> int:
     return max(budgets.least(min_layer_density, weight.size), _rows(weight))
 
 
-def floors(weights: Sequence[_Sized], min_layer_density: float, total: int) -> list[int]:
-    """Return how many of ``total`` connections each weight keeps at least.
+def floors(
+    weights: Sequence[_Sized], min_layer_density: float, total: int, pattern: Pattern = UNSTRUCTURED
+) -> list[int]:
+    """Return how many of ``total`` connections each weight keeps at least, a number that the pattern allows.
 
     Raises:
         ValueError: these alone are more than ``total``.
     """
-    rows = [_rows(weight) for weight in weights]
+    rows = [pattern.at_least(weight, least(weight, min_layer_density)) for weight in weights]
     return budgets.floors(min_layer_density, [weight.size for weight in weights], total, rows)
 
 
@@ -66,7 +68,8 @@ def unit_counts(
 ) -> dict[str, int]:
     """Divide ``total`` units of a pattern among weights, by name, so that layers have the densities of their shapes."""
     shapes = _shapes([weight.whole for weight in weights])
-    rows, sizes = [max(_rows(weight), pattern.least(weight)) for weight in weights], [weight.size for weight in weights]
+    rows = [pattern.at_least(weight, least(weight, min_layer_density)) for weight in weights]
+    sizes = [weight.size for weight in weights]
     capacities = [pattern.capacity(weight) for weight in weights]
     return budgets.layer_counts(distribution, shapes, total, min_layer_density, rows, sizes, capacities)
 

@@ -169,8 +169,7 @@ def _global_magnitude(method: _Method, weights: Sequence[Weight], sparsity: floa
     total = _total(weights, sparsity)
     given = [_finite(method, weight) for weight in weights]
     everywhere = [torch.ones_like(W, dtype=torch.bool) for W in given]
-    least = floors(weights, method.min_layer_density, total)
-    at_least = [max(n, method.pattern.least(weight)) for n, weight in zip(least, weights, strict=True)]
+    at_least = floors(weights, method.min_layer_density, total, method.pattern)
     counts = method.pattern.count_global_top_k(weights, given, total, everywhere, at_least, torch.abs)
     for weight, W, n in zip(weights, given, method.pattern.counts(weights, counts), strict=True):
         yield _largest(method, weight, W, n)

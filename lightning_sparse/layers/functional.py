@@ -29,6 +29,7 @@ __all__ = [
     "linear_gradient",
     "linear_gradient_rows",
     "padded",
+    "product_dtype",
     "without_autocast",
 ]
 
@@ -198,6 +199,11 @@ class _Conv2d(torch.autograd.Function):
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what products run in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of what a layer with weights of ``dtype`` returns now, on a device of this type."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and dtype != torch.float64 else dtype
 
 
 def _columns(x: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_sparse.compat import checks, torch_private
 from lightning_sparse.kernels.products import DENSE
 from lightning_sparse.kernels.structure import CSR, Structure, check_csr, check_positions, flat_positions, structure
 from lightning_sparse.layers.densely import conv2d_densely, linear_densely
-from lightning_sparse.layers.functional import conv2d, linear, padded
+from lightning_sparse.layers.functional import conv2d, linear, padded, product_dtype
 from lightning_sparse.layers.stand_in import StandIn
 from lightning_sparse.rules import sampling, select
 
@@ -219,12 +219,9 @@ class SparseLayer(nn.Module):
 
     def _take(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
         """Return the input and the dtype of the output, which autocast may change."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            return x, torch.get_autocast_dtype(kind) if self.values.dtype != torch.float64 else self.values.dtype
-        if x.dtype != self.values.dtype:
+        if x.dtype != self.values.dtype and not torch.is_autocast_enabled(x.device.type):
             raise RuntimeError(f"Input and weight of {self!r} must have the same dtype: {x.dtype}, {self.values.dtype}")
-        return x, self.values.dtype
+        return x, product_dtype(x.device.type, self.values.dtype)
 
     def _nonzeros(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, tuple[int, ...]]:
         """Return what dense products need: values and bias in this dtype, positions and shape.

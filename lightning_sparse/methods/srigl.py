@@ -92,7 +92,7 @@ class SRigL(PruneAndGrow):
             G = self.grow(weight, K, D)
             active, lost, won = (self.pattern.fan_ins(weight, each) for each in (weight.active_indices, D, G))
             stays = (active > 0) & ~self._ablated(weight, active, active - lost + won)
-            fan_ins = stays * nearest(self._budget(weight), int(stays.sum()))
+            fan_ins = stays * self._fan_in(weight, int(stays.sum()))
             dropped = self.pattern.trimmed(weight, D, fan_ins)
             weight.rewire(dropped, self.pattern.grow_to(weight, dropped, fan_ins), self.new_value)
 
@@ -113,6 +113,10 @@ class SRigL(PruneAndGrow):
         marks[below[salient[below].argsort(stable=True)[:most]]] = True
         return marks
 
+    def _fan_in(self, weight: Weight, m: int) -> int:
+        """Return k' of ``m`` neurons, with which the layer keeps ``min_layer_density``."""
+        return nearest(self._budget(weight), m, least(self.min_layer_density, weight.size))
+
     def _budget(self, weight: Weight) -> int:
         """Return n: how many connections the layer had before its first update."""
         assert weight.optimizer is not None
@@ -121,19 +125,23 @@ class SRigL(PruneAndGrow):
     def target_count(self, group: WeightGroup) -> int:
         """Return how many connections neurons with whole fan-ins have."""
         neurons = [(weight, int((self._fan_ins(weight) > 0).sum())) for weight in group.weights]
-        return sum(m * nearest(self._budget(weight), m) for weight, m in neurons)
+        return sum(m * self._fan_in(weight, m) for weight, m in neurons)
 
     # ------------------------------------------------------------------ numbers
 
     @property
     def surplus(self) -> int:
-        """Connections above the budget, which whole fan-ins cannot meet: at most half as many as there are neurons."""
+        """Connections above the budget, which whole fan-ins cannot meet.
+
+        Each layer may have half as many as it has neurons, or as many where ``min_layer_density`` rounds up.
+        """
         weights = self._weights.values()
         if self.sparsity_target is None:
             return 0
         above = sum(weight.num_active for weight in weights) - budget(self.sparsity_target, self.size)
         neurons = [len(self._fan_ins(weight)) for weight in weights]
-        return above if 2 * abs(above) <= sum(neurons) + max(neurons, default=0) else 0
+        largest = (2 if self.min_layer_density else 1) * sum(neurons) + max(neurons, default=0)
+        return above if 2 * abs(above) <= largest else 0
 
     @property
     def ablated(self) -> dict[str, int]:

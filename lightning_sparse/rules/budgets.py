@@ -84,7 +84,8 @@ def floors(density: float, sizes: Sequence[int], total: int, rows: Sequence[int]
         density: the least of each layer.
         sizes: of the layers.
         total: the budget.
-        rows: number of rows of each layer none of which may be empty; None: any may.
+        rows: number of weights that each layer keeps at least whatever the density, as one in each row that must not
+            be empty; None: 0.
 
     Raises:
         ValueError: these alone are above the budget.
@@ -98,8 +99,9 @@ def floors(density: float, sizes: Sequence[int], total: int, rows: Sequence[int]
     lowest = [max(n, row) for n, row in zip(lowest, rows or [0] * len(lowest), strict=True)]
     if sum(lowest) > total:
         raise ValueError(
-            "a weight in each row that is divided by its norm, as by weight_norm, or has a constant fan-in, takes "
-            f"{sum(lowest)} weights, the budget is {total}. Lower sparsity, or leave such layers dense with exclude."
+            "a weight in each row that is divided by its norm, as by weight_norm, or a whole fan-in of each neuron, "
+            f"takes {sum(lowest)} weights, the budget is {total}. Lower sparsity or min_layer_density, or leave such "
+            "layers dense with exclude."
         )
     return lowest
 
@@ -231,7 +233,7 @@ def layer_counts(
         shapes: the weights' shapes by name.
         total: the budget.
         floor: the least density of a layer.
-        rows: number of rows of each layer none of which may be empty; None: any may.
+        rows: number of weights or units that each layer keeps at least whatever the floor; None: 0.
         units: number of units of each layer; None: its weights.
         capacities: how many of these may be active; None: all. What a layer cannot take goes to the others.
 

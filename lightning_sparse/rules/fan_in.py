@@ -36,9 +36,10 @@ class FanIn(Pattern):
         found = as_matrix(mask, outputs).sum(1)
         return bool(((found == 0) | (found == found.max())).all())
 
-    def least(self, weight: Sized) -> int:
-        """Return the number of neurons: each begins with a connection."""
-        return weight.outputs.rows(weight.shape)
+    def at_least(self, weight: Sized, n: int) -> int:
+        """Return the smallest number, ``n`` or more, of whole fan-ins: each neuron begins with a connection."""
+        neurons = weight.outputs.rows(weight.shape)
+        return nearest(n, neurons, n) * neurons
 
     def counts(self, weights: Sequence[Sized], shares: Sequence[int]) -> list[int]:
         """Return the number of connections of each weight, whole fan-ins, near its share."""
@@ -106,13 +107,15 @@ class FanIn(Pattern):
         return select.largest(found, int(missing.sum()), weight.shape)[0]
 
 
-def nearest(connections: int, neurons: int) -> int:
-    """Return the fan-in with which so many neurons have nearly so many connections, at least 1.
+def nearest(connections: int, neurons: int, least: int = 0) -> int:
+    """Return the fan-in, at least 1, with which so many neurons have nearly so many connections, and ``least`` or more.
 
     >>> nearest(20, 6), nearest(20, 8), nearest(2, 8), nearest(0, 0)
     (3, 3, 1, 0)
+    >>> nearest(20, 6, least=19)
+    4
     """
-    return max(1, (2 * connections + neurons) // (2 * neurons)) if neurons else 0
+    return max(1, (2 * connections + neurons) // (2 * neurons), -(-least // neurons)) if neurons else 0
 
 
 def whole_fan_ins(shares: Sequence[int], neurons: Sequence[int]) -> list[int]:

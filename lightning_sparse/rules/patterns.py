@@ -48,8 +48,12 @@ class Laid(Protocol):
         """What is here of the weight."""
 
 
-class Sized(Laid, Protocol):
+class Sized(Protocol):
     """What numbers of connections depend on."""
+
+    @property
+    def outputs(self) -> Outputs:
+        """Where the layer's outputs lie."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,9 +96,9 @@ class Pattern:
         """Return how many connections a weight has at most."""
         return weight.size
 
-    def least(self, weight: Sized) -> int:
-        """Return how many connections a weight begins with at least."""
-        return 0
+    def at_least(self, weight: Sized, n: int) -> int:
+        """Return the smallest number of connections, ``n`` or more, that a weight may begin with."""
+        return n
 
     def counts(self, weights: Sequence[Sized], shares: Sequence[int]) -> list[int]:
         """Return how many connections weights begin with: their shares, or what is near them that they can have."""

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_sparse.bench import convolutions, measure, program
+from lightning_sparse.bench import convolutions, measure, program, semi_structured
 from lightning_sparse.bench import storage as benchmarks
 from lightning_sparse.bench.__main__ import main
 from lightning_sparse.compat.lightning import PACKAGE
@@ -78,6 +79,15 @@ def test_each_form_of_a_layer_of_blocks_has_a_line_of_ratios(printed, monkeypatc
     assert len(lines) == 1 + 1 + 2
     for line, form in zip(lines[2:], ("blocks", "single nonzeros"), strict=True):
         assert re.fullmatch(rf"0.5  {form}, torch +{MIDDLE}", line), line
+
+
+def test_operators_for_2_4_weights_are_timed_where_there_are_any(printed, monkeypatch):
+    line = rf"64 x 64, 8 rows: dense {NUMBER} ms"
+    assert re.fullmatch(rf"{line}  not on an NVIDIA GPU", printed("semi-structured")[-1])
+    monkeypatch.setattr(semi_structured, "why_dense", lambda *shape, both: None)
+    monkeypatch.setattr(semi_structured, "linear_2_4", lambda x, W, bias, both: nn.functional.linear(x, W, bias))
+    both = rf"output 2:4 {MIDDLE}  output and input gradient 2:4 {MIDDLE}"
+    assert re.fullmatch(rf"{line}  {both}", printed("semi-structured")[-1])
 
 
 def test_updates_are_timed_with_both_storages(printed):

@@ -146,6 +146,25 @@ def test_a_fit_goes_on_where_whole_fan_ins_of_the_start_and_after_ablation_add_u
     assert callback.surplus == 8
 
 
+@pytest.mark.parametrize(
+    ("initial", "sparsity", "floor", "first"),
+    [
+        ("random", 0.78, 0.17, [48, 30, 8]),  # 32.6 of 16 neurons, 27.2 of 10 and 6.8 of 4, rounded up: the budget
+        ("magnitude", 0.8, 0.16, [32, 30, 16]),  # 32 of 192 are above 0.16, but 30, of 6 neurons, are not
+        ("global_magnitude", 0.8, 0.15, [32, 30, 12]),
+    ],
+)
+def test_min_layer_density_is_held_by_whole_fan_ins_at_the_start_and_after_ablation(initial, sparsity, floor, first):
+    options = {"min_salient": 0.95, "update_every": 3, "drop_fraction": 0.5}
+    callback = SRigL(sparsity, initial=initial, min_layer_density=floor, **options)
+    watch, module, _ = watched(callback, mlp, batches=12)
+    assert watch.counts[0] == first
+    assert sum(callback.ablated.values()) > 0, "the test would prove nothing"
+    for counts in watch.counts:
+        assert all(n >= floor * mask.numel() for n, mask in zip(counts, callback.masks.values(), strict=True))
+    fit(callback, module, loader(8), max_epochs=1)
+
+
 def test_neurons_that_are_divided_by_their_norms_stay():
     net = nn.Sequential(parametrizations.weight_norm(nn.Linear(12, 16)), nn.ReLU(), nn.Linear(16, 4))
     callback = SRigL(0.7, min_salient=1.0, update_every=2, drop_fraction=0.9)
@@ -190,8 +209,10 @@ def test_starts_keep_the_largest_of_each_neuron(initial):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"has a constant fan-in, takes 30 weights, the budget is 8. Lower sparsity"):
+    with pytest.raises(ValueError, match=r"a whole fan-in of each neuron, takes 30 weights, the budget is 8. Lower"):
         fit(SRigL(0.98), max_epochs=1)
+    with pytest.raises(ValueError, match=r"a whole fan-in of each neuron, takes 96 weights.*or min_layer_density"):
+        fit(SRigL(0.8, min_layer_density=0.19), max_epochs=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'pattern'"):
         SRigL(0.5, pattern="2:4")
     with pytest.raises(ValueError, match=r"min_salient must be a number from 0 to 1, got 1\.5\. 0\.3 is usual"):
