@@ -105,7 +105,7 @@ def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
     Args:
         u: the numbers, from 0 to 1, float64.
         ends: where the intervals end, ascending, float64.
-        only: the interval in which all numbers of a bucket lie, or -1; of buckets of equal length up to 1, int64.
+        only: the interval in which all numbers of a bucket lie, or -1; of buckets of equal length up to 1.
 
     >>> ends, only = torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64), torch.tensor([0, -1])
     >>> intervals(torch.tensor([0.2, 0.7, 0.8], dtype=torch.float64), ends, only)

@@ -45,7 +45,7 @@ def reached(x: Tensor, bound: float, largest: bool) -> Tensor:
 
 def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
     """Return the interval that each element of ``u`` lies in, int64; arguments as in ``positions.intervals``."""
-    found = only.index_select(0, u.mul(len(only)).long().clamp_(max=len(only) - 1))
+    found = only.index_select(0, u.mul(len(only)).long().clamp_(max=len(only) - 1)).long()
     unsure = (found < 0).nonzero().squeeze(1)
     return found.index_copy_(0, unsure, torch.searchsorted(ends, u[unsure], right=True))
 

@@ -21,7 +21,7 @@ from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.families.shares import least
 from lightning_sparse.layers.unit_activity import Activity, GradientSketch, Hooks, SynapticFlow, readable
-from lightning_sparse.rules import sampling, ties
+from lightning_sparse.rules import sampling, select, ties
 from lightning_sparse.rules.budgets import Distribution, apportion, portion
 from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.patterns import first_of_rows
@@ -124,8 +124,9 @@ class MemoryEfficientDST(PruneAndGrow):
         best = largest(weights, subsets, gradients, n, [0] * len(weights))
         drops = []
         for weight, stays, subset, grows in zip(weights, staying, subsets, best, strict=True):
-            dropped = weight.active_indices.cpu()[~stays.cpu()]
-            self._chosen[weight.name] = dropped, subset[grows.to(subset.device)]
+            dropped = weight.active_indices.cpu().index_select(0, select.positions(~stays.cpu()))
+            grown = subset.index_select(0, select.positions(grows).to(subset.device))
+            self._chosen[weight.name] = dropped, grown
             drops.append(len(dropped))
         self.rewire(weights, drops, scale)
 

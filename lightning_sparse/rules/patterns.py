@@ -152,7 +152,8 @@ class Pattern:
         There is one score for each active one, in their order.
         """
         order = ties.at(weight.active_indices, weight.shape)
-        return weight.active_indices[weight.part.lowest_positions(first_of_rows(weight, scores), n, order=order)]
+        lowest = weight.part.lowest_positions(first_of_rows(weight, scores), n, order=order)
+        return weight.active_indices.index_select(0, lowest)
 
     def grow_by_gradient(self, weight: Connections, n: int, dropped: Tensor) -> Tensor:
         """Return ``n`` inactive connections of largest ``|dP|``, to take the place of those ``dropped``."""

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import pad
 
-from lightning_sparse.kernels.positions import intervals, ranks
+from lightning_sparse.kernels.positions import intervals, ranks, shifted
 from lightning_sparse.rules.ascending import contains, different, merged
 from lightning_sparse.rules.drawn import Drawn, drawn
 from lightning_sparse.rules.matrices import Outputs, as_matrix
@@ -165,7 +166,7 @@ class Endpoints:
             if self._groups > 1:
                 first = self._first_inputs[some].repeat_interleave(times, output_size=m)
             a = self._inputs.draw(first, first + self._per_group, m, generator)
-            positions = a.add_(self._shifts[some].repeat_interleave(times, output_size=m))
+            positions = shifted(pad(times.cumsum(0), (1, 0)), a, self._shifts[some], torch.int64)
             if self._kernel > 1:
                 positions.mul_(self._kernel).add_(torch.randint(self._kernel, (m,), generator=generator))
             yield positions
@@ -230,7 +231,7 @@ class _Intervals:
         buckets = 1 << (16 * len(lengths)).bit_length()  # a power of 2 multiplies exactly
         limits = torch.arange(buckets + 1, dtype=lengths.dtype).div_(buckets)
         begins = torch.searchsorted(self._ends, limits, right=True)
-        self._only = begins[:-1].where(begins[:-1] == begins[1:], -1)  # the interval that a bucket lies in
+        self._only = begins[:-1].where(begins[:-1] == begins[1:], -1).int()  # the interval that a bucket lies in
 
     def draw(self, low: Any, high: Any, n: int, generator: Generator) -> Tensor:
         """Draw ``n`` intervals, from ``low`` on and below ``high``, in proportion to their lengths."""

@@ -266,7 +266,7 @@ def _best(scores: list[Tensor], places: list[Tensor], k: int, shape: Sequence[in
     """Return the ``k`` largest of several vectors of scores, and the positions in a weight that they belong to."""
     values, found = (torch.cat([part.to(parts[-1]) for part in parts]) for parts in (scores, places))
     kept = top_k_positions(values, k, order=ties.at(found, shape))
-    return values[kept], found[kept]
+    return values.index_select(0, kept), found.index_select(0, kept)
 
 
 def first_of_rows(scores: Tensor, rows: Outputs | None, among: Tensor | None = None) -> Tensor:
@@ -369,7 +369,7 @@ def _extreme(scores: Tensor, k: int, among: Tensor | None, order: ties.Order | N
     candidates = _sampled(flat, k, marks, largest) if flat.numel() >= _SAMPLED_FROM else None
     if candidates is None and marks is not None:
         candidates = positions(marks)
-    values = flat if candidates is None else flat[candidates]
+    values = flat if candidates is None else flat.index_select(0, candidates)
     if len(values) < k:
         raise ValueError(f"{k} of {len(values)} candidates were asked for.")
     if len(values) == k:
@@ -377,7 +377,7 @@ def _extreme(scores: Tensor, k: int, among: Tensor | None, order: ties.Order | N
     bound = _kth(values, k, largest)
     inside = reached(values, bound.item(), largest)
     if len(inside) == k:  # no equals are left over
-        return inside if candidates is None else candidates[inside]
+        return inside if candidates is None else candidates.index_select(0, inside)
     chosen = values > bound if largest else values < bound
     equal = positions(values == bound)
     missing = k - count(chosen)
@@ -389,7 +389,7 @@ def _extreme(scores: Tensor, k: int, among: Tensor | None, order: ties.Order | N
         equal = equal[_least(rank if largest else -rank, missing)]
     chosen[equal] = True
     found = positions(chosen)
-    return found if candidates is None else candidates[found]
+    return found if candidates is None else candidates.index_select(0, found)
 
 
 def _least(values: Tensor, k: int) -> Tensor:

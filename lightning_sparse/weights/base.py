@@ -153,7 +153,7 @@ class Weight(ABC):
         """
         scores = self.magnitudes if scores is None else scores
         order = ties.at(self.active_indices, self.shape)
-        return self.active_indices[self.part.lowest_positions(scores, n, order=order)]
+        return self.active_indices.index_select(0, self.part.lowest_positions(scores, n, order=order))
 
     @abstractmethod
     def largest_gradients(self, n: int, at_least: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -182,12 +182,12 @@ class SparseWeight(Weight):
             gradient = rearranged(old, self.gradient_at(grown))
             gradient = old.copy_(gradient) if len(old) == len(gradient) else gradient
         values = rearranged(self.values, new)
-        rows, lengths = rows_of(grown, self.shape).to(fresh.device), found.row_lengths
-        others = lengths - torch.bincount(rows, minlength=len(lengths))
         for kept in optimizer_states(self):
             for key, state in elementwise(kept, self):
                 new = fresh + fresh_value(self, key)
                 if key in SCALES and len(grown):
+                    rows, lengths = rows_of(grown, self.shape).to(fresh.device), found.row_lengths
+                    others = lengths - torch.bincount(rows, minlength=len(lengths))
                     sums = row_sums(rearranged(state, fresh), lengths)
                     new = mean_of_others(sums, others, rows, fresh_value(self, key))
                 kept[key] = rearranged(state, new)
