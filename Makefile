@@ -31,8 +31,9 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/lightning-sparse demo $(ARGS)
 
+# File by file, so that what a fixture trains for the tests of a file is trained once.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup --doctest-modules lightning_sparse tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --doctest-modules lightning_sparse tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 #: the last four minor versions of torch; the next release moves the window
 MINORS = ["2.12", "2.13", "2.14", "2.15"]
 #: what the fast part needs beside torch and Lightning
-TESTING = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
+TESTING = ["hypothesis", "pytest", "pytest-timeout"]
 #: compiled kernels and files of masks; all other packages that tests name are missed and skipped
 EXTRAS = ".[fast,masks]"
 #: small networks and few steps: several minutes

@@ -281,7 +281,6 @@ def test_the_last_step_leaves_no_hooks_even_if_the_next_one_would_move():
     assert not hooks(module)
 
 
-@pytest.mark.xdist_group("ddp")
 def test_two_processes_with_different_data_draw_and_move_the_same():
     """They compare themselves after every step."""
     run_fresh_ranks(memory_efficient_dst_ranks.run_all, 2)

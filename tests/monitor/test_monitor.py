@@ -407,7 +407,6 @@ def test_a_second_fit_begins_anew_and_copies_are_plain(tmp_path):
         assert same(twin.state_dict()["explored"], monitor.state_dict()["explored"])
 
 
-@pytest.mark.xdist_group("ddp")
 def test_processes_agree_and_one_writes(tmp_path):
     run_fresh_ranks(monitor_ranks.run_all, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

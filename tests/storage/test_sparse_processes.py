@@ -34,7 +34,6 @@ def equal(a, b):
     return all(torch.equal(x, b[kind][name]) for kind in ("parameters", "masks") for name, x in a[kind].items())
 
 
-@pytest.mark.xdist_group("ddp")
 def test_processes_train_as_one_on_the_same_global_batches_and_agree_to_the_last_bit(ranks):
     for case in [case for case in ranks[0] if isinstance(case, tuple)]:
         first, *others = (rank[case] for rank in ranks)
@@ -47,7 +46,6 @@ def test_processes_train_as_one_on_the_same_global_batches_and_agree_to_the_last
             assert torch.allclose(x, y, rtol=0, atol=1e-12), case
 
 
-@pytest.mark.xdist_group("ddp")
 def test_a_step_sends_the_nonzeros_alone(ranks):
     """Beside 30 biases, 8 bytes each; values that change their length are sent with a mark for each of 3 layers."""
     for case in [case for case in ranks[0] if isinstance(case, tuple)]:
@@ -59,13 +57,11 @@ def test_a_step_sends_the_nonzeros_alone(ranks):
         assert set(plain) == {8 * (sent + 30)} or case[0] == "MEST soft bound", case
 
 
-@pytest.mark.xdist_group("ddp")
 def test_resume_under_ddp_is_that_of_the_uninterrupted_run(ranks):
     if "resumed" in ranks[0]:
         assert all(equal(rank["grabo", 2], rank["resumed"]) for rank in ranks)
 
 
-@pytest.mark.xdist_group("ddp")
 @pytest.mark.parametrize("storage", ["masked", "sparse"])
 def test_processes_keep_the_zeros_of_a_sparse_network(ranks, storage):
     if "zeros" in ranks[0]:
@@ -76,7 +72,6 @@ def test_processes_keep_the_zeros_of_a_sparse_network(ranks, storage):
             assert torch.equal(first["masks"][name], nonzero)
 
 
-@pytest.mark.xdist_group("ddp")
 def test_processes_agree_on_unused_layers_and_on_steps_to_skip(ranks):
     if "failed" in ranks[0]:
         first, second = (rank["failed"] for rank in ranks)
@@ -85,7 +80,6 @@ def test_processes_agree_on_unused_layers_and_on_steps_to_skip(ranks):
         assert all(x.isfinite().all() for x in first["parameters"].values())
 
 
-@pytest.mark.xdist_group("ddp")
 def test_gradients_are_averaged_also_where_some_processes_have_none(ranks):
     world = len(ranks)
     for rank in ranks:

@@ -176,7 +176,6 @@ def test_positions_as_they_are_written_are_taken():
 # ---------------------------------------------------------------------- other processes
 
 
-@pytest.mark.xdist_group("ddp")
 def test_callbacks_that_differ_between_processes_are_refused_on_all_of_them(tmp_path):
     run_fresh_ranks(agreement_ranks.run_all, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -13,7 +13,6 @@ PARAMETERS = sum(p.numel() for p in allreduce_ranks.wide().parameters())
 WEIGHTS = sum(p.numel() for p in allreduce_ranks.wide().parameters() if p.ndim == 2)
 
 
-@pytest.mark.xdist_group("ddp")
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_train_the_same_with_less_to_send(world, tmp_path):
     run_fresh_ranks(allreduce_ranks.run_all, world, tmp_path)

@@ -12,7 +12,6 @@ from processes import run_fresh_ranks
 THREE = (REPRESENTATIVES.thresholds, REPRESENTATIVES.top_k, REPRESENTATIVES.moves, "SNIP", "MemoryEfficientDST")
 
 
-@pytest.mark.xdist_group("ddp")
 @pytest.mark.parametrize(
     ("method", "world"),
     [*((method, 2) for method in several_processes.METHODS), *((method, 3) for method in THREE)],

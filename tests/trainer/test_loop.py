@@ -206,7 +206,6 @@ def test_copies_of_the_module_are_free():
         assert not sparse._in_batch
 
 
-@pytest.mark.xdist_group("ddp")
 def test_two_processes_train_as_one(tmp_path):
     run_fresh_ranks(loop_ranks.run_all, 2, tmp_path)
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -32,10 +32,9 @@ from lightning_sparse.trainer.guards import refuse_trainer
 from lightning_sparse.trainer.mask_files import read_masks
 from lightning_sparse.trainer.shards import unfit_layout
 
-pytestmark = [
-    pytest.mark.xdist_group("shards"),  # one process of pytest trains for all of them
-    pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is public since torch 2.6"),
-]
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is public since torch 2.6"
+)
 THREE = (  # of each way to choose one
     *("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST"),
     *("DFBST, AdamW, accumulated", "STR", "DST, sparsity", "TopKAST", "LotteryTicket"),
