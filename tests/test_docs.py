@@ -133,6 +133,46 @@ def test_the_readme_quotes_what_the_notebook_printed():
     assert re.search(rf"batch 128: .*, {faster} times as fast", printed)
 
 
+def comparison(file):
+    """Return the accuracies in percent of the runs that ``compare`` wrote, by method and sparsity."""
+    runs = defaultdict(list)
+    for row in csv.DictReader((ROOT / "docs" / "results" / file).open()):
+        runs[row["method"], row["sparsity"]].append(100 * float(row["val_acc"]))
+    assert {len(seeds) for seeds in runs.values()} == {3}
+    return runs
+
+
+@pytest.mark.parametrize("file", [path.name for path in sorted((ROOT / "docs" / "results").glob("*.csv"))])
+def test_the_accuracies_of_a_comparison_are_those_of_its_runs(file):
+    page = (ROOT / "docs" / "results.md").read_text()
+    table = page.split(f"(results/{file})")[1].split("\n| method | ")[1]
+    head, _, *lines = table.split("\n\n")[0].splitlines()
+    told = {}
+    for line in lines:
+        method, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
+        told |= {(method, sparsity): cell for sparsity, cell in zip(head.strip(" |").split(" | "), cells, strict=True)}
+    runs = {run: f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for run, x in comparison(file).items()}
+    dense = runs.pop(("dense", ""))
+    assert told == runs
+    assert f"Dense training has {dense}." in page
+
+
+def test_the_readme_quotes_accuracies_of_the_comparison():
+    table = (ROOT / "README.md").read_text().split("## Which method")[1].split("\n\n")[1]
+    head, _, *lines = table.splitlines()
+    runs = comparison("mnist-lenet300.csv")
+    means = {(run[0].split()[0], run[1]): f"{statistics.mean(x):.2f}" for run, x in runs.items()}
+    sparsities = [f"{int(percent) / 100:g}" for percent in re.findall(r"(\d+) % zeros", head)]
+    quoted = 0
+    for line in lines:
+        (method,) = re.findall(r"`(\w+)`", line.split("|")[2])
+        cells = [cell.strip() for cell in line.strip("|").split("|")[2:]]
+        if any(cells):
+            assert cells == [means[method, sparsity] for sparsity in sparsities]
+            quoted += 1
+    assert quoted >= 10
+
+
 def test_the_accuracies_with_a_target_are_those_of_the_runs():
     runs = defaultdict(list)
     for row in csv.DictReader((ROOT / "docs" / "targets.csv").open()):
