@@ -22,7 +22,7 @@ from lightning_sparse.families.watch import Watch
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules import criteria
 from lightning_sparse.rules.budgets import portion
-from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval, spoken
+from lightning_sparse.rules.clock import FEW, UPDATES, Clock, interval, spoken, times
 from lightning_sparse.rules.schedules import DECAYS, Decay
 from lightning_sparse.trainer.fit import epochs
 from lightning_sparse.trainer.guards import refuse_unknown_length
@@ -163,8 +163,7 @@ class PruneAndGrow(MaskedCallback):
             resumed = f" It goes on from {unit} {now}: {left} of these moves are to come." if left < len(ticks) else ""
             rank_zero_info(f"{self!r} moves connections {spoken(ticks, every, unit)}: {moved}{resumed}")
         if len(ticks) < FEW:
-            often = "once" if len(ticks) == 1 else f"{len(ticks)} times"
-            moves = f"connections only {often}" if ticks else "no connection"
+            moves = f"connections only {times(len(ticks))}" if ticks else "no connection"
             self.warn_once(
                 f"{self!r} will move {moves}: the training is too short for its settings. "
                 "Lower update_every, raise stop_at, or train longer."

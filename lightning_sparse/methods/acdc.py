@@ -29,6 +29,7 @@ from lightning_sparse.families.shares import floors
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget
+from lightning_sparse.rules.clock import times
 from lightning_sparse.rules.parts import divided_as
 from lightning_sparse.rules.phases import PAPER_CYCLES, Phases, alternating, cycles_that_fit
 from lightning_sparse.trainer.fit import epochs
@@ -142,8 +143,8 @@ class ACDC(DenseOnly, MaskedCallback):
         most = max(0, last_dense - begin + 1) // 2
         if self.cycles > most:
             self.warn_once(
-                f"{self!r} alternates {most} times only: the training has {total} steps, too few for its cycles. Lower "
-                "cycles, or train longer."
+                f"{self!r} alternates {times(most)} only: the training has {total} steps, too few for its cycles. "
+                "Lower cycles, or train longer."
             )
         return alternating(begin, last_dense, end, min(self.cycles, most))
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["FEW", "UPDATES", "Clock", "interval", "spoken"]
+__all__ = ["FEW", "UPDATES", "Clock", "interval", "spoken", "times"]
 
 #: fewer updates than this are too few for a method to show what it can do
 FEW = 5
@@ -26,16 +26,24 @@ def interval(paper: int, ticks: float) -> int:
     return paper if math.isinf(ticks) else min(paper, max(1, math.floor(ticks / (UPDATES + 1))))
 
 
+def times(n: int) -> str:
+    """Say how often.
+
+    >>> times(1), times(3)
+    ('once', '3 times')
+    """
+    return "once" if n == 1 else f"{n} times"
+
+
 def spoken(ticks: Sequence[int], every: int, unit: str = "step") -> str:
     """Say when something happens, at one tick or more.
 
     >>> print(spoken([2, 4, 6], every=2), spoken([1, 2], 1, "epoch"), spoken([7], 5), sep="; ")
     3 times, every 2 steps from step 2 to 6; 2 times, every epoch from epoch 1 to 2; once, at step 7
     """
-    if len(ticks) == 1:
-        return f"once, at {unit} {ticks[0]}"
     often = f"every {every} {unit}s" if every > 1 else f"every {unit}"
-    return f"{len(ticks)} times, {often} from {unit} {ticks[0]} to {ticks[-1]}"
+    when = f"at {unit} {ticks[0]}" if len(ticks) == 1 else f"{often} from {unit} {ticks[0]} to {ticks[-1]}"
+    return f"{times(len(ticks))}, {when}"
 
 
 @dataclass(frozen=True)
