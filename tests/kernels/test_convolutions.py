@@ -20,11 +20,11 @@ pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """A function that forbids to unfold, and packs so many bytes at once."""
+    """A function that forbids to unfold, and packs so many bytes at once, or more where a register has over 32."""
 
     def only(cached=plans._CACHED):
         forget()
-        monkeypatch.setattr(plans, "_CACHED", cached)
+        monkeypatch.setattr(plans, "_CACHED", cached * convolutions_numba._LINE // 32)
         monkeypatch.setattr(convolutions_numba, "unfolding", None)
 
     yield only
