@@ -178,6 +178,7 @@ def test_what_takes_more_memory_packed_than_unfolded_is_unfolded(monkeypatch):
     assert usable[1] is not None
 
 
+@pytest.mark.skipif(convolutions_numba._LINE == 64, reason="all tests compute with registers of 64 bytes here")
 def test_wider_registers_compute_the_same(tmp_path):
     found = run_fresh(wide_registers.differences, tmp_path)
     assert len(found) == 3
