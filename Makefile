@@ -45,7 +45,7 @@ docs: $(VENV)/installed
 
 # Without times and names of kernels, which would be a difference at every run.
 notebooks: $(VENV)/installed
-	printf '%s\n' notebooks/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P $(JOBS) $(BIN)/jupyter-nbconvert --execute \
+	printf '%s\n' notebooks/*.ipynb | OMP_NUM_THREADS=1 xargs -n 2 -P $(JOBS) $(BIN)/jupyter-nbconvert --execute \
 		--to notebook --output-dir $(OUT) --NbConvertApp.use_output_suffix=False --log-level WARN \
 		--ExecutePreprocessor.record_timing=False --ClearMetadataPreprocessor.enabled=True
 

@@ -4,6 +4,7 @@ No program hangs for ever, and none is too slow on a machine that is busy with o
 what each takes alone, and pytest's own ``--timeout`` is above it.
 """
 
+import functools
 import multiprocessing
 import os
 import subprocess
@@ -55,7 +56,12 @@ def started(command, stdout, env, **_):
     """Stand for ``subprocess.Popen`` of ``python -m lightning_sparse ...``: such a process runs the command."""
     assert command[1:3] == ["-m", "lightning_sparse"]
     process = _start(_run_command, command[3:], stdout.name, env)
-    return SimpleNamespace(poll=lambda: process.exitcode, terminate=process.terminate, wait=process.join)
+    return SimpleNamespace(
+        poll=lambda: process.exitcode,
+        send_signal=functools.partial(os.kill, process.pid),
+        terminate=process.terminate,
+        wait=process.join,
+    )
 
 
 def _run_command(arguments, log, variables):

@@ -38,7 +38,7 @@ from lightning_sparse import (
 from lightning_sparse.compat.shards import whole
 from lightning_sparse.monitor import operations
 
-EPOCHS, STEPS, BATCH = 3, 4, 12
+EPOCHS, STEPS, BATCH = 3, 3, 12
 MOVING = {"update_every": 2, "seed": 3}
 
 

@@ -46,7 +46,7 @@ def strategy(**options):
 
 
 def rows(rank, world):
-    x, y = data(240, torch.float64)
+    x, y = data(192, torch.float64)
     mine = TensorDataset(x[rank::world], y[rank::world])  # the ranks' rows make up global batches
     return DataLoader(mine, 12 // world)
 

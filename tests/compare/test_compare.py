@@ -4,7 +4,6 @@ import csv
 import math
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import PATIENCE
+from processes import PATIENCE, environment, started
 
 from lightning_sparse import cli
 from lightning_sparse.compare import command, results, runs
@@ -76,17 +75,16 @@ def test_a_comparison_trains_reads_draws_and_is_kept(tmp_path, capsys):
 def test_a_comparison_that_is_interrupted_goes_on_from_its_checkpoint(tmp_path, capsys):
     epochs = 30
     args = compare(tmp_path, "--methods=dense", "--seeds=1", f"--epochs={epochs}", "--no-plot")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lightning_sparse", *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    with (tmp_path / "said").open("w") as said:
+        process = started([sys.executable, "-m", "lightning_sparse", *args], said, environment())
     run = runs.Run("dense", tmp_path / "dense" / "seed0", Path(), {})
-    with process:
-        until = time.monotonic() + PATIENCE
-        while run.epochs < 3 and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-    assert process.returncode == 130
+    until = time.monotonic() + PATIENCE
+    while run.epochs < 3 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.wait(PATIENCE)
+    assert process.poll() == 130
+    said = (tmp_path / "said").read_text()
     assert f"Interrupted: 0 of 1 runs have finished and are kept in {tmp_path}." in said
     assert f"Go on with: lightning-sparse compare --recipe {DIGITS} --out {tmp_path} " in said
     before = len(results.history(run.folder))

@@ -44,7 +44,8 @@ def small():
 
 
 def two_layers():
-    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    """Two with inputs alike, so that SWAT's choice among them is compiled once."""
+    return nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
 
 
 pauses = pytest.mark.skipif(not can_pause(), reason="compiled code can be paused since torch 2.6")

@@ -50,7 +50,7 @@ def test_a_step_sends_the_nonzeros_alone(ranks):
     """Beside 30 biases, 8 bytes each; values that change their length are sent with a mark for each of 3 layers."""
     for case in [case for case in ranks[0] if isinstance(case, tuple)]:
         steps = ranks[0][case]["bytes"]
-        assert len(steps) == 40 // case[1]
+        assert len(steps) == 32 // case[1]
         sent = {"SET masked": 392, "SET": 78, "RigL": 78, "ITOP": 78, "MEST": 78, "FixedMask": 78}.get(case[0], 78 + 3)
         sent = 4 * 20 if case[0] == "blocks" else sent
         plain = [step for number, step in enumerate(steps) if number % 5 or not number]
