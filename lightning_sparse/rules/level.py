@@ -38,11 +38,11 @@ class Look(NamedTuple):
 
     def next(self, found: Sequence["Cut"]) -> "Look":
         """Return where to look next time: about the levels that were found, less wide where these were close."""
-        levels = {cut.level for cut in set(found)}
-        centre = (min(levels) + max(levels)) / 2
-        apart = max(abs(self.centre - level) for level in (min(levels), max(levels)))
+        levels = [cut.level for cut in found]
+        low, high = min(levels), max(levels)
+        centre, apart = (low + high) / 2, max(abs(self.centre - low), abs(self.centre - high))
         width = min(self.width, _WIDEST)
-        return Look(centre, width / 2 if width > 8 * apart else width)
+        return Look(centre, max(2 * apart, width / 2 if width > 64 * apart else 0.9 * width))
 
 
 class Near(NamedTuple):
@@ -86,7 +86,7 @@ class Near(NamedTuple):
             return self._ends_of_all(rank)
         values = np.sort(self.values)
         nth = float(values[max(0, len(values) - rank)]) if rank >= 1 and len(values) else math.inf
-        lower = int(np.searchsorted(values, nth))  # how many are less
+        lower = int(values.searchsorted(nth))  # how many are less
         return len(values), nth, float(values[lower - 1]) if lower else -math.inf
 
     def _ends_of_all(self, rank: int) -> tuple[int, float, float]:
