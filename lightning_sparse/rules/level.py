@@ -37,12 +37,16 @@ class Look(NamedTuple):
         return Look(self.centre, 4 * self.width if self.width < _WIDEST else math.inf)
 
     def next(self, found: Sequence["Cut"]) -> "Look":
-        """Return where to look next time: about the levels that were found, less wide where these were close."""
-        levels = [cut.level for cut in found]
+        """Return where to look next time: about the levels that were found.
+
+        The width goes a quarter of the way, in logarithms, to five times the distance from where these were expected,
+        or to where there are some margins at all.
+        """
+        levels, width = [cut.level for cut in found], min(self.width, _WIDEST)
         low, high = min(levels), max(levels)
-        centre, apart = (low + high) / 2, max(abs(self.centre - low), abs(self.centre - high))
-        width = min(self.width, _WIDEST)
-        return Look(centre, max(2 * apart, width / 2 if width > 64 * apart else 0.9 * width))
+        gap = min(cut.kth - cut.below for cut in found)
+        distance = max(abs(self.centre - low), abs(self.centre - high), min(gap, width / 5), width / 1000)
+        return Look((low + high) / 2, width**0.75 * (5 * distance) ** 0.25)
 
 
 class Near(NamedTuple):
