@@ -88,10 +88,12 @@ class Near(NamedTuple):
         """
         if self.part is not WHOLE:
             return self._ends_of_all(rank)
-        values = np.sort(self.values)
-        nth = float(values[max(0, len(values) - rank)]) if rank >= 1 and len(values) else math.inf
-        lower = int(values.searchsorted(nth))  # how many are less
-        return len(values), nth, float(values[lower - 1]) if lower else -math.inf
+        nth, less = math.inf, self.values
+        if rank >= 1 and len(less):
+            place = max(0, len(less) - rank)
+            values = np.partition(less, place)
+            nth, less = float(values[place]), values[:place]
+        return len(self.values), nth, float(np.fmax.reduce(less[~(less >= nth)], initial=-math.inf))
 
     def _ends_of_all(self, rank: int) -> tuple[int, float, float]:
         """Do the same with what all processes have looked at."""
