@@ -1,9 +1,12 @@
 """SoftThresholded: the function and the derivatives that STR and AutoSparse share."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from lightning_sparse.compat.options import fixed
+from lightning_sparse.families.target import Number
 from lightning_sparse.families.thresholds import ThresholdBuffer, Thresholded
 from lightning_sparse.rules.matrices import write_matrix
 from lightning_sparse.weights.latent import LatentWeight
@@ -18,13 +21,16 @@ class SoftThresholded(Thresholded):
 
     needs_weight_decay = True
 
-    def level(self, t: Tensor) -> Tensor:
+    def level(self, t: Number) -> Number:
         """``T = sigmoid(s)``."""
-        return torch.sigmoid(t)
+        if isinstance(t, Tensor):
+            return torch.sigmoid(t)
+        e = math.exp(-abs(t))
+        return (1.0 if t > 0 else e) / (1 + e)
 
-    def margins(self, magnitudes: Tensor, t: Tensor) -> Tensor:
-        """``logit(|W|) - s``: thresholds are shifted in their own unit."""
-        return torch.logit(magnitudes.clamp(max=1)) - t
+    def margins(self, magnitudes: Tensor, t: Number) -> Tensor:
+        """``logit(|W|) - s``: thresholds are shifted in their own unit. NaN above 1, which no threshold reaches."""
+        return torch.logit(magnitudes) - t
 
     def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
         """Write ``sign(W) max(|W| - T, 0)``; with a target, survivors shrink by less and less of ``T``."""

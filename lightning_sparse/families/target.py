@@ -10,8 +10,9 @@ from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -41,7 +42,10 @@ from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.latent_group import LatentGroup
 
-__all__ = ["Plan", "Target", "Targeted"]
+__all__ = ["Number", "Plan", "Target", "Targeted"]
+
+#: several thresholds or one
+Number = TypeVar("Number", Tensor, float)
 
 
 class Targeted(Options, Readouts, Verbs, ABC):
@@ -80,15 +84,15 @@ class Targeted(Options, Readouts, Verbs, ABC):
         """Return what the thresholds are shifted to meet, if anything."""
         return None if self.sparsity_target is None else Target(self, self.sparsity_target)
 
-    def level(self, t: Tensor) -> Tensor:
+    def level(self, t: Number) -> Number:
         """Return ``tau``, which ``|W|`` is compared with."""
         return t
 
-    def shifted(self, t: Tensor, by: float) -> Tensor:
-        """Return thresholds that are ``by`` higher."""
+    def shifted(self, t: float, by: float) -> float:
+        """Return a threshold that is ``by`` higher."""
         return t + by
 
-    def margins(self, magnitudes: Tensor, t: Tensor) -> Tensor:
+    def margins(self, magnitudes: Tensor, t: Number) -> Tensor:
         """Return how far thresholds may be shifted until they reach ``magnitudes``; broadcasts."""
         return magnitudes - self.level(t)
 
@@ -99,12 +103,14 @@ class Plan:
 
     Attributes:
         group: the weights.
+        size: number of elements of the weights.
         updates: number of updates so far.
         start: number of nonzeros when pruning began; None: it has not.
         look: how large the margins of those are that the next shift is found among.
     """
 
     group: LatentGroup
+    size: int
     updates: int = 0
     start: int | None = None
     look: Look = field(default_factory=Look)
@@ -115,14 +121,15 @@ class Plan:
         return {"updates": self.updates, "start": self.start, **self.look._asdict()}
 
     @property
-    def size(self) -> int:
-        """Number of elements of the weights."""
-        return sum(weight.size for weight in self.group.weights)
-
-    @property
     def open(self) -> list[LatentWeight]:
         """The weights whose masks are not frozen."""
         return [weight for weight in self.group.weights if weight.frozen is None]
+
+    def thresholds(self, weights: Sequence[LatentWeight]) -> list[float]:
+        """Return the forward threshold of each of some weights: all that a weight has are equal."""
+        values = [t for buffer in self.group.buffers for t in buffer.firsts()]
+        of = dict(zip(self.group.weights, values, strict=True))
+        return [of[weight] for weight in weights]
 
 
 class Target:
@@ -148,7 +155,7 @@ class Target:
     def begin(self, groups: Mapping[int, LatentGroup], resumed: bool) -> None:
         """Plan for the weights of each optimizer, from the start or from where a checkpoint was."""
         clocks = self._clocks if resumed else []
-        self._plans, self._span = {key: Plan(group) for key, group in groups.items()}, None
+        self._plans, self._span = {key: Plan(group, _size(group.weights)) for key, group in groups.items()}, None
         for plan, clock in zip(self._plans.values(), clocks, strict=False):
             plan.updates, plan.start = clock["updates"], clock["start"]
             plan.look = Look(clock.get("centre", 0.0), clock["width"])  # earlier versions wrote no centre
@@ -162,10 +169,10 @@ class Target:
 
     def join(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Bring weights that join a plan under way to what it leaves of them."""
-        plan = self._plans[id(optimizer)]
+        plan, size = self._plans[id(optimizer)], _size(weights)
+        plan.size += size
         if plan.start is None:
             return
-        size = sum(weight.size for weight in weights)
         before = self._left(plan, plan.size - size, plan.start)
         plan.start += size
         self._bring(plan, weights, self.planned(plan) - before)
@@ -231,7 +238,7 @@ class Target:
             return
         if plan.start is None:
             plan.start = sum(_count(weight) for weight in plan.group.weights)
-            plan.start += self._near(plan.group, plan.open, Look()).count(0.0) if plan.open else 0
+            plan.start += self._near(plan.open, plan.thresholds(plan.open), Look()).count(0.0) if plan.open else 0
 
     def follow(self, optimizer: Optimizer) -> bool:
         """Count an update and do as planned; tell whether thresholds or masks are others now."""
@@ -248,37 +255,43 @@ class Target:
     def _bring(self, plan: Plan, weights: Sequence[LatentWeight], k: int) -> None:
         """Leave ``k`` of some weights, for good if the plan has come to its end."""
         lowest = [least(weight, self.method.min_layer_density) for weight in weights]
-        found, plan.look = cuts(partial(self._near, plan.group, weights), k, lowest, plan.look)
+        t = plan.thresholds(weights)
+        found, plan.look = cuts(partial(self._near, weights, t), k, lowest, plan.look)
         frozen = self._chosen(weights, found) if plan.updates >= self.span()[1] else []
-        self._shift(plan.group, weights, found)
+        self._shift(plan.group, weights, t, found)
+        shrinkage = cubic(self._progress(plan))
         for weight in weights:
-            weight.thresholds.shrinkage = cubic(self._progress(plan))
+            weight.thresholds.shrinkage = shrinkage
         for weight, mask in zip(weights, frozen, strict=False):
             self._freeze(weight, mask)
 
-    def _near(self, group: LatentGroup, weights: Sequence[LatentWeight], look: Look) -> Near:
-        """Return the margins of some weights of a group that are about as large as it says."""
-        for buffer in group.buffers:
-            for bound, by in zip(buffer.bounds, look.bounds, strict=True):
-                torch.clamp(self.method.level(self.method.shifted(buffer.values["t"], by)), min=0, out=bound)
-        above, found = zip(*(_near_one(weight) for weight in weights), strict=True)
-        magnitudes, theirs = torch.cat(found, 1).unbind()
-        margins, part = self.method.margins(magnitudes, theirs).numpy(), together(weights)
-        return Near(part.total(*above), [each.shape[1] for each in found], margins, part)
-
-    def _shift(self, group: LatentGroup, weights: Sequence[LatentWeight], found: Sequence[Cut]) -> None:
-        """Shift the thresholds of some weights of a group to their cuts, all at once where they have the same."""
-        if len(weights) == len(group.weights) and len(set(found)) == 1:
-            for buffer in group.buffers:
-                self._shift_one(buffer.values["t"], found[0].level)
+    def _near(self, weights: Sequence[LatentWeight], t: Sequence[float], look: Look) -> Near:
+        """Return the margins of some weights, whose thresholds are ``t``, that are about as large as it says."""
+        above, found = zip(*map(partial(self._near_one, look), weights, t), strict=True)
+        counts, part = [len(each) for each in found], together(weights)
+        magnitudes = torch.from_numpy(np.concatenate(found))
+        if len(set(t)) == 1:
+            margins = self.method.margins(magnitudes, t[0])
         else:
-            for weight, cut in zip(weights, found, strict=True):
-                self._shift_one(local(weight.thresholds["t"].detach()), cut.level)
+            margins = self.method.margins(magnitudes, torch.from_numpy(np.repeat(t, counts)))
+        return Near(part.total(*above), counts, margins.numpy(), part)
 
-    def _shift_one(self, t: Tensor, by: float) -> None:
-        """Shift thresholds; their values are rounded once."""
-        if by:
-            t.copy_(self.method.shifted(_exact(t), by))
+    def _near_one(self, look: Look, weight: LatentWeight, t: float) -> tuple[int, np.ndarray]:
+        """Return how many magnitudes of a weight are above those to look at, and these."""
+        low, high = (max(0.0, self.method.level(self.method.shifted(t, by))) for by in look.bounds)
+        return weight.kernels.near(weight.matrix(weight.latent, "W"), low, high)  # NaN is above: it must stay in sight
+
+    def _shift(
+        self, group: LatentGroup, weights: Sequence[LatentWeight], t: Sequence[float], found: Sequence[Cut]
+    ) -> None:
+        """Shift the thresholds of some weights of a group to their cuts, all at once where these are the same."""
+        if len(weights) == len(group.weights) and len({*zip(t, found, strict=True)}) == 1:
+            vectors = [buffer.values["t"] for buffer in group.buffers]
+        else:
+            vectors = [local(weight.thresholds["t"].detach()) for weight in weights]
+        for vector, each, cut in zip(vectors, t, found, strict=False):
+            if cut.level:
+                vector.fill_(self.method.shifted(each, cut.level))
 
     # ------------------------------------------------------------------ the end
 
@@ -327,11 +340,9 @@ class Target:
         return {**self.__dict__, "_clocks": list(self.state()["plans"].values()), "_plans": {}, "_span": None}
 
 
-def _near_one(weight: LatentWeight) -> tuple[int, Tensor]:
-    """Return how many magnitudes are above the bounds, and those within over their thresholds."""
-    low, high = weight.thresholds.bounds
-    W, t = weight.matrix(weight.latent, "W"), weight.thresholds.per_row()
-    return weight.kernels.near(W, low, high, t)  # NaN is above: it must stay in sight
+def _size(weights: Sequence[LatentWeight]) -> int:
+    """Return the number of elements of some weights."""
+    return sum(weight.size for weight in weights)
 
 
 def _count(weight: LatentWeight) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +38,8 @@ class ThresholdKernels(Protocol):
     ) -> None:
         """Mask a gradient by contribution scores."""
 
-    def near(self, W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor]:
-        """Return how many magnitudes are above ``high``; over their ``t`` those from ``low`` up to it, ``(2, n)``."""
+    def near(self, W: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
+        """Return how many magnitudes are above ``high``, and those from ``low`` up to it."""
 
     def add_rows(self, x: Tensor, out: Tensor) -> None:
         """Write the sum of ``x (out, 1)``."""

@@ -181,12 +181,12 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
 
 
 @compiled
-def _near(W, low, high, t):  # type: ignore[no-untyped-def]
-    one, zero = W.dtype.type(1), W.dtype.type(0)
+def _near(W, low, high):  # type: ignore[no-untyped-def]
+    real = W.dtype.type
+    one, zero, lo, hi = real(1), real(0), real(low), real(high)
     within = np.empty(W.shape[0], np.int64)
     above, total = 0, 0
     for i in range(W.shape[0]):
-        lo, hi = low[i, 0], high[i, 0]
         below, not_above = zero, zero
         for j in range(W.shape[1]):
             magnitude = abs(W[i, j])
@@ -195,10 +195,10 @@ def _near(W, low, high, t):  # type: ignore[no-untyped-def]
         above += W.shape[1] - int(not_above)
         within[i] = int(not_above) - int(below)
         total += within[i]
-    found = np.empty((2, total))
+    found = np.empty(total)
     k = 0
     for i in range(W.shape[0]):
-        lo, hi, end = low[i, 0], high[i, 0], k + within[i]
+        end = k + within[i]
         for start in range(0, W.shape[1] if within[i] else 0, _BLOCK):
             if k == end:
                 break
@@ -208,15 +208,15 @@ def _near(W, low, high, t):  # type: ignore[no-untyped-def]
                 some |= (abs(block[j]) > lo) & (abs(block[j]) <= hi)
             for j in range(block.size if some else 0):
                 if lo < abs(block[j]) <= hi:
-                    found[0, k], found[1, k] = abs(block[j]), t[i, 0]
+                    found[k] = abs(block[j])
                     k += 1
     return above, found
 
 
-def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor]:
+def near(W: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
     """As ``thresholds_torch.near``."""
-    above, found = zip(*_over_rows(_near, (W, low, high, t)), strict=True)
-    return sum(above), torch.from_numpy(found[0] if len(found) == 1 else np.concatenate(found, 1))
+    above, found = zip(*_over_rows(_near, (W,), low, high), strict=True)
+    return sum(above), found[0] if len(found) == 1 else np.concatenate(found)
 
 
 @compiled

@@ -6,9 +6,10 @@ and no boolean tensor takes part in it (a product with a boolean tensor is about
 """
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,29 +163,28 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
             G[rows] = g.to(G.dtype)
 
 
-def near(W: Tensor, low: Tensor, high: Tensor, t: Tensor) -> tuple[int, Tensor]:
-    """Return which ``|W|`` lie near their threshold.
+def near(W: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
+    """Return which ``|W|`` lie near a threshold.
 
     Args:
         W: what is not a number counts as above.
-        low: excluded, as ``tau`` in shape.
-        high: included, likewise.
-        t: thresholds, likewise.
+        low: excluded.
+        high: included.
 
     Returns:
-        How many ``|W|`` are above ``high``; and ``(2, n)``, in float64 on the CPU, those between the two in their
-        order, over the ``t`` of each of them.
+        How many ``|W|`` are above ``high``; and those between the two, in their order and in float64.
     """
-    above, found, theirs = 0, [], []
+    above, found = 0, [W.new_empty(0)]
+    on_cpu = W.device.type == "cpu"  # where numpy makes boolean arrays ten times as fast as torch
+    count: Callable[[Any], Any] = np.count_nonzero if on_cpu else torch.count_nonzero
     for rows in _chunks(W):
-        magnitudes = torch.abs(W[rows], out=_buffer(W[rows], 0))
-        not_above = magnitudes <= high[rows]
-        above += not_above.numel() - int(not_above.count_nonzero())
-        within = not_above.logical_and_(magnitudes > low[rows]).reshape(-1)
-        here = torch.from_numpy(within.numpy().nonzero()[0]) if within.is_cpu else within.nonzero().squeeze(1)
-        found.append(magnitudes.reshape(-1)[here])
-        theirs.append(t[rows].reshape(-1)[here if t.shape[1] > 1 else here // W.shape[1]])
-    return above, torch.stack([torch.cat(found).to(t.dtype), torch.cat(theirs)]).cpu().double()
+        magnitudes = torch.abs(W[rows], out=_buffer(W[rows], 0)).reshape(-1)
+        magnitudes = magnitudes.to(torch.promote_types(W.dtype, torch.float32))  # bfloat16 would round the bounds
+        x: Any = magnitudes.numpy() if on_cpu else magnitudes
+        not_above = x <= high
+        above += len(x) - int(count(not_above))
+        found.append(torch.as_tensor(x[not_above & (x > low)]))
+    return above, torch.cat(found).cpu().double().numpy()
 
 
 def add_rows(x: Tensor, out: Tensor) -> None:

@@ -18,6 +18,7 @@ from lightning_sparse.compat.options import option
 from lightning_sparse.compat.shards import local
 from lightning_sparse.families.hard_threshold import HardThresholded
 from lightning_sparse.families.latent import LatentCallback, LatentWeight
+from lightning_sparse.families.target import Number
 from lightning_sparse.families.thresholds import Granularity, ThresholdBuffer
 from lightning_sparse.rules.parts import together
 from lightning_sparse.trainer.updates import skips
@@ -111,13 +112,13 @@ class DFBST(HardThresholded, LatentCallback):
 
     # ------------------------------------------------------------------ the method
 
-    def level(self, t: Tensor) -> Tensor:
+    def level(self, t: Number) -> Number:
         """``tau = |t|`` (Sec. 3.2)."""
-        return t.abs()
+        return abs(t)
 
-    def shifted(self, t: Tensor, by: float) -> Tensor:
+    def shifted(self, t: float, by: float) -> float:
         """``|t|`` is what is compared, and stays at least 0."""
-        return (t.abs() + by).clamp(min=0)
+        return max(abs(t) + by, 0.0)
 
     def begin_epoch(self, epoch: int, epochs: int | None) -> None:
         """Switch the variance penalty on when its time has come."""

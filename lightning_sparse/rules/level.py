@@ -37,12 +37,16 @@ class Look(NamedTuple):
         return Look(self.centre, 4 * self.width if self.width < _WIDEST else math.inf)
 
     def next(self, found: Sequence["Cut"]) -> "Look":
-        """Return where to look next time: about the levels that were found, less wide where these were close."""
-        levels = {cut.level for cut in set(found)}
-        centre = (min(levels) + max(levels)) / 2
-        apart = max(abs(self.centre - level) for level in (min(levels), max(levels)))
-        width = min(self.width, _WIDEST)
-        return Look(centre, width / 2 if width > 8 * apart else width)
+        """Return where to look next time: about the levels that were found.
+
+        The width goes a quarter of the way, in logarithms, to five times the distance from where these were expected,
+        or to where there are some margins at all.
+        """
+        levels, width = [cut.level for cut in found], min(self.width, _WIDEST)
+        low, high = min(levels), max(levels)
+        gap = min(cut.kth - cut.below for cut in found)
+        distance = max(abs(self.centre - low), abs(self.centre - high), min(gap, width / 5), width / 1000)
+        return Look((low + high) / 2, width**0.75 * (5 * distance) ** 0.25)
 
 
 class Near(NamedTuple):
@@ -84,10 +88,12 @@ class Near(NamedTuple):
         """
         if self.part is not WHOLE:
             return self._ends_of_all(rank)
-        values = np.sort(self.values)
-        nth = float(values[max(0, len(values) - rank)]) if rank >= 1 and len(values) else math.inf
-        lower = int(np.searchsorted(values, nth))  # how many are less
-        return len(values), nth, float(values[lower - 1]) if lower else -math.inf
+        nth, less = math.inf, self.values
+        if rank >= 1 and len(less):
+            place = max(0, len(less) - rank)
+            values = np.partition(less, place)
+            nth, less = float(values[place]), values[:place]
+        return len(self.values), nth, float(np.fmax.reduce(less[~(less >= nth)], initial=-math.inf))
 
     def _ends_of_all(self, rank: int) -> tuple[int, float, float]:
         """Do the same with what all processes have looked at."""

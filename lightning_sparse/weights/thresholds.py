@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -37,7 +38,6 @@ class WeightThresholds:
         dtau: where a step's gradients of ``tau`` (and what else the method sums like them) are written, by name.
         gradients: the same added up to the shape of the thresholds.
         shrinkage: by how much of ``tau`` a method with a soft threshold shrinks the weights above it, from 0 to 1.
-        bounds: room for two numbers beside each threshold, as ``tau`` in shape; see ``ThresholdBuffer.bounds``.
         part: what this process holds of the weight.
     """
 
@@ -50,7 +50,6 @@ class WeightThresholds:
     tau: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
     dtau: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    bounds: Sequence[Tensor] = ()
     part: Whole = WHOLE
     _views: dict[str, Tensor] = field(default_factory=dict)
     _among: tuple[Tensor, int] | None = None  # a vector that has "t" from a place on, all levels of which are computed
@@ -183,12 +182,12 @@ class WeightThresholds:
         """Let go of the other weights; keep the state on the CPU."""
         for t in self.values.values():
             exchange(t, torch.empty_like(local(t), device="cpu").copy_(local(t)))
-        self.dtau, self.gradients, self.bounds, self._views, self._among = {}, {}, (), {}, None
+        self.dtau, self.gradients, self._views, self._among = {}, {}, {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the other weights."""
         values = {key: nn.Parameter(local(t).detach().clone()) for key, t in self.values.items()}
-        loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "bounds": (), "_views": {}, "_among": None}
+        loose: dict[str, Any] = {"dtau": {}, "gradients": {}, "_views": {}, "_among": None}
         return {**self.__dict__, "values": values, "tau": torch.zeros(1, 1), **loose}
 
 
@@ -247,13 +246,17 @@ class ThresholdBuffer:
             each.dtau[key] = rows if len(rows) == each.rows else rows.new_empty(each.rows, 1)
 
     @cached_property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Room for two numbers beside each forward threshold, of which each weight has its part."""
-        low, high = torch.empty_like(self.values["t"]), torch.empty_like(self.values["t"])
-        ours = [local(each["t"]) for each in self.thresholds]
-        for each, *parts in zip(self.thresholds, views(low, ours), views(high, ours), strict=True):
-            each.bounds = [each.as_rows(part) for part in parts]
-        return low, high
+    def _places(self) -> tuple[list[int], Tensor]:
+        """How many forward thresholds of each weight are here, and where the first one is of those that have any."""
+        sizes = [local(each["t"]).numel() for each in self.thresholds]
+        places = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True) if size]
+        return sizes, torch.tensor(places, dtype=torch.long, device=self.values["t"].device)
+
+    def firsts(self) -> list[float]:
+        """Return the first forward threshold of each weight; 0 where none is here."""
+        sizes, places = self._places
+        found = iter(self.values["t"].take(places).tolist())
+        return [next(found) if size else 0.0 for size in sizes]
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from reference import Reference, broadcast
 from torch import nn
 
-from lightning_sparse import DFBST, DST, STR, AutoSparse
+from lightning_sparse import DFBST, DST, STR, AutoSparse, attach
 from lightning_sparse.rules.budgets import budget, least
 
 METHODS = {
@@ -265,6 +265,47 @@ def test_trains_as_the_reference_that_sorts_all_margins(method, optimizer):
         assert torch.equal(ours.frozen, reference.frozen[name])
         assert torch.allclose(ours.latent, reference.W[name].detach(), rtol=1e-6, atol=1e-9)
         assert torch.allclose(callback.thresholds[f"net.{name}"], reference.t[name].detach(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("t", [-1000.0, -5.0, -0.1, 0.0, 0.3, 1000.0])
+def test_one_threshold_has_the_level_of_several(method, t):
+    callback = METHODS[method]()
+    level = callback.level(torch.tensor([t], dtype=torch.float64))
+    assert torch.allclose(torch.tensor([callback.level(t)], dtype=torch.float64), level, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("by", [-0.02, 0.03])
+def test_a_weight_passes_shifted_thresholds_if_its_margin_exceeds_the_shift(method, by):
+    callback, t = METHODS[method](), {"AutoSparse": -2.0, "STR": -2.0}.get(method, 0.1)
+    W = torch.linspace(0.05, 0.2, 500, dtype=torch.float64)
+    level = callback.level(torch.tensor(callback.shifted(t, by), dtype=torch.float64))
+    assert torch.equal(level < W, callback.margins(W, t) > by)
+    assert 0 < (level < W).sum() < 500
+
+
+def margins(callback, weight):
+    """All margins of a weight, by the formulas."""
+    W, t = weight.latent.double().abs(), weight.thresholds["t"].double().view(-1)[0]
+    if isinstance(callback, AutoSparse | STR):
+        return torch.logit(W) - t
+    return W - (t.abs() if isinstance(callback, DFBST) else t)
+
+
+@torch.no_grad()
+def test_weights_with_other_thresholds_are_cut_at_one_level_as_sorting_all_margins_does(method):
+    callback = METHODS[method](0.8)
+    module = seeded(mlp)
+    with attach(callback, module, torch.optim.SGD(module.parameters(), lr=0.0), steps=20):
+        for each, by in zip(callback._weights.values(), (0.0, 0.02, 0.05), strict=True):
+            each.thresholds["t"].add_(by)
+        plan = next(iter(callback._target._plans.values()))
+        before = {each: each.thresholds["t"].clone() for each in callback._weights.values()}
+        ranked = torch.cat([margins(callback, each).flatten() for each in before]).sort(descending=True).values
+        callback._target._bring(plan, list(before), 100)
+        level = (ranked[99] + ranked[100]) / 2
+        for each, t in before.items():
+            expected = (t.double().abs() + level).clamp(min=0) if method == "DFBST" else t.double() + level
+            assert torch.equal(each.thresholds["t"], expected.float())
 
 
 # ---------------------------------------------------------------------- what must not disturb it

@@ -235,13 +235,22 @@ def test_variance_penalty_is_the_derivative_of_the_standard_deviation(kernels):
 
 @pytest.mark.parametrize("kernels", MODULES)
 @settings(max_examples=30, deadline=None)
-@given(shape=shapes, seed=seeds, width=st.floats(0.01, 1.0))
-def test_magnitudes_near_thresholds_are_found_and_those_above_counted(kernels, shape, seed, width):
-    W, _, tau = draw(shape, seed)
+@given(shape=shapes, seed=seeds, low=st.floats(0, 1.0), width=st.floats(0.01, 1.0))
+def test_magnitudes_within_bounds_are_found_and_those_above_counted(kernels, shape, seed, low, width):
+    W, _, _ = draw(shape, seed)
     W[0, 0] = float("nan")
-    low, high = (tau - width).clamp(min=0), tau + width
-    above, (magnitudes, theirs) = kernels.near(W, low, high, tau)
-    within = (W.abs() > low) & (W.abs() <= high)
-    assert above == int((~(W.abs() <= high)).sum())
-    assert torch.equal(magnitudes, W.abs()[within].double())
-    assert torch.equal(theirs, tau.expand_as(W)[within].double())
+    above, magnitudes = kernels.near(W, low, low + width)
+    assert above == int((~(W.abs() <= low + width)).sum())
+    assert torch.equal(torch.from_numpy(magnitudes), W.abs()[(W.abs() > low) & (W.abs() <= low + width)])
+
+
+def test_bounds_are_not_rounded_to_bfloat16():
+    W = torch.tensor([[1.0, -1.0078125, 1.015625]], dtype=torch.bfloat16)  # neighbours
+    above, magnitudes = thresholds_torch.near(W, 1.007, 1.008)
+    assert (above, magnitudes.tolist()) == (1, [1.0078125])
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+def test_no_magnitudes_are_found_where_there_are_no_rows(kernels):
+    above, magnitudes = kernels.near(torch.empty(0, 3), 0.0, 1.0)
+    assert (above, magnitudes.tolist()) == (0, [])

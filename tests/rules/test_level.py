@@ -94,6 +94,23 @@ def test_it_looks_once_and_at_few_where_the_level_is_much_the_same():
     assert len(near(look).values) < 20
 
 
+def test_it_looks_once_in_nearly_all_steps_where_the_level_wavers():
+    generator, (layer,), look, number = torch.Generator().manual_seed(0), drawn([20_000], 1), Look(), 0
+    for by in torch.randn(200, generator=generator, dtype=torch.float64).mul(1e-3).tolist():
+        near, looks = looking([layer + by])
+        _, look = cuts(near, 2_000, [0], look)
+        number += len(looks)
+    assert number <= 215
+    assert len(near(look).values) < 1_000
+
+
+def test_a_look_at_everything_is_followed_by_narrower_ones():
+    look = Look(0.0, math.inf)
+    for _ in range(60):
+        look = look.next([Cut(-5.001, -5.0, 1)])
+    assert 0 < look.width < 1e-2
+
+
 @pytest.mark.parametrize(("n", "k"), [(0, 0), (7, 7), (1000, 10), (1000, 999)])
 def test_an_even_spread_has_its_number_and_is_spread_over_rows(n, k):
     chosen = evenly(n, k)
