@@ -84,7 +84,7 @@ def mnist(folder: str) -> MNISTDataModule:
 
 
 def cifar10(folder: str) -> SimpleNamespace:
-    """Return CIFAR-10 from a folder that holds cifar10/train/CLASS/*.jpg and cifar10/test, in an order that mixes classes."""
+    """Return CIFAR-10, its classes mixed, from a folder that holds cifar10/train/CLASS/*.jpg and cifar10/test."""
     data = ImageFolderDataModule(str(Path(folder) / "cifar10"), padding=0, flip=False)
     data.setup("fit")
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))

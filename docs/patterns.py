@@ -1,10 +1,11 @@
-"""Patterns beside unstructured sparsity, at equal density, on part of MNIST and CIFAR-10: the tables of guides/patterns.md.
+"""Patterns beside unstructured sparsity, at equal density, on part of MNIST and CIFAR-10: tables of guides/patterns.md.
 
 ``python docs/patterns.py DIR --out results.csv`` trains what the file does not hold yet and adds a line to it after
 each run, so it may be broken off and started again. Then it prints the mean accuracy over the seeds that the file
-holds. DIR holds MNIST/raw and cifar10/train, cifar10/test (JPEG files in folders of classes). Networks, densities, patterns, methods, seeds, images and epochs may be chosen; one CPU
-thread. ``--times`` trains nothing: it prints how long a layer of 4096 x 4096 takes in the form that pays. ``--forms``
-does so for the networks: it measures all forms but the dense one that a pattern has, and prints the quickest.
+holds. DIR holds MNIST/raw, and cifar10/train and cifar10/test with JPEG files in folders of classes. Networks,
+densities, patterns, methods, seeds, images and epochs may be chosen; one CPU thread. ``--times`` trains nothing: it
+prints how long a layer of 4096 x 4096 takes in the form that pays. ``--forms`` does so for the networks: it measures
+all forms but the dense one that a pattern has, and prints the quickest.
 """
 
 import argparse
