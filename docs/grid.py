@@ -1,25 +1,28 @@
-"""Grids of short trainings on part of MNIST, for the scripts beside this one: what they share."""
+"""Grids of short trainings on part of MNIST or CIFAR-10, for the scripts beside this one: what they share."""
 
 import csv
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sparse.zoo.data import MNISTDataModule
+from lightning_sparse.zoo.data import ImageFolderDataModule, MNISTDataModule
+from lightning_sparse.zoo.data.images import TensorImages
 from lightning_sparse.zoo.models.classifier import Classifier
 
 
 class SmallCNN(Classifier):
-    """Three convolutions of 16, 32 and 32 filters, each with batch norm and ReLU, and a linear layer."""
+    """Three convolutions of 16, 32 and 32 filters, each with batch norm, ReLU and pooling, and a linear layer."""
 
-    def __init__(self, **training):
+    def __init__(self, channels=1, size=28, **training):
         super().__init__(10, **training)
-        self.first, self.head = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.Linear(32 * 9, 10)
+        self.first = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.head = nn.Linear(32 * (size // 8) ** 2, 10)
         layers = [nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
         for before in (16, 32):
             layers += [nn.Conv2d(before, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
@@ -80,12 +83,21 @@ def mnist(folder: str) -> MNISTDataModule:
     return data
 
 
+def cifar10(folder: str) -> SimpleNamespace:
+    """Return CIFAR-10, its classes mixed, from a folder that holds cifar10/train/CLASS/*.jpg and cifar10/test."""
+    data = ImageFolderDataModule(str(Path(folder) / "cifar10"), padding=0, flip=False)
+    data.setup("fit")
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    train, test = data.train.__getitems__(order), data.test.__getitems__(range(len(data.test)))
+    return SimpleNamespace(train=TensorImages(*train), test=TensorImages(*test))
+
+
 def trained(data, run, build, optimizer, **options):
     """Train; return accuracy in percent on the test images and the density.
 
     Args:
-        data: MNIST.
-        run: has ``seed``, ``images``, ``epochs`` and ``callback``.
+        data: has ``train`` and ``test``.
+        run: has ``seed``, ``images``, ``epochs`` and ``callback``, which has a density unless it trains densely.
         build: makes the network.
         optimizer: of its parameters.
         options: of the Trainer.
@@ -102,4 +114,4 @@ def trained(data, run, build, optimizer, **options):
     with torch.no_grad():
         pairs = zip(data.test.images.split(1000), data.test.labels.split(1000), strict=True)
         right = sum(int((module(x).argmax(1) == y).sum()) for x, y in pairs)
-    return right / 100, callback.density
+    return right / 100, getattr(callback, "density", 1.0)

@@ -1,10 +1,11 @@
-"""Patterns beside unstructured sparsity, at equal density, on part of MNIST: the tables of guides/patterns.md.
+"""Patterns beside unstructured sparsity, at equal density, on part of MNIST and CIFAR-10: tables of guides/patterns.md.
 
 ``python docs/patterns.py DIR --out results.csv`` trains what the file does not hold yet and adds a line to it after
 each run, so it may be broken off and started again. Then it prints the mean accuracy over the seeds that the file
-holds. DIR holds MNIST/raw. Networks, densities, patterns, methods, seeds, images and epochs may be chosen; one CPU
-thread. ``--times`` trains nothing: it prints how long a layer of 4096 x 4096 takes in the form that pays. ``--forms``
-does so for the networks: it measures all forms but the dense one that a pattern has, and prints the quickest.
+holds. DIR holds MNIST/raw, and cifar10/train and cifar10/test with JPEG files in folders of classes. Networks,
+densities, patterns, methods, seeds, images and epochs may be chosen; one CPU thread. ``--times`` trains nothing: it
+prints how long a layer of 4096 x 4096 takes in the form that pays. ``--forms`` does so for the networks: it measures
+all forms but the dense one that a pattern has, and prints the quickest.
 """
 
 import argparse
@@ -15,13 +16,13 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from grid import Results, SmallCNN, mnist, trained
+from grid import Results, SmallCNN, cifar10, mnist, trained
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -32,8 +33,14 @@ from lightning_sparse.rules.fan_in import FanIn
 from lightning_sparse.storage import SparseLinear, make_blocks_, make_sparse_
 from lightning_sparse.zoo.models import LeNet300
 
-#: network, layers that stay dense (those whose rows are classes, or that have one input), images, epochs
-NETWORKS = {"lenet300": (LeNet300, ["fc3.weight"], 4_000, 3), "cnn": (SmallCNN, ["first.*", "head.*"], 4_000, 2)}
+#: network, data, layers that stay dense (those whose rows are classes, or that have one input or three), images, epochs
+NETWORKS = {
+    "lenet300": (LeNet300, mnist, ["fc3.weight"], 4_000, 3),
+    "cnn": (SmallCNN, mnist, ["first.*", "head.*"], 4_000, 2),
+    "cifar": (partial(SmallCNN, channels=3, size=32), cifar10, ["first.*", "head.*"], 10_000, 3),
+}
+#: of an image
+SHAPES = {mnist: (1, 28, 28), cifar10: (3, 32, 32)}
 DENSITIES = (0.5, 0.25, 0.1)
 N_OF_M = {0.5: "2:4", 0.25: "1:4"}
 BATCH = 64
@@ -72,7 +79,9 @@ class Run(NamedTuple):
     @property
     def callback(self) -> pl.Callback:
         """The method."""
-        exclude, budget = NETWORKS[self.network][1], {"sparsity": 1 - self.density, "distribution": "uniform"}
+        if self.method == "dense":
+            return pl.Callback()
+        exclude, budget = NETWORKS[self.network][2], {"sparsity": 1 - self.density, "distribution": "uniform"}
         own = OWN.get(self.kind, {}).get(self.method)
         if own is None:
             return METHODS[self.method](**budget, exclude=exclude, pattern=self.pattern)
@@ -84,7 +93,9 @@ def runs(chosen) -> Iterator[Run]:
     networks, patterns, methods = (part.split(",") for part in (chosen.networks, chosen.patterns, chosen.methods))
     densities = [float(x) for x in chosen.densities.split(",")]
     for network, seed, kind, density in product(networks, range(chosen.seeds), patterns, densities):
-        _, _, images, epochs = NETWORKS[network]
+        *_, images, epochs = NETWORKS[network]
+        if kind == "unstructured" and density == densities[0]:
+            yield Run(network, chosen.images or images, chosen.epochs or epochs, seed, 1.0, kind, "dense")
         pattern = N_OF_M.get(density) if kind == "N:M" else kind
         trained = {**(METHODS if kind != "fan-in" else {}), **OWN.get(kind, {})}
         for method in (method for method in methods if pattern and method in trained):
@@ -93,10 +104,11 @@ def runs(chosen) -> Iterator[Run]:
 
 def train(chosen):
     """Train all that the file lacks."""
-    results, data = Results(chosen.out, Run, RESULTS), mnist(chosen.data_dir)
+    results, load = Results(chosen.out, Run, RESULTS), cache(lambda data: data(chosen.data_dir))
     for run in (run for run in runs(chosen) if run not in results.rows):
-        start = time.process_time()
-        found = trained(data, run, NETWORKS[run.network][0], SGD)
+        build, data, *_ = NETWORKS[run.network]
+        images, start = load(data), time.process_time()
+        found = trained(images, run, build, SGD)
         results.add(run, *found, round(time.process_time() - start, 1))
 
 
@@ -106,7 +118,7 @@ def table(chosen):
     for run, row in Results(chosen.out, Run, RESULTS).rows.items():
         found[run.network, run.density, run.method, run.kind].append(float(row["accuracy"]))
     print(f"| network | density | method | {' | '.join(PATTERNS)} |\n|{'---|' * (3 + len(PATTERNS))}")
-    for network, density, method in product(NETWORKS, DENSITIES, ALL):
+    for network, density, method in product(NETWORKS, (1.0, *DENSITIES), ["dense", *ALL]):
         cells = [shown(found.get((network, density, method, pattern), [])) for pattern in PATTERNS]
         if any(cells):
             print(f"| {network} | {density:g} | {method} | {' | '.join(cells)} |")
@@ -150,8 +162,9 @@ def times(chosen):
 def form_times(chosen):
     """Print the times of the networks' quickest forms over dense: a training step, and inference."""
     print(f"| network | density | {' | '.join(PATTERNS)} |\n|{'---|' * (2 + len(PATTERNS))}")
-    x, y = torch.rand(BATCH, 1, 28, 28), torch.arange(BATCH) % 10
+    y = torch.arange(BATCH) % 10
     for network, density in product(chosen.networks.split(","), map(float, chosen.densities.split(","))):
+        x = torch.rand(BATCH, *SHAPES[NETWORKS[network][1]])
         work: dict = {}
         for pattern in chosen.patterns.split(","):
             for kind, found in forms(network, density, pattern, x).items():
@@ -166,7 +179,7 @@ def form_times(chosen):
 
 def forms(network, density, pattern, x):
     """Return the forms in which a network of this pattern can be trained and used, by name."""
-    build, exclude, *_ = NETWORKS[network]
+    build, _, exclude, *_ = NETWORKS[network]
     name = N_OF_M.get(density) if pattern == "N:M" else pattern
     if name is None:
         return {}

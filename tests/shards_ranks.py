@@ -130,6 +130,7 @@ RESUMED = {
     "TopKAST": (LATENT["TopKAST"], "AdamW", {}),
     "LotteryTicket": (ROUNDS["LotteryTicket"], "AdamW", {}),
     "ACDC": (ROUNDS["ACDC"], "AdamW", {}),
+    **{name: METHODS[name] for name in ("RigL, 3:4, AdamW", "GGR, blocks")},
 }
 
 

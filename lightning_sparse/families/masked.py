@@ -235,8 +235,8 @@ class MaskedCallback(Stored, SparseCallback):
 
     @property
     def needs_whole_weights(self) -> str | None:
-        """None: masks are kept of the part that is here."""
-        return None if self.storage == "masked" else f"Use storage='masked', got {self.storage!r}, or strategy='ddp'."
+        """None where the store keeps parts of a weight, as it does of masks."""
+        return None if self.store.keeps_parts else f"Use storage='masked', got {self.storage!r}, or strategy='ddp'."
 
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
         """Raise if a group of N:M, a row or a block may lie on several processes."""

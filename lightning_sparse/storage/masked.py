@@ -26,6 +26,7 @@ class MaskedStore(Store):
     """Dense parameters, and a boolean mask beside each."""
 
     name = "masked"
+    keeps_parts = True
 
     def __init__(self, method: Stored) -> None:
         super().__init__(method)

@@ -33,6 +33,8 @@ class Store(ABC):
     """
 
     name: Storage
+    #: of a weight that is divided over processes, each can keep its part
+    keeps_parts = False
 
     def __init__(self, method: "Stored") -> None:
         self.method = method

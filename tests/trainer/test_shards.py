@@ -39,6 +39,7 @@ pytestmark = pytest.mark.skipif(
 THREE = (  # of each way to choose one
     *("RigL, AdamW", "GGR", "DeepR", "MemoryEfficientDST"),
     *("DFBST, AdamW, accumulated", "STR", "DST, sparsity", "TopKAST", "LotteryTicket"),
+    *("RigL, 3:4, AdamW", "MEST, rows", "GGR, blocks"),
 )
 
 
