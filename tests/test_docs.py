@@ -188,6 +188,18 @@ def test_the_accuracies_with_a_target_are_those_of_the_runs():
     assert {len(seeds) for seeds in runs.values()} == {3}
 
 
+def test_the_accuracies_of_tuning_by_hand_are_those_of_the_runs():
+    runs, rows = defaultdict(list), [*csv.DictReader((ROOT / "docs" / "targets-by-hand.csv").open())]
+    for tuned, targeted in zip(rows[::2], rows[1::2], strict=True):  # of the same density
+        assert float(targeted["density"]) == pytest.approx(float(tuned["density"]), abs=1e-4)
+        run = tuned["network"], tuned["optimizer"], targeted["method"]
+        runs[run].append([f"{float(row['accuracy']):.2f}" for row in (tuned, targeted)])
+    page = (ROOT / "docs" / "guides" / "targets.md").read_text()
+    told = re.findall(r"^\| (\w+) \| (SGD|Adam) \| (\w+) \| [\d.]+ to [\d.]+ \| (.*) \| (.*) \|$", page, re.M)
+    columns = {run: [", ".join(cells) for cells in zip(*found, strict=True)] for run, found in runs.items()}
+    assert {row[:3]: [*row[3:]] for row in told} == columns
+
+
 def test_the_accuracies_with_a_pattern_are_those_of_the_runs():
     runs = defaultdict(list)
     for row in csv.DictReader((ROOT / "docs" / "patterns.csv").open()):
