@@ -22,7 +22,7 @@ from lightning_sparse.bench import (
     trainers,
     updates,
 )
-from lightning_sparse.bench.networks import NETWORKS, PRECISIONS
+from lightning_sparse.bench.networks import METHODS, NETWORKS, PRECISIONS
 from lightning_sparse.compat.lightning import PACKAGE
 
 __all__ = ["main"]
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="for overhead, memory and storage")
     parser.add_argument("--of", choices=("steps", "updates", "storage"), default="steps", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
-    known = {*launches.ALL, "none"}
+    known = {*(launches.ALL if parsed.benchmark == "launches" else METHODS), "none"}
     if unknown := sorted({*parsed.methods.split(",")} - known):
         parser.error(f"--methods: no method is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
     torch.set_num_threads(parsed.threads)

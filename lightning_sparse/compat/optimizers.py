@@ -5,7 +5,6 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_sparse.compat.torch_private import calls_step_hooks
 
@@ -29,19 +28,12 @@ def wrapped(optimizer: Any) -> list[Any]:
     >>> wrapped(outer) == [outer, outer.base]
     True
     """
-    found: dict[int, Any] = {}
-    waiting = [optimizer]
-    while waiting:
-        each = waiting.pop(0)
-        if id(each) not in found:
-            found[id(each)] = each
-            waiting += _within(each)
-    return [*found.values()]
+    return [each for each, _ in _with_those_within(optimizer)]
 
 
 def stepping(optimizer: Any) -> list[Any]:
     """Return those that make the step: the optimizer itself, or the innermost ones that it hands its step to."""
-    return [each for each in wrapped(optimizer) if not _within(each)]
+    return [each for each, within in _with_those_within(optimizer) if not within]
 
 
 def states(optimizer: Any, parameter: nn.Parameter) -> list[dict[str, Any]]:
@@ -104,6 +96,19 @@ class StepHook:
             self._optimizer.step = self._own
 
 
+def _with_those_within(optimizer: Any) -> list[tuple[Any, list[Any]]]:
+    """Return what ``wrapped`` does, each with those that it hands its step to."""
+    found: dict[int, tuple[Any, list[Any]]] = {}
+    waiting = [optimizer]
+    while waiting:
+        each = waiting.pop(0)
+        if id(each) not in found:
+            within = _within(each)
+            found[id(each)] = each, within
+            waiting += within
+    return [*found.values()]
+
+
 def _within(optimizer: Any) -> list[Any]:
     """Return the optimizers that another one holds and that train some of its parameters."""
     held = [each for each in _attributes(optimizer) if each is not optimizer and _steps(each)]
@@ -122,9 +127,7 @@ def _attributes(optimizer: Any) -> Iterator[Any]:
 
 
 def _steps(value: Any) -> bool:
-    if isinstance(value, Optimizer):
-        return True
-    # no parameter and no module: torch answers what they do not have by an error of its own, which takes time
+    # by its class: a parameter or module answers what it does not have by an error of its own, which takes time
     return callable(getattr(type(value), "step", None)) and hasattr(value, "param_groups")
 
 

@@ -50,10 +50,11 @@ KINDS = [("dense", "0"), ("masked", "0.9"), ("sparse", "0.9")]
 MIDDLE = rf"{NUMBER} \({NUMBER} to {NUMBER}\)"
 
 
-def test_a_method_that_does_not_exist_is_refused_before_anything_is_timed(capsys):
+@pytest.mark.parametrize(("benchmark", "unknown"), [("update", "memory-efficient-dst"), ("overhead", "gmp")])
+def test_a_method_that_does_not_exist_is_refused_before_anything_is_timed(capsys, benchmark, unknown):
     with pytest.raises(SystemExit):
-        main(["update", "--methods", "set,memory-efficient-dst"])
-    assert "no method is called 'memory-efficient-dst'" in capsys.readouterr().err
+        main([benchmark, "--methods", f"set,{unknown}"])
+    assert f"no method is called '{unknown}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("benchmark", ["overhead", "trainer", "memory", "monitor"])
