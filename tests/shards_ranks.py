@@ -28,6 +28,7 @@ from lightning_sparse import (
     MEST,
     SET,
     SNFS,
+    AutoSparse,
     FixedMask,
     RandomPruning,
     RigL,
@@ -82,6 +83,7 @@ METHODS = {
         {},
     ),
     "DFBST, sparsity": (lambda: LATENT["DFBST"](alpha=None, sparsity=0.7), "no gradient", {}),
+    "AutoSparse, sparsity": (lambda: AutoSparse(sparsity=0.93, begin_at=0.0), "SGD", {}),  # some rows have none
     "STR, sparsity": (lambda: LATENT["STR"](sparsity=0.8, granularity="neuron"), "AdamW", {}),
     "OptG, tied": (LATENT["OptG"], "tied", {}),
 }

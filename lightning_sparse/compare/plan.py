@@ -192,8 +192,7 @@ def _finds_density(kind: type[SparseCallback], arguments: Arguments) -> bool:
         return True
     if parameter.default is parameter.empty or arguments.get("sparsity") is not None:
         return False
-    instead = _instead(kind)
-    return not instead or arguments.get(instead) is not None
+    return not getattr(kind, "needs_one", False) or arguments.get(_instead(kind)) is not None
 
 
 def _parse(text: str) -> tuple[str, Arguments, tuple[str, ...]]:

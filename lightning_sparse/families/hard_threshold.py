@@ -28,6 +28,7 @@ class HardThresholded(Thresholded):
 
     regularised = True
     instead_of_sparsity = "alpha"
+    needs_one = True
 
     def __post_init__(self) -> None:
         """Check that there is one thing that drives sparsity."""

@@ -325,6 +325,8 @@ class LatentCallback(LatentReadouts, SavesShards, SparseCallback):
         group = self._groups[id(optimizer)]
         for weight in group.weights if not share else ():
             _parameter(weight).grad = None
+        if self._target and share:
+            self._target.calm(optimizer)
         stepping = group.parts([weight for weight in group.weights if weight.has_gradient])
         for part in stepping:
             weight = cast(LatentWeight, part)

@@ -13,13 +13,24 @@ from lightning_sparse.weights.latent import LatentWeight
 
 __all__ = ["SoftThresholded"]
 
+#: ``s`` at the start of a training that begins dense: ``T`` is 0 in all dtypes but float64
+DENSE = -200.0
+
 
 class SoftThresholded(Thresholded):
     """``P = sign(W) max(|W| - T, 0)`` with ``T = sigmoid(s)``; weight decay on ``s``, or a target, drives sparsity."""
 
     reset_above: float | None = fixed(default=None)
 
+    instead_of_sparsity = "init_threshold"
     needs_weight_decay = True
+
+    @property
+    def first_threshold(self) -> float:
+        """``s`` at the start: with a target, that of a dense network unless it is given."""
+        if self.init_threshold is not None:
+            return self.init_threshold
+        return -5.0 if self.sparsity_target is None else DENSE
 
     def level(self, t: Number) -> Number:
         """``T = sigmoid(s)``."""

@@ -31,7 +31,7 @@ from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import budget
 from lightning_sparse.rules.level import Cut, Look, Near, cuts
 from lightning_sparse.rules.matrices import as_matrix, write_matrix
-from lightning_sparse.rules.parts import Together, together
+from lightning_sparse.rules.parts import Together, Whole, together
 from lightning_sparse.rules.schedules import cubic
 from lightning_sparse.rules.select import positions, top_k
 from lightning_sparse.trainer.agreement import refuse_broken_clock
@@ -240,6 +240,26 @@ class Target:
             plan.start = sum(_count(weight) for weight in plan.group.weights)
             plan.start += self._near(plan.open, plan.thresholds(plan.open), Look()).count(0.0) if plan.open else 0
 
+    @torch.no_grad()
+    def calm(self, optimizer: Optimizer) -> None:
+        """Make gradients of rows without a connection no longer than those of the other rows of their weight are.
+
+        The output of such a row is constant, so a batch norm that follows multiplies what comes back by up to 316, the
+        reciprocal of the square root of its ``eps``. Unbounded, such rows grew from 0.6 to 16 in four steps and took
+        the whole budget. The bound is the root mean square of the lengths of the others; where there are none, or the
+        plan has not begun, all stay as they are.
+        """
+        plan = self._plans.get(id(optimizer))
+        if plan is None or plan.start is None:
+            return
+        weights = [weight for weight in plan.open if weight.has_gradient]
+        P = [weight.matrix(weight.values, "P") for weight in weights]
+        occupied = [weight.kernels.occupied(each) for weight, each in zip(weights, P, strict=True)]
+        empty = [0 if bool(each.all()) else 1 for each in occupied]
+        found = zip(weights, occupied, together(weights).total(*empty), strict=True) if weights else ()
+        for weight, rows in [(weight, rows) for weight, rows, some in found if some]:
+            weight.turn_gradient(lambda dP, _, rows=rows, part=weight.part: _bound(dP, rows, part))
+
     def follow(self, optimizer: Optimizer) -> bool:
         """Count an update and do as planned; tell whether thresholds or masks are others now."""
         plan = self._plans.get(id(optimizer))
@@ -373,6 +393,14 @@ def _without_empty_rows(weight: LatentWeight, margins: Tensor, mask: Tensor) -> 
     write_matrix(scores, by_margin.scatter(1, first, math.inf), rows)
     count = max(int(mask.count_nonzero()), rows.rows(weight.shape))
     return weight.matrix(held.copy_(top_k(scores, count)))
+
+
+def _bound(dP: Tensor, occupied: Tensor, part: Whole) -> None:
+    """Make rows of ``dP`` that are not occupied as long as the others are, by root mean square, if they are longer."""
+    squares = dP.double().square().sum(1)
+    total, count = part.sums(torch.stack([squares[occupied].sum(), occupied.sum().double()])).unbind()
+    factor = (total / count / squares).sqrt().clamp(max=1).masked_fill(occupied, 1).nan_to_num(1.0)
+    dP.mul_(factor.to(dP.dtype).unsqueeze(1))
 
 
 def _largest(margins: Sequence[Tensor], cut: Cut, part: Together) -> Tensor:

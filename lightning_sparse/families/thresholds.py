@@ -71,8 +71,11 @@ class Thresholded(Targeted):
     #: the loss gains a penalty on the thresholds, whose derivative ``threshold_gradients`` adds
     regularised: ClassVar[bool] = False
 
-    #: the argument that drives sparsity where ``sparsity`` is not given; None: there is none that must be given
+    #: the argument in whose place ``sparsity`` is given; None: there is none
     instead_of_sparsity: ClassVar[str | None] = None
+
+    #: either that argument or ``sparsity`` must be given
+    needs_one: ClassVar[bool] = False
 
     #: nothing but the optimizer's weight decay moves the thresholds up
     needs_weight_decay: ClassVar[bool] = False
@@ -90,6 +93,11 @@ class Thresholded(Targeted):
         self, weights: Sequence[LatentWeight], buffers: Sequence[ThresholdBuffer], share: float
     ) -> None:
         """Add what needs the gradients of all weights of the optimizer."""
+
+    @property
+    def first_threshold(self) -> float:
+        """The forward thresholds' value at the start."""
+        return self.init_threshold or 0.0
 
     @property
     def thresholds(self) -> dict[str, Tensor]:
@@ -152,7 +160,7 @@ class Thresholds:
 
     def begin(self, weight: LatentWeight) -> None:
         """Give a new weight its thresholds."""
-        start = dict.fromkeys(self.method.threshold_names, 0.0) | {"t": self.method.init_threshold or 0.0}
+        start = dict.fromkeys(self.method.threshold_names, 0.0) | {"t": self.method.first_threshold}
         granularity = self.method.granularity
         weight.trained = WeightThresholds.new(weight.latent, weight.outputs, granularity, start, weight.part)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_sparse.kernels.thresholds_torch import TINY, add_rows, near
+from lightning_sparse.kernels.thresholds_torch import TINY, add_rows, near, occupied
 from lightning_sparse.kernels.triton_compiler import INTERPRETED, kernel, launch
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "known_finite",
     "launch",
     "near",
+    "occupied",
     "through_abs",
     "through_sigmoid",
     "variance_penalty",

@@ -29,6 +29,7 @@ __all__ = [
     "hard_project",
     "known_finite",
     "near",
+    "occupied",
     "soft_gradient",
     "soft_project",
     "through_abs",
@@ -217,6 +218,22 @@ def near(W: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
     """As ``thresholds_torch.near``."""
     above, found = zip(*_over_rows(_near, (W,), low, high), strict=True)
     return sum(above), found[0] if len(found) == 1 else np.concatenate(found)
+
+
+@compiled
+def _occupied(P):  # type: ignore[no-untyped-def]
+    found = np.zeros(P.shape[0], np.bool_)
+    for i in range(P.shape[0]):
+        for j in range(P.shape[1]):
+            if P[i, j] != 0:
+                found[i] = True
+                break
+    return found
+
+
+def occupied(P: Tensor) -> Tensor:
+    """As ``thresholds_torch.occupied``."""
+    return torch.from_numpy(_occupied(P.numpy()))
 
 
 @compiled

@@ -29,6 +29,7 @@ __all__ = [
     "hard_project",
     "known_finite",
     "near",
+    "occupied",
     "soft_gradient",
     "soft_project",
     "through_abs",
@@ -185,6 +186,11 @@ def near(W: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
         above += len(x) - int(count(not_above))
         found.append(torch.as_tensor(x[not_above & (x > low)]))
     return above, torch.cat(found).cpu().double().numpy()
+
+
+def occupied(P: Tensor) -> Tensor:
+    """Return which rows of ``P`` have a value other than 0, or NaN: boolean, ``(out,)``."""
+    return (P != 0).any(1)
 
 
 def add_rows(x: Tensor, out: Tensor) -> None:

@@ -49,7 +49,11 @@ class AutoSparse(Annealed, SoftThresholded, LatentCallback):
         check=partial(checks.integer, 0, "None keeps annealing to the end."),
         doc="alpha is 0 from this epoch (counted from 0) on, so that gradients are as sparse as weights.",
     )
-    init_threshold: float = option(default=-5.0, doc="``s`` at the start. Paper's values: -5; -7 for the Transformer.")
+    init_threshold: float | None = option(
+        default=None,
+        doc="``s`` at the start; default: -5, with ``sparsity`` -200, which begins dense. Paper's values: -5; -7 for "
+        "the Transformer.",
+    )
     backward_density: float | None = option(
         default=None,
         check=partial(checks.fraction, "None computes every weight's gradient."),

@@ -34,15 +34,13 @@ class STR(SoftThresholded, LatentCallback):
         "out with ``sparsity``: then -200, which begins dense.",
     )
 
-    instead_of_sparsity = "init_threshold"
+    needs_one = True
     joins = True
 
     def __post_init__(self) -> None:
         """Check that there is something to begin with."""
-        if self.init_threshold is None:
-            if self.sparsity_target is None:
-                raise ValueError("STR needs init_threshold or sparsity, got neither. Try init_threshold=-5.")
-            self.init_threshold = -200.0
+        if self.init_threshold is None and self.sparsity_target is None:
+            raise ValueError("STR needs init_threshold or sparsity, got neither. Try init_threshold=-5.")
         super().__post_init__()
 
     @property

@@ -110,7 +110,7 @@ def test_thresholds_rest_before_pruning_begins_and_after_it_has_ended(method):
     callback = METHODS[method]()
     looks = Thresholds(callback)
     fit([callback, looks], train=loader(240), max_epochs=1)
-    start = {"AutoSparse": -5.0, "STR": -200.0}.get(method, 0.0)
+    start = -200.0 if method in ("AutoSparse", "STR") else 0.0
     assert all((t == start).all() for seen in looks.seen[:6] for t in seen.values())
     assert sum(not same(looks.seen[i], looks.seen[i + 1]) for i in range(6, 21)) > 10
     for seen in looks.seen:  # thresholds take no steps of their own: all have one level
@@ -174,6 +174,7 @@ class Planned(Reference):
     """The autograd reference, whose thresholds are shifted by sorting all margins after each step."""
 
     shrinkage = 1.0
+    begun = False
 
     def margins(self):
         found = []
@@ -203,7 +204,20 @@ class Planned(Reference):
         if self.method in ("AutoSparse", "STR"):
             T = torch.sigmoid(broadcast(self.t[name], W)).detach()
             P = P + (1 - self.shrinkage) * T * W.sign() * (W.abs() > T)
+        if self.begun and P.requires_grad:
+            P.register_hook(lambda dP: bounded(dP, P.detach()))
         return P
+
+
+def bounded(dP, P):
+    """Rows without a connection get no longer gradients than the others have, by root mean square."""
+    lengths = {row: math.sqrt(sum(float(g) ** 2 for g in dP[row])) for row in range(len(dP))}
+    occupied = [row for row in lengths if any(P[row] != 0)]
+    if not occupied:
+        return dP
+    bound = math.sqrt(sum(lengths[row] ** 2 for row in occupied) / len(occupied))
+    factors = [1.0 if row in occupied or not lengths[row] else min(1.0, bound / lengths[row]) for row in lengths]
+    return dP * torch.tensor(factors, dtype=dP.dtype)[:, None]
 
 
 @torch.no_grad()
@@ -214,7 +228,7 @@ def plain_steps(parameters, rate):
         t.grad = None
 
 
-def train_planned(method, optimizer, batches, options):
+def train_planned(method, optimizer, batches, sparsity, options):
     names = ["0.weight", "2.weight", "4.weight"]
     reference = Planned(seeded(lambda: mlp(torch.float64)), names, method, options.pop("granularity"), **options)
     if method in ("DST", "DFBST"):
@@ -231,13 +245,15 @@ def train_planned(method, optimizer, batches, options):
             reference.mask_gradients()
         if i == first:
             start = sum(int(mask.sum()) for mask in reference.masks().values())
+        reference.begun = first <= i < last
         for t in reference.t.values():
             t.grad = None
         if isinstance(optimizer, torch.optim.Adam):
             plain_steps(reference.t_b.values(), optimizer.param_groups[0]["lr"])
         optimizer.step()
         if first <= i < last:
-            k = budget(0.8, size) + round((start - budget(0.8, size)) * (1 - (i + 1 - first) / (last - first)) ** 3)
+            final = budget(sparsity, size)
+            k = final + round((start - final) * (1 - (i + 1 - first) / (last - first)) ** 3)
             reference.shift(k)
             reference.shrinkage = (1 - (i + 1 - first) / (last - first)) ** 3
         if i + 1 == last:
@@ -245,8 +261,8 @@ def train_planned(method, optimizer, batches, options):
     return reference
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_trains_as_the_reference_that_sorts_all_margins(method, optimizer):
+@pytest.mark.parametrize(("optimizer", "sparsity"), [("SGD", 0.8), ("Adam", 0.8), ("SGD", 0.95)])
+def test_trains_as_the_reference_that_sorts_all_margins(method, optimizer, sparsity):
     make = {
         "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
         "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
@@ -257,14 +273,41 @@ def test_trains_as_the_reference_that_sorts_all_margins(method, optimizer):
         "AutoSparse": {"granularity": "layer", "alpha": 0.75, "init_threshold": -5.0},
         "STR": {"granularity": "layer", "init_threshold": -200.0},
     }[method]
-    reference = train_planned(method, make, 24, dict(options))
-    callback = METHODS[method](**options)
+    reference = train_planned(method, make, 24, sparsity, dict(options))
+    callback = METHODS[method](sparsity, **options)
     fit(callback, seeded(lambda: Lit(mlp(torch.float64), make)), loader(192, dtype=torch.float64), max_epochs=1)
     for name in reference.names:
         ours = callback._weights[f"net.{name}"]
         assert torch.equal(ours.frozen, reference.frozen[name])
         assert torch.allclose(ours.latent, reference.W[name].detach(), rtol=1e-6, atol=1e-9)
         assert torch.allclose(callback.thresholds[f"net.{name}"], reference.t[name].detach(), rtol=1e-6, atol=1e-9)
+
+
+class Normed(nn.Module):
+    """A layer whose outputs lie along axis 1, before a batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.ConvTranspose2d(12, 24, 1, bias=False), nn.BatchNorm2d(24)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.layer(x[:, :, None, None])).flatten(1))
+
+
+def test_filters_without_a_connection_do_not_explode_through_a_batch_norm():
+    """Their outputs have the standard deviation 0, by which it divides gradients: their weights grew to 81."""
+    callback = AutoSparse(sparsity=0.95, include=["*layer.weight", "*head.weight"])
+    emptied = []
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, *args):
+            emptied.append(int((~callback.masks["net.layer.weight"].any(0)).sum()))
+
+    module = seeded(lambda: Lit(Normed(), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)))
+    fit([callback, Looks()], module, loader(800), max_epochs=1)
+    assert max(emptied) > 5
+    assert callback.latents["net.layer.weight"].abs().max() < 3
 
 
 @pytest.mark.parametrize("t", [-1000.0, -5.0, -0.1, 0.0, 0.3, 1000.0])

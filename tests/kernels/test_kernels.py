@@ -254,3 +254,14 @@ def test_bounds_are_not_rounded_to_bfloat16():
 def test_no_magnitudes_are_found_where_there_are_no_rows(kernels):
     above, magnitudes = kernels.near(torch.empty(0, 3), 0.0, 1.0)
     assert (above, magnitudes.tolist()) == (0, [])
+
+
+@pytest.mark.parametrize("kernels", MODULES)
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (3, 0)])
+def test_rows_with_a_value_are_told_from_those_of_zeros(kernels, shape):
+    P = torch.zeros(shape)
+    if P.numel():
+        P[0, 4], P[1, 0], P[2, 1] = 1e-45, -0.0, float("nan")
+    expected = [bool(any(x != 0 for x in row)) for row in P.tolist()]
+    assert kernels.occupied(P).tolist() == expected
+    assert kernels.occupied(P.t().contiguous().t()).tolist() == expected
