@@ -26,7 +26,6 @@ from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.parts import WHOLE, part_of, together
 from lightning_sparse.rules.select import zero_outside_
-from lightning_sparse.storage.shards import SavesShards
 from lightning_sparse.trainer.adopt import adopt
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.guards import refuse_capture, refuse_other_sparsity, refuse_other_weights
@@ -39,7 +38,7 @@ from lightning_sparse.weights.latent_group import LatentGroup
 __all__ = ["LatentCallback", "LatentGroup", "LatentWeight"]
 
 
-class LatentCallback(LatentReadouts, SavesShards, SparseCallback):
+class LatentCallback(LatentReadouts, SparseCallback):
     """Base of the methods with latent weights.
 
     A method defines ``effective`` (the forward function) and ``gradients`` (its derivative). If it trains thresholds,
