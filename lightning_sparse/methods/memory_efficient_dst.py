@@ -114,7 +114,7 @@ class MemoryEfficientDST(PruneAndGrow):
         held = [weight.active_indices for weight in weights]
         magnitudes = [first_of_rows(weight, weight.magnitudes) for weight in weights]
         staying = largest(weights, held, magnitudes, active - n, kept)
-        subsets = self._subsets.draw(weights, counts)
+        subsets = self.subsets(weights, counts)
         gradients = [weight.gradient_at(subset).abs() for weight, subset in zip(weights, subsets, strict=True)]
         best = largest(weights, subsets, gradients, n, [0] * len(weights))
         drops = []
@@ -140,6 +140,10 @@ class MemoryEfficientDST(PruneAndGrow):
     def subset_counts(self, weights: Sequence[Weight], n: int) -> list[int]:
         """Return how many inactive connections each layer samples, for ``n`` that move in all."""
         return subset_counts(weights, n, self.subset, self.multiplier)
+
+    def subsets(self, weights: Sequence[Weight], counts: Sequence[int]) -> list[Tensor]:
+        """Draw so many inactive connections of each layer: flat positions, ascending."""
+        return self._subsets.draw(weights, counts)
 
     def watchers(self, weights: Sequence[Weight]) -> list[Hooks]:
         """Listen to what the heuristic needs, too."""

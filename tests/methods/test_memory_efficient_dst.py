@@ -306,7 +306,7 @@ def test_a_subset_goes_with_the_active_connections_of_its_layer_and_is_all_of_a_
         assert callback.subset_counts(weights, 7) == expected
         callback.update(weights, 1.0, 1.0)
         assert sum(weight.num_active for weight in weights) == 52, "no more move than were sampled"
-    assert [len(subset) for subset in callback._subsets.draw(weights, [3, 2, 1])] == [3, 2, 1]
+    assert [len(subset) for subset in callback.subsets(weights, [3, 2, 1])] == [3, 2, 1]
 
 
 def test_the_programs_choices_train_with_both_stores_alike():
