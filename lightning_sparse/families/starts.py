@@ -31,6 +31,7 @@ __all__ = [
     "check_initial",
     "made_anew",
     "refuse_found",
+    "refuse_found_number",
     "refuse_made_sparse",
     "refuse_other_number",
     "refuse_other_pattern",
@@ -77,6 +78,8 @@ class _Method(Protocol):
     _fit: Fit
 
     def units(self, weights: Sequence[Weight]) -> list[Weight]: ...
+
+    def refuse_number(self, weights: Sequence[Weight]) -> None: ...
 
     def warn_once(self, message: str) -> None: ...
 
@@ -282,6 +285,12 @@ def refuse_found(method: _Method, weights: Sequence[Weight]) -> None:
             f"{method!r} keeps the zeros that are there, but {', '.join(weight.name for weight in weights)} have none. "
             "Load a sparse network before the fit, or give initial='magnitude' and a sparsity."
         )
+
+
+def refuse_found_number(method: _Method, weights: Mapping[str, Weight]) -> None:
+    """Raise if the number of connections was found, and is none to begin with."""
+    if start(method.initial).knows_number:
+        method.refuse_number([*weights.values()])
 
 
 def refuse_other_number(method: _Method, weights: Sequence[Weight], sparsity: float | None, surplus: int) -> None:

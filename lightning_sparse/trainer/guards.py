@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -57,6 +57,12 @@ REMEDY = (
     "Lower the learning rate, set Trainer(gradient_clip_val=1.0), look at the inputs and the loss, or train in float32 "
     "or bfloat16 in place of float16."
 )
+
+
+class _Warns(Protocol):
+    """What a warning asks of its method."""
+
+    def warn_once(self, message: str) -> None: ...
 
 
 def listed(names: Sequence[str]) -> str:
@@ -344,7 +350,7 @@ def warn_of_divergence(method: Verbs, names: Sequence[str], epoch: int) -> None:
         )
 
 
-def warn_of_equal_scores(method: Verbs, names: Sequence[str]) -> None:
+def warn_of_equal_scores(method: _Warns, names: Sequence[str]) -> None:
     """Warn of weights of these names, whose connections cannot be ranked: their scores are all the same."""
     if names:
         method.warn_once(
