@@ -42,11 +42,11 @@ from lightning_sparse.storage.store import Storage, Store, Stored
 from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.guards import (
-    REMEDY,
-    listed,
     refuse_capture,
     refuse_other_sparsity,
     warn_of_cautious,
+    warn_of_halted,
+    warn_of_strays,
 )
 from lightning_sparse.trainer.shards import refuse_parts_of_units
 from lightning_sparse.weights.base import Weight
@@ -104,11 +104,7 @@ class MaskedCallback(Stored, SparseCallback):
         super().__post_init__()
         self.initial = os.fspath(self.initial)
         self._take_pattern()
-        if self.sparsity_target is None and not starts.start(self.initial).knows_number:
-            raise ValueError(
-                f"sparsity must be a number from 0 to 1 with initial={self.initial!r}, got None. Only initial='zeros' "
-                "and a file of masks say how many connections there are."
-            )
+        starts.check_number(self.sparsity_target, self.initial)
         self.store: Store = STORES[self.storage](self)
         self.generator: Generator = OwnGenerator()
         self._weights: dict[str, Weight] = {}
@@ -303,11 +299,7 @@ class MaskedCallback(Stored, SparseCallback):
             strays = weight.strays
             if strays:
                 weight.keep_zeros()
-                self.warn_once(
-                    f"{self!r} has set {strays} values to 0 that other code wrote into {weight.name} where it has no "
-                    "connections: these stay. To train other weights with connections of their own, load them before "
-                    "the fit, with initial='zeros' or 'magnitude' where the method takes it."
-                )
+                warn_of_strays(self, weight.name, strays)
             self._fit.traces.note(parameter)
 
     @torch.no_grad()
@@ -362,12 +354,7 @@ class MaskedCallback(Stored, SparseCallback):
     def warn_at_epoch_end(self) -> None:
         """Warn of connections that could not move for gradients that are not finite."""
         super().warn_at_epoch_end()
-        names = sorted({name for group in self._groups for name in group.halted_by})
-        if names:
-            self.warn_once(
-                f"{self!r} has moved no connections since gradients are not finite: those of {listed(names)} were not "
-                f"when connections were due to move. They move as soon as gradients are finite. {REMEDY}"
-            )
+        warn_of_halted(self, sorted({name for group in self._groups for name in group.halted_by}))
 
 
 class DenseOnly(Options):

@@ -29,6 +29,7 @@ __all__ = [
     "Start",
     "begin",
     "check_initial",
+    "check_number",
     "made_anew",
     "refuse_found",
     "refuse_found_number",
@@ -151,6 +152,15 @@ def check_initial(initial: str | os.PathLike[str]) -> None:
 
 
 # ---------------------------------------------------------------------- the starts
+
+
+def check_number(sparsity: float | None, initial: str) -> None:
+    """Raise if neither the sparsity nor the start tells the number of connections."""
+    if sparsity is None and not start(initial).knows_number:
+        raise ValueError(
+            f"sparsity must be a number from 0 to 1 with initial={initial!r}, got None. Only initial='zeros' "
+            "and a file of masks say how many connections there are."
+        )
 
 
 def _random(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:

@@ -10,7 +10,6 @@ finds, and it is not trained further.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -20,14 +19,14 @@ from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import rank_zero_info
 from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families import magnitude
+from lightning_sparse.families.alternation import Alternation
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.families.shares import floors
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget
-from lightning_sparse.rules.clock import times
-from lightning_sparse.rules.phases import PAPER_CYCLES, Phases, alternating, bounds, cycles_that_fit
+from lightning_sparse.rules.phases import PAPER_CYCLES
 from lightning_sparse.trainer.fit import epochs
 from lightning_sparse.trainer.guards import REMEDY, listed, refuse_unknown_length
 from lightning_sparse.trainer.twin import DenseTwin
@@ -36,9 +35,6 @@ from lightning_sparse.weights.fresh import reset_momentum
 from lightning_sparse.weights.group import WeightGroup
 
 __all__ = ["ACDC"]
-
-#: in place of a phase's number, odd as those of sparse ones: an earlier fit has pruned the network
-_PRUNED_BEFORE = -1.0
 
 
 def _check_cycles(cycles: int | Literal["auto"]) -> None:
@@ -102,7 +98,7 @@ class ACDC(DenseOnly, MaskedCallback):
                 f"begin_at must be below end_at - last_dense={self.end_at - self.last_dense:.6g}, got "
                 f"{self.begin_at!r}: the phases lie between. The paper's values are 0.1, 0.85 and 0.1."
             )
-        self._phases = Phases()
+        self._alternation = Alternation(self)
         self._dense = DenseTwin()
 
     @property
@@ -124,31 +120,14 @@ class ACDC(DenseOnly, MaskedCallback):
         refuse_unknown_length(self, self.total_steps, "which it divides into phases")
         for group in self._groups:
             floors(self.units(group.weights), self.min_layer_density, self.final(group))
-        self._phases = self._divide(int(self.total_steps), epochs(trainer))
+        phases = self._alternation.phases = self._alternation.divided(int(self.total_steps), epochs(trainer))
         rank_zero_info(
-            f"{self!r} alternates: sparse and dense from steps {', '.join(map(str, self._phases.begins))} on in turn."
+            f"{self!r} alternates: sparse and dense from steps {', '.join(map(str, phases.begins))} on in turn."
         )
-
-    def _divide(self, total: int, num_epochs: int | None) -> Phases:
-        """Return the phases of a training of ``total`` steps and ``num_epochs`` epochs, if these are known."""
-        found = bounds(total, self.begin_at, self.last_dense, self.end_at)
-        if self.cycles == "auto":
-            return alternating(*found, cycles_that_fit(found.between, ceil(total / num_epochs) if num_epochs else 1))
-        most = found.most_cycles
-        if self.cycles > most:
-            self.warn_once(
-                f"{self!r} alternates {times(most)} only: the training has {total} steps, too few for its cycles. "
-                "Lower cycles, or train longer."
-            )
-        return alternating(*found, min(self.cycles, most))
 
     def is_due(self, group: WeightGroup) -> bool:
         """Tell whether another phase begins, or has begun while gradients were not finite."""
-        return self._phase(group) not in (_PRUNED_BEFORE, self._phases.at(group.step))
-
-    def _phase(self, group: WeightGroup) -> float:
-        """Return the number of the phase that the masks of ``group`` belong to; odd: a sparse one."""
-        return group.values.get("phase", 0)
+        return self._alternation.is_due(group)
 
     # ------------------------------------------------------------------ compress and decompress
 
@@ -161,19 +140,18 @@ class ACDC(DenseOnly, MaskedCallback):
 
     def plan(self, group: WeightGroup) -> None:
         """Note which phase begins."""
-        if self._phase(group) != _PRUNED_BEFORE:
-            group.values["phase"] = self._phases.at(group.step)
+        self._alternation.begin(group)
 
     def target_count(self, group: WeightGroup) -> int:
         """Return the number of connections, or of units, in the phase that begins."""
-        return self.final(group) if self._phase(group) % 2 else self.num_units(group)
+        return self.final(group) if self._alternation.is_sparse(group) else self.num_units(group)
 
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Prune the smallest ``|W|``, or bring all weights back; keep the network that is pruned for good."""
-        if not self._phase(group) % 2:
+        if not self._alternation.is_sparse(group):
             self._decompress(group)
             return
-        if self._phase(group) == self._phases.last and group.num_active == group.size:
+        if self._alternation.is_last(group) and group.num_active == group.size:
             assert self._fit.module is not None
             self._dense.keep(self._fit.module, {id(weight.parameter) for weight in group.weights})
         total, weights = self.final(group), self.units(group.weights)
@@ -213,15 +191,15 @@ class ACDC(DenseOnly, MaskedCallback):
         """Tell of a training that ended before its last phase."""
         super().on_train_end(trainer, pl_module)
         for group in self._groups:
-            if self._phase(group) in (_PRUNED_BEFORE, self._phases.last):
+            if not self._alternation.is_unfinished(group):
                 continue
             early = f"{self!r} has not come to its last sparse phase:"
             if group.halted_by:
                 self.warn_once(f"{early} gradients of {listed(group.halted_by)} were not finite. {REMEDY}")
             else:
                 self.warn_once(
-                    f"{early} the training ended after {group.step} steps, before step {self._phases.begins[-1]}. Set "
-                    "max_epochs or max_steps to what is really trained."
+                    f"{early} the training ended after {group.step} steps, before step "
+                    f"{self._alternation.phases.begins[-1]}. Set max_epochs or max_steps to what is really trained."
                 )
 
     # ------------------------------------------------------------------ the family's verbs and state
@@ -233,7 +211,7 @@ class ACDC(DenseOnly, MaskedCallback):
             return
         for group in self._groups:
             if group.num_active < group.size:
-                group.values["phase"] = _PRUNED_BEFORE
+                self._alternation.begin_pruned(group)
         if self.density == 1:
             self._dense = DenseTwin()
 

@@ -45,8 +45,10 @@ __all__ = [
     "warn_of_divergence",
     "warn_of_equal_scores",
     "warn_of_few",
+    "warn_of_halted",
     "warn_of_log_interval",
     "warn_of_other_weights",
+    "warn_of_strays",
 ]
 
 #: reason of a weight that no optimizer trains
@@ -348,6 +350,24 @@ def warn_of_divergence(method: Verbs, names: Sequence[str], epoch: int) -> None:
             f"{method!r} has weights that are not finite: {listed(names)}, after epoch {epoch}. The training has "
             f"diverged, and their magnitudes say nothing any more. {REMEDY}"
         )
+
+
+def warn_of_halted(method: Verbs, names: Sequence[str]) -> None:
+    """Warn of connections that could not move for gradients, of parameters of these names, that are not finite."""
+    if names:
+        method.warn_once(
+            f"{method!r} has moved no connections since gradients are not finite: those of {listed(names)} were not "
+            f"when connections were due to move. They move as soon as gradients are finite. {REMEDY}"
+        )
+
+
+def warn_of_strays(method: Verbs, name: str, strays: int) -> None:
+    """Warn that so many values were lost that other code wrote into a weight outside of its mask."""
+    method.warn_once(
+        f"{method!r} has set {strays} values to 0 that other code wrote into {name} where it has no "
+        "connections: these stay. To train other weights with connections of their own, load them before "
+        "the fit, with initial='zeros' or 'magnitude' where the method takes it."
+    )
 
 
 def warn_of_equal_scores(method: _Warns, names: Sequence[str]) -> None:
