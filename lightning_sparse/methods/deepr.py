@@ -100,8 +100,7 @@ class DeepR(DenseOnly, MaskedCallback):
         self._stepping.difference_update(weight.name for weight in moving)
         lost = [self.drift(weight) for weight in moving]
         drops = together(moving).total(*map(select.count, lost))
-        anywhere = self.scope == "global"
-        grows = drawn_anywhere(moving, drops, self.min_layer_density, self.generator) if anywhere else drops
+        grows = drops if self.scope == "layer" else self.anywhere(moving, drops)
         for weight, leaving, fewer, more in zip(moving, lost, drops, grows, strict=True):
             if fewer or more:
                 new, dropped = min(more, weight.num_inactive), weight.active_indices[leaving]
@@ -122,6 +121,10 @@ class DeepR(DenseOnly, MaskedCallback):
             W += (noise * math.sqrt(2 * lr * self.temperature)).to(W)
         select.put_(weight.W, indices, W)
         return W * sign < 0
+
+    def anywhere(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
+        """Draw how many connections each layer gets of all that were dropped."""
+        return drawn_anywhere(weights, drops, self.min_layer_density, self.generator)
 
 
 def signs(weight: MaskedWeight, places: Tensor) -> Tensor:

@@ -59,15 +59,10 @@ class OptG(TopKCallback):
         check=partial(checks.fraction, "0.6 leaves time to train the final network.", above_0=True),
         doc="share of the training after which the target is reached, in (0, 1].",
     )
-    begin_at: float = fixed(default=0.0)
     min_layer_density: float = 0.0
-    threshold_weight_decay: float | None = fixed(default=None)
     scope: Scope = "global"
     joins = True
     scale_init: bool = fixed(default=False)  # it begins dense
-
-    def new_target(self) -> None:
-        """Nothing: scores are ranked."""
 
     # ------------------------------------------------------------------ what users read
 
