@@ -104,13 +104,7 @@ class ACDC(DenseOnly, MaskedCallback):
     @property
     def planned_density(self) -> dict[str, float]:
         """The density of each layer in a sparse phase, unless they compete."""
-        if self.scope == "global":
-            return {}
-        ends: dict[str, float] = {}
-        for group in self._groups:
-            weights, final = self.units(group.weights), self.final(group)
-            ends |= magnitude.final_densities(weights, self.pattern, final, self.distribution, self.min_layer_density)
-        return ends
+        return magnitude.planned_density(self)
 
     # ------------------------------------------------------------------ when
 
