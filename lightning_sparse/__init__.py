@@ -1,6 +1,6 @@
 """Sparse training for PyTorch Lightning: each method is one callback."""
 
-from lightning_sparse.layers.selection import register_layer
+from lightning_sparse.layers.kinds import register_layer
 from lightning_sparse.methods.acdc import ACDC
 from lightning_sparse.methods.autosparse import AutoSparse
 from lightning_sparse.methods.cht import CHT

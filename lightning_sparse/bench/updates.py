@@ -11,6 +11,7 @@ from torch import nn
 from lightning_sparse.accounting.timing import seconds
 from lightning_sparse.bench.measure import hardware, middle, peak_above
 from lightning_sparse.bench.networks import METHODS, NETWORKS, attach, bare_step, batch_for, on_meta
+from lightning_sparse.families.moving import move
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.rules import ranking as rankings
@@ -23,7 +24,7 @@ __all__ = ["prepare", "ranking", "update"]
 
 
 def _move(callback: PruneAndGrow, group: WeightGroup) -> None:
-    callback._move(group.weights, group, 1.0)
+    move(callback, group.weights, group, 1.0)
 
 
 def _rank(callback: PruneAndGrow, group: WeightGroup) -> None:

@@ -135,13 +135,7 @@ class GradualPruning(DenseOnly, MaskedCallback):
     @property
     def planned_density(self) -> dict[str, float]:
         """The density that each layer ends with, unless they compete."""
-        if self.scope == "global":
-            return {}
-        ends: dict[str, float] = {}
-        for group in self._groups:
-            weights, final = self.units(group.weights), self.final(group)
-            ends |= magnitude.final_densities(weights, self.pattern, final, self.distribution, self.min_layer_density)
-        return ends
+        return magnitude.planned_density(self)
 
     def initial_masks(self, weights: Sequence[Weight]) -> None:
         """Choose the masks of each optimizer's weights by themselves, as their schedule will go on."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
-from lightning_sparse.compat.optimizers import wrapped
+from lightning_sparse.compat.lightning import LightningModule, Trainer
 from lightning_sparse.compat.shards import local
+from lightning_sparse.families.latent_guards import refuse_other_outputs, refuse_other_steps, refuse_sparse_layers
 from lightning_sparse.families.latent_readouts import LatentReadouts
 from lightning_sparse.families.target import Target
 from lightning_sparse.families.thresholds import Thresholds
@@ -26,7 +26,6 @@ from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.parts import WHOLE, part_of, together
 from lightning_sparse.rules.select import zero_outside_
-from lightning_sparse.storage.shards import SavesShards
 from lightning_sparse.trainer.adopt import adopt
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.guards import refuse_capture, refuse_other_sparsity, refuse_other_weights
@@ -39,7 +38,7 @@ from lightning_sparse.weights.latent_group import LatentGroup
 __all__ = ["LatentCallback", "LatentGroup", "LatentWeight"]
 
 
-class LatentCallback(LatentReadouts, SavesShards, SparseCallback):
+class LatentCallback(LatentReadouts, SparseCallback):
     """Base of the methods with latent weights.
 
     A method defines ``effective`` (the forward function) and ``gradients`` (its derivative). If it trains thresholds,
@@ -167,21 +166,7 @@ class LatentCallback(LatentReadouts, SavesShards, SparseCallback):
     # ------------------------------------------------------------------ a fit begins
 
     def refuse_trainer(self, trainer: Trainer) -> None:  # noqa: D102  (inherited)
-        for optimizer in (each for one in trainer.optimizers for each in wrapped(one)):
-            kind = type(optimizer).__name__
-            if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-                raise MisconfigurationException(
-                    f"{self!r} cannot train with {kind}, which changes weights "
-                    "outside of its steps, where they must stay sparse. Use an optimizer without train() and eval()."
-                )
-            by_hand = not trainer.lightning_module.automatic_optimization
-            if callable(getattr(optimizer, "first_step", None)) and not by_hand:
-                raise MisconfigurationException(
-                    f"{self!r} cannot train with {kind}, which puts back, within its step, weights that it noted "
-                    "before the loss was evaluated: the sparse ones, in the place of the dense that are trained. Use a "
-                    "first-order optimizer such as SGD or AdamW, or call first_step and second_step yourself, with "
-                    "automatic_optimization=False."
-                )
+        refuse_other_steps(self, trainer)
 
     @property
     def needs_whole_weights(self) -> str | None:
@@ -190,12 +175,7 @@ class LatentCallback(LatentReadouts, SavesShards, SparseCallback):
 
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:  # noqa: D102  (inherited)
         refuse_parts_of_rows(self, choices)
-        for choice in choices:
-            if choice.sparse is not None:
-                raise MisconfigurationException(
-                    f"{choice.name} is held by a sparse layer, but {self!r} trains dense latent weights. Leave it out "
-                    "with exclude, or make sparse layers dense with lightning_sparse.storage.to_dense(module)."
-                )
+        refuse_sparse_layers(self, choices)
 
     @torch.no_grad()
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
@@ -206,7 +186,7 @@ class LatentCallback(LatentReadouts, SavesShards, SparseCallback):
         else:
             self._weights = {choice.name: self._weights[choice.name] for choice in choices}
             for choice in choices:
-                _refuse_other_outputs(self, self._weights[choice.name], choice)
+                refuse_other_outputs(self, self._weights[choice.name], choice)
                 self._weights[choice.name].nonempty = choice.nonempty
                 self._weights[choice.name].move_to(choice.parameter, choice.outputs)
             self._project(*self._weights.values())
@@ -448,18 +428,6 @@ def _keep_mask(weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
     """Replace ``dP`` by ``dP * M``, M being the mask that stays."""
     assert weight.frozen is not None
     zero_outside_(dP, weight.matrix(weight.frozen, "M"))
-
-
-def _refuse_other_outputs(method: LatentCallback, weight: LatentWeight, choice: ParameterChoice) -> None:
-    """Raise if thresholds belong to other neurons than those of the layer now."""
-    per_neuron = weight.trained is not None and weight.trained.of_neurons
-    if per_neuron and weight.outputs != choice.outputs:
-        raise MisconfigurationException(
-            f"The state of {method!r} has thresholds of {weight.name} for neurons along dimension "
-            f"{weight.outputs.axis}, but those of {choice.kind} lie along dimension {choice.outputs.axis}. To go on as "
-            f"before, call lightning_sparse.register_layer with out_axis={weight.outputs.axis} for the layer's class; "
-            "to begin afresh, load the weights alone: MyModule.load_from_checkpoint(path)."
-        )
 
 
 @torch.no_grad()

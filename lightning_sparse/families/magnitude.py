@@ -1,6 +1,7 @@
 """Pruning by magnitude, of each layer by itself or of all together."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -9,10 +10,25 @@ from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, shrunk
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.weights.base import Weight
+from lightning_sparse.weights.group import WeightGroup, WeightGroups
 from lightning_sparse.weights.masked import MaskedWeight
 from lightning_sparse.weights.units import Units
 
-__all__ = ["final_densities", "prune"]
+__all__ = ["planned_density", "prune"]
+
+
+class _Method(Protocol):
+    """What the planned density asks of its method."""
+
+    scope: Scope
+    pattern: Pattern
+    distribution: Distribution | Mapping[str, float]
+    min_layer_density: float
+    _groups: WeightGroups
+
+    def units(self, weights: Sequence[Weight]) -> list[Weight]: ...
+
+    def final(self, group: WeightGroup) -> int: ...
 
 
 def prune(
@@ -55,13 +71,13 @@ def prune(
         weight.keep(pattern.top_k(weight, magnitudes, count, among=weight.mask))
 
 
-def final_densities(
-    weights: Sequence[Weight],
-    pattern: Pattern,
-    final: int,
-    distribution: Distribution | Mapping[str, float],
-    min_layer_density: float,
-) -> dict[str, float]:
-    """Return the density that each layer has in the end under ``scope="layer"``; arguments as of ``prune``."""
-    counts = unit_counts(weights, pattern, distribution, final, min_layer_density)
-    return {weight.name: counts[weight.name] / weight.size for weight in weights}
+def planned_density(method: _Method) -> dict[str, float]:
+    """Return the density that each layer of a method ends with, unless they compete, by name."""
+    if method.scope == "global":
+        return {}
+    ends: dict[str, float] = {}
+    for group in method._groups:
+        weights, final = method.units(group.weights), method.final(group)
+        counts = unit_counts(weights, method.pattern, method.distribution, final, method.min_layer_density)
+        ends |= {weight.name: counts[weight.name] / weight.size for weight in weights}
+    return ends

@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
+from lightning_sparse.compat.generators import OwnGenerator
 from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, fixed, option
-from lightning_sparse.compat.shards import local, settle_gradient
-from lightning_sparse.compat.torch_private import stored_values
+from lightning_sparse.compat.shards import settle_gradient
 from lightning_sparse.families import starts
 from lightning_sparse.families.common import (
     DISTRIBUTION,
@@ -31,25 +31,25 @@ from lightning_sparse.families.common import (
     check_sparsity,
     leave_misfits,
 )
+from lightning_sparse.families.fitting_patterns import fitting_pattern
+from lightning_sparse.families.moving import move, not_finite
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import patterns
 from lightning_sparse.rules.budgets import Distribution
-from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.patterns import UNSTRUCTURED
 from lightning_sparse.storage import STORES
 from lightning_sparse.storage.store import Storage, Store, Stored
 from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.guards import (
-    REMEDY,
-    listed,
     refuse_capture,
     refuse_other_sparsity,
     warn_of_cautious,
-    warn_of_equal_scores,
+    warn_of_halted,
+    warn_of_strays,
 )
-from lightning_sparse.trainer.shards import refuse_cut_blocks, refuse_parts_of_rows
-from lightning_sparse.weights.base import Weight, all_finite
+from lightning_sparse.trainer.shards import refuse_parts_of_units
+from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroup, WeightGroups
 from lightning_sparse.weights.units import units
 
@@ -104,44 +104,16 @@ class MaskedCallback(Stored, SparseCallback):
         super().__post_init__()
         self.initial = os.fspath(self.initial)
         self._take_pattern()
-        if self.sparsity_target is None and not starts.start(self.initial).knows_number:
-            raise ValueError(
-                f"sparsity must be a number from 0 to 1 with initial={self.initial!r}, got None. Only initial='zeros' "
-                "and a file of masks say how many connections there are."
-            )
+        starts.check_number(self.sparsity_target, self.initial)
         self.store: Store = STORES[self.storage](self)
-        self.generator = torch.Generator()
+        self.generator: Generator = OwnGenerator()
         self._weights: dict[str, Weight] = {}
         self._groups = WeightGroups()
         self._epoch = 0
 
     def _take_pattern(self) -> None:
-        """Take the pattern of ``pattern_name``, and for ``sparsity=None`` the sparsity that N:M has.
-
-        Raises:
-            ValueError: the method cannot have it, or the other arguments ask for more connections than it allows.
-        """
-        self.pattern = pattern = patterns.named(self.pattern_name)
-        name, density = f"pattern={self.pattern_name!r}", pattern.density
-        if pattern.kind in self.unfit_patterns:
-            raise ValueError(f"{type(self).__name__} cannot have {name}: {self.unfit_patterns[pattern.kind]}")
-        if density == 1:
-            return
-        if self.sparsity_target is None:
-            self.sparsity_target = None if starts.start(self.initial).knows_number else 1 - density
-        elif self.sparsity_target < 1 - density - 1e-9:
-            raise ValueError(
-                f"sparsity must be at least {1 - density:.6g} with {name}, got {self.sparsity_target!r}: no more than "
-                f"{density:.6g} of the connections fit. Raise it, or give another pattern."
-            )
-        given = self.distribution.values() if isinstance(self.distribution, Mapping) else ()
-        dense = self.distribution == "uniform_first_dense" or any(each > density for each in given)
-        if dense or self.min_layer_density > density:
-            raise ValueError(
-                f"distribution and min_layer_density must give no layer a density above {density:.6g} with {name}, got "
-                f"{self.distribution!r} and {self.min_layer_density!r}. Leave layers that are to be dense out with "
-                "exclude."
-            )
+        """Take the pattern of ``pattern_name``, and for ``sparsity=None`` the sparsity that N:M has."""
+        self.pattern, self.sparsity_target = fitting_pattern(self)
 
     # ------------------------------------------------------------------ what a method defines
 
@@ -241,12 +213,7 @@ class MaskedCallback(Stored, SparseCallback):
     def refuse_choices(self, choices: Sequence[ParameterChoice]) -> None:
         """Raise if a group of N:M, a row or a block may lie on several processes."""
         super().refuse_choices(choices)
-        self._refuse_parts_of_units(choices)
-
-    def _refuse_parts_of_units(self, choices: Sequence[ParameterChoice]) -> None:
-        if self.pattern.kind != "unstructured":
-            refuse_parts_of_rows(self, choices)
-            refuse_cut_blocks(self, choices, self.pattern)
+        refuse_parts_of_units(self, choices, self.pattern)
 
     @property
     def planned_density(self) -> dict[str, float]:
@@ -265,7 +232,7 @@ class MaskedCallback(Stored, SparseCallback):
         """Begin the epoch; the weights, of a checkpoint or not, are there with all strategies now."""
         super().on_train_start(trainer, pl_module)
         if self._fit.restored_late and not self._restored:
-            self._refuse_found_number()
+            starts.refuse_found_number(self, self._weights)
 
     @torch.no_grad()
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
@@ -280,12 +247,12 @@ class MaskedCallback(Stored, SparseCallback):
         if adoption == "fresh":
             self.draw(list(self._weights.values()), self.run_seed)
             if not self._fit.restored_late:
-                self._refuse_found_number()
+                starts.refuse_found_number(self, self._weights)
             self._add_buffers(self._weights.values())
 
     @torch.no_grad()
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:  # noqa: D102
-        self._refuse_parts_of_units(choices)
+        refuse_parts_of_units(self, choices, self.pattern)
         new = self.store.add(choices)
         self._weights.update(new)
         self._groups.join(optimizer, new)
@@ -298,11 +265,6 @@ class MaskedCallback(Stored, SparseCallback):
         self.run_seed = run_seed
         self.generator.manual_seed(run_seed if self.seed is None else self.seed)
         self.initial_masks(weights)
-
-    def _refuse_found_number(self) -> None:
-        """Raise if the number of connections was found, and is none to begin with."""
-        if starts.start(self.initial).knows_number:
-            self.refuse_number(list(self._weights.values()))
 
     def refuse_number(self, weights: Sequence[Weight]) -> None:  # noqa: D102
         starts.refuse_found(self, weights)
@@ -337,11 +299,7 @@ class MaskedCallback(Stored, SparseCallback):
             strays = weight.strays
             if strays:
                 weight.keep_zeros()
-                self.warn_once(
-                    f"{self!r} has set {strays} values to 0 that other code wrote into {weight.name} where it has no "
-                    "connections: these stay. To train other weights with connections of their own, load them before "
-                    "the fit, with initial='zeros' or 'magnitude' where the method takes it."
-                )
+                warn_of_strays(self, weight.name, strays)
             self._fit.traces.note(parameter)
 
     @torch.no_grad()
@@ -358,10 +316,10 @@ class MaskedCallback(Stored, SparseCallback):
             self.observe(weights, scale)
             group.due = group.due or self.is_due(group)
             if group.due:  # AMP skips a step that overflowed, and its gradients are no scores: the next step moves
-                group.halted_by = self._not_finite(weights, optimizer)
+                group.halted_by = not_finite(self._fit, weights, optimizer)
             if group.due and not group.halted_by:
                 group.due = False
-                group.moved = self._move(weights, group, scale)
+                group.moved = move(self, weights, group, scale)
             group.step += 1
         if share:
             group.zeroing.keep_zero_gradients(weights)
@@ -393,73 +351,10 @@ class MaskedCallback(Stored, SparseCallback):
             if weight.parameter is not None:
                 weight.keep_zeros()
 
-    def _not_finite(self, weights: Sequence[Weight], optimizer: Optimizer) -> list[str]:
-        """Return the names of the parameters of ``optimizer``, ``weights`` first, whose gradients are not finite."""
-        names = [weight.name for weight in weights if not weight.finite]
-        seen = {id(weight.parameter) for weight in weights}
-        others = (p for group in optimizer.param_groups for p in group["params"] if id(p) not in seen)
-        broken = {id(p) for p in others if not _finite_gradient(p)}
-        if names or not together(weights).any(len(broken)):
-            return names
-        named = self._fit.module.named_parameters() if self._fit.module else ()
-        return [name for name, parameter in named if id(parameter) in broken] or ["another parameter"]
-
     def warn_at_epoch_end(self) -> None:
         """Warn of connections that could not move for gradients that are not finite."""
         super().warn_at_epoch_end()
-        names = sorted({name for group in self._groups for name in group.halted_by})
-        if names:
-            self.warn_once(
-                f"{self!r} has moved no connections since gradients are not finite: those of {listed(names)} were not "
-                f"when connections were due to move. They move as soon as gradients are finite. {REMEDY}"
-            )
-
-    def _move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> bool:
-        """Move connections, make sure that their number is the planned one, and tell whether any moved."""
-        self.store.before_move(weights)
-        versions, before = [weight.mask_version for weight in weights], self.num_active(group)
-        by_gradient = self.dense_gradient_to_move
-        alike = [weight.name for weight in weights if weight.alike or (by_gradient and weight.gradients_alike)]
-        warn_of_equal_scores(self, alike)
-        self.plan(group)
-        self.move(self.units(weights), group, scale)
-        planned, after = self.target_count(group), self.num_active(group)
-        if after != (before if planned is None else planned):
-            raise RuntimeError(
-                f"{self!r} has {after} active weights after moving connections, not "
-                f"{before if planned is None else planned}: ``drop`` must return different active positions, and "
-                "``grow`` different inactive ones, as many as they are asked for. Of a method of this package, please "
-                "report this."
-            )
-        self._refuse_broken_pattern(weights)
-        return versions != [weight.mask_version for weight in weights]
-
-    def _refuse_broken_pattern(self, weights: Sequence[Weight]) -> None:
-        """Raise if groups have more than N connections, unless the weight still has more than fit into all of them.
-
-        Blocks and rows cannot be broken: a method sees nothing else.
-        """
-        for weight in weights if self.pattern.density < 1 else ():
-            within = weight.num_active <= self.pattern.capacity(weight)
-            if within and not weight.part.all(self.pattern.fits(weight.mask, weight.outputs)):
-                raise RuntimeError(
-                    f"{self!r} has moved connections of {weight.name} so that they have no pattern any more. In a "
-                    "method of your own, let self.pattern choose what is dropped and grown, or name N:M in "
-                    "unfit_patterns."
-                )
-
-    # ------------------------------------------------------------------ copies
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without the Trainer, the module and the optimizers."""
-        generator = bytes(self.generator.get_state().tolist())  # a passing tensor does not reach a spawned process
-        return {**super().__getstate__(), "generator": generator}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the random generator up where it was."""
-        generator = torch.Generator()
-        generator.set_state(torch.tensor(list(state["generator"]), dtype=torch.uint8))
-        super().__setstate__({**state, "generator": generator})
+        warn_of_halted(self, sorted({name for group in self._groups for name in group.halted_by}))
 
 
 class DenseOnly(Options):
@@ -467,8 +362,3 @@ class DenseOnly(Options):
 
     storage: Storage = fixed(default="masked")
     plain_checkpoints: bool | None = fixed(default=None)
-
-
-def _finite_gradient(parameter: Tensor) -> bool:
-    """Tell whether a parameter's gradient, if it has one, is finite."""
-    return parameter.grad is None or all_finite(stored_values(local(parameter.grad)))

@@ -3,13 +3,29 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
+from torch import Generator
+
 from lightning_sparse.rules import budgets
 from lightning_sparse.rules.budgets import Distribution, Stack, apportion
 from lightning_sparse.rules.matrices import Outputs
 from lightning_sparse.rules.patterns import UNSTRUCTURED, Pattern
 from lightning_sparse.weights.base import Weight
 
-__all__ = ["droppable", "floors", "layer_counts", "least", "needed", "shared_out", "unit_counts"]
+__all__ = [
+    "capped_where_nearly_dense",
+    "drawn_anywhere",
+    "droppable",
+    "floors",
+    "layer_counts",
+    "least",
+    "needed",
+    "shared_out",
+    "unit_counts",
+]
+
+#: a layer with a smaller share of zeros is nearly dense (the program of SNFS's authors)
+_NEARLY_DENSE = 0.2
 
 
 class _Sized(Protocol):
@@ -91,6 +107,22 @@ def droppable(weights: Sequence[Weight], wanted: Sequence[int], min_layer_densit
     return apportion(min(sum(loss), sum(weight.num_inactive for weight in weights)), loss, loss)
 
 
+def capped_where_nearly_dense(weights: Sequence[Weight], wanted: Sequence[int], claims: Sequence[float]) -> list[int]:
+    """Return how many connections each layer is to lose, ``wanted`` or less.
+
+    A nearly dense layer that claims more than an even share loses no more than its own share of zeros.
+    """
+    even = sum(claims) / max(len(claims), 1)
+    return [
+        min(n, weight.num_inactive * weight.num_active // weight.size) if claim > even and _nearly_dense(weight) else n
+        for weight, n, claim in zip(weights, wanted, claims, strict=True)
+    ]
+
+
+def _nearly_dense(weight: Weight) -> bool:
+    return weight.num_inactive < _NEARLY_DENSE * weight.size
+
+
 def needed(weights: Sequence[Weight], dropped: Sequence[int], min_layer_density: float) -> list[int]:
     """Return how many connections each layer must get back, having lost ``dropped``, for ``min_layer_density``."""
     left = [weight.num_active - n for weight, n in zip(weights, dropped, strict=True)]
@@ -105,3 +137,31 @@ def shared_out(
     room = [weight.num_inactive - n for weight, n in zip(weights, first, strict=True)]
     more = apportion(sum(dropped) - sum(first), claims, room)
     return [n + extra for n, extra in zip(first, more, strict=True)]
+
+
+def drawn_anywhere(
+    weights: Sequence[Weight], dropped: Sequence[int], min_layer_density: float, generator: Generator
+) -> list[int]:
+    """Draw how many connections each layer gets of all that were ``dropped``: each free place is equally likely.
+
+    The places that were just left come last.
+    """
+    grows = needed(weights, dropped, min_layer_density)
+    room = [weight.num_inactive for weight in weights]
+    with_own = [places + n for places, n in zip(room, dropped, strict=True)]
+    for places in (room, with_own):
+        open_ = [max(0, n - taken) for n, taken in zip(places, grows, strict=True)]
+        extra = _drawn(min(sum(dropped) - sum(grows), sum(open_)), open_, generator)
+        grows = [n + more for n, more in zip(grows, extra, strict=True)]
+    return grows
+
+
+def _drawn(n: int, places: Sequence[int], generator: Generator) -> list[int]:
+    """Return how many of ``n`` draws without replacement fall to each of the groups of ``places``."""
+    if n <= 0:
+        return [0] * len(places)
+    ends = torch.tensor(places).cumsum(0)
+    positions = torch.randperm(int(ends[-1]), generator=generator)[:n]
+    owners = torch.bucketize(positions, ends, right=True)
+    counts: list[int] = torch.bincount(owners, minlength=len(places)).tolist()
+    return counts

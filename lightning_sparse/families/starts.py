@@ -29,8 +29,10 @@ __all__ = [
     "Start",
     "begin",
     "check_initial",
+    "check_number",
     "made_anew",
     "refuse_found",
+    "refuse_found_number",
     "refuse_made_sparse",
     "refuse_other_number",
     "refuse_other_pattern",
@@ -77,6 +79,8 @@ class _Method(Protocol):
     _fit: Fit
 
     def units(self, weights: Sequence[Weight]) -> list[Weight]: ...
+
+    def refuse_number(self, weights: Sequence[Weight]) -> None: ...
 
     def warn_once(self, message: str) -> None: ...
 
@@ -148,6 +152,15 @@ def check_initial(initial: str | os.PathLike[str]) -> None:
 
 
 # ---------------------------------------------------------------------- the starts
+
+
+def check_number(sparsity: float | None, initial: str) -> None:
+    """Raise if neither the sparsity nor the start tells the number of connections."""
+    if sparsity is None and not start(initial).knows_number:
+        raise ValueError(
+            f"sparsity must be a number from 0 to 1 with initial={initial!r}, got None. Only initial='zeros' "
+            "and a file of masks say how many connections there are."
+        )
 
 
 def _random(method: _Method, weights: Sequence[Weight], sparsity: float | None) -> Iterator[Tensor]:
@@ -282,6 +295,12 @@ def refuse_found(method: _Method, weights: Sequence[Weight]) -> None:
             f"{method!r} keeps the zeros that are there, but {', '.join(weight.name for weight in weights)} have none. "
             "Load a sparse network before the fit, or give initial='magnitude' and a sparsity."
         )
+
+
+def refuse_found_number(method: _Method, weights: Mapping[str, Weight]) -> None:
+    """Raise if the number of connections was found, and is none to begin with."""
+    if start(method.initial).knows_number:
+        method.refuse_number([*weights.values()])
 
 
 def refuse_other_number(method: _Method, weights: Sequence[Weight], sparsity: float | None, surplus: int) -> None:

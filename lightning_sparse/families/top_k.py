@@ -21,6 +21,7 @@ from lightning_sparse.rules.parts import together
 from lightning_sparse.trainer.agreement import refuse_broken_clock
 from lightning_sparse.trainer.guards import refuse_other_sparsity, warn_of_equal_scores
 from lightning_sparse.trainer.updates import skips
+from lightning_sparse.weights.latent_group import update_counts
 
 __all__ = ["TopKCallback"]
 
@@ -140,11 +141,11 @@ class TopKCallback(LatentCallback):
 
     @torch.no_grad()
     def attach(self, choices: Sequence[ParameterChoice], optimizers: Sequence[Optimizer], resumed: bool) -> None:  # noqa: D102
-        updates, held = self._update_counts(), list(self._weights.values())
+        updates, held = update_counts(self._groups.values()), list(self._weights.values())
         super().attach(choices, optimizers, resumed)
         for group in self._groups.values():
             if resumed:
-                group.updates = max((updates.get(weight.name, 0) for weight in group.weights), default=0)
+                group.go_on(updates)
             self._begin([weight for weight in group.weights if weight not in held], group)
 
     @torch.no_grad()
@@ -198,16 +199,12 @@ class TopKCallback(LatentCallback):
 
     # ------------------------------------------------------------------ state
 
-    def _update_counts(self) -> dict[str, int]:
-        """Return the number of updates of each weight by name."""
-        return {weight.name: group.updates for group in self._groups.values() for weight in group.weights}
-
     def state_dict(self) -> dict[str, Any]:
         """Return latents, sets and clock."""
         return {
             **super().state_dict(),
             "sparsity": self.sparsity_target,
-            "updates": self._update_counts(),
+            "updates": update_counts(self._groups.values()),
             "begun": dict(self._before_fit),
         }
 
@@ -216,13 +213,9 @@ class TopKCallback(LatentCallback):
         refuse_other_sparsity(self, state_dict["sparsity"], self.sparsity_target)
         super().load_state_dict(state_dict)
         refuse_broken_clock(self, state_dict["updates"], state_dict["updates"].keys())
-        self._load_update_counts(state_dict["updates"])
-
-    def _load_update_counts(self, updates: Mapping[str, int]) -> None:
-        """Set the clocks; one for each weight until a fit tells which have an optimizer together."""
-        if self._fit.module is None:
+        if self._fit.module is None:  # a clock for each weight until a fit tells which have an optimizer together
             self._groups.clear()
             for index, weight in enumerate(self._weights.values()):
                 self._groups[index].weights = [weight]
         for group in self._groups.values():
-            group.updates = max((updates.get(weight.name, 0) for weight in group.weights), default=0)
+            group.go_on(state_dict["updates"])

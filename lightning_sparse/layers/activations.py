@@ -12,7 +12,7 @@ from lightning_sparse.compat.torch_private import AttentionOutput
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import budget
 
-__all__ = ["SparseInput", "largest", "readers"]
+__all__ = ["SparseInput", "largest", "readers", "save_sparse_inputs"]
 
 # their output is linear in their one input, which autograd saves for the weight's gradient alone
 _LAYERS = (
@@ -99,6 +99,26 @@ def readers(module: nn.Module, weights: Mapping[str, nn.Parameter | None]) -> It
         name = names.get(id(getattr(layer, "weight", None)))
         if name is not None and SparseInput.suits(layer):
             yield name, layer
+
+
+def save_sparse_inputs(
+    module: nn.Module, weights: Mapping[str, nn.Parameter | None], sparsity: float, handles: list[Any]
+) -> list[str]:
+    """Make the layers in ``module`` that read one of ``weights`` save the largest values of their inputs.
+
+    Args:
+        module: whose layers are hooked.
+        weights: by name.
+        sparsity: see ``SparseInput``; 0 hooks no layer.
+        handles: what takes the hooks away is added to these.
+
+    Returns:
+        The names of the weights that these layers read.
+    """
+    layers = [*readers(module, weights)] if sparsity else []
+    for _, layer in layers:
+        handles += SparseInput(sparsity).register(layer)
+    return [name for name, _ in layers]
 
 
 def _as_read(x: Tensor) -> Tensor:

@@ -1,11 +1,8 @@
 """Which parameters of a module are weights to make sparse, and why the others are not."""
 
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,184 +11,31 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.compiled import plain_name
 from lightning_sparse.compat.torch_private import RunningNorm
 from lightning_sparse.layers import transforms
+from lightning_sparse.layers.choices import ParameterChoice, matches, patterns, table
+from lightning_sparse.layers.kinds import LayerKind, kind_name, kind_of
 from lightning_sparse.layers.sparse import SparseLayer
 from lightning_sparse.layers.transforms import Transform
 from lightning_sparse.rules.matrices import FIRST, Outputs
 
 __all__ = [
     "FROZEN",
-    "LAYERS",
     "NORMS",
     "RULES",
-    "LayerKind",
     "ParameterChoice",
     "patterns",
-    "register_layer",
     "select_parameters",
     "table",
 ]
 
 
-class LayerKind(NamedTuple):
-    """What is to know of the layers of one type.
-
-    Attributes:
-        weights: what the names of their weights begin with.
-        by_default: they are made sparse without ``include``.
-        out_axis: the dimension of the weight along which the outputs lie; a negative one counts from the last.
-        grouped: the layer's ``groups`` divide the first dimension, and each has outputs of its own.
-        stacked: of a weight with more than two dimensions, the first counts matrices, such as experts.
-        unless: attributes of a layer that, if there are any, say that it makes its weight of several parameters first;
-            then it is made sparse only on request.
-    """
-
-    weights: tuple[str, ...] = ("weight",)
-    by_default: bool = True
-    out_axis: int = 0
-    grouped: bool = False
-    stacked: bool = False
-    unless: tuple[str, ...] = ()
-
-
-_ON_REQUEST = LayerKind(by_default=False)
-_TRANSPOSED = LayerKind(by_default=False, out_axis=1, grouped=True)
-
-#: layers with weights, by type, or by its full name where the package is not imported; those of other types are made
-#: sparse only on request. A subclass is as its nearest base. MultiheadAttention's out_proj and
-#: sparse linear layers are Linear
-LAYERS: dict[type[nn.Module] | str, LayerKind] = {
-    nn.Linear: LayerKind(),
-    nn.Bilinear: LayerKind(),
-    nn.Conv1d: LayerKind(),
-    nn.Conv2d: LayerKind(),
-    nn.Conv3d: LayerKind(),
-    nn.RNNBase: LayerKind(("weight_",)),
-    nn.RNNCellBase: LayerKind(("weight_",)),
-    nn.MultiheadAttention: LayerKind(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
-    nn.Embedding: _ON_REQUEST,
-    nn.EmbeddingBag: _ON_REQUEST,
-    nn.ConvTranspose1d: _TRANSPOSED,
-    nn.ConvTranspose2d: _TRANSPOSED,
-    nn.ConvTranspose3d: _TRANSPOSED,
-    "transformers.pytorch_utils.Conv1D": LayerKind(out_axis=1),
-    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": LayerKind(
-        ("gate_up_proj", "down_proj"), out_axis=-1, stacked=True
-    ),
-    "torch_geometric.nn.dense.linear.Linear": LayerKind(),
-    "torch_geometric.nn.dense.linear.HeteroLinear": LayerKind(out_axis=-1, stacked=True),
-    "torch_geometric.nn.conv.rgcn_conv.RGCNConv": LayerKind(
-        ("weight", "root"), out_axis=-1, stacked=True, unless=("num_bases", "num_blocks")
-    ),
-}
 NORMS = (RunningNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
-#: packages whose classes are named without them
-_OWN = ("torch", "lightning_sparse")
 
 #: reason of a parameter that does not train
 FROZEN = "frozen"
 _NO_WEIGHT = "bias, norm or scalar"
-
-
-def register_layer(
-    layer: type[nn.Module], *, weights: Sequence[str] = ("weight",), out_axis: int = 0, stacked: bool = False
-) -> None:
-    """Make the weights of a layer type known: they are made sparse by default, and their outputs lie where you say.
-
-    Thresholds, fan-in and empty neurons go by the outputs: a neuron is all that one output reads. Subclasses are as
-    their nearest base that is known. Call it where the class is defined, so that every process does.
-
-    Args:
-        layer: the type of the module that holds the parameters, a linear map or convolution of what it reads.
-        weights: what the names of its weights begin with; biases never count.
-        out_axis: the dimension along which the outputs lie, such as 1 for a weight ``(in, out)``; a negative one
-            counts from the last.
-        stacked: the first dimension of a weight with more than two counts matrices, such as experts
-            ``(experts, out, in)``, whose ``out_axis`` is 1. Each has neurons of its own; together they are one weight.
-
-    Raises:
-        ValueError: an argument is not as it should be.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sparse import register_layer
-        >>> class InOut(torch.nn.Module):
-        ...     def __init__(self, inputs, outputs):
-        ...         super().__init__()
-        ...         self.weight = torch.nn.Parameter(torch.randn(inputs, outputs))
-        ...
-        ...     def forward(self, x):
-        ...         return x @ self.weight
-        >>> register_layer(InOut, out_axis=1)
-    """
-    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-        raise ValueError(f"layer must be a subclass of torch.nn.Module, got {layer!r}. Give the class, not a layer.")
-    if isinstance(weights, str) or not weights or not all(isinstance(name, str) and name for name in weights):
-        raise ValueError(f'weights must be a list of names such as ["weight"], got {weights!r}.')
-    if not isinstance(out_axis, int) or isinstance(out_axis, bool):
-        raise ValueError(f"out_axis must be an integer, got {out_axis!r}. Give 1 for a weight (in, out).")
-    if not isinstance(stacked, bool):
-        raise ValueError(f"stacked must be True or False, got {stacked!r}. True is for weights (experts, out, in).")
-    if stacked and out_axis == 0:
-        raise ValueError(
-            "out_axis must not be 0 with stacked=True, got 0: the first dimension counts the matrices. Give 1 for a "
-            "weight (experts, out, in), or 2 for (experts, in, out)."
-        )
-    LAYERS[layer] = LayerKind(tuple(weights), out_axis=out_axis, stacked=stacked)
-
-
-@dataclass
-class ParameterChoice:
-    """One parameter of the module, and what is done with it.
-
-    Attributes:
-        name: the parameter's name in the LightningModule.
-        kind: the type of the module that holds it, with its package if that is not torch.
-        parameter: the parameter itself.
-        reason: why it is left dense; None if it is made sparse.
-        tied: its other names, if it stands in several places.
-        outputs: where the layer's outputs lie.
-        nonempty: where rows lie of which each must keep a connection, since it is divided by its norm; None: any may
-            be empty.
-        sparse: the layer, if it holds only the nonzeros of the weight: ``parameter`` is the vector of their values.
-        is_weight: it is neither bias, norm, gain nor scalar.
-        on_request: it is left dense, but ``include`` may name it.
-    """
-
-    name: str
-    kind: str
-    parameter: nn.Parameter
-    reason: str | None
-    tied: tuple[str, ...] = ()
-    outputs: Outputs = FIRST
-    nonempty: Outputs | None = None
-    sparse: SparseLayer | None = None
-    is_weight: bool = True
-    on_request: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return tuple(self.parameter.shape) if self.sparse is None else self.sparse.shape
-
-    @property
-    def size(self) -> int:
-        """Number of elements of the weight."""
-        return math.prod(self.shape)
-
-    @property
-    def can_be_added(self) -> bool:
-        """It is left dense, but ``include`` may name it, and more than a vector."""
-        return self.on_request and sum(size > 1 for size in self.shape) > 1
-
-    @property
-    def layer(self) -> str:
-        """The layer in words."""
-        return f"{self.kind}, tied to {', '.join(self.tied)}" if self.tied else self.kind
 
 
 def select_parameters(
@@ -248,8 +92,7 @@ class Place(NamedTuple):
     @property
     def kind(self) -> LayerKind | None:
         """What is known of the layer."""
-        found = (LAYERS.get(type_) or LAYERS.get(_full_name(type_)) for type_ in type(self.layer).__mro__)
-        return next((kind for kind in found if kind), None) or _of_experts(self.layer)
+        return kind_of(self.layer)
 
     @property
     def weight_of(self) -> LayerKind | None:
@@ -280,25 +123,6 @@ class Place(NamedTuple):
         return Outputs(axis, int(groups), stacked)
 
 
-def _of_experts(layer: nn.Module) -> LayerKind | None:
-    """Return what is known of the experts of transformers 5, which say how their weights lie; of others None."""
-    marks = vars(layer)
-    transposed = marks.get("is_transposed")
-    if not (isinstance(transposed, bool) and isinstance(marks.get("has_bias"), bool)):
-        return None
-    return LayerKind(("gate_up_proj", "up_proj", "down_proj"), out_axis=-1 if transposed else -2, stacked=True)
-
-
-def _full_name(type_: type) -> str:
-    return f"{type_.__module__}.{type_.__qualname__}"
-
-
-def _kind(layer: nn.Module) -> str:
-    """Return the name of a layer's type, with its package if that is neither torch nor this one."""
-    kind = type(layer)
-    return kind.__name__ if kind.__module__.partition(".")[0] in _OWN else _full_name(kind)
-
-
 @dataclass(frozen=True)
 class Candidate:
     """One parameter with all its places, and the patterns that were given."""
@@ -323,7 +147,7 @@ class Candidate:
     def matched(self) -> set[str]:
         """The patterns that match one of its names."""
         names = [place.name for place in self.places]
-        return {pattern for pattern in (*(self.include or ()), *self.exclude) if _matches(pattern, names)}
+        return {pattern for pattern in (*(self.include or ()), *self.exclude) if matches(pattern, names)}
 
     @property
     def outputs(self) -> Outputs:
@@ -347,7 +171,7 @@ class Candidate:
         rule, reason = self.verdict
         return ParameterChoice(
             name=first.name,
-            kind=_kind(first.layer),
+            kind=kind_name(first.layer),
             parameter=self.parameter,
             reason=reason,
             tied=tuple(place.name for place in others),
@@ -373,12 +197,6 @@ def _places(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[Place]]]:
                 place = Place(name, local, holder)
             found.setdefault(parameter, []).append(place)
     yield from found.items()
-
-
-def _matches(pattern: str, names: Sequence[str]) -> bool:
-    """Match a glob on any of the names; ``*.head.weight`` also finds a ``head.weight`` at the top."""
-    plain = [plain_name(name) for name in names]
-    return any(fnmatchcase(form, pattern) for name in (*names, *plain) for form in (name, f".{name}"))
 
 
 # ---------------------------------------------------------------------- rules: why a parameter is left dense
@@ -421,7 +239,7 @@ def _only_on_request(candidate: Candidate) -> str | None:
     """Without ``include``, only weights of the layers in the table are, a tied one if it is in all its places."""
     if candidate.include is not None:
         return None
-    others = [_kind(place.layer) for place in candidate.places if not place.by_default]
+    others = [kind_name(place.layer) for place in candidate.places if not place.by_default]
     return f"{others[0]}: only on request (include)" if others else None
 
 
@@ -466,8 +284,8 @@ def _refuse_lazy(candidate: Candidate) -> None:
     if isinstance(candidate.parameter, UninitializedParameter):
         first = candidate.places[0]
         raise ValueError(
-            f"{first.name} ({_kind(first.layer)}) must have a shape when the fit starts, but is not initialized. Run "
-            "an example through the module before, e.g. in __init__ or configure_model."
+            f"{first.name} ({kind_name(first.layer)}) must have a shape when the fit starts, but is not initialized. "
+            "Run an example through the module before, e.g. in __init__ or configure_model."
         )
 
 
@@ -475,7 +293,7 @@ def _refuse_sparse_gradients(candidate: Candidate) -> None:
     if any(isinstance(place.layer, _EMBEDDINGS) and place.layer.sparse for place in candidate.places):
         first = candidate.places[0]
         raise ValueError(
-            f"{first.name} ({_kind(first.layer)}) must have dense gradients to be made sparse, but its layer has "
+            f"{first.name} ({kind_name(first.layer)}) must have dense gradients to be made sparse, but its layer has "
             f"sparse=True. Make the layer with sparse=False, or leave it out with exclude=[{first.name!r}]."
         )
 
@@ -485,8 +303,8 @@ def _refuse_other_dimensions(candidate: Candidate) -> None:
         axis, dimensions = place.weight_of.out_axis if place.weight_of else 0, len(candidate.shape)
         if not -dimensions <= axis < dimensions:
             raise ValueError(
-                f"{place.name} ({_kind(place.layer)}) must have the dimension out_axis={axis} that register_layer was "
-                f"given, but its shape is {candidate.shape}. Name other weights, or another out_axis."
+                f"{place.name} ({kind_name(place.layer)}) must have the dimension out_axis={axis} that register_layer "
+                f"was given, but its shape is {candidate.shape}. Name other weights, or another out_axis."
             )
 
 
@@ -494,80 +312,9 @@ def _refuse_unused(patterns: set[str], choices: Sequence[ParameterChoice]) -> No
     if patterns:
         weights = [choice.name for choice in choices if choice.is_weight]
         near = "".join(checks.did_you_mean(pattern, weights) for pattern in sorted(patterns))
-        matched = [choice for choice in choices if any(_matches(pattern, [choice.name]) for pattern in patterns)]
+        matched = [choice for choice in choices if any(matches(pattern, [choice.name]) for pattern in patterns)]
         others = "".join(f"{c.name} cannot be: {c.reason}. " for c in matched if c.is_weight and c.reason is not None)
         raise ValueError(
             f"include and exclude must match the names of weights, but {sorted(patterns)} match none. {near}"
             f"Biases, norms and gains are never made sparse. {others}The weights are: {weights}."
         )
-
-
-# ---------------------------------------------------------------------- in words
-
-
-def patterns(choices: Sequence[ParameterChoice]) -> list[str]:
-    """Return glob patterns for ``include`` that choose the weights that are sparse, and all that it may add.
-
-    Numbers of layers become ``*`` wherever that matches nothing else.
-    """
-    wanted = [plain_name(choice.name) for choice in choices if choice.reason is None or choice.can_be_added]
-    others = {plain_name(choice.name) for choice in choices if choice.is_weight} - {*wanted}
-    found: dict[str, None] = {}
-    for name in wanted:
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-        found[name if any(_matches(pattern, [other]) for other in others) else pattern] = None
-    return list(found)
-
-
-def table(
-    title: str,
-    choices: Sequence[ParameterChoice],
-    densities: Mapping[str, float] | None = None,
-    whole: bool = True,
-) -> str:
-    """Return a readable table of what is sparse, what is not and why.
-
-    Args:
-        title: its first line.
-        choices: all parameters.
-        densities: those that are planned, by parameter name; None or empty: they are found in training.
-        whole: the parameters are all that the module has: say how sparse it is as a whole.
-    """
-    rows = [("weight", "layer", "shape", "density", "training"), *_rows(choices, densities or {})]
-    if not densities:
-        rows = [row[:3] + row[4:] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    planned = [_planned(choices, densities)] if densities and whole else []
-    return "\n".join([title, *lines, _summary(choices), *planned])
-
-
-def _rows(choices: Sequence[ParameterChoice], densities: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
-    """Yield a row for each parameter; those of one dimension stand together, by the reason why they are dense."""
-    small: Counter[str] = Counter()
-    for choice in choices:
-        if choice.reason is not None and len(choice.shape) < 2:
-            small[choice.reason] += 1
-            continue
-        state = "sparse" if choice.reason is None else f"dense ({choice.reason})"
-        density = f"{densities[choice.name]:.4g}" if choice.name in densities else ""
-        yield choice.name, choice.layer, " x ".join(map(str, choice.shape)), density, state
-    for reason, count in small.items():
-        yield f"{count} small ones", "", "", "", f"dense ({reason})"
-
-
-def _summary(choices: Sequence[ParameterChoice]) -> str:
-    """Return in words how many parameters train sparse."""
-    sizes = [choice.size for choice in choices if choice.reason is None]
-    sparse, total = sum(sizes), sum(choice.size for choice in choices)
-    return f"{len(sizes)} weights, {sparse:,} of {total:,} parameters ({sparse / max(total, 1):.1%}) train sparse"
-
-
-def _planned(choices: Sequence[ParameterChoice], densities: Mapping[str, float]) -> str:
-    """Return in words how sparse the weights are to be, and the module with them."""
-    planned = [choice for choice in choices if choice.name in densities]
-    zeros = sum(choice.size * (1 - densities[choice.name]) for choice in planned)
-    sizes = sum(choice.size for choice in planned), sum(choice.size for choice in choices)
-    of_weights, of_module = (zeros / max(size, 1) for size in sizes)
-    return f"sparsity {of_weights:.4g} of these weights, {of_module:.4g} of the whole module"

@@ -8,40 +8,33 @@ moments, which pruned weights get anew as grown connections do; the dense networ
 finds, and it is not trained further.
 """
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import rank_zero_info
 from lightning_sparse.compat.options import fixed, option
-from lightning_sparse.compat.shards import copied, whole
 from lightning_sparse.families import magnitude
+from lightning_sparse.families.alternation import Alternation
 from lightning_sparse.families.common import FINAL_SPARSITY, PRUNING_SCOPE
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
 from lightning_sparse.families.shares import floors
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, Scope, budget
-from lightning_sparse.rules.clock import times
-from lightning_sparse.rules.parts import divided_as
-from lightning_sparse.rules.phases import PAPER_CYCLES, Phases, alternating, cycles_that_fit
+from lightning_sparse.rules.phases import PAPER_CYCLES
 from lightning_sparse.trainer.fit import epochs
 from lightning_sparse.trainer.guards import REMEDY, listed, refuse_unknown_length
+from lightning_sparse.trainer.twin import DenseTwin
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.fresh import reset_momentum
 from lightning_sparse.weights.group import WeightGroup
 
 __all__ = ["ACDC"]
-
-#: in place of a phase's number, odd as those of sparse ones: an earlier fit has pruned the network
-_PRUNED_BEFORE = -1.0
 
 
 def _check_cycles(cycles: int | Literal["auto"]) -> None:
@@ -105,19 +98,13 @@ class ACDC(DenseOnly, MaskedCallback):
                 f"begin_at must be below end_at - last_dense={self.end_at - self.last_dense:.6g}, got "
                 f"{self.begin_at!r}: the phases lie between. The paper's values are 0.1, 0.85 and 0.1."
             )
-        self._phases = Phases()
-        self._dense: dict[str, Any] = {}
+        self._alternation = Alternation(self)
+        self._dense = DenseTwin()
 
     @property
     def planned_density(self) -> dict[str, float]:
         """The density of each layer in a sparse phase, unless they compete."""
-        if self.scope == "global":
-            return {}
-        ends: dict[str, float] = {}
-        for group in self._groups:
-            weights, final = self.units(group.weights), self.final(group)
-            ends |= magnitude.final_densities(weights, self.pattern, final, self.distribution, self.min_layer_density)
-        return ends
+        return magnitude.planned_density(self)
 
     # ------------------------------------------------------------------ when
 
@@ -127,34 +114,14 @@ class ACDC(DenseOnly, MaskedCallback):
         refuse_unknown_length(self, self.total_steps, "which it divides into phases")
         for group in self._groups:
             floors(self.units(group.weights), self.min_layer_density, self.final(group))
-        self._phases = self._divide(int(self.total_steps), epochs(trainer))
+        phases = self._alternation.phases = self._alternation.divided(int(self.total_steps), epochs(trainer))
         rank_zero_info(
-            f"{self!r} alternates: sparse and dense from steps {', '.join(map(str, self._phases.begins))} on in turn."
+            f"{self!r} alternates: sparse and dense from steps {', '.join(map(str, phases.begins))} on in turn."
         )
-
-    def _divide(self, total: int, num_epochs: int | None) -> Phases:
-        """Return the phases of a training of ``total`` steps and ``num_epochs`` epochs, if these are known."""
-        end = min(round(self.end_at * total), total - 1)
-        last_dense = end - max(1, round(self.last_dense * total))
-        begin = max(0, min(round(self.begin_at * total), last_dense - 1))
-        fit = cycles_that_fit(max(0, last_dense - begin), math.ceil(total / num_epochs) if num_epochs else 1)
-        if self.cycles == "auto":
-            return alternating(begin, last_dense, end, fit)
-        most = max(0, last_dense - begin + 1) // 2
-        if self.cycles > most:
-            self.warn_once(
-                f"{self!r} alternates {times(most)} only: the training has {total} steps, too few for its cycles. "
-                "Lower cycles, or train longer."
-            )
-        return alternating(begin, last_dense, end, min(self.cycles, most))
 
     def is_due(self, group: WeightGroup) -> bool:
         """Tell whether another phase begins, or has begun while gradients were not finite."""
-        return self._phase(group) not in (_PRUNED_BEFORE, self._phases.at(group.step))
-
-    def _phase(self, group: WeightGroup) -> float:
-        """Return the number of the phase that the masks of ``group`` belong to; odd: a sparse one."""
-        return group.values.get("phase", 0)
+        return self._alternation.is_due(group)
 
     # ------------------------------------------------------------------ compress and decompress
 
@@ -167,20 +134,20 @@ class ACDC(DenseOnly, MaskedCallback):
 
     def plan(self, group: WeightGroup) -> None:
         """Note which phase begins."""
-        if self._phase(group) != _PRUNED_BEFORE:
-            group.values["phase"] = self._phases.at(group.step)
+        self._alternation.begin(group)
 
     def target_count(self, group: WeightGroup) -> int:
         """Return the number of connections, or of units, in the phase that begins."""
-        return self.final(group) if self._phase(group) % 2 else self.num_units(group)
+        return self.final(group) if self._alternation.is_sparse(group) else self.num_units(group)
 
     def move(self, weights: Sequence[Weight], group: WeightGroup, scale: float) -> None:
         """Prune the smallest ``|W|``, or bring all weights back; keep the network that is pruned for good."""
-        if not self._phase(group) % 2:
+        if not self._alternation.is_sparse(group):
             self._decompress(group)
             return
-        if self._phase(group) == self._phases.last and group.num_active == group.size:
-            self._keep_dense(group)
+        if self._alternation.is_last(group) and group.num_active == group.size:
+            assert self._fit.module is not None
+            self._dense.keep(self._fit.module, {id(weight.parameter) for weight in group.weights})
         total, weights = self.final(group), self.units(group.weights)
         magnitude.prune(weights, self.pattern, total, total, self.scope, self.distribution, self.min_layer_density)
 
@@ -203,38 +170,30 @@ class ACDC(DenseOnly, MaskedCallback):
         Raises:
             RuntimeError: the last pruning has not come.
         """
-        if not self._dense:
+        if not self._dense.values:
             raise RuntimeError(
                 f"{self!r} has no dense network yet: it keeps the weights with which its last dense phase ends."
             )
-        return {name: whole(value) for name, value in self._dense.items()}
-
-    def _keep_dense(self, group: WeightGroup) -> None:
-        """Keep the whole module, and the weights of each further optimizer when they are about to be pruned."""
-        assert self._fit.module is not None
-        ours = {id(weight.parameter) for weight in group.weights}
-        for name, value in self._fit.module.state_dict(keep_vars=True).items():
-            if name not in self._dense or id(value) in ours:
-                self._dense[name] = copied(value, "cpu") if isinstance(value, Tensor) else copy.deepcopy(value)
+        return self._dense.state_dict()
 
     @property
     def state_tensors(self) -> list[Mapping[str, Any]]:
         """The dense network, too."""
-        return [*super().state_tensors, self._dense]
+        return [*super().state_tensors, self._dense.values]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a training that ended before its last phase."""
         super().on_train_end(trainer, pl_module)
         for group in self._groups:
-            if self._phase(group) in (_PRUNED_BEFORE, self._phases.last):
+            if not self._alternation.is_unfinished(group):
                 continue
             early = f"{self!r} has not come to its last sparse phase:"
             if group.halted_by:
                 self.warn_once(f"{early} gradients of {listed(group.halted_by)} were not finite. {REMEDY}")
             else:
                 self.warn_once(
-                    f"{early} the training ended after {group.step} steps, before step {self._phases.begins[-1]}. Set "
-                    "max_epochs or max_steps to what is really trained."
+                    f"{early} the training ended after {group.step} steps, before step "
+                    f"{self._alternation.phases.begins[-1]}. Set max_epochs or max_steps to what is really trained."
                 )
 
     # ------------------------------------------------------------------ the family's verbs and state
@@ -246,9 +205,9 @@ class ACDC(DenseOnly, MaskedCallback):
             return
         for group in self._groups:
             if group.num_active < group.size:
-                group.values["phase"] = _PRUNED_BEFORE
+                self._alternation.begin_pruned(group)
         if self.density == 1:
-            self._dense = {}
+            self._dense = DenseTwin()
 
     @torch.no_grad()
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
@@ -258,13 +217,12 @@ class ACDC(DenseOnly, MaskedCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, phases and the dense network."""
-        return {**super().state_dict(), "dense": dict(self._dense)}
+        return {**super().state_dict(), "dense": dict(self._dense.values)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state."""
         super().load_state_dict(state_dict)
-        now: dict[str, Any] = self._fit.module.state_dict() if self._fit.module else {}
-        self._dense = {name: divided_as(value, now.get(name)) for name, value in state_dict["dense"].items()}
+        self._dense.load(state_dict["dense"], self._fit.module)
 
     def divided_state(self, trainer: Any) -> dict[str, Any]:
         """Return the state with a network of which the dense one has the parts."""

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import MisconfigurationException
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.masked import DenseOnly, MaskedCallback
-from lightning_sparse.families.shares import needed
+from lightning_sparse.families.shares import drawn_anywhere
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Scope
@@ -124,28 +124,10 @@ class DeepR(DenseOnly, MaskedCallback):
 
     def anywhere(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
         """Draw how many connections each layer gets of all that were dropped."""
-        grows = needed(weights, drops, self.min_layer_density)
-        room = [weight.num_inactive for weight in weights]
-        with_own = [places + n for places, n in zip(room, drops, strict=True)]
-        for places in (room, with_own):  # the places that were just left come last
-            open_ = [max(0, n - taken) for n, taken in zip(places, grows, strict=True)]
-            extra = drawn(min(sum(drops) - sum(grows), sum(open_)), open_, self.generator)
-            grows = [n + more for n, more in zip(grows, extra, strict=True)]
-        return grows
+        return drawn_anywhere(weights, drops, self.min_layer_density, self.generator)
 
 
 def signs(weight: MaskedWeight, places: Tensor) -> Tensor:
     """Return the signs that go with some flat positions, 1 or -1."""
     positive = weight.buffers["positive"].reshape(-1)[weight.part.indices(places)]
     return positive.to(weight.W.dtype).mul_(2).sub_(1)
-
-
-def drawn(n: int, places: Sequence[int], generator: Generator) -> list[int]:
-    """Return how many of ``n`` draws without replacement fall to each of the groups of ``places``."""
-    if n <= 0:
-        return [0] * len(places)
-    ends = torch.tensor(places).cumsum(0)
-    positions = torch.randperm(int(ends[-1]), generator=generator)[:n]
-    owners = torch.bucketize(positions, ends, right=True)
-    counts: list[int] = torch.bincount(owners, minlength=len(places)).tolist()
-    return counts

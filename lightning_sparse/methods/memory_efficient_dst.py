@@ -8,29 +8,23 @@ With masks that is the dense one, which is there anyway, averaged over processes
 computed for the sampled positions alone.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.families.shares import least
-from lightning_sparse.layers.unit_activity import Activity, GradientSketch, Hooks, SynapticFlow, readable
-from lightning_sparse.rules import sampling, select, ties
-from lightning_sparse.rules.budgets import Distribution, apportion, portion
-from lightning_sparse.rules.parts import together
+from lightning_sparse.families.subsets import Heuristic, Subset, Subsets, largest, subset_counts
+from lightning_sparse.layers.unit_activity import Hooks
+from lightning_sparse.rules import select
+from lightning_sparse.rules.budgets import Distribution, portion
 from lightning_sparse.rules.patterns import first_of_rows
 from lightning_sparse.weights.base import Weight
 
 __all__ = ["GSE", "MemoryEfficientDST"]
-
-Heuristic = Literal["random", "grabo", "graest", "synflow"]
-Subset = Literal["size", "active"]
 
 
 class MemoryEfficientDST(PruneAndGrow):
@@ -93,6 +87,7 @@ class MemoryEfficientDST(PruneAndGrow):
                 f'subset_multiplier must be at least 1 with subset="size", got {self.subset_multiplier!r}: it is the '
                 "number of connections sampled for each one that moves. With 1 all sampled connections are grown."
             )
+        self._subsets = Subsets(self)
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}  # what goes and what comes, by layer, within an update
 
     @property
@@ -144,80 +139,15 @@ class MemoryEfficientDST(PruneAndGrow):
 
     def subset_counts(self, weights: Sequence[Weight], n: int) -> list[int]:
         """Return how many inactive connections each layer samples, for ``n`` that move in all."""
-        room = [weight.num_inactive for weight in weights]
-        if self.subset == "size":
-            return apportion(min(portion(self.multiplier, n), sum(room)), [weight.size for weight in weights], room)
-        wanted = [portion(self.multiplier, weight.num_active) for weight in weights]
-        half_dense = [2 * weight.num_active >= weight.size for weight in weights]
-        return [free if whole else min(k, free) for k, free, whole in zip(wanted, room, half_dense, strict=True)]
+        return subset_counts(weights, n, self.subset, self.multiplier)
 
     def subsets(self, weights: Sequence[Weight], counts: Sequence[int]) -> list[Tensor]:
         """Draw so many inactive connections of each layer: flat positions, ascending."""
-        endpoints = self._endpoints(weights)
-        subsets = []
-        for weight, count in zip(weights, counts, strict=True):
-            ends = {"shape": weight.shape, **endpoints.get(weight.name, {})}
-            taken = weight.active_indices.cpu()
-            subsets.append(sampling.subset(count, taken, generator=self.generator, where=weight.part, **ends))
-        return subsets
-
-    # ------------------------------------------------------------------ the endpoints' distributions
+        return self._subsets.draw(weights, counts)
 
     def watchers(self, weights: Sequence[Weight]) -> list[Hooks]:
         """Listen to what the heuristic needs, too."""
-        listeners = super().watchers(weights)
-        if self.heuristic == "random":
-            return listeners
-        assert self._fit.module is not None
-        names = [weight.name for weight in weights]
-        if self.heuristic == "grabo":
-            return [*listeners, Activity(readable(self._fit.module, names))]
-        if self.heuristic == "graest":
-            return [*listeners, GradientSketch(readable(self._fit.module, names), self._seed_of_signs())]
-        return [*listeners, SynapticFlow(self._fit.module, names)]
-
-    def _seed_of_signs(self) -> int:
-        """Return a number of this update and process; the generator stays where it is, as a step may be repeated."""
-        ahead = torch.Generator()
-        ahead.set_state(self.generator.get_state())
-        assert self._fit.trainer is not None
-        return int(torch.randint(1 << 62, (1,), generator=ahead)) + self._fit.trainer.global_rank
-
-    def _endpoints(self, weights: Sequence[Weight]) -> dict[str, dict[str, Any]]:
-        """Return ``f``, ``g``, groups and shape by the weights' names, the same on all processes."""
-        watched = self._watch.of(weights[0].optimizer, Activity, SynapticFlow)
-        if watched is None:
-            return {}
-        sums = watched.sums()
-        unseen = [weight.name for weight in weights if not watched.calls.get(weight.name)]
-        if unseen:
-            self.warn_once(
-                f"{self!r} draws the endpoints of some weights uniformly: heuristic={self.heuristic!r} "
-                f"needs a linear layer or a convolution that training_step calls as a module, and whose weight no "
-                f"other layer shares. That is not so for {unseen}."
-            )
-        if sums:
-            of_units = [end for pair in sums.values() for end in pair]
-            assert self._fit.trainer is not None
-            whole = self._fit.trainer.strategy.reduce(torch.cat(of_units), reduce_op="sum")
-            parts = iter(whole.split([len(end) for end in of_units]))
-            sums = {name: (next(parts), next(parts)) for name in sums}
-        ends = {}
-        for weight in weights:
-            if weight.name in sums:
-                shape = (weight.shape[0], math.prod(weight.shape[1:])) if watched.by_kernel else weight.shape
-                f, g = (sampling.probabilities(side.abs()) for side in sums[weight.name])
-                ends[weight.name] = {"f": f, "g": g, "groups": len(f) // shape[1], "shape": shape}
-        return ends
+        return [*super().watchers(weights), *self._subsets.listeners(weights)]
 
 
 GSE = MemoryEfficientDST
-
-
-def largest(
-    weights: Sequence[Weight], positions: Sequence[Tensor], scores: Sequence[Tensor], k: int, at_least: Sequence[int]
-) -> list[Tensor]:
-    """Mark the ``k`` largest scores, those of flat positions, of all layers; but in each its ``at_least`` largest."""
-    everywhere = [torch.ones_like(score, dtype=torch.bool) for score in scores]
-    orders = [ties.at(places, weight.shape) for weight, places in zip(weights, positions, strict=True)]
-    return together(weights).global_top_k(scores, k, everywhere, at_least, orders)

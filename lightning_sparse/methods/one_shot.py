@@ -12,7 +12,6 @@ every output of a layer, give or take one connection.
 """
 
 from collections.abc import Mapping
-from contextlib import closing
 from functools import partial
 from typing import Literal
 
@@ -20,25 +19,20 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.lightning import MisconfigurationException
 from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families.before_training import BeforeTraining, of_units, of_weights
 from lightning_sparse.families.common import DISTRIBUTION, check_distribution
 from lightning_sparse.families.shares import floors, unit_counts
-from lightning_sparse.layers.input_norms import InputSquares
-from lightning_sparse.layers.unit_activity import readable
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, budget
 from lightning_sparse.rules.rows import top_k_of_rows
-from lightning_sparse.trainer.guards import listed
+from lightning_sparse.trainer.calibration import FEW_BATCHES, few_batches, input_norms, times_input_norms
 from lightning_sparse.trainer.probe import Probe, whole
 
 __all__ = ["OneShot"]
 
 Criterion = Literal["magnitude", "wanda"]
 Competition = Literal["global", "layer", "output"]
-
-_BATCHES = 4
 
 
 class OneShot(BeforeTraining):
@@ -71,7 +65,7 @@ class OneShot(BeforeTraining):
     calibration_batches: int | None = option(
         default=None,
         check=partial(checks.integer, 1, "128 samples are enough in the paper."),
-        doc=f"number of training batches (of each process) that Wanda's norms are taken over; default: {_BATCHES}.",
+        doc=f"number of training batches (of each process) that Wanda's norms are taken over; default: {FEW_BATCHES}.",
     )
     scale_init: bool = fixed(default=False)  # the network is trained
 
@@ -118,11 +112,9 @@ class OneShot(BeforeTraining):
         magnitudes = [whole(W).abs() for W in probe.weights]
         if self.criterion == "magnitude":
             return magnitudes
-        norms = self._norms(probe)
-        return [
-            W * norms[name].repeat_interleave(len(W) // len(norms[name]), 0).view(W.shape) if name in norms else W
-            for name, W in zip(probe.names, magnitudes, strict=True)
-        ]
+        norms = input_norms(self, probe, few_batches(probe, self.calibration_batches))
+        named = zip(probe.names, magnitudes, strict=True)
+        return [times_input_norms(W, norms[name]) if name in norms else W for name, W in named]
 
     def choose_masks(self, probe: Probe) -> list[Tensor]:
         """Keep the largest scores of all layers, or as many of each layer as ``distribution`` gives."""
@@ -141,41 +133,3 @@ class OneShot(BeforeTraining):
             each = zip(scores, counts, weights, strict=True)
             return [top_k_of_rows(score, k, weight.outputs) for score, k, weight in each]
         return of_weights(weights, [self.pattern.top_k(*each) for each in zip(weights, ranked, counts, strict=True)])
-
-    def _norms(self, probe: Probe) -> dict[str, Tensor]:
-        """Return root mean squares of the inputs by name, ``(groups, in / groups * kernel)``, as far as they are seen.
-
-        They are the same on all processes.
-        """
-        with closing(InputSquares(readable(probe.module, probe.names))) as seen, torch.no_grad():
-            probe.module.eval()
-            for index, batch in enumerate(probe.batches(self._count(probe))):
-                self._run(probe, batch, index)
-        rows = {name: probe.over_ranks(number) for name, number in seen.rows.items()}
-        norms = {name: (probe.over_ranks(seen.sums[name]) / rows[name]).sqrt() for name in rows if rows[name]}
-        unseen = [name for name in probe.names if name not in norms]
-        if unseen:
-            self.warn_once(
-                f"{self!r} scores some weights by |W| alone: criterion='wanda' needs a linear layer or a convolution "
-                "that training_step calls as a module, and whose weight no other layer shares. That is not so for "
-                f"{listed(unseen)}. Leave them dense with exclude, if you do not want that."
-            )
-        return norms
-
-    def _count(self, probe: Probe) -> int:
-        """Return the number of batches: as asked for, or a few."""
-        few = min(_BATCHES, probe.trainer.num_training_batches)
-        return int(few) if self.calibration_batches is None else self.calibration_batches
-
-    def _run(self, probe: Probe, batch: object, index: int) -> None:
-        """Run the network on a batch."""
-        try:
-            probe.output(batch, index)
-        except MisconfigurationException:
-            raise
-        except Exception as error:  # of foreign code
-            raise MisconfigurationException(
-                f"{self!r} calls training_step of a copy of {type(probe.module).__name__}, in evaluation mode and "
-                f"without gradients, which failed for batch {index} with {type(error).__name__}: {error}. Make "
-                "training_step run so, or use criterion='magnitude', which looks at no data."
-            ) from error

@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import LightningModule, Trainer
-from lightning_sparse.compat.optimizers import stepping
 from lightning_sparse.compat.options import fixed, option
 from lightning_sparse.families.common import FINAL_SPARSITY
 from lightning_sparse.families.latent import LatentGroup, LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.rules.budgets import Scope
+from lightning_sparse.rules.schedules import logistic
 from lightning_sparse.trainer.guards import refuse_older_state, refuse_unknown_length
+from lightning_sparse.weights.scores import TrainedScores, zeros
 
 __all__ = ["OptG"]
 
@@ -59,15 +59,10 @@ class OptG(TopKCallback):
         check=partial(checks.fraction, "0.6 leaves time to train the final network.", above_0=True),
         doc="share of the training after which the target is reached, in (0, 1].",
     )
-    begin_at: float = fixed(default=0.0)
     min_layer_density: float = 0.0
-    threshold_weight_decay: float | None = fixed(default=None)
     scope: Scope = "global"
     joins = True
     scale_init: bool = fixed(default=False)  # it begins dense
-
-    def new_target(self) -> None:
-        """Nothing: scores are ranked."""
 
     # ------------------------------------------------------------------ what users read
 
@@ -131,15 +126,13 @@ class OptG(TopKCallback):
 
     def curve(self, updates: int) -> float:
         """Return the logistic curve after so many updates."""
-        x = self.steepness * (min(updates / self.end, 1.0) - 0.5)
-        return 0.5 * (1 + math.tanh(x / 2))  # exp would overflow
+        return logistic(updates / self.end, self.steepness)
 
     # ------------------------------------------------------------------ the method
 
     def new_buffers(self, latent: Tensor) -> dict[str, Tensor]:
-        """Begin with scores of 0, in at least float32, since their steps are small."""
-        S = torch.zeros_like(latent, dtype=torch.promote_types(latent.dtype, torch.float32))
-        return {**super().new_buffers(latent), "S": S}
+        """Begin with scores of 0."""
+        return {**super().new_buffers(latent), "S": zeros(latent)}
 
     def scores(self, weight: LatentWeight) -> Tensor:
         """Return the scores S."""
@@ -156,11 +149,8 @@ class OptG(TopKCallback):
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:
         """``dS = r dP W``, kept until the update; what is not finite counts as 0."""
         group = self._groups[id(optimizer)]
-        rate = self.curve(group.updates) / scale
-        for weight in group.weights if share else ():
-            if weight.has_gradient:
-                dS = torch.mul(weight.gradient, weight.latent).to(weight.buffers["S"].dtype).mul_(rate)
-                self._dS[weight.name] = dS.nan_to_num_(0.0, 0.0, 0.0)
+        if share:
+            self._trained.note(group.weights, self.curve(group.updates) / scale)
         super().before_step(optimizer, share, scale)
 
     def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
@@ -169,19 +159,15 @@ class OptG(TopKCallback):
 
     def stepped(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """``S <- S - lr dS``, with the learning rate of the update that was made."""
-        of = {id(weight.parameter): weight for weight in weights}
-        for group in (group for each in stepping(optimizer) for group in each.param_groups):
-            for weight in (of[id(p)] for p in group["params"] if id(p) in of):
-                lr = -group["lr"] if group.get("maximize") else group["lr"]
-                weight.buffers["S"].sub_(self._dS.pop(weight.name).mul_(lr))
+        self._trained.descend(optimizer, weights)
 
     # ------------------------------------------------------------------ a fit ends
 
     def _release(self) -> None:
         super()._release()
-        self._dS: dict[str, Tensor] = {}  # of the step under way
+        self._trained = TrainedScores("S")
         self._final: set[int] = set()  # optimizers' groups that have come to their target
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what is of the fit alone."""
-        return {**super().__getstate__(), "_dS": {}, "_final": set()}
+        return {**super().__getstate__(), "_trained": TrainedScores("S"), "_final": set()}

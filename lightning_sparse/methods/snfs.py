@@ -6,30 +6,21 @@ optimizer's ratio of moments; a layer that gets more than it has room for passes
 proportion; connections that were just dropped are not grown again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.options import option
-from lightning_sparse.compat.torch_private import lerp_each
 from lightning_sparse.families.masked import DenseOnly
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
-from lightning_sparse.families.shares import droppable, shared_out
-from lightning_sparse.rules import select
+from lightning_sparse.families.shares import capped_where_nearly_dense, droppable, shared_out
 from lightning_sparse.rules.budgets import portion
-from lightning_sparse.rules.criteria import mean_momentum
-from lightning_sparse.rules.parts import WHOLE
+from lightning_sparse.weights import gradient_averages
 from lightning_sparse.weights.base import Weight
-from lightning_sparse.weights.masked import dense, finite_gradients
 
 __all__ = ["SNFS"]
-
-#: a layer with a smaller share of zeros is nearly dense (the authors' program)
-_NEARLY_DENSE = 0.2
 
 
 class SNFS(DenseOnly, PruneAndGrow):
@@ -56,10 +47,10 @@ class SNFS(DenseOnly, PruneAndGrow):
     paper_update_every = None
 
     needs_whole_gradients = True
-    unfit_patterns: ClassVar[Mapping[str, str]] = {
-        "N:M": "it moves connections from layer to layer, but groups that have N connections take no more. Use RigL or "
-        "SET."
-    }
+    unfit_patterns = dict.fromkeys(
+        ("N:M",),
+        "it moves connections from layer to layer, but groups that have N connections take no more. Use RigL or SET.",
+    )
 
     @property
     def layer_gradient_density(self) -> dict[str, float]:
@@ -68,34 +59,23 @@ class SNFS(DenseOnly, PruneAndGrow):
 
     def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Begin the average at 0."""
-        (held,) = dense([weight])
-        dtype = torch.promote_types(held.W.dtype, torch.float32)
-        return {"momentum": torch.zeros_like(held.mask, dtype=dtype)}
+        return {"momentum": gradient_averages.start(weight)}
 
     def observe(self, weights: Sequence[Weight], scale: float) -> None:
         """Average the gradients of all steps but those that AMP skips."""
-        held = dense(weights)
-        if finite_gradients(held):
-            momenta = [weight.buffers["momentum"] for weight in held]
-            gradients = [weight.dP.to(momentum.dtype) for weight, momentum in zip(held, momenta, strict=True)]
-            lerp_each(momenta, gradients if scale == 1 else [dP / scale for dP in gradients], 1 - self.smoothing)
+        gradient_averages.update_(weights, "momentum", self.smoothing, scale)
 
     def claims(self, weights: Sequence[Weight]) -> list[float]:
         """Return the layers' claims to connections: their mean momentum."""
-        return [_claim(weight) for weight in weights]
+        return [gradient_averages.mean_of_connections(weight, "momentum") for weight in weights]
 
     def drop_counts(self, weights: Sequence[Weight], fraction: float) -> list[int]:
         """Drop the same share of each layer, but of a nearly dense one that claims more than an even share less.
 
         It drops no more than its own share of zeros: what a layer with the largest claims drops, it can grow again.
         """
-        claims = self.claims(weights)
-        even = sum(claims) / max(len(claims), 1)
         wanted = [portion(fraction, weight.num_active) for weight in weights]
-        capped = [
-            min(n, w.num_inactive * w.num_active // w.size) if claim > even and _nearly_dense(w) else n
-            for w, n, claim in zip(weights, wanted, claims, strict=True)
-        ]
+        capped = capped_where_nearly_dense(weights, wanted, self.claims(weights))
         return droppable(weights, capped, self.min_layer_density)
 
     def grow_counts(self, weights: Sequence[Weight], drops: Sequence[int]) -> list[int]:
@@ -104,18 +84,5 @@ class SNFS(DenseOnly, PruneAndGrow):
 
     def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:
         """Grow where ``|momentum|`` is largest."""
-        found = weight.part.top_k_positions(weight.buffers["momentum"].abs(), n, among=~weight.mask)
-        return weight.part.positions(found)
-
-
-def _claim(weight: Weight) -> float:
-    """Return the mean ``|momentum|`` of a weight's connections."""
-    here = mean_momentum(weight.buffers["momentum"], weight.mask)
-    if weight.part is WHOLE or not weight.num_active:
-        return here
-    sum_here = torch.tensor(here * select.count(weight.mask), dtype=torch.float64)
-    return float(weight.part.sums(sum_here)) / weight.num_active
-
-
-def _nearly_dense(weight: Weight) -> bool:
-    return weight.num_inactive < _NEARLY_DENSE * weight.size
+        momenta = weight.buffers["momentum"].abs()
+        return weight.part.positions(weight.part.top_k_positions(momenta, n, among=~weight.mask))

@@ -23,15 +23,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_sparse.compat import checks
 from lightning_sparse.compat.lightning import rank_zero_info
 from lightning_sparse.compat.options import fixed, option
+from lightning_sparse.families.fan_in_budgets import FanInBudgets
 from lightning_sparse.families.prune_and_grow import PruneAndGrow
-from lightning_sparse.rules.budgets import budget, least
-from lightning_sparse.rules.fan_in import FanIn, nearest
+from lightning_sparse.rules.budgets import budget
+from lightning_sparse.rules.fan_in import FanIn
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroup
 
@@ -72,6 +72,7 @@ class SRigL(PruneAndGrow):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.resizes = self.min_salient > 0
+        self._budgets = FanInBudgets(self.pattern, self.min_layer_density, self._groups)
 
     def _take_pattern(self) -> None:
         """Keep the pattern of the class."""
@@ -91,70 +92,35 @@ class SRigL(PruneAndGrow):
             D = self.drop(weight, K, scale)
             G = self.grow(weight, K, D)
             active, lost, won = (self.pattern.fan_ins(weight, each) for each in (weight.active_indices, D, G))
-            stays = (active > 0) & ~self._ablated(weight, active, active - lost + won)
-            fan_ins = stays * self._fan_in(weight, int(stays.sum()))
+            ablated = self._budgets.ablated(weight, active, active - lost + won, self.min_salient)
+            stays = (active > 0) & ~ablated
+            fan_ins = stays * self._budgets.fan_in(weight, int(stays.sum()))
             dropped = self.pattern.trimmed(weight, D, fan_ins)
             weight.rewire(dropped, self.pattern.grow_to(weight, dropped, fan_ins), self.new_value)
 
-    def _ablated(self, weight: Weight, active: Tensor, salient: Tensor) -> Tensor:
-        """Mark the neurons to ablate, ``(out,)``.
-
-        Args:
-            weight: that they belong to.
-            active: number of connections of each, ``k`` or 0.
-            salient: number of salient connections of each.
-        """
-        marks = torch.zeros_like(active, dtype=torch.bool)
-        if weight.nonempty is not None:
-            return marks
-        fan_in, k = weight.size // len(active), int(active.max())
-        below = ((active > 0) & (salient < least(self.min_salient, k))).nonzero().view(-1)
-        most = int((active > 0).sum()) - -(-self._budget(weight) // fan_in)  # or the others could not hold n
-        marks[below[salient[below].argsort(stable=True)[:most]]] = True
-        return marks
-
-    def _fan_in(self, weight: Weight, m: int) -> int:
-        """Return k' of ``m`` neurons, with which the layer keeps ``min_layer_density``."""
-        return nearest(self._budget(weight), m, least(self.min_layer_density, weight.size))
-
-    def _budget(self, weight: Weight) -> int:
-        """Return n: how many connections the layer had before its first update."""
-        assert weight.optimizer is not None
-        return int(self._groups.of(weight.optimizer).values.setdefault(weight.name, weight.num_active))
-
     def target_count(self, group: WeightGroup) -> int:
         """Return how many connections neurons with whole fan-ins have."""
-        neurons = [(weight, int((self._fan_ins(weight) > 0).sum())) for weight in group.weights]
-        return sum(m * self._fan_in(weight, m) for weight, m in neurons)
+        return self._budgets.target_count(group)
 
     # ------------------------------------------------------------------ numbers
 
     @property
     def surplus(self) -> int:
-        """Connections above the budget, which whole fan-ins cannot meet.
-
-        Each layer may have half as many as it has neurons, or as many where ``min_layer_density`` rounds up.
-        """
-        weights = self._weights.values()
+        """Connections above the budget, which whole fan-ins cannot meet."""
         if self.sparsity_target is None:
             return 0
-        above = sum(weight.num_active for weight in weights) - budget(self.sparsity_target, self.size)
-        neurons = [len(self._fan_ins(weight)) for weight in weights]
-        largest = (2 if self.min_layer_density else 1) * sum(neurons) + max(neurons, default=0)
-        return above if 2 * abs(above) <= largest else 0
+        return self._budgets.surplus(self._weights.values(), budget(self.sparsity_target, self.size))
 
     @property
     def ablated(self) -> dict[str, int]:
         """Number of neurons of each layer that have no connections, by parameter name."""
-        return {name: int((self._fan_ins(weight) == 0).sum()) for name, weight in self._weights.items()}
+        fan_ins = {name: self._budgets.fan_ins(weight) for name, weight in self._weights.items()}
+        return {name: int((each == 0).sum()) for name, each in fan_ins.items()}
 
     @property
     def extra_metrics(self) -> dict[str, float]:
         """The number of ablated neurons is logged, too."""
         return {"sparsity/ablated": sum(self.ablated.values())}
-
-    def _fan_ins(self, weight: Weight) -> Tensor:
-        return self.pattern.fan_ins(weight, weight.active_indices)
 
     # ------------------------------------------------------------------ a fit
 
@@ -167,7 +133,8 @@ class SRigL(PruneAndGrow):
         """Take the weights over, and tell their fan-ins."""
         super().on_fit_start(trainer, pl_module)
         self.refuse_number([*self._weights.values()])
-        fan_ins = ", ".join(f"{int(self._fan_ins(weight).max())} in {name}" for name, weight in self._weights.items())
+        largest = {name: int(self._budgets.fan_ins(weight).max()) for name, weight in self._weights.items()}
+        fan_ins = ", ".join(f"{k} in {name}" for name, k in largest.items())
         active = sum(self.layer_count.values())
         rank_zero_info(
             f"{self!r} has {active} connections for a budget of {active - self.surplus}. A neuron has {fan_ins}."

@@ -15,7 +15,7 @@ from lightning_sparse.compat.lightning import LightningModule, Trainer
 from lightning_sparse.compat.options import option
 from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
-from lightning_sparse.layers.activations import SparseInput, readers
+from lightning_sparse.layers.activations import save_sparse_inputs
 from lightning_sparse.layers.selection import ParameterChoice
 
 __all__ = ["SWAT"]
@@ -73,10 +73,7 @@ class SWAT(TopKCallback):
         """Make the layers of ``weights`` save a sparse input; return the weights that they read."""
         assert self._fit.module is not None
         parameters = {name: weight.parameter for name, weight in weights.items()}
-        layers = [*readers(self._fit.module, parameters)] if self._left_out else []
-        for _, layer in layers:
-            self._fit.handles += SparseInput(self._left_out).register(layer)
-        return [name for name, _ in layers]
+        return save_sparse_inputs(self._fit.module, parameters, self._left_out, self._fit.handles)
 
     def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
         """``dW = dP``, which came from sparse inputs."""

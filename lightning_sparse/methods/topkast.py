@@ -5,7 +5,7 @@ weights outside of B do not move at all, whatever the optimizer's momentum and w
 with fresh optimizer state; annealing scales the loss's gradient, not the penalty's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
@@ -14,17 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.optimizers import states
 from lightning_sparse.compat.options import option
-from lightning_sparse.compat.shards import local
 from lightning_sparse.compat.torch_private import copy_each
 from lightning_sparse.families.annealing import Annealed
 from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.top_k import TopKCallback
 from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import apportion, budget
-from lightning_sparse.rules.matrices import write_matrix
-from lightning_sparse.weights.fresh import COPIES, SCALES, mean_of_others, whole_layer
+from lightning_sparse.rules.powerpropagation import power_, root, times_derivative_
+from lightning_sparse.weights.entering import refresh
 
 __all__ = ["TopKAST"]
 
@@ -118,12 +116,11 @@ class TopKAST(Annealed, TopKCallback):
 
     def begin(self, weight: LatentWeight) -> None:
         """Find the ``v`` of powerpropagation whose weight is the given one."""
-        if self.power != 1:
-            weight.latent = self.latent(weight, weight.latent)
+        weight.latent = self.latent(weight, weight.latent)
 
     def latent(self, weight: LatentWeight, P: Tensor) -> Tensor:
         """``v = sign(P) |P|^(1/power)``."""
-        return P if self.power == 1 else P.sign() * P.abs().pow(1 / self.power)
+        return root(P, self.power)
 
     def scale(self, weight: LatentWeight, factor: float) -> None:
         """Multiply ``P = v |v|^(power-1)`` by a factor."""
@@ -147,8 +144,7 @@ class TopKAST(Annealed, TopKCallback):
     def effective(self, weight: LatentWeight, W: Tensor, out: Tensor) -> None:
         """Write ``v |v|^(power-1) * 1_A``."""
         super().effective(weight, W, out)
-        if self.power != 1:
-            out.mul_(out.abs().pow_(self.power - 1))
+        power_(out, self.power)
 
     def before_step(self, optimizer: Optimizer, share: float, scale: float) -> None:  # noqa: D102  (inherited)
         self._l2_now = self.l2 * share * scale
@@ -159,8 +155,7 @@ class TopKAST(Annealed, TopKCallback):
         A, B = (weight.matrix(weight.buffers[key]) for key in ("A", "B"))
         if self.current_alpha != 1:
             dP.mul_(_either(A, 1.0, self.current_alpha, dP))
-        if self.power != 1:
-            dP.mul_(W.abs().pow_(self.power - 1).mul_(self.power))
+        times_derivative_(dP, W, self.power)
         if self._l2_now:
             dP.addcmul_(W, _either(A, self._l2_now, self._l2_now / (1 - self.sparsity_target), dP))
         select.zero_outside_(dP, B)
@@ -184,41 +179,16 @@ class TopKAST(Annealed, TopKCallback):
             part.undo_outside("B")
         super().updated(optimizer, weights)
         if optimizer is not None:
-            self._make_fresh(optimizer, before)
+            refresh(optimizer, self._groups[id(optimizer)].weights, "B", before)
 
     def written(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """Find the sets anew; what enters B has a fresh state."""
         before = self._sets_of_updated()
         super().written(optimizer, weights)
-        self._make_fresh(optimizer, before)
+        refresh(optimizer, self._groups[id(optimizer)].weights, "B", before)
 
     def _sets_of_updated(self) -> dict[str, Tensor]:
         return {weight.name: weight.buffers["B"] for weight in self._weights.values()}
-
-    def _make_fresh(self, optimizer: Optimizer, before: Mapping[str, Tensor]) -> None:
-        """Give what has entered B since ``before`` a fresh state of the optimizer."""
-        for weight in self._groups[id(optimizer)].weights:
-            B = weight.buffers["B"]
-            if B is before[weight.name]:
-                continue
-            assert weight.parameter is not None
-            kept = [item for state in states(optimizer, weight.parameter) for item in state.items()]
-            for key, state in kept:
-                if isinstance(state, Tensor) and state.shape == weight.shape and key not in COPIES:
-                    select.zero_outside_(local(state), before[weight.name] | ~B)
-                    if key in SCALES:
-                        _fill_with_means(weight, local(state), before[weight.name])
-
-
-def _fill_with_means(weight: LatentWeight, state: Tensor, before: Tensor) -> None:
-    """Set a state of what has entered B, where it is 0, to the mean of its row's others, as of grown connections."""
-    rows, staying, entering = (weight.matrix(x) for x in (state, weight.buffers["B"] & before, ~before))
-    exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    sums, others = (exact * staying).sum(1), staying.sum(1)
-    everywhere = whole_layer(weight.part, sums, others)
-    means = mean_of_others(sums, others, torch.arange(len(rows), device=rows.device), 0.0, everywhere)
-    entering = entering & weight.matrix(weight.buffers["B"])
-    write_matrix(state, torch.where(entering, means[:, None].to(rows.dtype), rows), weight.outputs)
 
 
 def _either(mask: Tensor, inside: float, outside: float, like: Tensor) -> Tensor:

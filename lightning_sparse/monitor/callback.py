@@ -24,7 +24,7 @@ from lightning_sparse.monitor.figures import draw, painters
 from lightning_sparse.monitor.history import History
 from lightning_sparse.monitor.looks import Looks
 from lightning_sparse.monitor.operations import Operations, counted
-from lightning_sparse.storage import shards
+from lightning_sparse.trainer import divided_states
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.shards import divides_weights
 
@@ -169,13 +169,13 @@ class SparsityMonitor(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have bits of divided weights saved by shards, or whole, as the module is."""
         if divides_weights(trainer):
-            shards.save(trainer, checkpoint, self.state_key)
+            divided_states.save(trainer, checkpoint, self.state_key)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read what processes have written in shards."""
         states, key = checkpoint.get("callbacks", {}), self.state_key
         if key in states and divides_weights(trainer):
-            states[key] = shards.read(states[key], Looks.divided_state(pl_module), key, str(trainer.ckpt_path))
+            states[key] = divided_states.read(states[key], Looks.divided_state(pl_module), key, str(trainer.ckpt_path))
 
     def state_dict(self) -> dict[str, Any]:
         """Return averages, explored connections as bits, and the epochs so far: tensors and plain values only."""

@@ -8,9 +8,10 @@ from torch import Generator, Tensor
 from lightning_sparse.rules import select
 from lightning_sparse.rules.ascending import contains
 from lightning_sparse.rules.criteria import Connections
+from lightning_sparse.rules.groups import candidates
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, parts, rows_of
 from lightning_sparse.rules.parts import WHOLE, Whole
-from lightning_sparse.rules.patterns import Laid, Pattern, Sized, candidates, other_rows
+from lightning_sparse.rules.patterns import Laid, Pattern, Sized, other_rows
 from lightning_sparse.rules.rows import top_k_of_rows
 from lightning_sparse.rules.tiles import Tiles
 

@@ -8,7 +8,7 @@ are active as a whole or not at all: what follows then sees a weight whose conne
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,8 @@ from torch import Generator, Tensor
 
 from lightning_sparse.rules import ascending, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
-from lightning_sparse.rules.matrices import FIRST, Outputs, parts
+from lightning_sparse.rules.groups import Groups, candidates, largest_of_each
+from lightning_sparse.rules.matrices import FIRST, Outputs
 from lightning_sparse.rules.parts import WHOLE, Whole, together
 from lightning_sparse.rules.tiles import Tiles
 
@@ -28,7 +29,6 @@ __all__ = [
     "NOfM",
     "Pattern",
     "Sized",
-    "candidates",
     "check_pattern",
     "first_of_rows",
     "named",
@@ -233,7 +233,7 @@ class NOfM(Pattern):
         part: Whole = WHOLE,
     ) -> Tensor:
         """Return those in a part of ``n`` positions: each of the N places that a group has is equally likely."""
-        groups = _Groups(Tiles(shape, outputs, 1, self.m), part)
+        groups = Groups(Tiles(shape, outputs, 1, self.m), part)
         first = torch.empty(0, dtype=torch.long)
         if nonempty is not None:
             first = sampling.one_a_row(shape, nonempty, generator)
@@ -288,7 +288,7 @@ class NOfM(Pattern):
         dense = scores.new_full(part.shape_here(weight.shape), -math.inf)
         dense.view(-1)[indices] = -scores
         limits = (self.m - groups.counts(places)).to(dense.device)
-        droppable = _largest_of_each(groups.tiles, dense, limits, groups.first_position).view(-1)[indices]
+        droppable = largest_of_each(groups.tiles, dense, limits, groups.first_position).view(-1)[indices]
         droppable &= scores != math.inf
         order = ties.at(places, weight.shape)
         return places[part.lowest_positions(scores, n, droppable, order)]
@@ -305,10 +305,10 @@ class NOfM(Pattern):
         groups = self._groups(weight)
         return groups.drawn(n, self._room(groups, weight, dropped), weight.active_indices.cpu(), generator)
 
-    def _groups(self, weight: Connections) -> "_Groups":
-        return _Groups(Tiles(weight.shape, weight.outputs, 1, self.m), weight.part)
+    def _groups(self, weight: Connections) -> Groups:
+        return Groups(Tiles(weight.shape, weight.outputs, 1, self.m), weight.part)
 
-    def _room(self, groups: "_Groups", weight: Connections, dropped: Tensor) -> Tensor:
+    def _room(self, groups: Groups, weight: Connections, dropped: Tensor) -> Tensor:
         """Return how many each group can take once others are ``dropped``, which do not come back at once.
 
         A group that still has more than N may have back as many as it loses.
@@ -323,78 +323,7 @@ class NOfM(Pattern):
         first = int(weight.part.positions(torch.tensor(0)))
         limits = torch.full((scores.numel() // self.m,), self.n)
         scores = scores if among is None else scores.masked_fill(~among, -math.inf)
-        return _largest_of_each(groups, scores, limits, first)
-
-
-class _Groups:
-    """The groups of a weight that are here: all of them, or those of the rows that a process holds.
-
-    Args:
-        tiles: the groups of the whole weight.
-        part: what is here of it.
-
-    Attributes:
-        first_position: flat position of the first connection that is here.
-    """
-
-    def __init__(self, tiles: Tiles, part: Whole) -> None:
-        self.tiles, self._part = tiles, part
-        self._number = part.length(math.prod(tiles.shape)) // tiles.size
-        self.first_position = int(part.positions(torch.tensor(0)))
-        self._first = int(tiles.of(torch.tensor(self.first_position))) if self._number else 0
-
-    def counts(self, positions: Tensor) -> Tensor:
-        """Return how many of some flat positions that are here are in each group: ``(groups,)``, on the CPU."""
-        return torch.bincount(self.tiles.of(positions.cpu()) - self._first, minlength=self._number)
-
-    def drawn(self, n: int, room: Tensor, taken: Tensor, generator: Generator) -> Tensor:
-        """Draw ``n`` positions that are not ``taken``, of each group at most its ``room``; return those here."""
-        places = self._part.places(n, int(room.sum()), generator)
-        of_places = torch.searchsorted(room.cumsum(0), places, right=True)
-        chosen, counts = torch.unique_consecutive(of_places, return_counts=True)
-        members = self.tiles.members(chosen + self._first)
-        m, dtype = self.tiles.size, torch.float32  # whatever the precision
-        keys = self._part.drawn_for(members[:, 0], lambda k: torch.rand(k, m, generator=generator, dtype=dtype))
-        keys.masked_fill_(torch.isin(members, taken), 2)
-        nearest = members.gather(1, keys.argsort(1))
-        return nearest[torch.arange(m) < counts[:, None]].sort().values
-
-
-def _largest_of_each(groups: Tiles, scores: Tensor, limits: Tensor, first: int = 0) -> Tensor:
-    """Mark the largest scores of each group, as many as its limit says.
-
-    Args:
-        groups: of the weight.
-        scores: of the weight, or of some of its rows; -inf is never marked.
-        limits: one for each of these groups.
-        first: flat position of the first score.
-    """
-    outputs, shape = groups.outputs, scores.shape
-    view = parts(scores, outputs)
-
-    def order() -> Tensor:
-        positions = torch.arange(first, first + scores.numel(), device=scores.device)
-        return parts(ties.spread(positions, groups.shape).view(shape), outputs)
-
-    marks = torch.empty(shape, dtype=torch.bool, device=scores.device)
-    grid = (1,) if groups.columns is None else (view.shape[2] // groups.columns, *view.shape[3:])
-    limits = limits.view(*view.shape[:2], *grid)
-    parts(marks, outputs).copy_(groups.largest_of_each(view, limits, order))
-    return marks
-
-
-def candidates(groups: Tiles, weight: Connections, room: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield ``|dP|`` of inactive connections, some rows at a time, and -1 where their groups have room for larger ones.
-
-    Each part is flat and comes after the position where it begins.
-    """
-    done = 0
-    for first, gradients in weight.gradient_parts():
-        limits = room[done : done + gradients.numel() // groups.size]
-        done += len(limits)
-        inactive = gradients.masked_fill(gradients < 0, -math.inf)
-        marks = _largest_of_each(groups, inactive, limits, first)
-        yield first, gradients.masked_fill_(~marks, -1).reshape(-1)
+        return largest_of_each(groups, scores, limits, first)
 
 
 def other_rows(outputs: Outputs, nonempty: Outputs | None) -> str | None:

@@ -2,8 +2,9 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Phases", "alternating", "cycles_that_fit"]
+__all__ = ["PAPER_CYCLES", "Bounds", "Phases", "alternating", "bounds", "cycles_that_fit"]
 
 #: sparse phases before the last one in the paper's training of 100 epochs (AC/DC, Sec. 4)
 PAPER_CYCLES = 7
@@ -34,6 +35,41 @@ class Phases:
     def last(self) -> int:
         """The number of the last phase."""
         return len(self.begins)
+
+
+class Bounds(NamedTuple):
+    """The steps at which the first sparse phase, the last dense one and the last sparse one begin."""
+
+    begin: int
+    last_dense: int
+    end: int
+
+    @property
+    def between(self) -> int:
+        """Number of steps of the phases of equal length."""
+        return max(0, self.last_dense - self.begin)
+
+    @property
+    def most_cycles(self) -> int:
+        """Number of sparse phases that these steps hold at most."""
+        return (self.between + 1) // 2
+
+
+def bounds(total: int, begin_at: float, last_dense: float, end_at: float) -> Bounds:
+    """Return the bounds in a training of ``total`` steps.
+
+    Args:
+        total: at least 1.
+        begin_at: share of the training after which the dense warm-up ends.
+        last_dense: share that the last dense phase takes; it has a step at least.
+        end_at: share after which the last sparse phase begins, which has a step at least.
+
+    >>> bounds(100, 0.1, 0.1, 0.85), bounds(2, 0.1, 0.1, 0.85)
+    (Bounds(begin=10, last_dense=75, end=85), Bounds(begin=0, last_dense=0, end=1))
+    """
+    end = min(round(end_at * total), total - 1)
+    last = end - max(1, round(last_dense * total))
+    return Bounds(max(0, min(round(begin_at * total), last - 1)), last, end)
 
 
 def cycles_that_fit(steps: int, epoch: int) -> int:

@@ -19,6 +19,7 @@ __all__ = [
     "cubic",
     "halving",
     "linear",
+    "logistic",
     "none",
     "sigmoid",
     "sigmoid_cosine",
@@ -52,6 +53,15 @@ def sigmoid(p: float) -> float:
 def sigmoid_cosine(p: float) -> float:
     """Return the larger of the two above (AutoSparse, Eq. 4)."""
     return max(sigmoid(p), cosine(p))
+
+
+def logistic(p: float, steepness: float) -> float:
+    """Return the rising logistic curve ``1 / (1 + exp(-s (p - 1/2)))`` of the steepness s (OptG).
+
+    >>> logistic(0.5, 10.0), round(logistic(1.0, 10.0), 4)
+    (0.5, 0.9933)
+    """
+    return 0.5 * (1 + math.tanh(steepness * (min(p, 1.0) - 0.5) / 2))  # exp would overflow
 
 
 def cubic(p: float) -> float:

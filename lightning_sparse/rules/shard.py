@@ -13,6 +13,7 @@ from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.ascending import contains, different, merged
 from lightning_sparse.rules.drawn import Drawn
 from lightning_sparse.rules.radix import least, ordered
+from lightning_sparse.rules.runs import Runs
 from lightning_sparse.rules.tiles import Tiles
 from lightning_sparse.rules.whole import Whole
 
@@ -38,6 +39,7 @@ class Shard(Whole):
         number: that of this shard, among ``numbers`` different ones.
         is_owner: no process before this one holds the same.
         is_shared: some processes hold the same.
+        runs: the positions of what is here.
     """
 
     least = evenly = count_global_top_k = global_top_k = ranking = None  # type: ignore[assignment]  # ask ``together``
@@ -52,7 +54,7 @@ class Shard(Whole):
         self.is_shared = sum(math.prod(map(len, ranges)) for ranges in self.held) > self.size
         self.number, self.numbers = shards.index(self.ranges), len(shards)
         self.divided = {d for d, n in enumerate(self.shape) if any(len(ranges[d]) < n for ranges in shards)}
-        self._lay_runs(shards)
+        self.runs = Runs(self.shape, self.ranges, self.divided, shards)
 
     def of_tiles(self, tiles: Tiles) -> "Shard":
         """Return what is here of the tiles of the weight, none of which lies on several processes."""
@@ -73,18 +75,6 @@ class Shard(Whole):
             for row in added(table, self.device).tolist()
         ]
 
-    def _lay_runs(self, shards: Sequence[tuple[range, ...]]) -> None:
-        """Find the runs, and their numbers among the runs of all shards in the order of positions."""
-        d = max(self.divided, default=0)
-        rows, within = math.prod(self.shape[:d]), math.prod(self.shape[d + 1 :])
-        self._begin = sum(r.start * math.prod(self.shape[i + 1 :]) for i, r in enumerate(self.ranges))
-        self._length, self._distance = len(self.ranges[d]) * within, self.shape[d] * within
-        columns = sorted({(ranges[d].start, ranges[d].stop) for ranges in shards})
-        first = math.prod(self.shape[1:d]) * self.ranges[0].start if d else 0
-        here = torch.arange(first, first + math.prod(map(len, self.ranges[:d])))
-        self._runs = here * len(columns) + columns.index((self.ranges[d].start, self.ranges[d].stop))
-        self._all_runs = rows * len(columns)
-
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the processes."""
         return {**self.__dict__, "layout": None, "_of_tiles": {}}
@@ -99,30 +89,20 @@ class Shard(Whole):
     # ------------------------------------------------------------------ which elements
 
     def positions(self, indices: Tensor) -> Tensor:  # noqa: D102  (inherited)
-        if len(self._runs) == 1:
-            return indices + self._begin
-        length = max(self._length, 1)
-        return indices.div(length, rounding_mode="floor") * self._distance + indices % length + self._begin
+        return self.runs.positions(indices)
 
     def here(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
         return positions[self.has(positions)]
 
     def has(self, positions: Tensor) -> Tensor:
         """Mark the positions that lie in the part."""
-        run, place = self._in_runs(positions)
-        return (run >= 0) & (run < len(self._runs)) & (place < self._length)
+        return self.runs.has(positions)
 
     def indices(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
-        run, place = self._in_runs(positions)
-        return run * self._length + place
-
-    def _in_runs(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the run of each position, and its place within."""
-        after = positions - self._begin
-        return after.div(self._distance, rounding_mode="floor"), after % self._distance
+        return self.runs.indices(positions)
 
     def length(self, size: int) -> int:  # noqa: D102  (inherited)
-        return len(self._runs) * self._length
+        return len(self.runs) * self.runs.length
 
     def shape_here(self, shape: Sequence[int]) -> tuple[int, ...]:  # noqa: D102  (inherited)
         return tuple(map(len, self.ranges))
@@ -179,20 +159,15 @@ class Shard(Whole):
 
     def _before(self, counts: Tensor) -> tuple[Tensor, int]:
         """Return how many of something lie before each run, and how many there are; ``counts``: of each run."""
-        table = torch.zeros(self._all_runs, dtype=torch.int32 if self.size < 1 << 31 else torch.int64)
-        table[self._runs] = counts.to(table.dtype)
+        table = torch.zeros(self.runs.total, dtype=torch.int32 if self.size < 1 << 31 else torch.int64)
+        table[self.runs.numbers] = counts.to(table.dtype)
         of_runs = self.sums(table).long()
         upto = of_runs.cumsum(0)
-        return (upto - of_runs)[self._runs], int(upto[-1])
-
-    def _of_runs(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the run of each position, and how many there are in each run."""
-        run, _ = self._in_runs(positions)
-        return run, torch.bincount(run, minlength=len(self._runs))
+        return (upto - of_runs)[self.runs.numbers], int(upto[-1])
 
     def _places(self, positions: Tensor) -> tuple[Tensor, int]:
         """Return the places of ascending positions among those of all parts, and how many these are."""
-        run, counts = self._of_runs(positions)
+        run, counts = self.runs.counts(positions)
         before, total = self._before(counts)
         shifts = before - (counts.cumsum(0) - counts)
         return torch.arange(len(positions)) + shifts[run], total
@@ -256,7 +231,7 @@ class Shard(Whole):
 
     def free_positions(self, n: int, taken: Tensor, size: int, generator: Generator) -> Tensor:
         """Draw ``n`` different positions that are not ``taken``, ascending here; return those that are here."""
-        free = self._length - self._of_runs(taken)[1]
+        free = self.runs.length - self.runs.counts(taken)[1]
         before, total = self._before(free)
         if not 0 <= n <= total:
             raise ValueError(f"{n} connections were asked for, {total} are free.")

@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_sparse.compat.lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_sparse.compat.torch_private import register_before_load
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules.patterns import Pattern
 from lightning_sparse.storage.checkpoint import load_for
 from lightning_sparse.storage.optimizers import carry_over
-from lightning_sparse.storage.shards import SavesShards
 from lightning_sparse.trainer.adopt import Adoption
 from lightning_sparse.trainer.after import After
+from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroups
 
@@ -175,7 +175,7 @@ class Store(ABC):
         """Change the module's part of a checkpoint."""
 
 
-class Stored(SavesShards):
+class Stored(Verbs, Callback, ABC):
     """A method whose weights a store keeps: it passes Lightning's hooks on to the store.
 
     Attributes:

@@ -13,7 +13,8 @@ from lightning_sparse.compat import checks, lightning_private
 from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer, rank_zero_info
 from lightning_sparse.compat.options import Options, option
 from lightning_sparse.layers.selection import ParameterChoice, select_parameters, table
-from lightning_sparse.trainer import agreement, guards, shards
+from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.trainer import agreement, divided_states, guards, shards
 from lightning_sparse.trainer.averages import mask_averages
 from lightning_sparse.trainer.fit import Fit, epochs, steps
 from lightning_sparse.trainer.ownership import Ownership, owned
@@ -121,8 +122,14 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         rank_zero_info(table(f"{self!r} of lightning_sparse", choices, self.planned_density))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave effective weights behind, whatever the moment, so that a last checkpoint is whole."""
+        """Leave effective weights behind, whatever the moment, so that a last checkpoint is whole.
+
+        If a consolidated checkpoint could not be read, say what helps.
+        """
         self.abort_update()
+        unread = "optimizer_states" in str(exception) or self.state_key in str(exception)
+        if unread and divided_states.is_consolidated(str(trainer.ckpt_path)):
+            guards.refuse_consolidated(self, trainer, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module and the optimizers; masks stay readable."""
@@ -250,8 +257,13 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
     # ------------------------------------------------------------------ state
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep averages sparse, one of which may be about to be saved, or in the checkpoint already."""
+        """Keep averages sparse, one of which may be about to be saved, or in the checkpoint already.
+
+        Where processes hold parts of weights, have the state saved by shards, or whole, as the module's is.
+        """
         mask_averages(self, trainer)
+        if together([*self._weights.values()]) is not WHOLE:
+            divided_states.save(trainer, checkpoint, self.state_key)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors and plain values only."""
@@ -261,12 +273,18 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
             "arguments": agreement.written_arguments(self.arguments),
         }
 
+    def divided_state(self, trainer: Trainer) -> dict[str, Any]:
+        """Return a state with all DTensors that one in a checkpoint may have, divided as they are to be."""
+        return self.state_dict()
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to continue from a checkpoint that does not hold this method's state."""
+        """Refuse to continue from a checkpoint that does not hold this method's state; read what is in shards."""
+        states, key = checkpoint.get("callbacks", {}), self.state_key
+        if key in states and self._fit.restored_late:
+            states[key] = divided_states.read(states[key], self.divided_state(trainer), key, str(trainer.ckpt_path))
         if trainer.state.fn == "fit":
-            states = checkpoint["callbacks"]
-            guards.refuse_missing_state(self, self.state_key, states)
-            states[self.state_key] = agreement.saved(self, states[self.state_key])
+            guards.refuse_missing_state(self, key, states)
+            states[key] = agreement.saved(self, states[key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -45,8 +45,10 @@ __all__ = [
     "warn_of_divergence",
     "warn_of_equal_scores",
     "warn_of_few",
+    "warn_of_halted",
     "warn_of_log_interval",
     "warn_of_other_weights",
+    "warn_of_strays",
 ]
 
 #: reason of a weight that no optimizer trains
@@ -57,6 +59,12 @@ REMEDY = (
     "Lower the learning rate, set Trainer(gradient_clip_val=1.0), look at the inputs and the loss, or train in float32 "
     "or bfloat16 in place of float16."
 )
+
+
+class _Warns(Protocol):
+    """What a warning asks of its method."""
+
+    def warn_once(self, message: str) -> None: ...
 
 
 def listed(names: Sequence[str]) -> str:
@@ -344,7 +352,25 @@ def warn_of_divergence(method: Verbs, names: Sequence[str], epoch: int) -> None:
         )
 
 
-def warn_of_equal_scores(method: Verbs, names: Sequence[str]) -> None:
+def warn_of_halted(method: Verbs, names: Sequence[str]) -> None:
+    """Warn of connections that could not move for gradients, of parameters of these names, that are not finite."""
+    if names:
+        method.warn_once(
+            f"{method!r} has moved no connections since gradients are not finite: those of {listed(names)} were not "
+            f"when connections were due to move. They move as soon as gradients are finite. {REMEDY}"
+        )
+
+
+def warn_of_strays(method: Verbs, name: str, strays: int) -> None:
+    """Warn that so many values were lost that other code wrote into a weight outside of its mask."""
+    method.warn_once(
+        f"{method!r} has set {strays} values to 0 that other code wrote into {name} where it has no "
+        "connections: these stay. To train other weights with connections of their own, load them before "
+        "the fit, with initial='zeros' or 'magnitude' where the method takes it."
+    )
+
+
+def warn_of_equal_scores(method: _Warns, names: Sequence[str]) -> None:
     """Warn of weights of these names, whose connections cannot be ranked: their scores are all the same."""
     if names:
         method.warn_once(

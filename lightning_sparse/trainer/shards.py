@@ -21,9 +21,9 @@ from lightning_sparse.trainer.verbs import Verbs
 __all__ = [
     "divides_weights",
     "identical_parts",
-    "refuse_cut_blocks",
     "refuse_parts",
     "refuse_parts_of_rows",
+    "refuse_parts_of_units",
     "unfit_layout",
     "warn_of_identical_parts",
 ]
@@ -112,7 +112,14 @@ def refuse_parts_of_rows(method: Verbs, choices: Sequence[ParameterChoice]) -> N
             )
 
 
-def refuse_cut_blocks(method: Verbs, choices: Sequence[ParameterChoice], pattern: Pattern) -> None:
+def refuse_parts_of_units(method: Verbs, choices: Sequence[ParameterChoice], pattern: Pattern) -> None:
+    """Raise if a group of N:M, a row or a block may lie on several processes."""
+    if pattern.kind != "unstructured":
+        refuse_parts_of_rows(method, choices)
+        _refuse_cut_blocks(method, choices, pattern)
+
+
+def _refuse_cut_blocks(method: Verbs, choices: Sequence[ParameterChoice], pattern: Pattern) -> None:
     """Raise if a block of the pattern lies on several processes."""
     for choice in choices:
         tiles = pattern.units(choice.shape, choice.outputs)

@@ -135,18 +135,8 @@ class LatentWeight:
         if not same_layout:
             P.copy_(work)
         if self.nonempty is not None:
-            self._refill(P, self.nonempty)
+            _refill(P, self.latent, self.nonempty)
         return result
-
-    def _refill(self, P: Tensor, nonempty: Outputs) -> None:
-        """Write the largest latent value of each empty row into ``P``.
-
-        Its size does not matter: what is left of a row is divided by its norm.
-        """
-        rows, W = as_matrix(P, nonempty), as_matrix(self.latent, nonempty)
-        first = W.abs().argmax(1, keepdim=True)
-        kept = torch.where((rows == 0).all(1, keepdim=True), W.gather(1, first), rows.gather(1, first))
-        write_matrix(P, rows.scatter(1, first, kept), nonempty)
 
     def turn_gradient(self, gradients: Callable[[Tensor, Tensor], None]) -> None:
         """Make the parameter's gradient that of ``W``, in place.
@@ -284,3 +274,14 @@ class LatentWeight:
         buffers = {key: buffer.detach() for key, buffer in self.buffers.items()}
         loose: dict[str, Any] = {"parameter": None, "effective": None, "_views": {}, "_kernels": None}
         return {**self.__dict__, "latent": self.latent.detach(), "buffers": buffers, **loose}
+
+
+def _refill(P: Tensor, latent: Tensor, nonempty: Outputs) -> None:
+    """Write the largest latent value of each empty row into ``P``.
+
+    Its size does not matter: what is left of a row is divided by its norm.
+    """
+    rows, W = as_matrix(P, nonempty), as_matrix(latent, nonempty)
+    first = W.abs().argmax(1, keepdim=True)
+    kept = torch.where((rows == 0).all(1, keepdim=True), W.gather(1, first), rows.gather(1, first))
+    write_matrix(P, rows.scatter(1, first, kept), nonempty)

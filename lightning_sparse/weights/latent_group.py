@@ -1,6 +1,6 @@
 """LatentGroup: the weights of one optimizer that trains latent weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ from lightning_sparse.weights.joined import Joined
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.thresholds import ThresholdBuffer
 
-__all__ = ["LatentGroup"]
+__all__ = ["LatentGroup", "update_counts"]
 
 
 @dataclass(eq=False)
@@ -42,3 +42,12 @@ class LatentGroup:
                 found.append(each)
                 left = {key: weight for key, weight in left.items() if weight not in each.weights}
         return [*found, *left.values()]
+
+    def go_on(self, updates: Mapping[str, int]) -> None:
+        """Set the clock to that of the weight that has seen most updates, by the weights' names."""
+        self.updates = max((updates.get(weight.name, 0) for weight in self.weights), default=0)
+
+
+def update_counts(groups: Iterable[LatentGroup]) -> dict[str, int]:
+    """Return the number of updates of each weight by name."""
+    return {weight.name: group.updates for group in groups for weight in group.weights}

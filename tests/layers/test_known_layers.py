@@ -10,7 +10,7 @@ from helpers import SETTINGS, THRESHOLDS, Lit, effective, fit, loader, saved, se
 from torch import nn
 
 from lightning_sparse import RandomPruning, RigL, register_layer
-from lightning_sparse.layers import selection
+from lightning_sparse.layers import kinds
 from lightning_sparse.layers.selection import patterns, select_parameters, table
 from lightning_sparse.monitor.layer import layers_of, picture
 from lightning_sparse.rules.matrices import FIRST, Outputs
@@ -18,7 +18,7 @@ from lightning_sparse.rules.matrices import FIRST, Outputs
 
 @pytest.fixture(autouse=True)
 def _forgets_what_a_test_registers(monkeypatch):
-    monkeypatch.setattr(selection, "LAYERS", dict(selection.LAYERS))
+    monkeypatch.setattr(kinds, "LAYERS", dict(kinds.LAYERS))
 
 
 class InOut(nn.Module):

@@ -31,18 +31,18 @@ def shown(value):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_phases_have_exactly_all_weights_or_the_budget(scope):
     watch, _, _ = watched(ACDC(0.8, scope=scope, **OPTIONS), batches=20)
-    assert watch.callback._phases.begins == BEGINS
+    assert watch.callback._alternation.phases.begins == BEGINS
     assert [sum(counts) for counts in watch.counts] == shown(78)
     if scope == "layer":
         assert watch.counts[-1] == apportion(78, [192, 160, 40], [192, 160, 40])
 
 
 def test_the_paper_s_phases_are_shares_of_the_training():
-    assert ACDC(0.5)._divide(200, 100).begins == (*(2 * epoch for epoch in range(10, 76, 5)), 170)
+    assert ACDC(0.5)._alternation.divided(200, 100).begins == (*(2 * epoch for epoch in range(10, 76, 5)), 170)
 
 
 def test_a_short_training_has_fewer_phases_and_none_is_shorter_than_an_epoch():
-    assert ACDC(0.5)._divide(50, 10).begins == (5, 11, 17, 24, 30, 37, 42)
+    assert ACDC(0.5)._alternation.divided(50, 10).begins == (5, 11, 17, 24, 30, 37, 42)
 
 
 def reference(optimizer, batches):

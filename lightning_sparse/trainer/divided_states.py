@@ -1,10 +1,9 @@
-"""Shards in checkpoints: what a method's state holds as DTensors is saved as the module's weights are.
+"""States in checkpoints of which processes hold parts: their DTensors are saved as the module's weights are.
 
 A full checkpoint has whole tensors. In a distributed one, a folder, each process writes the rows that it holds, and
 reads those that it needs, whatever the number of processes was.
 """
 
-from abc import ABC
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,45 +11,14 @@ from zipfile import ZipFile, is_zipfile
 
 from torch import Tensor
 
-from lightning_sparse.compat.lightning import Callback, LightningModule, Trainer
+from lightning_sparse.compat.lightning import Trainer
 from lightning_sparse.compat.lightning_private import saves_by_shards
 from lightning_sparse.compat.shards import copied, is_sharded, whole
-from lightning_sparse.rules.parts import WHOLE, together
-from lightning_sparse.trainer.guards import refuse_consolidated
-from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["SavesShards", "gathered", "is_consolidated", "read", "save", "set_aside"]
+__all__ = ["gathered", "is_consolidated", "read", "save", "set_aside"]
 
 #: an entry of a state whose shards are beside it
 _ASIDE = "lightning_sparse.shards"
-
-
-class SavesShards(Verbs, Callback, ABC):
-    """A method whose state has DTensors where processes hold parts of its weights."""
-
-    def divided_state(self, trainer: Trainer) -> dict[str, Any]:
-        """Return a state with all DTensors that one in a checkpoint may have, divided as they are to be."""
-        return self.state_dict()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Have the state saved by shards, or whole, as the module's is."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if together([*self._weights.values()]) is not WHOLE:
-            save(trainer, checkpoint, self.state_key)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read what processes have written in shards."""
-        states, key = checkpoint.get("callbacks", {}), self.state_key
-        if key in states and self._fit.restored_late:
-            states[key] = read(states[key], self.divided_state(trainer), key, str(trainer.ckpt_path))
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say what helps if a consolidated checkpoint could not be read."""
-        super().on_exception(trainer, pl_module, exception)
-        unread = "optimizer_states" in str(exception) or self.state_key in str(exception)
-        if unread and is_consolidated(str(trainer.ckpt_path)):
-            refuse_consolidated(self, trainer, exception)
 
 
 def save(trainer: Trainer, checkpoint: Mapping[str, Any], key: str) -> None:
