@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_sparse import MemoryEfficientDST
+from lightning_sparse.families.subsets import Subsets
 
 
 class Holds(Lit):
@@ -27,9 +28,16 @@ class Records(MemoryEfficientDST):
 
     ends = ()
 
-    def _endpoints(self, weights):
-        self.ends = (*self.ends, super()._endpoints(weights))
-        return self.ends[-1]
+    def __post_init__(self):
+        super().__post_init__()
+        self._subsets = Kept(self)
+
+
+class Kept(Subsets):
+    def endpoints(self, weights):
+        found = super().endpoints(weights)
+        self.method.ends = (*self.method.ends, found)
+        return found
 
 
 class Agrees(pl.Callback):

@@ -68,7 +68,7 @@ class Subsets:
 
     def draw(self, weights: Sequence[Weight], counts: Sequence[int]) -> list[Tensor]:
         """Draw so many inactive connections of each layer: flat positions, ascending."""
-        endpoints, generator = self._endpoints(weights), self.method.generator
+        endpoints, generator = self.endpoints(weights), self.method.generator
         subsets = []
         for weight, count in zip(weights, counts, strict=True):
             ends = {"shape": weight.shape, **endpoints.get(weight.name, {})}
@@ -76,7 +76,7 @@ class Subsets:
             subsets.append(sampling.subset(count, taken, generator=generator, where=weight.part, **ends))
         return subsets
 
-    def _endpoints(self, weights: Sequence[Weight]) -> dict[str, dict[str, Any]]:
+    def endpoints(self, weights: Sequence[Weight]) -> dict[str, dict[str, Any]]:
         """Return ``f``, ``g``, groups and shape by the weights' names, the same on all processes."""
         watched = self.method._watch.of(weights[0].optimizer, Activity, SynapticFlow)
         if watched is None:

@@ -29,13 +29,13 @@ def hooks(module):
 
 def spy(callback):
     """Record what ``callback`` takes for f and g at each update."""
-    found, endpoints = [], callback._endpoints
+    found, endpoints = [], callback._subsets.endpoints
 
     def recorded(weights):
         found.append(endpoints(weights))
         return found[-1]
 
-    callback._endpoints = recorded
+    callback._subsets.endpoints = recorded
     return found
 
 
