@@ -258,7 +258,7 @@ class Target:
         empty = [0 if bool(each.all()) else 1 for each in occupied]
         found = zip(weights, occupied, together(weights).total(*empty), strict=True) if weights else ()
         for weight, rows in [(weight, rows) for weight, rows, some in found if some]:
-            weight.turn_gradient(lambda dP, _, rows=rows, part=weight.part: _bound(dP, rows, part))
+            weight.turn_gradient(partial(_bound, rows, weight.part))
 
     def follow(self, optimizer: Optimizer) -> bool:
         """Count an update and do as planned; tell whether thresholds or masks are others now."""
@@ -395,7 +395,7 @@ def _without_empty_rows(weight: LatentWeight, margins: Tensor, mask: Tensor) -> 
     return weight.matrix(held.copy_(top_k(scores, count)))
 
 
-def _bound(dP: Tensor, occupied: Tensor, part: Whole) -> None:
+def _bound(occupied: Tensor, part: Whole, dP: Tensor, W: Tensor) -> None:
     """Make rows of ``dP`` that are not occupied as long as the others are, by root mean square, if they are longer."""
     squares = dP.double().square().sum(1)
     total, count = part.sums(torch.stack([squares[occupied].sum(), occupied.sum().double()])).unbind()
