@@ -7,8 +7,21 @@ from torch import Tensor
 
 from lightning_sparse.kernels import dispatch
 from lightning_sparse.kernels.bits import INTEGERS
+from lightning_sparse.kernels.positions_torch import Rows
 
-__all__ = ["Positions", "intervals", "moved", "ranks", "reached", "shifted", "taken", "transposed"]
+__all__ = [
+    "Positions",
+    "exchanged",
+    "intervals",
+    "moved",
+    "ranks",
+    "reached",
+    "shifted",
+    "taken",
+    "transposed",
+    "unheld",
+    "unmarked",
+]
 
 _MANY = 1 << 15  # elements for which compiled code repays being loaded
 _SEARCHED = 32  # times as long a vector is searched, not gone through
@@ -20,14 +33,23 @@ class Positions(Protocol):
     def ranks(self, ascending: Tensor, x: Tensor, right: bool) -> Tensor:
         """Return how many elements of a vector are less than each of another."""
 
+    def unheld(self, held: Tensor, places: Tensor) -> Tensor:
+        """Return positions that are not held, by their places among these."""
+
     def moved(self, held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is held when some are dropped and others grown, and where each comes from."""
+
+    def exchanged(self, held: Rows, dropped: Rows, grown: Rows, columns: int) -> tuple[Tensor, Tensor]:
+        """Return the same of columns, row by row."""
 
     def taken(self, x: Tensor, new: Tensor, source: Tensor) -> Tensor:
         """Return elements of two vectors."""
 
     def reached(self, x: Tensor, bound: float, largest: bool) -> Tensor:
         """Return the indices of the elements that a bound does not shut out."""
+
+    def unmarked(self, x: Tensor, marked: Tensor, first: int, bound: float) -> tuple[Tensor, Tensor]:
+        """Return where magnitudes reach a bound, and these, but for those of marked elements."""
 
     def intervals(self, u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
         """Return the interval that each of some numbers lies in."""
@@ -54,6 +76,15 @@ def ranks(ascending: Tensor, x: Tensor, right: bool = False) -> Tensor:
     return _code(x, few).ranks(ascending, x, right)
 
 
+def unheld(held: Tensor, places: Tensor) -> Tensor:
+    """Return positions that are not held, by their places among all these; both vectors are ascending, int64.
+
+    >>> unheld(torch.tensor([0, 3]), torch.tensor([0, 1, 2]))
+    tensor([1, 2, 4])
+    """
+    return _code(places, len(places) * _SEARCHED < len(held)).unheld(held, places)
+
+
 def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
     """Return positions when some are dropped and others grown, and where each comes from; all ascending, of one dtype.
 
@@ -69,6 +100,23 @@ def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]
     (tensor([0, 1, 5, 6]), tensor([3, 0, 4, 2], dtype=torch.int32))
     """
     return _code(held).moved(held, dropped, grown)
+
+
+def exchanged(held: Rows, dropped: Rows, grown: Rows, columns: int) -> tuple[Rows, Tensor]:
+    """Do as ``moved`` with columns of a matrix row by row: each vector comes after where its rows begin.
+
+    Args:
+        held: the columns so far, ascending within each row, of one dtype with the others.
+        dropped: some of them.
+        grown: others, or some that are dropped.
+        columns: their number.
+
+    >>> rows = [(torch.tensor(crow), torch.tensor(col)) for crow, col in (([0, 2, 3], [0, 2, 1]), ([0, 0, 1], [1]))]
+    >>> exchanged(*rows, (torch.tensor([0, 1, 2]), torch.tensor([1, 0])), 3)
+    ((tensor([0, 3, 4]), tensor([0, 1, 2, 0])), tensor([0, 3, 1, 4], dtype=torch.int32))
+    """
+    col, source = _code(held[1]).exchanged(held, dropped, grown, columns)
+    return (held[0] - dropped[0] + grown[0], col), source
 
 
 def taken(x: Tensor, new: Tensor, source: Tensor) -> Tensor:
@@ -97,6 +145,21 @@ def reached(x: Tensor, bound: float, largest: bool = True) -> Tensor:
     (tensor([1, 2]), tensor([0, 2]))
     """
     return _code(x).reached(x, bound, largest)
+
+
+def unmarked(x: Tensor, marked: Tensor, first: int, bound: float) -> tuple[Tensor, Tensor]:
+    """Return the indices, ascending, of the elements whose magnitude is not less than a bound, and their magnitudes.
+
+    Args:
+        x: the elements, a vector; it is overwritten.
+        marked: positions, ascending, of elements that do not count.
+        first: the position of the first element.
+        bound: not negative.
+
+    >>> unmarked(torch.tensor([1.0, -3.0, 2.0]), torch.tensor([12]), 10, 1.0)
+    (tensor([0, 1]), tensor([1., 3.]))
+    """
+    return _code(x).unmarked(x, marked, first, bound)
 
 
 def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_sparse.kernels.bits import INTEGERS
 from lightning_sparse.kernels.numba_compiler import compiled
+from lightning_sparse.kernels.positions_torch import Rows
 
 if TYPE_CHECKING:
     from lightning_sparse.kernels import positions_numba as this
@@ -15,7 +16,21 @@ if TYPE_CHECKING:
 
     checked: Positions = this
 
-__all__ = ["intervals", "moved", "ranks", "reached", "shifted", "taken", "transposed"]
+__all__ = [
+    "exchanged",
+    "intervals",
+    "moved",
+    "ranks",
+    "reached",
+    "shifted",
+    "taken",
+    "transposed",
+    "unheld",
+    "unmarked",
+]
+
+_PIECE = 1 << 12  # elements that the nearest cache holds
+_WORD = 8  # marks of one byte in a word
 
 
 def ranks(ascending: Tensor, x: Tensor, right: bool) -> Tensor:
@@ -26,13 +41,26 @@ def ranks(ascending: Tensor, x: Tensor, right: bool) -> Tensor:
     return out
 
 
+def unheld(held: Tensor, places: Tensor) -> Tensor:
+    """As ``positions_torch.unheld``, in one pass."""
+    out = torch.empty_like(places)
+    _unheld(*(tensor.contiguous().numpy() for tensor in (held, places, out)))
+    return out
+
+
 def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
     """As ``positions_torch.moved``, in one pass."""
-    positions = held.new_empty(len(held) - len(dropped) + len(grown))
-    source = torch.empty(len(positions), dtype=torch.int32)
-    arrays = (x.contiguous().numpy() for x in (held, dropped, grown, positions, source))
+    ours, gone, new = ((torch.tensor([0, len(x)]), x) for x in (held, dropped, grown))
+    return exchanged(ours, gone, new, 1)
+
+
+def exchanged(held: Rows, dropped: Rows, grown: Rows, columns: int) -> tuple[Tensor, Tensor]:
+    """As ``positions_torch.exchanged``, in one pass."""
+    col = held[1].new_empty(len(held[1]) - len(dropped[1]) + len(grown[1]))
+    source = torch.empty(len(col), dtype=torch.int32)
+    arrays = (x.contiguous().numpy() for x in (*held, *dropped, *grown, col, source))
     _move(*arrays)
-    return positions, source
+    return col, source
 
 
 def taken(x: Tensor, new: Tensor, source: Tensor) -> Tensor:
@@ -48,6 +76,15 @@ def reached(x: Tensor, bound: float, largest: bool = True) -> Tensor:
     """As ``positions_torch.reached``; the vector is read twice."""
     array = x.detach().contiguous().numpy()
     return torch.from_numpy(_reach(array, array.dtype.type(bound), largest))
+
+
+def unmarked(x: Tensor, marked: Tensor, first: int, bound: float) -> tuple[Tensor, Tensor]:
+    """As ``positions_torch.unmarked``, in one pass, which leaves out eight elements at a time if none counts."""
+    found, magnitudes = torch.empty(len(x) + 1, dtype=torch.int64), x.new_empty(len(x) + 1)
+    marks = torch.zeros(_PIECE // _WORD, dtype=torch.int64)
+    array, *arrays = (t.detach().numpy() for t in (x, marked, marks.view(torch.uint8), marks, found, magnitudes))
+    n = _unmark(array, first, array.dtype.type(bound), *arrays)
+    return found[:n].clone(), magnitudes[:n].clone()
 
 
 def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
@@ -85,25 +122,36 @@ def _ranks(more, ascending, x, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _move(held, dropped, grown, positions, source):  # type: ignore[no-untyped-def]
-    i = d = g = k = 0  # the next of each
-    # selects instead of branches, which nothing can foresee
-    while k < positions.size and i < held.size and d < dropped.size and g < grown.size:
-        ours, other = held[i], grown[g]
-        grows = other < ours
-        goes = (ours == dropped[d]) and not grows
-        positions[k], source[k] = (other, held.size + g) if grows else (ours, i)
-        i, d, g, k = i + (not grows), d + goes, g + grows, k + (not goes)
-    while k < positions.size:
-        while d < dropped.size and held[i] == dropped[d]:
-            i, d = i + 1, d + 1
-        if g < grown.size and (i == held.size or grown[g] < held[i]):
-            positions[k], source[k] = grown[g], held.size + g
-            g += 1
-        else:
-            positions[k], source[k] = held[i], i
+def _unheld(held, places, out):  # type: ignore[no-untyped-def]
+    i = 0
+    for k in range(places.size):
+        while i < held.size and held[i] - i <= places[k]:
             i += 1
-        k += 1
+        out[k] = places[k] + i
+
+
+@compiled
+def _move(crow, held, dropped_crow, dropped, grown_crow, grown, found, source):  # type: ignore[no-untyped-def]
+    k = 0
+    for row in range(crow.size - 1):
+        i, d, g = crow[row], dropped_crow[row], grown_crow[row]  # the next of each
+        held_end, dropped_end, grown_end = crow[row + 1], dropped_crow[row + 1], grown_crow[row + 1]
+        # selects instead of branches, which nothing can foresee
+        while k < found.size and i < held_end and d < dropped_end and g < grown_end:
+            ours, other = held[i], grown[g]
+            grows = other < ours
+            goes = (ours == dropped[d]) and not grows
+            found[k], source[k] = (other, held.size + g) if grows else (ours, i)
+            i, d, g, k = i + (not grows), d + goes, g + grows, k + (not goes)
+        while k < found.size and (i < held_end or g < grown_end):
+            if g < grown_end and (i == held_end or grown[g] < held[i]):
+                found[k], source[k] = grown[g], held.size + g
+                g, k = g + 1, k + 1
+            elif d < dropped_end and held[i] == dropped[d]:
+                i, d = i + 1, d + 1
+            else:
+                found[k], source[k] = held[i], i
+                i, k = i + 1, k + 1
 
 
 @compiled
@@ -124,6 +172,36 @@ def _reach(x, bound, largest):  # type: ignore[no-untyped-def]
         found[n] = i
         n += not (x[i] < bound if largest else x[i] > bound)
     return found[:n]
+
+
+@compiled
+def _unmark(x, first, bound, marked, marks, words, found, magnitudes):  # type: ignore[no-untyped-def]
+    n = p = 0
+    filled = np.empty(words.size + 1, np.int64)  # the words that are not 0
+    for low in range(0, x.size, marks.size):
+        piece = x[low : low + marks.size]
+        for i in range(piece.size):
+            marks[i] = not abs(piece[i]) < bound
+        marks[piece.size :] = 0
+        while p < marked.size and marked[p] - first < low + piece.size:
+            marks[marked[p] - first - low] = 0
+            p += 1
+        count = 0
+        for k in range(words.size):  # additions instead of branches, which nothing can foresee
+            filled[count] = k
+            count += words[k] != 0
+        whole = piece.size // _WORD
+        for q in range(count):
+            start = _WORD * filled[q]
+            if filled[q] < whole:  # a loop of known length
+                for i in range(start, start + _WORD):
+                    found[n], magnitudes[n] = low + i, abs(piece[i])
+                    n += marks[i]
+            else:
+                for i in range(start, piece.size):
+                    found[n], magnitudes[n] = low + i, abs(piece[i])
+                    n += marks[i]
+    return n
 
 
 @compiled

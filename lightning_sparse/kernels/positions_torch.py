@@ -6,15 +6,35 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["intervals", "moved", "ranks", "reached", "shifted", "taken", "transposed"]
+__all__ = [
+    "exchanged",
+    "intervals",
+    "moved",
+    "ranks",
+    "reached",
+    "shifted",
+    "taken",
+    "transposed",
+    "unheld",
+    "unmarked",
+]
 
-_INT16 = 2**15 - 1
+#: where each row begins in a vector, ``(rows + 1,)``, and the vector
+Rows = tuple[Tensor, Tensor]
+
+_INT16, _INT32 = 2**15 - 1, 2**31 - 1
 _CHUNK = 1 << 17  # nonzeros at once on the CPU: temporaries take several times the memory of the result
 
 
 def ranks(ascending: Tensor, x: Tensor, right: bool) -> Tensor:
     """Return how many elements of ``ascending`` are less than each of ``x``, or with ``right`` not greater; int64."""
     return torch.searchsorted(ascending, x, right=right)
+
+
+def unheld(held: Tensor, places: Tensor) -> Tensor:
+    """As ``positions.unheld``."""
+    free_before = torch.arange(len(held)).neg_().add_(held)
+    return ranks(free_before, places, True).add_(places)
 
 
 def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,6 +50,15 @@ def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat((held, grown)).index_select(0, source), source
 
 
+def exchanged(held: Rows, dropped: Rows, grown: Rows, columns: int) -> tuple[Tensor, Tensor]:
+    """Return the columns of ``positions.exchanged``, and the index of each among those held and grown."""
+    rows = len(held[0]) - 1
+    starts = torch.arange(rows, device=held[1].device).mul_(columns)
+    dtype = torch.int32 if rows * columns <= _INT32 else torch.int64
+    _, source = moved(*(shifted(crow, col, starts, dtype) for crow, col in (held, dropped, grown)))
+    return torch.cat((held[1], grown[1])).index_select(0, source), source
+
+
 def taken(x: Tensor, new: Tensor, source: Tensor) -> Tensor:
     """Return the elements of two vectors, one after the other, at these indices."""
     return torch.cat((x, new)).index_select(0, source)
@@ -41,6 +70,12 @@ def reached(x: Tensor, bound: float, largest: bool) -> Tensor:
     if not x.is_cpu:
         return inside.nonzero().squeeze(1)
     return torch.from_numpy(inside.numpy().nonzero()[0])  # on one thread up to nine times as fast as torch's
+
+
+def unmarked(x: Tensor, marked: Tensor, first: int, bound: float) -> tuple[Tensor, Tensor]:
+    """As ``positions.unmarked``."""
+    found = reached(x.abs_().index_fill_(0, marked - first, -1), bound, True)
+    return found, x.index_select(0, found)
 
 
 def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sparse.kernels.positions import shifted, transposed
+from lightning_sparse.kernels.positions import exchanged, shifted, transposed
 
-__all__ = ["CSR", "Structure", "check_csr", "check_positions", "csr", "flat_positions", "structure"]
+__all__ = ["CSR", "Structure", "check_csr", "check_positions", "csr", "flat_positions", "moved", "structure"]
 
 _INT32 = 2**31 - 1
 _INDICES = torch.int32, torch.int64
@@ -99,7 +99,27 @@ def csr(positions: Tensor, shape: Sequence[int], groups: int = 1) -> CSR:
 
 def structure(positions: Tensor, shape: Sequence[int], groups: int = 1) -> Structure:
     """Return the structure of a layer's weight as the matrix that multiplies its inputs; arguments as in ``csr``."""
-    matrix = csr(positions, shape, groups)
+    return _with_transpose(csr(positions, shape, groups))
+
+
+def moved(matrix: CSR, dropped: CSR, grown: CSR) -> tuple[Structure, Tensor]:
+    """Return the structure of a matrix when some nonzeros are dropped and others grown, and where each comes from.
+
+    Args:
+        matrix: the nonzeros so far.
+        dropped: some of them.
+        grown: others, or some that are dropped; as ``dropped``, they may be on another device than ``matrix``.
+
+    Returns:
+        The structure, and of each nonzero its index among those of ``matrix`` and of ``grown`` behind them, int32.
+    """
+    device, columns = matrix.col.device, matrix.shape[1]
+    ours, gone, new = ((each.crow.cpu(), each.col.cpu()) for each in (matrix, dropped, grown))
+    (crow, col), source = exchanged(ours, gone, new, columns)
+    return _with_transpose(CSR(crow.to(device), col.to(device), matrix.shape)), source.to(device)
+
+
+def _with_transpose(matrix: CSR) -> Structure:
     rows, columns = matrix.shape
     crow, col, permutation = transposed(matrix.crow, matrix.col, columns)
     return Structure(matrix, CSR(crow, col, (columns, rows)), permutation)

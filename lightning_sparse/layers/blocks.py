@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from lightning_sparse.compat import checks
 from lightning_sparse.kernels.block_structure import block_structure, single_nonzeros
 from lightning_sparse.kernels.blocks import gradient, matmul, matmul_transposed
+from lightning_sparse.kernels.positions import moved
 from lightning_sparse.kernels.structure import CSR, Structure, flat_positions, structure
 from lightning_sparse.layers.functional import exact_dtype, without_autocast
 from lightning_sparse.layers.sparse import SparseLinear, check_drawn, make_sparse_
@@ -111,6 +112,11 @@ class BlockLinear(SparseLinear):
     def structure_at(self, positions: Tensor) -> Structure:
         """Return what the structure would be; raise if the positions are not those of whole blocks."""
         return block_structure(positions, self.shape, self.block)
+
+    def structure_moved(self, dropped: Tensor, grown: Tensor) -> tuple[Structure, Tensor]:  # noqa: D102  (inherited)
+        device = self.values.device
+        positions, source = moved(*(x.cpu() for x in (self.positions, dropped, grown)))
+        return self.structure_at(positions.to(device)), source.to(device)
 
     @classmethod
     def from_dense(  # noqa: D102  (inherited)

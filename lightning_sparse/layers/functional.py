@@ -77,11 +77,14 @@ def conv2d_gradient(x: Tensor, delta: Tensor, where: CSR, geometry: Geometry, ba
     return convolutions.backend(delta.device, dtype, backend).sampled(where, x, delta, geometry, dtype)
 
 
-def linear_gradient_rows(x: Tensor, delta: Tensor, rows: slice) -> Tensor:
-    """Return the gradient of some rows of a linear layer's weight, ``(rows, in)``; ``x`` and ``delta`` as above."""
+def linear_gradient_rows(x: Tensor, delta: Tensor, rows: slice, out: Tensor | None = None) -> Tensor:
+    """Return the gradient of some rows of a linear layer's weight, ``(rows, in)``; ``x`` and ``delta`` as above.
+
+    ``out``, of the dtype that products run in, may hold it.
+    """
     dtype = exact_dtype(delta.dtype)
     outputs = delta.reshape(-1, delta.shape[-1])[:, rows]
-    return outputs.t().to(dtype) @ x.reshape(-1, x.shape[-1]).to(dtype)
+    return torch.mm(outputs.t().to(dtype), x.reshape(-1, x.shape[-1]).to(dtype), out=out)
 
 
 def conv2d_gradient_rows(

@@ -16,7 +16,16 @@ from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat import checks, torch_private
 from lightning_sparse.kernels.products import DENSE
-from lightning_sparse.kernels.structure import CSR, Structure, check_csr, check_positions, flat_positions, structure
+from lightning_sparse.kernels.structure import (
+    CSR,
+    Structure,
+    check_csr,
+    check_positions,
+    csr,
+    flat_positions,
+    moved,
+    structure,
+)
 from lightning_sparse.layers.densely import conv2d_densely, linear_densely
 from lightning_sparse.layers.functional import conv2d, linear, padded, product_dtype
 from lightning_sparse.layers.stand_in import StandIn
@@ -143,6 +152,19 @@ class SparseLayer(nn.Module):
     def structure_at(self, positions: Tensor) -> Structure:
         """Return what the structure would be with nonzeros at these flat positions, ascending and different."""
         return structure(positions, self.shape, getattr(self, "groups", 1))
+
+    def structure_moved(self, dropped: Tensor, grown: Tensor) -> tuple[Structure, Tensor]:
+        """Return what the structure would be when connections move, and where each of its nonzeros comes from.
+
+        Args:
+            dropped: flat positions of nonzeros, ascending.
+            grown: flat positions, ascending, of others, or of some that are dropped.
+
+        Returns:
+            The structure, and of each nonzero its index among those held and grown, one after the other, int32.
+        """
+        going, coming = (csr(x, self.shape, getattr(self, "groups", 1)) for x in (dropped, grown))
+        return moved(self.matrix, going, coming)
 
     def set_structure(self, found: Structure, values: Tensor) -> None:
         """Exchange the nonzeros for those of ``structure_at``, see ``set_connections``."""

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import pad
 
-from lightning_sparse.kernels.positions import intervals, ranks, shifted
+from lightning_sparse.kernels.positions import intervals, shifted, unheld
 from lightning_sparse.rules.ascending import contains, different, merged
 from lightning_sparse.rules.drawn import Drawn, drawn
 from lightning_sparse.rules.matrices import Outputs, as_matrix
@@ -178,8 +178,7 @@ def free_positions(n: int, taken: Tensor, size: int, generator: Generator) -> Te
     if not 0 <= n <= free:
         raise ValueError(f"{n} connections were asked for, {free} are free.")
     places = distinct(n, free, generator)  # among the free ones
-    free_before = torch.arange(len(taken)).neg_().add_(taken)
-    return places.add_(ranks(free_before, places, right=True))
+    return unheld(taken, places)
 
 
 def one_a_row(shape: Sequence[int], rows: Outputs, generator: Generator) -> Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "first_of_rows",
     "global_top_k",
     "largest",
+    "largest_of",
     "largest_or_above",
     "likely_bound",
     "lowest_positions",
@@ -247,13 +248,31 @@ def largest(
     >>> largest([(0, torch.tensor([2.0, 5.0])), (2, torch.tensor([-1.0, 5.0]))], 2, (2, 2))
     (tensor([1, 3]), tensor([5., 5.]))
     """
+    return largest_of((partial(_reaching, first, scores) for first, scores in blocks), k, shape, at_least)
+
+
+def _reaching(first: int, scores: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    found = reached(scores, bound)
+    magnitudes = scores.index_select(0, found)
+    return found.add_(first), magnitudes
+
+
+def largest_of(
+    blocks: Iterable[Callable[[float], tuple[Tensor, Tensor]]], k: int, shape: Sequence[int], at_least: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Do as ``largest``, where each block tells the positions and the scores that are not less than a bound.
+
+    >>> largest_of([lambda bound: (torch.tensor([1]), torch.tensor([bound + 1]))], 2, (2, 2), 3.0)
+    (tensor([1]), tensor([4.]))
+    """
     best, places, held = [torch.empty(0)], [torch.empty(0, dtype=torch.long)], 0
-    for first, scores in blocks if k else ():
-        found = reached(scores, at_least)
+    for block in blocks if k else ():
+        found, scores = block(at_least)
         if len(found) > k:
-            found = top_k_positions(scores, k, scores >= at_least, ties.after(first, shape))
-        best.append(scores.index_select(0, found))
-        places.append(found.add_(first))
+            kept = top_k_positions(scores, k, order=ties.at(found, shape))
+            found, scores = found.index_select(0, kept), scores.index_select(0, kept)
+        best.append(scores)
+        places.append(found)
         held += len(found)
         if held >= 2 * k:
             best, places = ([part] for part in _best(best, places, k, shape))
@@ -366,7 +385,8 @@ def _extreme(scores: Tensor, k: int, among: Tensor | None, order: ties.Order | N
     if k <= 0:
         return torch.empty(0, dtype=torch.long, device=scores.device)
     flat, marks = scores.reshape(-1), None if among is None else among.reshape(-1)
-    candidates = _sampled(flat, k, marks, largest) if flat.numel() >= _SAMPLED_FROM else None
+    some = flat.numel() >= _SAMPLED_FROM and (marks is not None or 2 * k < flat.numel())  # else a bound leaves most
+    candidates = _sampled(flat, k, marks, largest) if some else None
     if candidates is None and marks is not None:
         candidates = positions(marks)
     values = flat if candidates is None else flat.index_select(0, candidates)

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.compat.torch_private import backward_pass
+from lightning_sparse.kernels.positions import unmarked
 from lightning_sparse.kernels.structure import CSR, csr
 from lightning_sparse.layers import functional
 from lightning_sparse.layers.sparse import SparseLayer, SparseLinear
@@ -16,7 +18,7 @@ from lightning_sparse.layers.unit_activity import Hooks
 
 __all__ = ["Capture", "CapturedGradient"]
 
-_CHUNK = 1 << 22  # bytes of a gradient to compute at once, if one row has not more
+_CHUNK = 1 << 20  # bytes of a gradient to compute at once, if one row has not more
 
 
 class CapturedGradient:
@@ -53,18 +55,39 @@ class CapturedGradient:
 
         Each part is flat and comes after the position where it begins; ``positions`` are those of the active ones.
         """
-        out, width = layer.shape[0], math.prod(layer.shape[1:])
+        for first, active, gradient in self._rows(layer, positions):
+            yield first, gradient.abs_().index_fill_(0, active - first, -1)
+
+    def candidates(self, layer: SparseLayer, positions: Tensor) -> Iterator[Callable[[float], tuple[Tensor, Tensor]]]:
+        """Yield what tells which inactive ones of some rows are not less than a bound: positions and magnitudes.
+
+        Each is to be called before the next; ``positions`` are those of the active ones.
+        """
+        for first, active, gradient in self._rows(layer, positions, reuse=True):
+            yield partial(_candidates, first, active, gradient)
+
+    def _rows(self, layer: SparseLayer, positions: Tensor, reuse: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield where some rows begin, the active positions in them and the gradient, flat.
+
+        With ``reuse`` the next ones may be in the place of these.
+        """
+        rows, width = layer.shape[0], math.prod(layer.shape[1:])
         ends = layer.crow.tolist()
         at_once = max(1, _CHUNK // (width * _exact(layer).itemsize))
-        for first in range(0, out, at_once):
-            last = min(first + at_once, out)
-            scores = self._part(layer, slice(first, last), (last - first, *layer.shape[1:])).abs_().view(-1)
-            scores.index_fill_(0, positions[ends[first] : ends[last]] - first * width, -1)
-            yield first * width, scores
+        out = None
+        if reuse and isinstance(layer, SparseLinear) and self.calls:
+            dtype = functional.exact_dtype(self.calls[0][1].dtype)
+            out = torch.empty(min(at_once, rows), width, dtype=dtype, device=layer.values.device)
+        for first in range(0, rows, at_once):
+            last = min(first + at_once, rows)
+            held = None if out is None else out[: last - first]
+            gradient = self._part(layer, slice(first, last), (last - first, *layer.shape[1:]), held).view(-1)
+            yield first * width, positions[ends[first] : ends[last]], gradient
 
-    def _part(self, layer: SparseLayer, where: CSR | slice, shape: Sequence[int]) -> Tensor:
-        """Return some elements or some rows, which have this ``shape``."""
-        parts = (_of_call(layer, h, delta, where) for h, delta in self.calls)
+    def _part(self, layer: SparseLayer, where: CSR | slice, shape: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Return some elements or some rows, which have this ``shape``; those of a linear layer may be in ``out``."""
+        outs = chain([out], repeat(None))
+        parts = (_of_call(layer, h, delta, where, held) for (h, delta), held in zip(self.calls, outs, strict=False))
         total = next(parts, None)
         if total is None:
             total = torch.zeros(*shape, dtype=_exact(layer), device=layer.values.device)
@@ -144,11 +167,16 @@ def _exact(layer: SparseLayer) -> torch.dtype:
     return torch.promote_types(layer.values.dtype, torch.float32)
 
 
-def _of_call(layer: SparseLayer, h: Tensor, delta: Tensor, where: CSR | slice) -> Tensor:
+def _candidates(first: int, active: Tensor, gradient: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    found, magnitudes = unmarked(gradient, active, first, bound)
+    return found.add_(first), magnitudes
+
+
+def _of_call(layer: SparseLayer, h: Tensor, delta: Tensor, where: CSR | slice, out: Tensor | None = None) -> Tensor:
     """Return the gradients of some elements of the weight, or of some rows."""
     if isinstance(layer, SparseLinear):
         if isinstance(where, slice):
-            return functional.linear_gradient_rows(h, delta, where)
+            return functional.linear_gradient_rows(h, delta, where, out)
         backend = layer.backend if layer.products == "products" else None  # blocks have others
         return functional.linear_gradient(h, delta, where, backend)
     conv: Any = layer

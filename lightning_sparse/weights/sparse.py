@@ -1,14 +1,14 @@
 """SparseWeight: one weight of a truly sparse layer while it is trained."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from lightning_sparse.compat.heap import trim_heap
-from lightning_sparse.kernels.positions import moved, taken
+from lightning_sparse.kernels.positions import taken
 from lightning_sparse.layers.sparse import SparseLayer, make_sparse_
 from lightning_sparse.rules import select
 from lightning_sparse.rules.ascending import contains
@@ -20,6 +20,7 @@ from lightning_sparse.weights.fresh import SCALES, fresh_value, mean_of_others
 __all__ = ["SparseWeight", "trim_after"]
 
 _TRIMMED_FROM = 1 << 18  # nonzeros of a layer, for whose indices it pays to give freed memory back
+_SPARED = 48  # bytes for each nonzero, twice what it takes itself, that may be left between the layers of an update
 
 
 class SparseWeight(Weight):
@@ -139,7 +140,8 @@ class SparseWeight(Weight):
         return self._largest(n, at_least)  # or it was misleading
 
     def _largest(self, n: int, at_least: float) -> tuple[Tensor, Tensor]:
-        return select.largest(self.gradient.inactive(self.sparse, self.active_indices), n, self.shape, at_least)
+        candidates = self.gradient.candidates(self.sparse, self.active_indices)
+        return select.largest_of(candidates, n, self.shape, at_least)
 
     def start(self, positions: Tensor, generator: Generator) -> None:
         """Make the layer sparse, with its own values at ``positions``; one on the meta device has them drawn."""
@@ -172,11 +174,13 @@ class SparseWeight(Weight):
         if (grown[1:] < grown[:-1]).any():  # seldom, and sorting takes long
             grown, order = grown.sort()
             new = new[order.to(new.device)]
-        trim_after(self)
-        rearranged, positions = self._moved(dropped.cpu(), grown)
+        trim_after(self, spare=_SPARED * self.num_active)
         self.forget_indices()
-        found = self.sparse.structure_at(positions)
-        del positions
+        found, source = self.sparse.structure_moved(dropped.cpu(), grown)
+
+        def rearranged(x: Tensor, new: Tensor) -> Tensor:
+            return taken(x, new.to(x), source)
+
         gradient = None
         if old is not None:
             gradient = rearranged(old, self.gradient_at(grown))
@@ -194,14 +198,6 @@ class SparseWeight(Weight):
         self.sparse.set_structure(found, values)
         self.mask_version = new_version()
         self.parameter.grad = gradient
-
-    def _moved(self, dropped: Tensor, grown: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
-        """Return what a vector of the values' order becomes, with elements for the grown, and the new positions."""
-        held, device = self.active_indices.cpu(), self.values.device
-        index = torch.int32 if self.size < 2**31 else torch.int64
-        positions, source = moved(*(x.to(index) for x in (held, dropped, grown)))
-        source = source.to(device)
-        return lambda x, new: taken(x, new.to(x), source), positions.to(device)
 
     def keep(self, mask: Tensor) -> None:  # noqa: D102  (inherited)
         indices = self.active_indices
@@ -229,10 +225,10 @@ class SparseWeight(Weight):
         return {**super().__getstate__(), "layer": None, "_indices": indices, "_held": None}
 
 
-def trim_after(*weights: Weight) -> None:
-    """Give freed memory back if there can be much."""
+def trim_after(*weights: Weight, spare: int = 0) -> None:
+    """Give freed memory back if there can be much, and more than ``spare`` bytes."""
     if any(weight.num_active >= _TRIMMED_FROM and _on_cpu(weight) for weight in weights):
-        trim_heap()
+        trim_heap(spare)
 
 
 def _on_cpu(weight: Weight) -> bool:

@@ -1,6 +1,7 @@
 """Ascending positions: each form of each function does what plain Python does."""
 
 import importlib
+import itertools
 import math
 
 import pytest
@@ -50,6 +51,60 @@ def test_moved_positions_know_where_they_come_from(code, held, others, data, dty
     assert torch.cat((held, grown))[source].tolist() == found.tolist()
     grown_again = source >= len(held)
     assert found[grown_again].tolist() == grown.tolist()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 6), st.integers(1, 7), st.data(), DTYPES)
+def test_columns_move_row_by_row_as_flat_positions_do(code, rows, columns, data, dtype):
+    places = st.sets(st.integers(0, rows * columns - 1)) if rows else st.just(set())
+    held = data.draw(places)
+    dropped = data.draw(st.sets(st.sampled_from(sorted(held)))) if held else set()
+    grown = data.draw(places) - (held - dropped)  # also some that are dropped
+
+    def by_row(flat):
+        counts = [sum(x // columns == row for x in flat) for row in range(rows)]
+        crow = torch.tensor([0, *itertools.accumulate(counts)], dtype=dtype)
+        return crow, torch.tensor([x % columns for x in sorted(flat)], dtype=dtype)
+
+    col, source = code.exchanged(by_row(held), by_row(dropped), by_row(grown), columns)
+    whole = [ascending(x, dtype) for x in (held, dropped, grown)]
+    positions, expected = code.moved(*whole)
+    assert torch.equal(source, expected)
+    assert torch.equal(col, positions % columns)
+    assert (col.dtype, source.dtype) == (dtype, torch.int32)
+
+
+@settings(deadline=None)
+@given(NUMBERS, NUMBERS)
+def test_places_among_what_is_not_held_are_positions(code, held, places):
+    held, places = ascending(held), ascending(places)
+    others = [x for x in range(200) if x not in held.tolist()]
+    assert code.unheld(held, places).tolist() == [others[place] for place in places.tolist()]
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 40),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.sampled_from([0.0, 1.0, 1.5, 4.0]),
+    st.data(),
+)
+@pytest.mark.parametrize("piece", [8, 1 << 12])
+def test_magnitudes_reach_a_bound_where_nothing_is_marked(code, piece, size, dtype, bound, data):
+    number = st.integers(-3, 3) | st.sampled_from([math.nan, math.inf, -math.inf])
+    x = data.draw(st.lists(number, min_size=size, max_size=size))
+    first = data.draw(st.sampled_from([0, 100, 2**32]))
+    marked = data.draw(st.sets(st.integers(0, size - 1))) if size else set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_sparse.kernels.positions_numba._PIECE", piece, raising=False)
+        vector, places = torch.tensor(x, dtype=dtype), ascending(first + i for i in marked)
+        found, magnitudes = code.unmarked(vector, places, first, bound)
+    expected = [i for i in range(size) if i not in marked and not abs(x[i]) < bound]
+    assert found.tolist() == expected
+    assert found.dtype == torch.int64
+    assert torch.equal(
+        magnitudes.nan_to_num(7.0), torch.tensor([x[i] for i in expected], dtype=dtype).abs().nan_to_num(7.0)
+    )
 
 
 @settings(deadline=None)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 import weakref
 from importlib import import_module
@@ -17,7 +18,7 @@ from torch import nn
 from lightning_sparse.kernels import convolutions_numba, dispatch, numba_compiler, products, products_numba
 from lightning_sparse.kernels.geometry import Geometry
 from lightning_sparse.kernels.structure import flat_positions, structure
-from lightning_sparse.storage import SparseConv2d, SparseLinear, make_dense_, make_sparse_
+from lightning_sparse.storage import BlockLinear, SparseConv2d, SparseLinear, make_dense_, make_sparse_
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 BACKENDS = {
@@ -244,6 +245,29 @@ def test_the_transpose_does_not_depend_on_how_much_is_sorted_at_once(chunk, monk
         for first, last in itertools.pairwise(csr.crow.tolist()):
             assert csr.col[first:last].tolist() == sorted(csr.col[first:last].tolist())
     assert torch.equal(flat_positions(found.matrix.crow, found.matrix.col, weight.shape), positions)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "blocks"])
+def test_the_structure_of_moved_connections_is_that_of_their_positions(kind):
+    generator = torch.Generator().manual_seed(0)
+    if kind == "blocks":
+        layer = BlockLinear(8, 6, blocks=5, block=(2, 2), generator=generator)
+        marks = torch.randperm(12, generator=generator) < 5
+        marks = marks.view(3, 4).repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+    else:
+        layer = SparseLinear(6, 5, nnz=12) if kind == "linear" else SparseConv2d(4, 6, (3, 2), nnz=20, groups=2)
+        marks = torch.rand(math.prod(layer.shape), generator=generator) < 0.4
+    held = torch.zeros(len(marks), dtype=torch.bool)
+    held[layer.positions] = True
+    dropped, grown = (held & ~marks).nonzero().squeeze(1), (marks & ~held).nonzero().squeeze(1)
+    again = dropped[:0] if kind == "blocks" else dropped[:1]  # dropped and grown
+    after = torch.cat((marks.nonzero().squeeze(1), again)).sort().values
+    found, source = layer.structure_moved(dropped, torch.cat((grown, again)).sort().values)
+    expected = layer.structure_at(after)
+    assert all(torch.equal(x, y) for x, y in zip(found.tensors, expected.tensors, strict=True))
+    assert (found.matrix.shape, found.block) == (expected.matrix.shape, expected.block)
+    both = torch.cat((layer.positions, torch.cat((grown, again)).sort().values))
+    assert torch.equal(both[source], after)
 
 
 def test_a_new_layer_has_exactly_the_nonzeros_asked_for_scaled_by_the_fan_in_that_is_there(layer):

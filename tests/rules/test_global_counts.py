@@ -1,6 +1,7 @@
 """The count of one top-k over several layers."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -78,3 +79,31 @@ def test_the_largest_of_blocks_are_those_of_the_whole(scores, draw):
         positions, values = select.largest(blocks, asked, shape, at_least)
         assert torch.equal(positions, expected)
         assert torch.equal(values, whole[expected])
+
+
+def test_blocks_may_tell_themselves_what_reaches_a_bound():
+    """The bound rises with what has been found."""
+    scores, bounds = torch.tensor([[4.0, 1.0, 2.0], [3.0, 2.0, 5.0], [1.0, 2.0, 4.5]]), []
+
+    def block(row, bound):
+        bounds.append(bound)
+        found = (scores[row] >= bound).nonzero().squeeze(1)
+        return found + 3 * row, scores[row][found]
+
+    positions, values = select.largest_of((partial(block, row) for row in range(3)), 2, (3, 3), 1.5)
+    assert positions.tolist() == [5, 8]
+    assert values.tolist() == [5.0, 4.5]
+    assert bounds == [1.5, 1.5, 4.0]
+
+
+def test_of_many_scores_most_are_chosen_as_few_are():
+    """A sample helps with few alone."""
+    scores = torch.randint(50, (3, 1 << 16), generator=torch.Generator().manual_seed(0)).float()
+    order = scores.flatten().sort(descending=True, stable=True).values
+    for k in (1000, 100_000, 190_000):
+        found = select.top_k_positions(scores, k)
+        assert torch.equal(scores.flatten()[found].sort(descending=True).values, order[:k])
+        rest = torch.ones(scores.numel(), dtype=torch.bool)
+        rest[found] = False
+        lowest = select.lowest_positions(scores, scores.numel() - k)
+        assert torch.equal(select.positions(rest), lowest)

@@ -198,3 +198,26 @@ def test_training_with_other_backward_passes_is_that_with_masks(kind, monkeypatc
     (masks, theirs), (found, ours) = runs
     assert all(torch.equal(mask, found[name]) for name, mask in masks.items())
     assert all(torch.allclose(x, ours[name], rtol=0, atol=1e-12) for name, x in theirs.items())
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_candidates_are_the_inactive_that_reach_a_bound(kind, calls, monkeypatch):
+    """Some rows at a time, also where the next ones take the place of those before."""
+    monkeypatch.setattr("lightning_sparse.weights.captured._CHUNK", 200)
+    generator = torch.Generator().manual_seed(0)
+    if kind == "linear":
+        layer, x, y = SparseLinear(20, 7, nnz=30, generator=generator), (5, 20), (5, 7)
+    else:
+        layer, x, y = SparseConv2d(6, 4, 3, nnz=30, groups=2, generator=generator), (5, 6, 5, 5), (5, 4, 3, 3)
+    weight = SparseWeight("weight", layer.shape, layer)
+    weight.gradient.listen(lambda gradient: gradient)
+    weight.gradient.calls = [tuple(torch.randn(s, generator=generator) for s in (x, y)) for _ in range(calls)]
+    whole = torch.cat([scores for _, scores in weight.gradient.inactive(layer, layer.positions)])
+    assert (whole[layer.positions] == -1).all()
+    for bound in 0.0, 2.0:
+        parts = [part(bound) for part in weight.gradient.candidates(layer, layer.positions)]
+        assert len(parts) > 1
+        found, magnitudes = (torch.cat(each) for each in zip(*parts, strict=True))
+        assert found.tolist() == (whole >= bound).nonzero().squeeze(1).tolist()
+        assert torch.equal(magnitudes, whole[found])
