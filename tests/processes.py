@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 import traceback
 from multiprocessing import connection
 from pathlib import Path
@@ -120,9 +121,20 @@ def _received(result, may_die):
         return "" if may_die else "a process died", None
 
 
+_end_group = torch.distributed.destroy_process_group
+
+
+def _end_group_of_torch_2_4():
+    """Let gloo's threads drop their tensors, for which they need the interpreter; the end of a group keeps it."""
+    time.sleep(0.1)
+    _end_group()
+
+
 def _call(sender, variables, function, arguments):
     os.environ.update(variables)
     torch.set_num_threads(1)
+    if torch.__version__.startswith("2.4."):
+        torch.distributed.destroy_process_group = _end_group_of_torch_2_4
     try:
         returned = function(*arguments)
     except BaseException:

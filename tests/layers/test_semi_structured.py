@@ -99,6 +99,7 @@ def test_output_and_gradients_are_those_of_a_dense_layer_to_the_last_bit(operato
     assert operator.shapes == [(8, 12), (12, 8)] if both else [(8, 12)]
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="its fake tensors run ~ on a GPU")
 def test_torch_takes_what_it_is_given(monkeypatch):
     """With tensors that have a GPU's dispatch and no values, which one of torch's two libraries takes."""
     monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)

@@ -32,7 +32,8 @@ class Denser(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if batch_idx % 8 == 7:
             trainer.save_checkpoint(self.path)
-            self.count(torch.load(self.path, weights_only=True)["state_dict"])
+            # torch 2.4 pickles a method of the schedule of learning rates, which the safe loader refuses
+            self.count(torch.load(self.path, weights_only=False)["state_dict"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
