@@ -397,7 +397,7 @@ def _without_empty_rows(weight: LatentWeight, margins: Tensor, mask: Tensor) -> 
 
 def _bound(occupied: Tensor, part: Whole, dP: Tensor, W: Tensor) -> None:
     """Make rows of ``dP`` that are not occupied as long as the others are, by root mean square, if they are longer."""
-    squares = dP.double().square().sum(1)
+    squares = torch.linalg.vector_norm(dP, dim=1, dtype=torch.float64).square_()
     total, count = part.sums(torch.stack([squares[occupied].sum(), occupied.sum().double()])).unbind()
     factor = (total / count / squares).sqrt().clamp(max=1).masked_fill(occupied, 1).nan_to_num(1.0)
     dP.mul_(factor.to(dP.dtype).unsqueeze(1))
