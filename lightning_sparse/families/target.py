@@ -253,12 +253,11 @@ class Target:
         if plan is None or plan.start is None:
             return
         weights = [weight for weight in plan.open if weight.has_gradient]
-        P = [weight.matrix(weight.values, "P") for weight in weights]
-        occupied = [weight.kernels.occupied(each) for weight, each in zip(weights, P, strict=True)]
-        empty = [0 if bool(each.all()) else 1 for each in occupied]
-        found = zip(weights, occupied, together(weights).total(*empty), strict=True) if weights else ()
-        for weight, rows in [(weight, rows) for weight, rows, some in found if some]:
-            weight.turn_gradient(partial(_bound, rows, weight.part))
+        found = [weight.kernels.occupied(weight.matrix(weight.values, "P")) for weight in weights]
+        empty = together(weights).total(*(empty for empty, _ in found)) if weights else []
+        for weight, (_, occupied), some in zip(weights, found, empty, strict=True):
+            if some:
+                weight.turn_gradient(partial(_bound, occupied, weight.part))
 
     def follow(self, optimizer: Optimizer) -> bool:
         """Count an update and do as planned; tell whether thresholds or masks are others now."""
@@ -287,19 +286,23 @@ class Target:
 
     def _near(self, weights: Sequence[LatentWeight], t: Sequence[float], look: Look) -> Near:
         """Return the margins of some weights, whose thresholds are ``t``, that are about as large as it says."""
-        above, found = zip(*map(partial(self._near_one, look), weights, t), strict=True)
-        counts, part = [len(each) for each in found], together(weights)
-        magnitudes = torch.from_numpy(np.concatenate(found))
-        if len(set(t)) == 1:
+        bounds = {each: self._magnitudes(each, look) for each in set(t)}
+        near = [  # NaN is above: it must stay in sight
+            weight.kernels.near(weight.matrix(weight.latent, "W"), *bounds[each])
+            for weight, each in zip(weights, t, strict=True)
+        ]
+        above, counts = [above for above, _ in near], [len(found) for _, found in near]
+        magnitudes, part = torch.from_numpy(np.concatenate([found for _, found in near])), together(weights)
+        if len(bounds) == 1:
             margins = self.method.margins(magnitudes, t[0])
         else:
             margins = self.method.margins(magnitudes, torch.from_numpy(np.repeat(t, counts)))
         return Near(part.total(*above), counts, margins.numpy(), part)
 
-    def _near_one(self, look: Look, weight: LatentWeight, t: float) -> tuple[int, np.ndarray]:
-        """Return how many magnitudes of a weight are above those to look at, and these."""
+    def _magnitudes(self, t: float, look: Look) -> tuple[float, float]:
+        """Return between which magnitudes those margins lie of a weight whose thresholds are ``t``."""
         low, high = (max(0.0, self.method.level(self.method.shifted(t, by))) for by in look.bounds)
-        return weight.kernels.near(weight.matrix(weight.latent, "W"), low, high)  # NaN is above: it must stay in sight
+        return low, high
 
     def _shift(
         self, group: LatentGroup, weights: Sequence[LatentWeight], t: Sequence[float], found: Sequence[Cut]

@@ -41,8 +41,8 @@ class ThresholdKernels(Protocol):
     def near(self, W: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
         """Return how many magnitudes are above ``high``, and those from ``low`` up to it."""
 
-    def occupied(self, P: Tensor) -> Tensor:
-        """Return which rows have a value other than 0."""
+    def occupied(self, P: Tensor) -> tuple[int, Tensor]:
+        """Return how many rows have no value other than 0, and which have one."""
 
     def add_rows(self, x: Tensor, out: Tensor) -> None:
         """Write the sum of ``x (out, 1)``."""

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _SHARED_FROM = 1 << 18
-_BLOCK = 32
+_NEAR = 64  # in one look
 
 
 def _over_rows(kernel: Callable[..., Any], tensors: tuple[Tensor, ...], *scalars: Any) -> list[Any]:
@@ -185,55 +185,61 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
 def _near(W, low, high):  # type: ignore[no-untyped-def]
     real = W.dtype.type
     one, zero, lo, hi = real(1), real(0), real(low), real(high)
-    within = np.empty(W.shape[0], np.int64)
-    above, total = 0, 0
-    for i in range(W.shape[0]):
-        below, not_above = zero, zero
-        for j in range(W.shape[1]):
-            magnitude = abs(W[i, j])
-            below += one if magnitude <= lo else zero
-            not_above += one if magnitude <= hi else zero
-        above += W.shape[1] - int(not_above)
-        within[i] = int(not_above) - int(below)
-        total += within[i]
-    found = np.empty(total)
-    k = 0
-    for i in range(W.shape[0]):
-        end = k + within[i]
-        for start in range(0, W.shape[1] if within[i] else 0, _BLOCK):
-            if k == end:
-                break
-            block = W[i, start : start + _BLOCK]
-            some = False
-            for j in range(block.size):
-                some |= (abs(block[j]) > lo) & (abs(block[j]) <= hi)
-            for j in range(block.size if some else 0):
-                if lo < abs(block[j]) <= hi:
-                    found[k] = abs(block[j])
-                    k += 1
-    return above, found
+    found, k, not_above = np.empty(16 * _NEAR), 0, 0
+    rest = W.size // _NEAR * _NEAR
+    for start in range(0, rest, _NEAR):
+        up_to_high, up_to_low = zero, zero
+        for j in range(_NEAR):
+            magnitude = abs(W[start + j])
+            up_to_high += one if magnitude <= hi else zero
+            up_to_low += one if magnitude <= lo else zero
+        not_above += int(up_to_high)
+        if up_to_high == up_to_low:
+            continue
+        if k + 2 * _NEAR > found.size:
+            found = np.concatenate((found, np.empty_like(found)))
+        for j in range(_NEAR):
+            magnitude = abs(W[start + j])
+            if lo < magnitude <= hi:
+                found[k] = magnitude
+                k += 1
+    for j in range(rest, W.size):
+        magnitude = abs(W[j])
+        not_above += magnitude <= hi
+        if lo < magnitude <= hi:
+            found[k] = magnitude
+            k += 1
+    return W.size - not_above, found[:k]
 
 
 def near(W: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
     """As ``thresholds_torch.near``."""
-    above, found = zip(*_over_rows(_near, (W,), low, high), strict=True)
-    return sum(above), found[0] if len(found) == 1 else np.concatenate(found)
+    found = _over_rows(_near, (W.reshape(-1),), low, high)
+    if len(found) == 1:
+        return found[0]  # type: ignore[no-any-return]
+    above, magnitudes = zip(*found, strict=True)
+    return sum(above), np.concatenate(magnitudes)
 
 
 @compiled
 def _occupied(P):  # type: ignore[no-untyped-def]
-    found = np.zeros(P.shape[0], np.bool_)
+    found, empty = np.ones(P.shape[0], np.bool_), 0
     for i in range(P.shape[0]):
+        some = False
         for j in range(P.shape[1]):
             if P[i, j] != 0:
-                found[i] = True
+                some = True
                 break
-    return found
+        if not some:
+            found[i] = False
+            empty += 1
+    return empty, found
 
 
-def occupied(P: Tensor) -> Tensor:
+def occupied(P: Tensor) -> tuple[int, Tensor]:
     """As ``thresholds_torch.occupied``."""
-    return torch.from_numpy(_occupied(P.numpy()))
+    empty, found = _occupied(P.numpy())
+    return empty, torch.from_numpy(found)
 
 
 @compiled

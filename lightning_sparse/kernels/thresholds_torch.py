@@ -188,9 +188,10 @@ def near(W: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
     return above, torch.cat(found).cpu().double().numpy()
 
 
-def occupied(P: Tensor) -> Tensor:
-    """Return which rows of ``P`` have a value other than 0, or NaN: boolean, ``(out,)``."""
-    return (P != 0).any(1)
+def occupied(P: Tensor) -> tuple[int, Tensor]:
+    """Return how many rows of ``P`` have no value but 0; and which have another, or NaN: boolean, ``(out,)``."""
+    found = (P != 0).any(1)
+    return len(found) - int(found.count_nonzero()), found
 
 
 def add_rows(x: Tensor, out: Tensor) -> None:

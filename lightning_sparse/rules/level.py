@@ -40,12 +40,13 @@ class Look(NamedTuple):
         """Return where to look next time: about the levels that were found.
 
         The width goes a quarter of the way, in logarithms, to five times the distance from where these were expected,
-        or to where there are some margins at all.
+        or to where there are some margins at all. It starts from the first look of this time, not from what a jump has
+        widened it to: a look that is too narrow costs another one, one that is too wide may have all margins to sort.
         """
         levels, width = [cut.level for cut in found], min(self.width, _WIDEST)
         low, high = min(levels), max(levels)
         gap = min(cut.kth - cut.below for cut in found)
-        distance = max(abs(self.centre - low), abs(self.centre - high), min(gap, width / 5), width / 1000)
+        distance = max(abs(self.centre - low), abs(self.centre - high), min(gap, width / 5), width / 1e6)
         return Look((low + high) / 2, width**0.75 * (5 * distance) ** 0.25)
 
 
@@ -154,10 +155,11 @@ def cuts(near: Callable[[Look], Near], k: int, at_least: Sequence[int], look: Lo
     >>> [round(cut.level, 3) for cut in found]
     [0.2, 0.2]
     """
+    first = look
     while True:
         found = _cuts(near(look), k, at_least, whole=math.isinf(look.width))
         if found is not None:
-            return found, look.next(found)
+            return found, first.next(found)
         look = look.wider
 
 
@@ -169,7 +171,7 @@ def _cuts(known: Near, k: int, at_least: Sequence[int], whole: bool) -> list[Cut
         cut = _cut(known.layers(shared), k, whole)
         if cut is None:
             return None
-        short = [i for i in shared if at_least[i] and known.layer(i).count(cut.level) < at_least[i]]
+        short = [i for i in shared if known.above[i] < at_least[i] and known.layer(i).count(cut.level) < at_least[i]]
         if not short:
             found |= dict.fromkeys(shared, cut)
             break

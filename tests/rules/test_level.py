@@ -104,6 +104,17 @@ def test_it_looks_once_in_nearly_all_steps_where_the_level_wavers():
     assert len(near(look).values) < 1_000
 
 
+def test_few_looks_after_a_jump_find_many():
+    (layer,), look, found = drawn([20_000], 1), Look(), []
+    layer = layer - 200.0  # as thresholds of a dense start come to their first cut
+    for _ in range(12):
+        near, _ = looking([layer])
+        found.append(len(near(look).values))
+        (cut,), look = cuts(near, 2_000, [0], look)
+        layer = layer - cut.level - 1e-5
+    assert sum(n > 1_000 for n in found) <= 2
+
+
 def test_a_look_at_everything_is_followed_by_narrower_ones():
     look = Look(0.0, math.inf)
     for _ in range(60):
