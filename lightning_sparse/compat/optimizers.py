@@ -1,6 +1,7 @@
 """Optimizers that hand their step to another one (Lookahead and its like), and what listens to steps."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import MethodType
 from typing import Any
 
@@ -111,7 +112,7 @@ def _with_those_within(optimizer: Any) -> list[tuple[Any, list[Any]]]:
 
 def _within(optimizer: Any) -> list[Any]:
     """Return the optimizers that another one holds and that train some of its parameters."""
-    held = [each for each in _attributes(optimizer) if each is not optimizer and _steps(each)]
+    held = [each for each in _attributes(optimizer) if _steps(each) and each is not optimizer]
     if not held:
         return []
     ours = _parameters(optimizer)
@@ -127,8 +128,14 @@ def _attributes(optimizer: Any) -> Iterator[Any]:
 
 
 def _steps(value: Any) -> bool:
-    # by its class: a parameter or module answers what it does not have by an error of its own, which takes time
-    return callable(getattr(type(value), "step", None)) and hasattr(value, "param_groups")
+    kind: Any = type(value)  # mypy takes type[Any] for not hashable
+    return _can_step(kind) and hasattr(value, "param_groups")
+
+
+@lru_cache(maxsize=1024)
+def _can_step(kind: Any) -> bool:
+    # of a class: a parameter or module answers what it does not have by an error of its own, which takes time
+    return callable(getattr(kind, "step", None))
 
 
 def _parameters(optimizer: Any) -> set[int]:

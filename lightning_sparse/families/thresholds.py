@@ -146,6 +146,7 @@ class Thresholds:
         self.target = method.new_target()
         self.states = ThresholdStates()
         self._laid_out: dict[int, list[ThresholdBuffer]] = {}
+        self._stepping: dict[int, list[Optimizer]] = {}  # those that make the step of each optimizer
         self._nonfinite: dict[ThresholdBuffer, Tensor] = {}  # where, so far
 
     # ------------------------------------------------------------------ a fit begins and ends
@@ -216,6 +217,7 @@ class Thresholds:
         self, optimizer: Optimizer, weights: Iterable[LatentWeight]
     ) -> tuple[list[LatentWeight], list[ThresholdBuffer]]:
         """Lay the thresholds of the weights of an optimizer end to end; return the weights in this order, and them."""
+        self._stepping[id(optimizer)] = stepping(optimizer)
         of = {weight.thresholds: weight for weight in weights}
         laid = buffers(of, self.method.sum_names, lambda thresholds: self._kind(of[thresholds]))
         self._laid_out[id(optimizer)] = laid
@@ -251,11 +253,11 @@ class Thresholds:
     def release(self, weights: Mapping[str, LatentWeight]) -> None:
         """Let go of the optimizers."""
         self.states.release(weights)
-        self._laid_out, self._nonfinite = {}, {}
+        self._laid_out, self._stepping, self._nonfinite = {}, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what is laid out for optimizers."""
-        return {**self.__dict__, "_laid_out": {}, "_nonfinite": {}}
+        return {**self.__dict__, "_laid_out": {}, "_stepping": {}, "_nonfinite": {}}
 
     # ------------------------------------------------------------------ a step
 
@@ -303,7 +305,7 @@ class Thresholds:
         own = self.method.threshold_weight_decay
         if own is not None:
             decay_apart(optimizer, thresholds, own)
-        for each in stepping(optimizer):
+        for each in self._stepping.get(id(optimizer), ()):
             complete_momentum(each, thresholds)
 
     def make_finite(self, optimizer: Optimizer) -> None:
@@ -341,8 +343,10 @@ class Thresholds:
             weights: any.
             passing: how many of each pass, of what is here; None: the method has no collapse guard.
         """
+        if self.method.reset_above is None or self.target:
+            return []
         counted: list[Any] = [count for count in passing if count is not None]
-        if self.method.reset_above is None or self.target or len(counted) < len(weights):
+        if len(counted) < len(weights):
             return []
         counts = together(weights).total(*counted)
         return [weight for weight, count in zip(weights, counts, strict=True) if self._reset(weight, count)]

@@ -111,9 +111,14 @@ def is_fused(device: torch.device) -> bool:
 
 def wanted() -> str:
     """Return which code the environment asks for: ``"auto"``, or the name of one."""
+    return _known(os.environ.get("LIGHTNING_SPARSE_KERNELS", "auto"))
+
+
+@cache
+def _known(found: str) -> str:
+    """Return the name of some code if there is such code; each step asks for it many times."""
     others = [backend.name for backends in BACKENDS.values() for backend in backends]
     names = list(dict.fromkeys(["auto", "torch", *others, "fused"]))
-    found = os.environ.get("LIGHTNING_SPARSE_KERNELS", "auto")
     if found not in names:
         known = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
         raise ValueError(f"LIGHTNING_SPARSE_KERNELS must be {known}, got {found!r}.")

@@ -210,7 +210,7 @@ def distinct(n: int, below: int, generator: Generator) -> Tensor:
     """Draw ``n`` different whole numbers from 0 to ``below - 1``, ascending, all equally likely; memory goes with n."""
     if 2 * n >= below:
         return torch.randperm(below, generator=generator)[:n].sort().values
-    found = torch.empty(0, dtype=torch.long)
+    found = different(torch.randint(below, (n,), generator=generator))
     while len(found) < n:  # at least every other draw is a new one
         new = different(torch.randint(below, (n - len(found),), generator=generator))
         found = merged(found, new[~contains(found, new)])

@@ -64,7 +64,7 @@ class LatentWeight:
     @property
     def size(self) -> int:
         """Number of the weight's elements."""
-        return math.prod(self.shape)
+        return self.latent.numel() if self.part is WHOLE else math.prod(self.shape)
 
     @property
     def thresholds(self) -> WeightThresholds:
