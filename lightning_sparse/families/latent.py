@@ -26,6 +26,7 @@ from lightning_sparse.kernels.dispatch import is_fused
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.rules.parts import part_of, together
 from lightning_sparse.trainer.adopt import adopt
+from lightning_sparse.trainer.averages import take_writes_between
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.trainer.guards import refuse_capture, refuse_other_weights
 from lightning_sparse.trainer.shards import refuse_parts_of_rows
@@ -104,7 +105,7 @@ class LatentCallback(LatentReadouts, SparseCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return latents, with their thresholds, and buffers: tensors and plain values only."""
-        self._take_writes_between(by_value=True)
+        take_writes_between(self)
         return {
             **super().state_dict(),
             "granularity": "layer",

@@ -39,7 +39,6 @@ class _Family(Verbs, Callback, ABC):
     """What a method with thresholds has of the family beside it."""
 
     _groups: dict[int, LatentGroup]  # by optimizer
-    _before_fit: dict[str, int]
 
 
 class Thresholded(Targeted, _Family):
