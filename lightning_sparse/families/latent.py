@@ -217,9 +217,6 @@ class LatentCallback(LatentReadouts, SparseCallback):
 
     # ------------------------------------------------------------------ steps
 
-    def begin_epoch(self, epoch: int, epochs: int | None) -> None:  # noqa: D102
-        pass
-
     def take_writes(self, by_value: bool, optimizer: Optimizer | None = None) -> None:
         """Make ``W`` what ``P`` would be made of, where other code has written; a 0 written over a 0 says nothing."""
         differs = self._fit.traces.differs

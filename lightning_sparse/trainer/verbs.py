@@ -90,8 +90,7 @@ class Verbs(ABC):
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Take over weights that joined ``optimizer`` after the fit started."""
 
-    @abstractmethod
-    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:  # noqa: B027  (not all have anything that changes)
         """Set what changes from epoch to epoch; ``epochs`` is their number, None if it is not known."""
 
     def take_writes(self, by_value: bool, optimizer: Optimizer | None = None) -> None:  # noqa: B027  (not all keep any)
