@@ -25,7 +25,7 @@ from lightning_sparse import (
     MemoryEfficientDST,
     RigL,
 )
-from lightning_sparse.families.latent import LatentCallback
+from lightning_sparse.families.thresholds import Thresholded
 from lightning_sparse.layers.selection import select_parameters
 from lightning_sparse.trainer.callback import SparseCallback
 from lightning_sparse.zoo.models import VGG16, LeNet300, MobileNetV2, ResNet18
@@ -200,7 +200,7 @@ def attach(callback: SparseCallback, module: nn.Module, optimizer: torch.optim.O
         SimpleNamespace(estimated_stepping_batches=NEVER, precision_plugin=None, strategy=strategy, global_rank=0),
     )
     callback.attach([choice for choice in select_parameters(module) if choice.reason is None], [optimizer], False)
-    if isinstance(callback, LatentCallback) and callback._target:
+    if isinstance(callback, Thresholded) and callback._target:
         callback._target.skip(NEVER // 2)
 
 

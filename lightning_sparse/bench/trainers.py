@@ -103,9 +103,6 @@ class _Idle(SparseCallback):
     def attach_added(self, choices: object, optimizer: object) -> None:
         pass
 
-    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
-        pass
-
     def before_step(self, optimizer: object, share: float, scale: float) -> None:
         pass
 

@@ -6,7 +6,7 @@ from typing import Protocol
 from lightning_sparse.families import starts
 from lightning_sparse.rules import patterns
 from lightning_sparse.rules.budgets import Distribution
-from lightning_sparse.rules.patterns import Pattern
+from lightning_sparse.rules.patterns import UNSTRUCTURED, Pattern
 
 __all__ = ["fitting_pattern"]
 
@@ -14,6 +14,7 @@ __all__ = ["fitting_pattern"]
 class _Method(Protocol):
     """What a pattern asks of its method."""
 
+    pattern: Pattern
     pattern_name: str
     sparsity_target: float | None
     initial: str
@@ -25,11 +26,15 @@ class _Method(Protocol):
 
 
 def fitting_pattern(method: _Method) -> tuple[Pattern, float | None]:
-    """Return the pattern of ``pattern_name``, and the sparsity: for None, where no start tells it, what N:M has.
+    """Return the pattern, and the sparsity: for None, where no start tells it, what N:M has.
+
+    The pattern is that of the method's class, if it has one, else that of ``pattern_name``.
 
     Raises:
         ValueError: the method cannot have it, or the other arguments ask for more connections than it allows.
     """
+    if method.pattern is not UNSTRUCTURED:
+        return method.pattern, method.sparsity_target
     pattern, sparsity = patterns.named(method.pattern_name), method.sparsity_target
     name, density = f"pattern={method.pattern_name!r}", pattern.density
     if pattern.kind in method.unfit_patterns:

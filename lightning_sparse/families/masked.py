@@ -86,7 +86,7 @@ class MaskedCallback(Stored, SparseCallback):
         "and dense weights with exact zeros; False: the nonzeros alone; None: dense if that takes no more than 64 MiB.",
     )
 
-    #: what the units of sparsity are
+    #: what the units of sparsity are: what ``pattern_name`` says, unless a class has another
     pattern = UNSTRUCTURED
 
     #: kinds of patterns that the method cannot have, and why
@@ -103,17 +103,13 @@ class MaskedCallback(Stored, SparseCallback):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.initial = os.fspath(self.initial)
-        self._take_pattern()
+        self.pattern, self.sparsity_target = fitting_pattern(self)
         starts.check_number(self.sparsity_target, self.initial)
         self.store: Store = STORES[self.storage](self)
         self.generator: Generator = OwnGenerator()
         self._weights: dict[str, Weight] = {}
         self._groups = WeightGroups()
         self._epoch = 0
-
-    def _take_pattern(self) -> None:
-        """Take the pattern of ``pattern_name``, and for ``sparsity=None`` the sparsity that N:M has."""
-        self.pattern, self.sparsity_target = fitting_pattern(self)
 
     # ------------------------------------------------------------------ what a method defines
 

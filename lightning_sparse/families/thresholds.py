@@ -5,7 +5,7 @@ to end, so that one operation completes their gradients.
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -15,24 +15,33 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.compat import checks
-from lightning_sparse.compat.lightning import MisconfigurationException, Trainer, is_a
+from lightning_sparse.compat.lightning import Callback, LightningModule, MisconfigurationException, Trainer, is_a
 from lightning_sparse.compat.optimizers import stepping, takes_matrices_alone, wrapped
 from lightning_sparse.compat.options import option
 from lightning_sparse.compat.torch_private import complete_momentum, found_infinite
-from lightning_sparse.families.target import Targeted
+from lightning_sparse.families.target import Target, Targeted
 from lightning_sparse.families.threshold_decay import decay_apart, refuse_unknown_decay
 from lightning_sparse.families.threshold_states import ThresholdStates, place
 from lightning_sparse.kernels.thresholds import fused, fused_kernels
-from lightning_sparse.rules.parts import together
-from lightning_sparse.trainer.guards import REMEDY, listed
+from lightning_sparse.rules.parts import WHOLE, together
+from lightning_sparse.trainer.guards import REMEDY, listed, refuse_other_sparsity
+from lightning_sparse.trainer.ownership import Ownership
+from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.joined import Joined, can_join
 from lightning_sparse.weights.latent import LatentWeight
+from lightning_sparse.weights.latent_group import LatentGroup
 from lightning_sparse.weights.thresholds import Granularity, ThresholdBuffer, WeightThresholds, buffers
 
 __all__ = ["Granularity", "ThresholdBuffer", "Thresholded", "Thresholds"]
 
 
-class Thresholded(Targeted):
+class _Family(Verbs, Callback, ABC):
+    """What a method with thresholds has of the family beside it."""
+
+    _groups: dict[int, LatentGroup]  # by optimizer
+
+
+class Thresholded(Targeted, _Family):
     """A method with trained thresholds: what it says of them, and what is read of them.
 
     It stands before the family in a method's bases, as in ``class DST(Thresholded, LatentCallback)``. The gradient of
@@ -83,7 +92,20 @@ class Thresholded(Targeted):
     def __post_init__(self) -> None:
         """Have thresholds."""
         super().__post_init__()
-        self._thresholds: Thresholds | None = Thresholds(self)
+        self._trained: Thresholds | None = Thresholds(self)
+
+    @property
+    def _thresholds(self) -> "Thresholds":
+        """The thresholds of all weights."""
+        assert self._trained is not None
+        return self._trained
+
+    @property
+    def _target(self) -> Target | None:
+        """What the thresholds are shifted to meet, if anything."""
+        return self._thresholds.target
+
+    # ------------------------------------------------------------------ what a method defines
 
     @abstractmethod
     def threshold_gradients(self, buffer: ThresholdBuffer, share: float) -> None:
@@ -99,6 +121,8 @@ class Thresholded(Targeted):
         """The forward thresholds' value at the start."""
         return self.init_threshold or 0.0
 
+    # ------------------------------------------------------------------ what users read
+
     @property
     def thresholds(self) -> dict[str, Tensor]:
         """The forward thresholds by parameter name: ``(out,)``, ``(1,)`` or the weight's shape, after granularity."""
@@ -113,6 +137,13 @@ class Thresholded(Targeted):
     def state_tensors(self) -> list[Mapping[str, Any]]:  # noqa: D102  (inherited)
         return [*super().state_tensors, *(vars(weight.thresholds) for weight in self._weights.values())]
 
+    def metrics(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """Return what is logged, with the sparsity that is planned for now."""
+        planned = self._target.planned_sparsity if self._target else None
+        return super().metrics(counts) | ({} if planned is None else {"sparsity/planned": planned})
+
+    # ------------------------------------------------------------------ a fit begins and ends
+
     def refuse_trainer(self, trainer: Trainer) -> None:
         """Raise if a callback looks every parameter of the optimizer up in the module."""
         super().refuse_trainer(trainer)
@@ -123,15 +154,59 @@ class Thresholded(Targeted):
                 "Freeze weights with requires_grad_(False) and add them later with optimizer.add_param_group."
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let thresholds join late, if they do; make sure that a plan, if there is one, can be followed."""
+        super().on_train_start(trainer, pl_module)
+        if self._thresholds.states.apart:
+            for optimizer in trainer.optimizers:
+                self._thresholds.join(optimizer, self._groups[id(optimizer)].weights)
+            self._ownership = Ownership(trainer.optimizers, self.choices_in(pl_module))
+        if self._target:
+            self._target.check()
+
     def warn_at_epoch_end(self) -> None:  # noqa: D102  (inherited)
         super().warn_at_epoch_end()
-        if self._thresholds:
-            self._thresholds.warn(self._weights)
+        self._thresholds.warn(self._weights)
 
-    def metrics(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """Return what is logged, with the sparsity that is planned for now."""
-        planned = self._thresholds.target.planned_sparsity if self._thresholds and self._thresholds.target else None
-        return super().metrics(counts) | ({} if planned is None else {"sparsity/planned": planned})
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of a training that ended before its plan."""
+        super().on_train_end(trainer, pl_module)
+        if self._target:
+            self._target.warn()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the thresholds out of the optimizers where they have joined late, then let go of the module."""
+        if stage == "fit":
+            self._thresholds.release(self._weights)
+        super().teardown(trainer, pl_module, stage)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the family's state, and how far the plan is."""
+        return {
+            **super().state_dict(),
+            **({"target": self._target.state(), "begun": dict(self._before_fit)} if self._target else {}),
+            **self._thresholds.states.state_dict(self._weights),
+            "granularity": self.granularity,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state with thresholds of the same shapes and the same target."""
+        self._thresholds.refuse_other_granularity(state_dict["granularity"])
+        there = state_dict.get("target", {}).get("sparsity")
+        refuse_other_sparsity(self, there, self._target.sparsity if self._target else None)
+        if self._target:
+            self._target.load(state_dict["target"])
+        self._thresholds.states.take(state_dict.get("optimizer", {}))
+        super().load_state_dict(state_dict)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make room for what the checkpoint has by shards of the optimizers' states of thresholds."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if self._thresholds.states.apart and state:
+            self._thresholds.states.expect(state.get("optimizer", {}), self._weights)
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 class Thresholds:
@@ -158,6 +233,12 @@ class Thresholds:
                 f"The checkpoint was written with granularity={there!r}, "
                 f"this {self.method!r} has {self.method.granularity!r}: give it the same."
             )
+
+    def begin_fit(self, weights: Sequence[LatentWeight], resumed: bool) -> None:
+        """Settle who keeps the optimizers' states of thresholds, and where these may stand in param groups."""
+        self.states.begin(together(weights) is not WHOLE, resumed)
+        if not resumed:
+            self.forget_places(weights)
 
     def begin(self, weight: LatentWeight) -> None:
         """Give a new weight its thresholds."""
@@ -213,15 +294,14 @@ class Thresholds:
                 "AdamW, or take a method without thresholds, such as TopKAST or RigL."
             )
 
-    def lay_out(
-        self, optimizer: Optimizer, weights: Iterable[LatentWeight]
-    ) -> tuple[list[LatentWeight], list[ThresholdBuffer]]:
-        """Lay the thresholds of the weights of an optimizer end to end; return the weights in this order, and them."""
+    def lay_out(self, optimizer: Optimizer, group: LatentGroup) -> None:
+        """Lay the thresholds of the weights of an optimizer end to end, and the weights that join with theirs."""
         self._stepping[id(optimizer)] = stepping(optimizer)
-        of = {weight.thresholds: weight for weight in weights}
+        of = {weight.thresholds: weight for weight in group.weights}
         laid = buffers(of, self.method.sum_names, lambda thresholds: self._kind(of[thresholds]))
-        self._laid_out[id(optimizer)] = laid
-        return [of[thresholds] for buffer in laid for thresholds in buffer.thresholds], laid
+        self._laid_out[id(optimizer)] = group.buffers = laid
+        group.weights = [of[thresholds] for buffer in laid for thresholds in buffer.thresholds]
+        group.joined = [self._joined(buffer, of) for buffer in laid if buffer.joins]
 
     def _kind(self, weight: LatentWeight) -> torch.dtype | None:
         """Return the dtype of a weight that is to lie among others of its dtype, None: by itself."""
@@ -229,17 +309,12 @@ class Thresholds:
         joins = method.joins and method.granularity != "weight" and fused(device) is not None and can_join(weight)
         return weight.latent.dtype if joins else None
 
-    def joined(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> list[Joined]:
-        """Lay the weights of those buffers end to end whose thresholds are."""
-        of = {weight.thresholds: weight for weight in weights}
-        found = []
-        for buffer in self._laid_out[id(optimizer)]:
-            if buffer.joins:
-                ours = [of[thresholds] for thresholds in buffer.thresholds]
-                shapes = [(weight.thresholds.rows, weight.size // weight.thresholds.rows) for weight in ours]
-                per_row = self.method.granularity == "neuron"
-                found.append(Joined(ours, buffer, fused_kernels(shapes, per_row, ours[0].latent.device)))
-        return found
+    def _joined(self, buffer: ThresholdBuffer, of: Mapping[WeightThresholds, LatentWeight]) -> Joined:
+        """Lay weights end to end whose thresholds are."""
+        ours = [of[thresholds] for thresholds in buffer.thresholds]
+        shapes = [(weight.thresholds.rows, weight.size // weight.thresholds.rows) for weight in ours]
+        per_row = self.method.granularity == "neuron"
+        return Joined(ours, buffer, fused_kernels(shapes, per_row, ours[0].latent.device))
 
     def forget_places(self, weights: Iterable[LatentWeight]) -> None:
         """Let thresholds stand wherever they do in the param groups of this fit."""
@@ -251,7 +326,9 @@ class Thresholds:
         return [t for buffer in self._laid_out.get(id(optimizer), ()) for t in buffer.parameters]
 
     def release(self, weights: Mapping[str, LatentWeight]) -> None:
-        """Let go of the optimizers."""
+        """Let go of the optimizers; keep how far the plan is."""
+        if self.target:
+            self.target.release()
         self.states.release(weights)
         self._laid_out, self._stepping, self._nonfinite = {}, {}, {}
 

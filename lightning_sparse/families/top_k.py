@@ -167,7 +167,7 @@ class TopKCallback(LatentCallback):
         for weight in weights:
             if weight.name in scaled:
                 self.scale(weight, math.sqrt(weight.size / max(1, active[weight.name])))
-        self._project(*weights)
+        self._projection.project(weights)
 
     # ------------------------------------------------------------------ steps
 
@@ -184,7 +184,7 @@ class TopKCallback(LatentCallback):
         """Find the sets anew, which may be others now."""
         group = self._groups[id(optimizer)]
         self.choose(group.weights, group.updates)
-        self._project(*group.weights)
+        self._projection.project(group.weights)
 
     def updated(self, optimizer: Optimizer | None, weights: Sequence[LatentWeight]) -> None:
         """Count the update, and find the sets anew if it is time."""
@@ -195,7 +195,8 @@ class TopKCallback(LatentCallback):
         group.updates += 1
         if group.weights and self.is_due(group):
             self.choose(group.weights, group.updates)
-            self._project(*(weight for weight in group.weights if weight not in weights))  # nobody else projects these
+            others = [weight for weight in group.weights if weight not in weights]
+            self._projection.project(others)  # nobody else does
 
     # ------------------------------------------------------------------ state
 

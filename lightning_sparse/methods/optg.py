@@ -150,7 +150,7 @@ class OptG(TopKCallback):
         """``dS = r dP W``, kept until the update; what is not finite counts as 0."""
         group = self._groups[id(optimizer)]
         if share:
-            self._trained.note(group.weights, self.curve(group.updates) / scale)
+            self._trained_scores.note(group.weights, self.curve(group.updates) / scale)
         super().before_step(optimizer, share, scale)
 
     def gradients(self, weight: LatentWeight, dP: Tensor, W: Tensor) -> None:
@@ -159,15 +159,15 @@ class OptG(TopKCallback):
 
     def stepped(self, optimizer: Optimizer, weights: Sequence[LatentWeight]) -> None:
         """``S <- S - lr dS``, with the learning rate of the update that was made."""
-        self._trained.descend(optimizer, weights)
+        self._trained_scores.descend(optimizer, weights)
 
     # ------------------------------------------------------------------ a fit ends
 
     def _release(self) -> None:
         super()._release()
-        self._trained = TrainedScores("S")
+        self._trained_scores = TrainedScores("S")
         self._final: set[int] = set()  # optimizers' groups that have come to their target
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what is of the fit alone."""
-        return {**super().__getstate__(), "_trained": TrainedScores("S"), "_final": set()}
+        return {**super().__getstate__(), "_trained_scores": TrainedScores("S"), "_final": set()}

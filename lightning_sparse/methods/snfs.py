@@ -47,15 +47,7 @@ class SNFS(DenseOnly, PruneAndGrow):
     paper_update_every = None
 
     needs_whole_gradients = True
-    unfit_patterns = dict.fromkeys(
-        ("N:M",),
-        "it moves connections from layer to layer, but groups that have N connections take no more. Use RigL or SET.",
-    )
-
-    @property
-    def layer_gradient_density(self) -> dict[str, float]:
-        """Share of each layer's weights whose gradient is used: all."""
-        return dict.fromkeys(self._weights, 1.0)
+    unfit_patterns = dict.fromkeys(("N:M",), "layers exchange connections, and full groups take none. Use RigL or SET.")
 
     def new_buffers(self, weight: Weight) -> dict[str, Tensor]:
         """Begin the average at 0."""
@@ -84,5 +76,4 @@ class SNFS(DenseOnly, PruneAndGrow):
 
     def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:
         """Grow where ``|momentum|`` is largest."""
-        momenta = weight.buffers["momentum"].abs()
-        return weight.part.positions(weight.part.top_k_positions(momenta, n, among=~weight.mask))
+        return gradient_averages.largest_inactive(weight, "momentum", n)

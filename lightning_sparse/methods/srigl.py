@@ -74,9 +74,6 @@ class SRigL(PruneAndGrow):
         self.resizes = self.min_salient > 0
         self._budgets = FanInBudgets(self.pattern, self.min_layer_density, self._groups)
 
-    def _take_pattern(self) -> None:
-        """Keep the pattern of the class."""
-
     # ------------------------------------------------------------------ an update
 
     def grow(self, weight: Weight, n: int, dropped: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 from lightning_sparse.compat.options import fixed
 from lightning_sparse.families.latent import LatentWeight
 from lightning_sparse.families.n_of_m import NOfMCallback
-from lightning_sparse.rules.matrices import parts
 
 __all__ = ["SSTE"]
 
@@ -57,11 +56,7 @@ class SSTE(NOfMCallback):
         """Write the set, and for each weight the threshold of its group: the largest ``|W|`` outside of the set."""
         super().mark(weight, key, count)
         outside = self.scores(weight).masked_fill_(weight.buffers[key], 0)
-        groups = torch.unflatten(parts(outside, weight.outputs), 2, (-1, self.pattern.m))
-        t = torch.empty_like(weight.latent)
-        each = torch.unflatten(parts(t, weight.outputs), 2, (-1, self.pattern.m))
-        each.copy_(groups.amax(3, keepdim=True).expand_as(each))
-        weight.buffers["t"] = t
+        weight.buffers["t"] = self.pattern.maxima(weight, outside)
 
     def begin(self, weight: LatentWeight) -> None:
         """Settle the scale of a layer by its first values; 1 where all are 0."""

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from lightning_sparse.rules import ascending, sampling, select, ties
 from lightning_sparse.rules.criteria import Connections
 from lightning_sparse.rules.groups import Groups, candidates, largest_of_each
-from lightning_sparse.rules.matrices import FIRST, Outputs
+from lightning_sparse.rules.matrices import FIRST, Outputs, parts
 from lightning_sparse.rules.parts import WHOLE, Whole, together
 from lightning_sparse.rules.tiles import Tiles
 
@@ -247,6 +247,13 @@ class NOfM(Pattern):
         if rest <= 0:
             return part.top_k(scores, k, first)
         return first | part.top_k(scores, rest, ~first if among is None else among & ~first)
+
+    def maxima(self, weight: Laid, scores: Tensor) -> Tensor:
+        """Return the largest score of each group, at all of its places, in the order of memory of ``scores``."""
+        found = torch.empty_like(scores)
+        groups, each = (torch.unflatten(parts(x, weight.outputs), 2, (-1, self.m)) for x in (scores, found))
+        each.copy_(groups.amax(3, keepdim=True).expand_as(each))
+        return found
 
     def count_global_top_k(
         self,

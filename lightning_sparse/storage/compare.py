@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sparse.compat.lightning import LightningModule, Trainer, rank_zero_info
+from lightning_sparse.compat.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_sparse.compat.nested import tensors
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_, sparse_layers
 from lightning_sparse.trainer.probe import probing
+from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["COMPARED_LIMIT", "difference"]
+__all__ = ["COMPARED_LIMIT", "difference", "refuse_difference"]
 
 #: bytes of the module's tensors and the dense weights up to which a fit compares
 COMPARED_LIMIT = 192 << 20
@@ -58,6 +59,19 @@ class _Call(NamedTuple):
         """Tell whether both are the same but for rounding."""
         same = self.name == other.name and len(self.figures) == len(other.figures)
         return same and all(a.near(b) for a, b in zip(self.figures, other.figures, strict=True))
+
+
+def refuse_difference(method: Verbs, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+    """Raise if a module with sparse layers computes something else than with dense ones, here or on another process."""
+    found = difference(trainer, module, batch, index)
+    if not trainer.strategy.reduce_boolean_decision(found is None):
+        raise MisconfigurationException(
+            f"{method!r} must not change what {type(module).__name__} computes, but on the first batch "
+            f"{found or 'another process finds that something'} with sparse layers, compared with dense ones of "
+            "the same weights. Code that goes by type(layer) or by the number of a parameter's elements does so. "
+            "Ask isinstance(layer, nn.Linear) there, keep the layer dense with exclude=[...], or use "
+            "storage='masked'."
+        )
 
 
 def difference(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> str | None:

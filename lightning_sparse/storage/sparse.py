@@ -5,8 +5,8 @@ loaded nor its optimizer been made. Then a weight's only parameter is the vector
 state and what processes average have that size, too.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,22 +19,20 @@ from lightning_sparse.compat.lightning import (
     Trainer,
     is_a,
     rank_zero_info,
-    rank_zero_warn,
 )
 from lightning_sparse.compat.optimizers import takes_matrices_alone
-from lightning_sparse.kernels import dispatch
-from lightning_sparse.kernels.products import DENSE
 from lightning_sparse.layers.selection import ParameterChoice
 from lightning_sparse.layers.sparse import SparseLayer, make_dense_
 from lightning_sparse.layers.stand_in import shaped
 from lightning_sparse.layers.unit_activity import Hooks
 from lightning_sparse.rules import select
 from lightning_sparse.storage.checkpoint import make_state_sparse, sparse_entries
-from lightning_sparse.storage.compare import COMPARED_LIMIT, difference
-from lightning_sparse.storage.measure import Inputs, backends, choose, measure_all, ways
+from lightning_sparse.storage.compare import COMPARED_LIMIT, refuse_difference
+from lightning_sparse.storage.exchange import exchange_layers, prefix
+from lightning_sparse.storage.layer_backends import LayerBackends
 from lightning_sparse.storage.processes import Ignored, average_gradients, copy_from_first
 from lightning_sparse.storage.store import Storage, Store, Stored
-from lightning_sparse.trainer.adopt import Adoption, adopt
+from lightning_sparse.trainer.adopt import Adoption
 from lightning_sparse.trainer.after import After
 from lightning_sparse.trainer.agreement import refuse_broken_positions
 from lightning_sparse.trainer.guards import averaging, listed, refuse_other_weights
@@ -61,8 +59,7 @@ class SparseStore(Store):
     def __init__(self, method: Stored) -> None:
         super().__init__(method)
         self._plain = False  # checkpoints have dense weights
-        self._backends: dict[str, str] = {}  # by name of the weight
-        self._inputs: Inputs | None = None  # of the first batch
+        self.backends = LayerBackends()
         self._compared = False  # with the dense module, in this fit
 
     @property
@@ -85,71 +82,20 @@ class SparseStore(Store):
             return
         handles = self.method._fit.handles
         _refuse_averages(self.method, trainer)
-        self._backends, self._inputs, self._compared = {}, None, False
-        exchange = partial(self._exchange_layers, trainer, module)
-        handles.append(After(module, "configure_model", exchange))
-        handles.append(After(module, "configure_optimizers", during=self._shaped))
+        self.backends, self._compared = LayerBackends(), False
+        handles.append(After(module, "configure_model", partial(self._exchange, trainer, module)))
+        # code that divides parameters by their dimensions finds those of the dense weights
+        dense_shapes = partial(_dense_shapes, self)
+        handles.append(After(module, "configure_optimizers", during=dense_shapes))
 
     def abort(self) -> None:
         """Leave the module's own methods behind, also of a fit that has not come to its start."""
         super().abort()
         self.method._fit.remove(Ignored)
 
-    @contextmanager
-    def _shaped(self) -> Iterator[None]:
-        """Let code that divides parameters by their dimensions find those of the dense weights."""
-        with shaped((weight.sparse.values, weight.shape) for weight in self._weights):
-            yield
-
-    @torch.no_grad()
-    def _exchange_layers(self, trainer: Trainer, module: LightningModule) -> None:
-        """Draw the connections, or take those of an earlier fit of the same weights, and exchange the layers."""
-        method = self.method
-        choices = [choice for choice in method.choices_in(module) if choice.reason is None]
-        if all(choice.sparse is not None for choice in choices):
-            # an earlier fit left them so, or there are none; adopt looks whether they are what was asked for
-            if choices and not method._weights:
-                method.refuse_made_sparse([choice.name for choice in choices])
-            weights = [self.weight(choice.name, choice.shape, choice.sparse) for choice in choices]
-        else:
-            self._refuse_layers(module, choices)
-            weights = [self.weight(c.name, c.shape, module.get_submodule(_prefix(c.name))) for c in choices]
-            with torch.device("cpu"):  # where draws are made, whatever the device that configure_model builds on
-                self._give_connections(weights, choices, trainer)
-        self._hold(weights, trainer, module)
-
-    def _refuse_layers(self, module: nn.Module, choices: Sequence[ParameterChoice]) -> None:
-        """Raise if a weight is not that of a plain layer that the store exchanges alone."""
-        problems = []
-        for choice in choices:
-            prefix, _, local = choice.name.rpartition(".")
-            owner = module.get_submodule(prefix)
-            if type(owner) not in self.exchanged or local != "weight":
-                problems.append(f"{choice.name} ({choice.layer})")
-            elif choice.tied:
-                problems.append(f"{choice.name} ({choice.layer}: a sparse layer cannot share its weight)")
-        if problems:
-            plain = " and ".join(f"nn.{kind.__name__}" for kind in self.exchanged)
-            raise MisconfigurationException(
-                f"{self.method!r} can exchange plain {plain} layers only, not "
-                f"{', '.join(problems)}. Leave them dense with exclude=[...], or use storage='masked'."
-            )
-
-    def _give_connections(
-        self, weights: Sequence[SparseWeight], choices: Sequence[ParameterChoice], trainer: Trainer
-    ) -> None:
-        """Give the layers the connections of an earlier fit of the same weights, or new ones."""
-        earlier = dict(self.method._weights)
-        shapes = {name: weight.shape for name, weight in earlier.items()}
-        adoption = adopt(self.method, choices, shapes, False, lambda: _continues(self.method, weights, earlier))
-        if adoption == "continued":
-            for weight in weights:
-                weight.start(earlier[weight.name].active_indices, torch.default_generator)
-        else:
-            self.method.draw(weights, trainer.strategy.broadcast(torch.initial_seed()))
-
-    def _hold(self, weights: Sequence[SparseWeight], trainer: Trainer, module: LightningModule) -> None:
-        """Take the weights of layers that are sparse now, and say what checkpoints and DDP do with them."""
+    def _exchange(self, trainer: Trainer, module: LightningModule) -> None:
+        """Exchange the layers, take their weights, and say what checkpoints and DDP do with them."""
+        weights = exchange_layers(self, trainer, module)
         self.method._weights = {weight.name: weight for weight in weights}
         plain = self.method.plain_checkpoints
         self._plain = _dense_bytes(weights) <= DENSE_LIMIT if plain is None else plain
@@ -158,7 +104,7 @@ class SparseStore(Store):
         # all processes make the same indices; values that change their length are averaged in after_backward
         more = ("weight",) if self.method.resizes else ()
         names = [(weight, (*weight.sparse.indices, "weight_shape", *more)) for weight in weights]
-        ignored = Ignored(module, [f"{_prefix(weight.name)}.{name}" for weight, own in names for name in own])
+        ignored = Ignored(module, [f"{prefix(weight.name)}.{name}" for weight, own in names for name in own])
         self.method._fit.handles.append(ignored)
         if self.method.resizes and is_a(trainer.strategy, "DDPStrategy"):
             ignored.refuse_nothing_left()
@@ -205,16 +151,7 @@ class SparseStore(Store):
     def begin_training(self, trainer: Trainer) -> None:
         """Multiply as the checkpoint says, or as is asked for; the first batch chooses for the other layers."""
         super().begin_training(trainer)
-        fixed = dispatch.wanted() != "auto" or torch.are_deterministic_algorithms_enabled()
-        for weight in self._weights:
-            here, saved = backends(weight.sparse), self._backends.pop(weight.name, None)
-            if saved not in (None, DENSE, *here):
-                rank_zero_warn(
-                    f"The checkpoint was trained with the backend {saved!r} for {weight.name}, which is not available "
-                    f"here ({', '.join(here)}): the run continues, but not to the last bit as it would have."
-                )
-            elif saved is not None or fixed:
-                self._backends[weight.name] = weight.sparse.backend = saved or here[0]
+        self.backends.settle(self._weights)
 
     def end(self, stage: str) -> Callable[[], None]:
         """Return what makes the module dense, if that takes no more than ``DENSE_LIMIT`` bytes."""
@@ -241,40 +178,15 @@ class SparseStore(Store):
         """Compare the module with the dense one on the first batch, if both are small enough; note what layers get."""
         if not self._compared:
             self._compared = True
-            self._compare(trainer, module, batch, index)
-        layers = {weight.name: weight.sparse for weight in self._weights if weight.name not in self._backends}
-        if layers and self._inputs is None:
-            self._inputs = Inputs(layers)
-            self.method._fit.handles.append(self._inputs)
-
-    def _compare(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        """Raise if a small module computes something else than the dense one."""
-        dense, own = _dense_bytes(self._weights), [*module.parameters(), *module.buffers()]
-        if dense > DENSE_LIMIT or dense + sum(x.numel() * x.element_size() for x in own) > COMPARED_LIMIT:
-            return
-        found = difference(trainer, module, batch, index)
-        if not trainer.strategy.reduce_boolean_decision(found is None):
-            raise MisconfigurationException(
-                f"{self.method!r} must not change what {type(module).__name__} computes, but on the first batch "
-                f"{found or 'another process finds that something'} with sparse layers, compared with dense ones of "
-                "the same weights. Code that goes by type(layer) or by the number of a parameter's elements does so. "
-                "Ask isinstance(layer, nn.Linear) there, keep the layer dense with exclude=[...], or use "
-                "storage='masked'."
-            )
+            if _is_small(module, self._weights):
+                refuse_difference(self.method, trainer, module, batch, index)
+        if not self.backends.known and self.backends.inputs is None:
+            self.method._fit.handles.append(self.backends.note_inputs(self._weights))
 
     def end_batch(self, trainer: Trainer) -> None:
-        """Measure, on the first process, how the layers of the first batch compute most quickly, and tell."""
-        if self._inputs is None:
-            return
-        self._inputs.close()
-        layers = {weight.name: weight.sparse for weight in self._weights if weight.name not in self._backends}
-        seconds: dict[str, dict[str, float]] = {}
-        if trainer.is_global_zero:
-            seconds = measure_all(layers, self._inputs.found, ways, trainer.precision_plugin.forward_context)
-        seconds, self._inputs = trainer.strategy.broadcast(seconds), None
-        self._backends |= choose(layers, seconds)
-        if seconds:
-            rank_zero_info(f"storage={self.name!r} computes as is quickest here: {_told(self._backends, seconds)}.")
+        """Choose how the layers of the first batch compute most quickly."""
+        if self.backends.inputs is not None:
+            self.backends.measure(self._weights, trainer, self.name)
 
     def after_backward(self, trainer: Trainer) -> None:
         """Average the gradients that DDP leaves alone, whenever DDP has averaged the others."""
@@ -315,7 +227,7 @@ class SparseStore(Store):
     def state_dict(self, weights: Mapping[str, Weight]) -> dict[str, Any]:
         """Add who multiplies and, where the module's part has dense weights, the connections: some may be 0."""
         state = super().state_dict(weights)
-        state["backends"] = dict(self._backends)
+        state |= self.backends.state_dict()
         for name, weight in weights.items() if self._plain else ():
             index = torch.int32 if weight.size < 2**31 else torch.int64
             state["weights"][name]["positions"] = weight.active_indices.cpu().to(index)
@@ -323,10 +235,7 @@ class SparseStore(Store):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up who multiplies."""
-        earlier = state_dict.get("backend")  # one for all layers, of earlier versions
-        self._backends = dict(
-            state_dict.get("backends", dict.fromkeys(state_dict["weights"], earlier) if earlier else {})
-        )
+        self.backends.load_state_dict(state_dict)
 
     def take(self, states: dict[str, Any], module: dict[str, Any]) -> bool:
         """Have the dense weights of a checkpoint loaded by sparse layers."""
@@ -339,7 +248,7 @@ class SparseStore(Store):
             if weight.name in masks:
                 positions = select.positions(masks[weight.name].bool())
             if positions is not None and weight.name in module and weight.layer is not None:
-                make_state_sparse(module, _prefix(weight.name), weight.sparse, positions.long())
+                make_state_sparse(module, prefix(weight.name), weight.sparse, positions.long())
         return bool(masks)
 
     def carried(self, weight: Weight, x: Tensor) -> Tensor | None:
@@ -356,9 +265,9 @@ class SparseStore(Store):
             state = checkpoint["state_dict"]
             for weight in self._weights:
                 if weight.name in state:
-                    prefix = _prefix(weight.name)
-                    groups = getattr(module.get_submodule(prefix), "groups", 1)
-                    state.update(sparse_entries(prefix, state.pop(weight.name), weight.active_indices, groups))
+                    layer = prefix(weight.name)
+                    groups = getattr(module.get_submodule(layer), "groups", 1)
+                    state.update(sparse_entries(layer, state.pop(weight.name), weight.active_indices, groups))
 
 
 def _refuse_averages(method: Stored, trainer: Trainer) -> None:
@@ -382,39 +291,17 @@ def _refuse_matrix_optimizers(method: Stored, trainer: Trainer) -> None:
             )
 
 
-def _prefix(name: str) -> str:
-    return name.rpartition(".")[0]
+def _dense_shapes(store: SparseStore) -> AbstractContextManager[None]:
+    """Give the layers' values, for a while, the shapes of the dense weights."""
+    return shaped((weight.sparse.values, weight.shape) for weight in store._weights)
+
+
+def _is_small(module: nn.Module, weights: Sequence[SparseWeight]) -> bool:
+    """Tell whether there is room for a dense copy of the module, to compare with."""
+    dense, own = _dense_bytes(weights), [*module.parameters(), *module.buffers()]
+    return dense <= DENSE_LIMIT and dense + sum(x.numel() * x.element_size() for x in own) <= COMPARED_LIMIT
 
 
 def _dense_bytes(weights: Sequence[SparseWeight]) -> int:
     """Return the bytes of the dense weights."""
     return sum(weight.size * weight.values.element_size() for weight in weights)
-
-
-def _told(chosen: Mapping[str, str], seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """Return in words which layers compute how, and how much more quickly than with dense weights."""
-    parts = []
-    for way in sorted({chosen[name] for name in seconds}):
-        names = [name for name in seconds if chosen[name] == way]
-        ratios = [seconds[name][way] / seconds[name][DENSE] for name in names if DENSE in seconds[name]]
-        ends = dict.fromkeys(f"{ratio:.2g}" for ratio in (min(ratios), max(ratios))) if ratios else ()
-        told = f" in {' to '.join(ends)} of the time with dense weights" if ratios else ""
-        how = "dense weights, made for each pass" if way == DENSE else f"{way}{told}"
-        parts.append(f"{listed(names)} with {how}")
-    return "; ".join(parts)
-
-
-def _continues(method: Stored, weights: Sequence[SparseWeight], earlier: Mapping[str, Weight]) -> bool:
-    """Tell whether the dense weights are 0 wherever an earlier fit left them inactive."""
-    if any(isinstance(weight, SparseWeight) and not weight.known for weight in earlier.values()):
-        return False
-    for weight in weights:
-        assert isinstance(weight.layer, (nn.Linear, nn.Conv2d))
-        W = weight.layer.weight
-        if W.is_meta:
-            return False
-        active = earlier[weight.name].active_indices.to(W.device)
-        nonzero = int(W.reshape(-1)[active].count_nonzero())
-        if int(W.count_nonzero()) != nonzero or not method.continues(len(active), nonzero):
-            return False
-    return True

@@ -16,6 +16,7 @@ from lightning_sparse.storage.checkpoint import load_for
 from lightning_sparse.storage.optimizers import carry_over
 from lightning_sparse.trainer.adopt import Adoption
 from lightning_sparse.trainer.after import After
+from lightning_sparse.trainer.readouts import Readouts
 from lightning_sparse.trainer.verbs import Verbs
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.group import WeightGroups
@@ -175,7 +176,7 @@ class Store(ABC):
         """Change the module's part of a checkpoint."""
 
 
-class Stored(Verbs, Callback, ABC):
+class Stored(Readouts, Verbs, Callback, ABC):
     """A method whose weights a store keeps: it passes Lightning's hooks on to the store.
 
     Attributes:
@@ -239,6 +240,11 @@ class Stored(Verbs, Callback, ABC):
     def layer_count(self) -> dict[str, int]:
         """Number of active connections of each layer, by parameter name."""
         return {name: weight.num_active for name, weight in self._weights.items()}
+
+    @property
+    def layer_gradient_density(self) -> dict[str, float]:
+        """Share of each layer's weights whose gradient is used: all where each step uses it of all, else the active."""
+        return dict.fromkeys(self._weights, 1.0) if self.needs_whole_gradients else self.layer_density
 
     @property
     def mask_versions(self) -> dict[str, int]:

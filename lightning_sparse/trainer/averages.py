@@ -12,8 +12,9 @@ from lightning_sparse.compat.lightning_private import averaged_module
 from lightning_sparse.rules import select
 from lightning_sparse.trainer.guards import averaging
 from lightning_sparse.trainer.readouts import Readouts
+from lightning_sparse.trainer.verbs import Verbs
 
-__all__ = ["mask_averages"]
+__all__ = ["mask_averages", "take_writes_between"]
 
 
 @torch.no_grad()
@@ -36,3 +37,10 @@ def mask_averages(method: Readouts, trainer: Trainer, *others: LightningModule) 
         for weights in parameters:
             if name in weights:
                 select.zero_outside_(weights[name].data, mask.to(weights[name].device))
+
+
+def take_writes_between(method: Verbs) -> None:
+    """Go on with what other code has written between updates, unless it may be an average that someone keeps."""
+    trainer = method._fit.trainer
+    if trainer is not None and not averaging(trainer):
+        method.take_writes(by_value=True)

@@ -15,9 +15,10 @@ from lightning_sparse.compat.options import Options, option
 from lightning_sparse.layers.selection import ParameterChoice, select_parameters, table
 from lightning_sparse.rules.parts import WHOLE, together
 from lightning_sparse.trainer import agreement, divided_states, guards, shards
-from lightning_sparse.trainer.averages import mask_averages
+from lightning_sparse.trainer.averages import mask_averages, take_writes_between
 from lightning_sparse.trainer.fit import Fit, epochs, steps
-from lightning_sparse.trainer.ownership import Ownership, owned
+from lightning_sparse.trainer.joining import take_added
+from lightning_sparse.trainer.ownership import Ownership
 from lightning_sparse.trainer.readouts import Readouts
 from lightning_sparse.trainer.updates import UpdateHooks, unscales
 from lightning_sparse.trainer.verbs import Verbs
@@ -63,13 +64,6 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         self._before_fit = {"epochs": 0, "steps": 0}  # of the Trainer
         self.run_seed = 0
         self._release()
-
-    @property
-    def total_steps(self) -> float:
-        """Number of optimizer steps of the whole fit, on the first process; infinite if nothing tells how many."""
-        assert self._fit.trainer is not None
-        own = steps(self._fit.trainer, self._before_fit)
-        return self._fit.first_steps.get(own, own)
 
     def choices_in(self, module: nn.Module) -> list[ParameterChoice]:
         """Return all parameters of ``module``, and of each whether it is made sparse, or why not."""
@@ -160,7 +154,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep averages sparse, one of which may be about to be validated, and the network."""
-        self._take_writes_between(by_value=True)
+        take_writes_between(self)
         mask_averages(self, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,7 +163,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep an average sparse that takes the network's place, and the network."""
-        self._take_writes_between(by_value=True)
+        take_writes_between(self)
         mask_averages(self, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,7 +186,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         self._update_hooks.forget_broken_off()
         guards.refuse_exchanged_optimizers(self, trainer)
         if self._fit.looks.fresh:
-            self._take_writes_between(by_value=True)
+            take_writes_between(self)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note that the penalty counts for this micro-batch.
@@ -212,7 +206,7 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         if not self._ownership.knows(optimizer):
             optimizer = getattr(optimizer, "optimizer", optimizer)
         if self._ownership.has_grown(optimizer):
-            self._take_added(optimizer)
+            take_added(self, optimizer, self._ownership)
         share = self._fit.backwards / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
         self._fit.backwards = 0
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
@@ -230,29 +224,6 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         if every is not None and trainer.loggers and step // every > self._fit.logged_step // every:
             self._fit.logged_step = step
             pl_module.log_dict(self.metrics(self.layer_count), on_step=True, on_epoch=False)
-
-    def _take_added(self, optimizer: Optimizer) -> None:
-        """Take over weights that were added to ``optimizer``, or unfrozen, since the fit started."""
-        assert self._fit.module is not None
-        assert self._fit.trainer is not None
-        theirs = owned(optimizer)
-        choices = self.choices_in(self._fit.module)
-        ours = [choice for choice in choices if choice.reason is None and id(choice.parameter) in theirs]
-        guards.refuse_replaced(self, ours)
-        added = [choice for choice in ours if choice.name not in self._weights]
-        if added:
-            guards.refuse_overlap(self, added, self._fit.trainer)
-            shards.refuse_parts(self, added, self._fit.trainer)
-            self.attach_added(added, optimizer)
-            title = f"{self!r} of lightning_sparse: new in training"
-            rank_zero_info(table(title, added, self.planned_density, whole=False))
-            self._fit.module_size = sum(choice.size for choice in choices)
-        self._ownership.note(optimizer, choices)
-
-    def _take_writes_between(self, by_value: bool) -> None:
-        """Go on with what other code has written between updates, unless it may be an average that someone keeps."""
-        if self._fit.trainer is not None and not guards.averaging(self._fit.trainer):
-            self.take_writes(by_value)
 
     # ------------------------------------------------------------------ state
 
@@ -293,13 +264,5 @@ class SparseCallback(Options, Readouts, Verbs, Callback, ABC):
         self._before_fit = dict(state_dict.get("begun", {"epochs": 0, "steps": 0}))  # earlier versions wrote none
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without the Trainer, the module and the optimizers."""
-        state = {**self.__dict__, "_fit": Fit(), "_ownership": Ownership()}
-        for attached in ("log", "log_dict"):  # the module's methods, which the Trainer gives its callbacks
-            state.pop(attached, None)
-        del state["_update_hooks"]  # the callback's own
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Be free of any fit."""
-        self.__dict__.update(state, _update_hooks=UpdateHooks(self))
+        """Pickle and copy without the module's methods ``log`` and ``log_dict``, which the Trainer gives callbacks."""
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}

@@ -51,6 +51,10 @@ class Fit:
     restored_late: bool = False
     identical_parts: list[str] = field(default_factory=list)
 
+    def __reduce__(self) -> tuple[type["Fit"], tuple[()]]:
+        """Pickle and copy as a fresh one."""
+        return Fit, ()
+
     def release(self) -> None:
         """Take all hooks away."""
         for handle in self.handles:

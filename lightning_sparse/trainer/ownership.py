@@ -24,6 +24,10 @@ class Ownership:
         for optimizer in optimizers:
             self.note(optimizer, choices)
 
+    def __reduce__(self) -> tuple[type["Ownership"], tuple[()]]:
+        """Pickle and copy without optimizers and parameters."""
+        return Ownership, ()
+
     def note(self, optimizer: Optimizer, choices: Sequence[ParameterChoice]) -> None:
         """See what ``optimizer`` trains now."""
         theirs = owned(optimizer)

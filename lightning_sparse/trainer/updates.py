@@ -32,6 +32,10 @@ class UpdateHooks:
         self._prepared: set[int] = set()  # optimizers whose gradients are the method's already
         self._depth: dict[int, int] = {}  # of steps within each other
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without what belongs to a fit."""
+        return {"method": self.method, "_prepared": set(), "_depth": {}}
+
     def register(self, optimizer: Optimizer) -> list[Any]:
         """Put the hooks on ``optimizer`` and on those that it hands its step to; return what takes them away.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.layers.selection import ParameterChoice
-from lightning_sparse.trainer.fit import Fit
+from lightning_sparse.trainer.fit import Fit, steps
 
 __all__ = ["Verbs"]
 
@@ -31,6 +31,9 @@ class Verbs(ABC):
 
     #: the fit that the method is in
     _fit: Fit
+
+    #: numbers of "epochs" and "steps" of the Trainer before the fit
+    _before_fit: dict[str, int]
 
     #: connections move after the fit has begun
     moves: bool = True
@@ -63,9 +66,11 @@ class Verbs(ABC):
         return {}
 
     @property
-    @abstractmethod
     def total_steps(self) -> float:
-        """Number of optimizer steps of the whole fit; infinite if nothing tells how many."""
+        """Number of optimizer steps of the whole fit, on the first process; infinite if nothing tells how many."""
+        assert self._fit.trainer is not None
+        own = steps(self._fit.trainer, self._before_fit)
+        return self._fit.first_steps.get(own, own)
 
     @abstractmethod
     def choices_in(self, module: nn.Module) -> list[ParameterChoice]:
@@ -85,8 +90,7 @@ class Verbs(ABC):
     def attach_added(self, choices: Sequence[ParameterChoice], optimizer: Optimizer) -> None:
         """Take over weights that joined ``optimizer`` after the fit started."""
 
-    @abstractmethod
-    def begin_epoch(self, epoch: int, epochs: int | None) -> None:
+    def begin_epoch(self, epoch: int, epochs: int | None) -> None:  # noqa: B027  (not all have anything that changes)
         """Set what changes from epoch to epoch; ``epochs`` is their number, None if it is not known."""
 
     def take_writes(self, by_value: bool, optimizer: Optimizer | None = None) -> None:  # noqa: B027  (not all keep any)

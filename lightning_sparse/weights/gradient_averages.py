@@ -12,7 +12,7 @@ from lightning_sparse.rules.parts import WHOLE
 from lightning_sparse.weights.base import Weight
 from lightning_sparse.weights.masked import dense, finite_gradients
 
-__all__ = ["mean_of_connections", "start", "update_"]
+__all__ = ["largest_inactive", "mean_of_connections", "start", "update_"]
 
 
 def start(weight: Weight) -> Tensor:
@@ -44,3 +44,9 @@ def mean_of_connections(weight: Weight, key: str) -> float:
         return here
     sum_here = torch.tensor(here * select.count(weight.mask), dtype=torch.float64)
     return float(weight.part.sums(sum_here)) / weight.num_active
+
+
+def largest_inactive(weight: Weight, key: str, n: int) -> Tensor:
+    """Return the flat positions, ascending, of the ``n`` inactive connections whose averages are largest."""
+    found = weight.part.top_k_positions(weight.buffers[key].abs(), n, among=~weight.mask)
+    return weight.part.positions(found)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.optim import Optimizer
+
 from lightning_sparse.weights.joined import Joined
 from lightning_sparse.weights.latent import LatentWeight
 from lightning_sparse.weights.thresholds import ThresholdBuffer
@@ -30,6 +32,11 @@ class LatentGroup:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy weights by themselves."""
         return {**self.__dict__, "joined": [], "buffers": []}
+
+    def join(self, optimizer: Optimizer, weights: Iterable[LatentWeight]) -> None:
+        """Take those of some weights that ``optimizer`` updates, in the order of its param groups."""
+        of = {id(weight.parameter): weight for weight in weights}
+        self.weights += [of[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in of]
 
     def parts(self, weights: Sequence[LatentWeight]) -> list[LatentWeight | Joined]:
         """Return what some of the weights are computed with as: joined ones, and the others by themselves."""

@@ -25,7 +25,7 @@ def attached(callback, thresholds=()):
         for weight, value in zip(callback._weights.values(), values, strict=True):
             weight.thresholds[name].data.copy_(torch.tensor(value))
             with torch.no_grad():
-                callback._project(weight)
+                callback._projection.project([weight])
     return module, optimizer
 
 

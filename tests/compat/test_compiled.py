@@ -11,7 +11,7 @@ from helpers import LATENT, ROUNDS, SETTINGS, THRESHOLDS, Lit, effective, fit, l
 from stored import measured
 from torch import nn
 
-import lightning_sparse.storage.sparse as training
+import lightning_sparse.storage.layer_backends as layer_backends
 from lightning_sparse import SET, MemoryEfficientDST, RigL
 from lightning_sparse.compat.compiled import Uncompiled, can_pause, copied, is_compiled
 from lightning_sparse.layers.unit_activity import SynapticFlow
@@ -57,7 +57,7 @@ def _fresh_compiler(monkeypatch):
     """Compile anew, with no stance left behind; and no measurement decides who multiplies."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(training, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
+    monkeypatch.setattr(layer_backends, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
     yield
     assert stance() == "default"
     assert not Uncompiled._open

@@ -176,7 +176,7 @@ def test_autosparse_gives_all_active_weights_a_gradient_whatever_the_thresholds(
             if granularity != "layer":
                 t = torch.tensor([-4.0, 0.0])  # thresholds of 0.018 and 0.5
                 weight.thresholds["t"].data.copy_(t if granularity == "neuron" else t.view(2, 1).expand(2, 4))
-                callback._project(weight)
+                callback._projection.project([weight])
 
         def on_before_optimizer_step(self, trainer, module, optimizer):
             self.P, self.dW = module.net.weight.detach().clone(), module.net.weight.grad.clone()

@@ -154,6 +154,16 @@ def test_draws_are_even_and_never_above_the_limit(layout, n, m):
     assert set(Tiles(shape, outputs, 1, m).sums(mask).flatten().tolist()) == {n}
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("m", [2, 4])
+def test_the_largest_of_each_group_is_that_of_a_loop(layout, m):
+    shape, outputs = LAYOUTS[layout]
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    found = NOfM(1, m).maxima(SimpleNamespace(outputs=outputs), scores).flatten()
+    for group in groups(shape, outputs, 1, m):
+        assert (found[group] == scores.flatten()[group].max()).all()
+
+
 def test_draws_leave_no_row_empty():
     drawn = NOfM(1, 4).draw(6, (6, 8), torch.Generator().manual_seed(0), FIRST)
     assert (drawn // 8).tolist() == list(range(6))

@@ -36,7 +36,7 @@ def attached(callback, W, **thresholds):
     for key, value in thresholds.items():
         weight.thresholds[key].data.copy_(torch.tensor(value))
     with torch.no_grad():
-        callback._project(weight)
+        callback._projection.project([weight])
     return module, optimizer, weight
 
 

@@ -16,7 +16,8 @@ from helpers import (
 )
 from stored import METHODS, TIMES, images, measured
 
-import lightning_sparse.storage.sparse as training
+import lightning_sparse.storage.compare as compare
+import lightning_sparse.storage.layer_backends as layer_backends
 from lightning_sparse import RandomPruning
 from lightning_sparse.kernels import dispatch
 from lightning_sparse.storage import SparseConv2d, SparseLinear
@@ -110,7 +111,7 @@ def test_each_layer_computes_as_is_quickest(monkeypatch, caplog):
             layer.shape[1], {"numba": 3.0, "torch": 4.0, "dense": 1.0}
         )
 
-    monkeypatch.setattr(training, "measure_all", measured(times))
+    monkeypatch.setattr(layer_backends, "measure_all", measured(times))
     looks, callback = Ways(), RandomPruning(0.8, storage="sparse")
     with caplog.at_level("INFO"):
         fit([callback, looks], max_epochs=1)
@@ -123,7 +124,7 @@ def test_each_layer_computes_as_is_quickest(monkeypatch, caplog):
 
 @pytest.mark.parametrize("network", [None, images])
 def test_training_with_dense_weights_for_each_pass_is_that_with_masks(network, monkeypatch):
-    monkeypatch.setattr(training, "measure_all", measured({"numba": 2.0, "torch": 3.0, "dense": 1.0}))
+    monkeypatch.setattr(layer_backends, "measure_all", measured({"numba": 2.0, "torch": 3.0, "dense": 1.0}))
 
     def train(**options):
         module = seeded(lambda: Lit(*([] if network is None else [network(torch.float64)])).double())
@@ -155,15 +156,15 @@ def test_a_large_layer_never_has_a_dense_weight(monkeypatch):
 
 def test_a_resumed_run_computes_as_the_checkpoint_says(tmp_path, monkeypatch):
     path = tmp_path / "one.ckpt"
-    monkeypatch.setattr(training, "measure_all", measured(TIMES))
+    monkeypatch.setattr(layer_backends, "measure_all", measured(TIMES))
     fit([METHODS["SET"](storage="sparse"), SavesFirst(path)])
-    monkeypatch.setattr(training, "measure_all", measured({"numba": 0.1, "torch": 0.4, "dense": 1.0}))
+    monkeypatch.setattr(layer_backends, "measure_all", measured({"numba": 0.1, "torch": 0.4, "dense": 1.0}))
     looks = Ways()
     trainer([METHODS["SET"](storage="sparse"), looks]).fit(seeded(Lit), loader(), ckpt_path=path)
     assert looks.first == looks.last == ["torch"] * 3
     fit([METHODS["SET"](storage="sparse"), looks], max_epochs=1)
     assert looks.last == ["numba"] * 3, "another fit measures again"
-    monkeypatch.setattr(training, "backends", lambda layer: ["numba"])
+    monkeypatch.setattr(layer_backends, "backends", lambda layer: ["numba"])
     with pytest.warns(UserWarning, match=r"the backend 'torch' for net\.0\.weight, which is not available here"):
         trainer([METHODS["SET"](storage="sparse"), looks]).fit(seeded(Lit), loader(), ckpt_path=path)
     assert looks.last == ["numba"] * 3
@@ -172,14 +173,14 @@ def test_a_resumed_run_computes_as_the_checkpoint_says(tmp_path, monkeypatch):
 def test_checkpoints_of_earlier_versions_have_one_backend_for_all_layers():
     store = METHODS["SET"](storage="sparse").store
     store.load_state_dict({"weights": {"a.weight": {}, "b.weight": {}}, "backend": "torch"})
-    assert store._backends == {"a.weight": "torch", "b.weight": "torch"}
+    assert store.backends.chosen == {"a.weight": "torch", "b.weight": "torch"}
     store.load_state_dict({"weights": {"a.weight": {}}, "backend": ""})
-    assert store._backends == {}
+    assert store.backends.chosen == {}
 
 
 @pytest.mark.parametrize("how", ["deterministic", "asked"])
 def test_nothing_is_measured_where_one_backend_is_asked_for(how, monkeypatch):
-    monkeypatch.setattr(training, "measure_all", None)
+    monkeypatch.setattr(layer_backends, "measure_all", None)
     if how == "asked":
         monkeypatch.setattr(dispatch, "wanted", lambda: "torch")
         monkeypatch.setattr(dispatch, "module", lambda *_: None)
@@ -192,7 +193,7 @@ def test_nothing_is_measured_where_one_backend_is_asked_for(how, monkeypatch):
 
 
 def test_a_layer_that_the_first_batch_does_not_use_computes_as_is_quicker_as_a_rule(monkeypatch):
-    monkeypatch.setattr(training, "measure_all", measured(TIMES))
+    monkeypatch.setattr(layer_backends, "measure_all", measured(TIMES))
 
     class Skips(Lit):
         def forward(self, x):
@@ -212,7 +213,7 @@ def test_an_exception_in_the_first_batch_leaves_no_hook(monkeypatch):
             return super().training_step(batch, batch_idx)
 
     module, callback = seeded(Fails), RandomPruning(0.8, storage="sparse")
-    monkeypatch.setattr(training, "difference", lambda *_: None)
+    monkeypatch.setattr(compare, "difference", lambda *_: None)
     with pytest.raises(RuntimeError, match="stop"):
         fit(callback, module)
     callback.setup(SimpleNamespace(current_epoch=0, global_step=0), module, "test")

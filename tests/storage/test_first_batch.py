@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from stored import METHODS, images
 from torch import nn
 
+import lightning_sparse.storage.compare as compare
 import lightning_sparse.storage.sparse as training
 from lightning_sparse import RandomPruning, RigL
 from lightning_sparse.layers import functional
@@ -128,7 +129,7 @@ def test_a_run_is_what_it_is_without_the_comparison(method, monkeypatch):
     found = []
     for compared in (True, False):
         if not compared:
-            monkeypatch.setattr(training, "difference", lambda *_: None)
+            monkeypatch.setattr(compare, "difference", lambda *_: None)
         pl.seed_everything(1)
         module, run = fit(METHODS[method](storage="sparse", update_every=3), Draws(), loader(), max_epochs=1)
         found.append((module.state_dict(), run.callback_metrics, module.steps, torch.rand(1), random.random()))

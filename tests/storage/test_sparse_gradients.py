@@ -16,6 +16,7 @@ from processes import run_fresh
 from stored import METHODS, NETWORKS, OnMeta, measured, run, tokens
 from torch import nn
 
+import lightning_sparse.storage.layer_backends as layer_backends
 import lightning_sparse.storage.sparse as training
 from lightning_sparse.rules import select
 from lightning_sparse.storage import SparseLinear
@@ -57,7 +58,9 @@ def test_growth_does_not_depend_on_how_many_rows_are_looked_at_at_once(method, n
 @pytest.mark.parametrize("method", ["RigL", "GGR", "ITOP gradient", "ITOP random", "MEST", "MEST soft bound", "DSR"])
 def test_no_tensor_is_near_the_size_of_the_dense_weight(method, monkeypatch):
     """Nor of its gradient, in the whole of a fit with updates; ITOP has a bit for each weight."""
-    monkeypatch.setattr(training, "measure_all", measured({"numba": 0.5, "dense": 1.0}))  # Largest sees no CSR tensor
+    monkeypatch.setattr(
+        layer_backends, "measure_all", measured({"numba": 0.5, "dense": 1.0})
+    )  # Largest sees no CSR tensor
     import_module("lightning_sparse.kernels.products_torch")  # which makes one
     monkeypatch.setattr(training, "DENSE_LIMIT", 0)
     monkeypatch.setattr("lightning_sparse.weights.captured._CHUNK", 1 << 14)

@@ -94,7 +94,7 @@ def test_ddp_must_have_a_parameter_of_its_own():
     module = Lit(nn.Linear(12, 4, bias=False))
     strategy = SimpleNamespace(world_size=2, strategy=DDPStrategy())
     with pytest.raises(MisconfigurationException, match=r"DDP needs a parameter of its own .* Give a layer"):
-        MemoryEfficientDST(0.8, storage="sparse", seed=1).store._exchange_layers(strategy, module)
+        MemoryEfficientDST(0.8, storage="sparse", seed=1).store._exchange(strategy, module)
 
 
 @pytest.mark.parametrize("ends", ["whole", "error"])

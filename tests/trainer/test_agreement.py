@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_fresh_ranks
 from stored import measured
 
-import lightning_sparse.storage.sparse as sparse_training
+import lightning_sparse.storage.layer_backends as layer_backends
 from lightning_sparse.trainer.agreement import refuse_broken_positions
 
 METHODS = {**SETTINGS, **ROUNDS, "RigL sparse": lambda **kw: SETTINGS["RigL"](storage="sparse", **kw)}
@@ -19,7 +19,7 @@ METHODS = {**SETTINGS, **ROUNDS, "RigL sparse": lambda **kw: SETTINGS["RigL"](st
 @pytest.fixture(autouse=True)
 def quick_and_the_same_everywhere(monkeypatch):
     """No measurement decides who multiplies."""
-    monkeypatch.setattr(sparse_training, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
+    monkeypatch.setattr(layer_backends, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
 
 
 def checkpoint(path, method, change=lambda state: None, **arguments):

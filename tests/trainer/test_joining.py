@@ -1,5 +1,7 @@
 """Weights that join, thaw or freeze during a fit."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -7,6 +9,11 @@ from helpers import LATENT, REPRESENTATIVES, SETTINGS, THRESHOLDS, Lit, effectiv
 from lightning.pytorch.callbacks import BackboneFinetuning
 from reference_training import sgd
 from torch import nn
+
+from lightning_sparse.layers.selection import select_parameters
+from lightning_sparse.trainer.fit import Fit
+from lightning_sparse.trainer.joining import take_added
+from lightning_sparse.trainer.ownership import Ownership
 
 
 @pytest.fixture(params=SETTINGS)
@@ -99,3 +106,30 @@ def test_a_finetuning_callback_thaws_weights_that_train_sparse_then(method):
     assert set(callback.masks) == {"net.0.weight", "net.2.weight", "backbone.weight"}
     assert effective(module, callback)
     assert callback.layer_density["backbone.weight"] < 1
+
+
+def test_only_weights_that_an_optimizer_trains_now_and_nobody_had_are_taken_over():
+    class Method:
+        """What taking added weights asks of a method."""
+
+        planned_density, _weights, added = {}, {"0.weight": None}, ()
+
+        def choices_in(self, module):
+            return select_parameters(module)
+
+        def attach_added(self, choices, optimizer):
+            self.added = [choice.name for choice in choices]
+
+    net, method = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)), Method()
+    optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
+    strategy = SimpleNamespace(model=None)
+    method._fit = Fit(module=net, trainer=SimpleNamespace(callbacks=[], world_size=1, strategy=strategy))
+    method._weights = {"0.weight": SimpleNamespace(parameter=net[0].weight)}
+    ownership = Ownership([optimizer], method.choices_in(net))
+    assert not ownership.has_grown(optimizer)
+    optimizer.add_param_group({"params": list(net[1].parameters())})
+    assert ownership.has_grown(optimizer)
+    take_added(method, optimizer, ownership)
+    assert method.added == ["1.weight"]
+    assert not ownership.has_grown(optimizer)
+    assert method._fit.module_size == sum(p.numel() for p in net.parameters())

@@ -12,14 +12,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from stored import measured
 from torch.optim.lr_scheduler import StepLR
 
-import lightning_sparse.storage.sparse as sparse_training
+import lightning_sparse.storage.layer_backends as layer_backends
 from lightning_sparse.compat.optimizers import StepHook, hook_step
 
 
 @pytest.fixture(autouse=True)
 def quick_and_the_same_everywhere(monkeypatch):
     """No measurement decides who multiplies."""
-    monkeypatch.setattr(sparse_training, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
+    monkeypatch.setattr(layer_backends, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
 
 
 METHODS = {**SETTINGS, **ROUNDS, "RigL sparse": lambda **kw: SETTINGS["RigL"](storage="sparse", **kw)}

@@ -9,7 +9,7 @@ from stored import measured
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lightning_sparse.storage.sparse as training
+import lightning_sparse.storage.layer_backends as layer_backends
 from lightning_sparse import RigL
 from lightning_sparse.storage import SparseConv2d, SparseLinear
 from lightning_sparse.weights.captured import Capture
@@ -189,7 +189,7 @@ class Two(Lit):
 
 @pytest.mark.parametrize("kind", [Adversarial, Two])
 def test_training_with_other_backward_passes_is_that_with_masks(kind, monkeypatch):
-    monkeypatch.setattr(training, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
+    monkeypatch.setattr(layer_backends, "measure_all", measured({"torch": 0.5, "dense": 1.0}))
     runs = []
     for storage in ("masked", "sparse"):
         callback, module = RigL(0.8, update_every=7, seed=3, storage=storage), seeded(lambda: kind(mlp(torch.float64)))
