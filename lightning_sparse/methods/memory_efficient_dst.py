@@ -114,8 +114,9 @@ class MemoryEfficientDST(PruneAndGrow):
         magnitudes = [first_of_rows(weight, weight.magnitudes) for weight in weights]
         staying = together(weights).count_global_top_k(magnitudes, active - n, None, kept)
         drops = [weight.num_active - stay for weight, stay in zip(weights, staying, strict=True)]
-        dropped = [weight.smallest(*each) for weight, *each in zip(weights, drops, magnitudes, strict=True)]
-        del magnitudes
+        each = zip(weights, drops, magnitudes, strict=True)
+        dropped = [weight.smallest(fewer, scores) for weight, fewer, scores in each]
+        del magnitudes, each
         subsets = self.subsets(weights, counts)
         gradients = [weight.gradient_at(subset).abs() for weight, subset in zip(weights, subsets, strict=True)]
         grown = largest(weights, subsets, gradients, n)
