@@ -289,7 +289,7 @@ def _transpose(crow, col, crow_of, col_of, permutation):  # type: ignore[no-unty
     free = crow_of[:-1].copy()  # where the next nonzero of each column goes
     for i in range(crow.size - 1):
         for p in range(crow[i], crow[i + 1]):
-            j = np.uint32(col[p])
-            place = np.uint32(free[j])
-            free[j] += 1
+            column = np.uint32(col[p])
+            place = np.uint32(free[column])
+            free[column] += 1
             col_of[place], permutation[place] = i, p
