@@ -122,10 +122,8 @@ def subset_counts(weights: Sequence[Weight], n: int, subset: Subset, multiplier:
     return [free if whole else min(k, free) for k, free, whole in zip(wanted, room, half_dense, strict=True)]
 
 
-def largest(
-    weights: Sequence[Weight], positions: Sequence[Tensor], scores: Sequence[Tensor], k: int, at_least: Sequence[int]
-) -> list[Tensor]:
-    """Mark the ``k`` largest scores, those of flat positions, of all layers; but in each its ``at_least`` largest."""
-    everywhere = [torch.ones_like(score, dtype=torch.bool) for score in scores]
+def largest(weights: Sequence[Weight], positions: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Return those of flat positions, ascending, that have the ``k`` largest scores of all layers, for each layer."""
     orders = [ties.at(places, weight.shape) for weight, places in zip(weights, positions, strict=True)]
-    return together(weights).global_top_k(scores, k, everywhere, at_least, orders)
+    best = together(weights).global_top_k(scores, k, [0] * len(weights), orders)
+    return [places.index_select(0, won.to(places.device)) for places, won in zip(positions, best, strict=True)]

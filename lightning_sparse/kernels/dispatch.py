@@ -47,7 +47,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "thresholds": (_NUMBA,),
     "products": (_NUMBA,),
     "blocks": (_NUMBA, _TRITON),
-    "positions": (_NUMBA._replace(dtypes=(torch.int32, torch.int64, torch.float32, torch.float64)),),
+    "positions": (_NUMBA._replace(dtypes=(torch.int32, torch.int64, torch.float32, torch.float64, torch.bool)),),
     "convolutions": (_NUMBA,),
 }
 

@@ -12,7 +12,10 @@ from lightning_sparse.kernels.positions_torch import Rows
 __all__ = [
     "Positions",
     "exchanged",
-    "intervals",
+    "located",
+    "mark_",
+    "marked",
+    "merged",
     "moved",
     "ranks",
     "reached",
@@ -36,6 +39,15 @@ class Positions(Protocol):
     def unheld(self, held: Tensor, places: Tensor) -> Tensor:
         """Return positions that are not held, by their places among these."""
 
+    def merged(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return two vectors as one."""
+
+    def marked(self, marks: Tensor) -> Tensor:
+        """Return the positions that are marked."""
+
+    def mark_(self, marks: Tensor, positions: Tensor) -> int:
+        """Mark positions, and return how many were not marked before."""
+
     def moved(self, held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is held when some are dropped and others grown, and where each comes from."""
 
@@ -51,7 +63,7 @@ class Positions(Protocol):
     def unmarked(self, x: Tensor, marked: Tensor, first: int, bound: float) -> tuple[Tensor, Tensor]:
         """Return where magnitudes reach a bound, and these, but for those of marked elements."""
 
-    def intervals(self, u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
+    def located(self, u: Tensor, ends: Tensor, first: Tensor, rows: Tensor, low: Tensor, width: int) -> Tensor:
         """Return the interval that each of some numbers lies in."""
 
     def shifted(self, crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,6 +95,37 @@ def unheld(held: Tensor, places: Tensor) -> Tensor:
     tensor([1, 2, 4])
     """
     return _code(places, len(places) * _SEARCHED < len(held)).unheld(held, places)
+
+
+def merged(a: Tensor, b: Tensor) -> Tensor:
+    """Return two ascending vectors of one integer dtype without common elements as one, ascending.
+
+    Args:
+        a: the longer vector.
+        b: the other.
+
+    >>> merged(torch.tensor([1, 4, 6]), torch.tensor([0, 5]))
+    tensor([0, 1, 4, 5, 6])
+    """
+    return _code(a).merged(a, b)
+
+
+def marked(marks: Tensor) -> Tensor:
+    """Return the positions of the True elements of a boolean vector, ascending, int64.
+
+    >>> marked(torch.tensor([False, True, True]))
+    tensor([1, 2])
+    """
+    return _code(marks).marked(marks)
+
+
+def mark_(marks: Tensor, positions: Tensor) -> int:
+    """Set a boolean vector to True at some positions, and return at how many different ones it was False.
+
+    >>> mark_(torch.tensor([False, True, False]), torch.tensor([2, 1, 2]))
+    1
+    """
+    return _code(positions).mark_(marks, positions)
 
 
 def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,19 +205,25 @@ def unmarked(x: Tensor, marked: Tensor, first: int, bound: float) -> tuple[Tenso
     return _code(x).unmarked(x, marked, first, bound)
 
 
-def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
-    """Return the interval that each of some numbers lies in, of intervals one after the other from 0 on.
+def located(u: Tensor, ends: Tensor, first: Tensor, rows: Tensor, low: Tensor, width: int) -> Tensor:
+    """Return the interval that each of some numbers lies in, of intervals one after the other from 0 on; int64.
+
+    Rows of numbers may each be limited to some intervals: of what rounding puts outside of them, to the nearest.
 
     Args:
-        u: the numbers, from 0 to 1, float64.
+        u: the numbers, from 0 to 1, float64, row by row.
         ends: where the intervals end, ascending, float64.
-        only: the interval in which all numbers of a bucket lie, or -1; of buckets of equal length up to 1.
+        first: the interval in which each of some buckets begins, of equal length up to 1; a power of 2 in number.
+        rows: where each row begins among the numbers, and where the last one ends, ``(rows + 1,)``, int64.
+        low: the first interval of each row, ``(rows,)``, int64.
+        width: how many intervals a row has from there on.
 
-    >>> ends, only = torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64), torch.tensor([0, -1])
-    >>> intervals(torch.tensor([0.2, 0.7, 0.8], dtype=torch.float64), ends, only)
+    >>> ends, first = torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64), torch.tensor([0, 1])
+    >>> u, rows = torch.tensor([0.2, 0.7, 0.8], dtype=torch.float64), torch.tensor([0, 3])
+    >>> located(u, ends, first, rows, torch.tensor([0]), 3)
     tensor([0, 1, 2])
     """
-    return _code(u).intervals(u, ends, only)
+    return _code(u).located(u, ends, first, rows, low, width)
 
 
 def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "exchanged",
-    "intervals",
+    "located",
+    "mark_",
+    "marked",
+    "merged",
     "moved",
     "ranks",
     "reached",
@@ -31,11 +34,17 @@ __all__ = [
 
 _PIECE = 1 << 12  # elements that the nearest cache holds
 _WORD = 8  # marks of one byte in a word
+_FEW = 32  # times as many elements as marks, for which it pays to look for words that are not 0
+
+
+def _empty(n: int, dtype: torch.dtype) -> Tensor:
+    """Return a vector in numpy's memory, which has large pages if it is large: new small ones cost more than loops."""
+    return torch.from_numpy(np.empty(n, f"i{dtype.itemsize}")).view(dtype)
 
 
 def ranks(ascending: Tensor, x: Tensor, right: bool) -> Tensor:
     """As ``positions_torch.ranks``; both vectors are gone through once."""
-    out = torch.empty(len(x), dtype=torch.int64)
+    out = _empty(len(x), torch.int64)
     arrays = (tensor.contiguous().numpy() for tensor in (ascending, x, out))
     _ranks(int(right), *arrays)
     return out
@@ -43,9 +52,30 @@ def ranks(ascending: Tensor, x: Tensor, right: bool) -> Tensor:
 
 def unheld(held: Tensor, places: Tensor) -> Tensor:
     """As ``positions_torch.unheld``, in one pass."""
-    out = torch.empty_like(places)
+    out = _empty(len(places), places.dtype)
     _unheld(*(tensor.contiguous().numpy() for tensor in (held, places, out)))
     return out
+
+
+def merged(a: Tensor, b: Tensor) -> Tensor:
+    """As ``positions_torch.merged``, in one pass."""
+    out = _empty(len(a) + len(b), a.dtype)
+    _merge(*(tensor.contiguous().numpy() for tensor in (a, b, out)))
+    return out
+
+
+def marked(marks: Tensor) -> Tensor:
+    """As ``positions_torch.marked``, in one pass; where few are marked, eight elements at a time are left out."""
+    array = marks.contiguous().numpy()
+    n, words = np.count_nonzero(array), array[: len(array) // _WORD * _WORD].view(np.int64)
+    found = np.empty(n + 1, np.int64)
+    _list(array.view(np.uint8), words[:0] if n * _FEW > len(array) else words, found)
+    return torch.from_numpy(found[:n])
+
+
+def mark_(marks: Tensor, positions: Tensor) -> int:
+    """As ``positions_torch.mark_``, in one pass."""
+    return int(_mark(marks.numpy().view(np.uint8), positions.contiguous().numpy()))
 
 
 def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +86,8 @@ def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]
 
 def exchanged(held: Rows, dropped: Rows, grown: Rows, columns: int) -> tuple[Tensor, Tensor]:
     """As ``positions_torch.exchanged``, in one pass."""
-    col = held[1].new_empty(len(held[1]) - len(dropped[1]) + len(grown[1]))
-    source = torch.empty(len(col), dtype=torch.int32)
+    col = _empty(len(held[1]) - len(dropped[1]) + len(grown[1]), held[1].dtype)
+    source = _empty(len(col), torch.int32)
     arrays = (x.contiguous().numpy() for x in (*held, *dropped, *grown, col, source))
     _move(*arrays)
     return col, source
@@ -65,7 +95,7 @@ def exchanged(held: Rows, dropped: Rows, grown: Rows, columns: int) -> tuple[Ten
 
 def taken(x: Tensor, new: Tensor, source: Tensor) -> Tensor:
     """As ``positions_torch.taken``, bit by bit, without the two as one."""
-    out = x.new_empty(len(source))
+    out = _empty(len(source), x.dtype)
     bits = (t.detach().contiguous().view(INTEGERS[x.element_size()]) for t in (x, new, out))
     arrays = (t.contiguous().numpy() for t in (*bits, source))
     _take(*arrays)
@@ -87,17 +117,17 @@ def unmarked(x: Tensor, marked: Tensor, first: int, bound: float) -> tuple[Tenso
     return found[:n].clone(), magnitudes[:n].clone()
 
 
-def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
-    """As ``positions_torch.intervals``, in one pass."""
-    out = torch.empty(len(u), dtype=torch.int64)
-    arrays = (tensor.contiguous().numpy() for tensor in (u, ends, only, out))
-    _locate(*arrays)
+def located(u: Tensor, ends: Tensor, first: Tensor, rows: Tensor, low: Tensor, width: int) -> Tensor:
+    """As ``positions_torch.located``, in one pass."""
+    out = _empty(len(u), torch.int64)
+    arrays = (tensor.contiguous().numpy() for tensor in (u, ends, first, rows, low, out))
+    _locate(width, *arrays)
     return out
 
 
 def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:
     """As ``positions_torch.shifted``."""
-    out = torch.empty(len(x), dtype=dtype)
+    out = _empty(len(x), dtype)
     arrays = (tensor.contiguous().numpy() for tensor in (crow, x, shifts, out))
     _shift(*arrays)
     return out
@@ -105,7 +135,7 @@ def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tens
 
 def transposed(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """As ``positions_torch.transposed``: sorting by counting."""
-    crow_of, col_of, permutation = crow.new_zeros(columns + 1), torch.empty_like(col), torch.empty_like(col)
+    crow_of, (col_of, permutation) = crow.new_zeros(columns + 1), (_empty(len(col), col.dtype) for _ in range(2))
     found = (x.numpy() for x in (crow_of, col_of, permutation))
     _transpose(crow.contiguous().numpy(), col.contiguous().numpy(), *found)
     return crow_of, col_of, permutation
@@ -131,34 +161,62 @@ def _unheld(held, places, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _merge(a, b, out):  # type: ignore[no-untyped-def]
+    i = k = 0
+    for j in range(b.size):
+        while i < a.size and a[i] < b[j]:
+            out[k] = a[i]
+            i, k = i + 1, k + 1
+        out[k] = b[j]
+        k += 1
+    out[k:] = a[i:]
+
+
+@compiled
+def _list(marks, words, found):  # type: ignore[no-untyped-def]
+    n = 0
+    for w in range(words.size):
+        if words[w]:
+            for i in range(_WORD * w, _WORD * w + _WORD):
+                found[n] = i
+                n += marks[i]
+    for i in range(_WORD * words.size, marks.size):  # additions instead of branches, which nothing can foresee
+        found[n] = i
+        n += marks[i]
+
+
+@compiled
+def _mark(marks, positions):  # type: ignore[no-untyped-def]
+    new = 0
+    for p in positions:
+        new += 1 - marks[p]
+        marks[p] = 1
+    return new
+
+
+@compiled
 def _move(crow, held, dropped_crow, dropped, grown_crow, grown, found, source):  # type: ignore[no-untyped-def]
     k = 0
     for row in range(crow.size - 1):
         i, d, g = crow[row], dropped_crow[row], grown_crow[row]  # the next of each
         held_end, dropped_end, grown_end = crow[row + 1], dropped_crow[row + 1], grown_crow[row + 1]
-        # selects instead of branches, which nothing can foresee
-        while k < found.size and i < held_end and d < dropped_end and g < grown_end:
-            ours, other = held[i], grown[g]
-            grows = other < ours
-            goes = (ours == dropped[d]) and not grows
-            found[k], source[k] = (other, held.size + g) if grows else (ours, i)
-            i, d, g, k = i + (not grows), d + goes, g + grows, k + (not goes)
-        while k < found.size and (i < held_end or g < grown_end):
-            if g < grown_end and (i == held_end or grown[g] < held[i]):
+        while i < held_end or g < grown_end:
+            while i < held_end and (g == grown_end or held[i] < grown[g]):
+                goes = d < dropped_end and held[i] == dropped[d]
+                if k < found.size:  # what is written of one that goes, the next overwrites
+                    found[k], source[k] = held[i], i
+                i, d, k = i + 1, d + goes, k + (not goes)
+            if g < grown_end:
                 found[k], source[k] = grown[g], held.size + g
                 g, k = g + 1, k + 1
-            elif d < dropped_end and held[i] == dropped[d]:
-                i, d = i + 1, d + 1
-            else:
-                found[k], source[k] = held[i], i
-                i, k = i + 1, k + 1
 
 
 @compiled
 def _take(x, new, out, source):  # type: ignore[no-untyped-def]
+    n = np.uint32(x.size)
     for k in range(out.size):
-        p = source[k]
-        out[k] = x[p] if p < x.size else new[p - x.size]
+        p = np.uint32(source[k])  # numba looks whether other indices are negative
+        out[k] = x[p] if p < n else new[p - n]
 
 
 @compiled
@@ -205,10 +263,14 @@ def _unmark(x, first, bound, marked, marks, words, found, magnitudes):  # type: 
 
 
 @compiled
-def _locate(u, ends, only, out):  # type: ignore[no-untyped-def]
-    for k in range(u.size):
-        found = only[min(np.int64(u[k] * only.size), only.size - 1)]
-        out[k] = found if found >= 0 else np.searchsorted(ends, u[k], side="right")
+def _locate(width, u, ends, first, rows, low, out):  # type: ignore[no-untyped-def]
+    for i in range(low.size):
+        high = low[i] + width - 1
+        for k in range(rows[i], rows[i + 1]):
+            found = np.int64(first[min(np.int64(u[k] * first.size), first.size - 1)])
+            while found < high and ends[found] <= u[k]:
+                found += 1
+            out[k] = min(max(found, low[i]), high)
 
 
 @compiled
@@ -221,12 +283,13 @@ def _shift(crow, x, shifts, out):  # type: ignore[no-untyped-def]
 @compiled
 def _transpose(crow, col, crow_of, col_of, permutation):  # type: ignore[no-untyped-def]
     for p in range(col.size):
-        crow_of[col[p] + 1] += 1
+        crow_of[np.uint32(col[p]) + 1] += 1  # numba looks whether other indices are negative
     for j in range(1, crow_of.size):
         crow_of[j] += crow_of[j - 1]
     free = crow_of[:-1].copy()  # where the next nonzero of each column goes
     for i in range(crow.size - 1):
         for p in range(crow[i], crow[i + 1]):
-            place = free[col[p]]
-            free[col[p]] += 1
+            column = np.uint32(col[p])
+            place = np.uint32(free[column])
+            free[column] += 1
             col_of[place], permutation[place] = i, p

@@ -8,7 +8,10 @@ from torch.nn.functional import pad
 
 __all__ = [
     "exchanged",
-    "intervals",
+    "located",
+    "mark_",
+    "marked",
+    "merged",
     "moved",
     "ranks",
     "reached",
@@ -35,6 +38,31 @@ def unheld(held: Tensor, places: Tensor) -> Tensor:
     """As ``positions.unheld``."""
     free_before = torch.arange(len(held)).neg_().add_(held)
     return ranks(free_before, places, True).add_(places)
+
+
+def merged(a: Tensor, b: Tensor) -> Tensor:
+    """As ``positions.merged``."""
+    of_b = ranks(a, b, False).add_(torch.arange(len(b), device=a.device))
+    others = torch.ones(len(a) + len(b), dtype=torch.bool, device=a.device).index_fill_(0, of_b, False)
+    return a.new_empty(len(others)).masked_scatter_(others, a).index_copy_(0, of_b, b)
+
+
+def marked(marks: Tensor) -> Tensor:
+    """As ``positions.marked``."""
+    if not marks.is_cpu:
+        return marks.nonzero().squeeze(1)
+    return torch.from_numpy(marks.numpy().nonzero()[0])  # on one thread up to nine times as fast as torch's
+
+
+def mark_(marks: Tensor, positions: Tensor) -> int:
+    """As ``positions.mark_``; what lies between the first and the last position is counted before and after."""
+    if not len(positions):
+        return 0
+    low, high = positions.aminmax()
+    between = marks[int(low) : int(high) + 1]
+    before = torch.count_nonzero(between)
+    marks.index_fill_(0, positions, True)
+    return int(torch.count_nonzero(between) - before)
 
 
 def moved(held: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,10 +94,7 @@ def taken(x: Tensor, new: Tensor, source: Tensor) -> Tensor:
 
 def reached(x: Tensor, bound: float, largest: bool) -> Tensor:
     """Return the indices, ascending, int64, of the elements that are not less than ``bound``, or not greater."""
-    inside = (torch.lt(x, bound) if largest else torch.gt(x, bound)).logical_not_()
-    if not x.is_cpu:
-        return inside.nonzero().squeeze(1)
-    return torch.from_numpy(inside.numpy().nonzero()[0])  # on one thread up to nine times as fast as torch's
+    return marked((torch.lt(x, bound) if largest else torch.gt(x, bound)).logical_not_())
 
 
 def unmarked(x: Tensor, marked: Tensor, first: int, bound: float) -> tuple[Tensor, Tensor]:
@@ -78,11 +103,13 @@ def unmarked(x: Tensor, marked: Tensor, first: int, bound: float) -> tuple[Tenso
     return found, x.index_select(0, found)
 
 
-def intervals(u: Tensor, ends: Tensor, only: Tensor) -> Tensor:
-    """Return the interval that each element of ``u`` lies in, int64; arguments as in ``positions.intervals``."""
-    found = only.index_select(0, u.mul(len(only)).long().clamp_(max=len(only) - 1)).long()
-    unsure = (found < 0).nonzero().squeeze(1)
-    return found.index_copy_(0, unsure, torch.searchsorted(ends, u[unsure], right=True))
+def located(u: Tensor, ends: Tensor, first: Tensor, rows: Tensor, low: Tensor, width: int) -> Tensor:
+    """As ``positions.located``."""
+    found = first.index_select(0, u.mul(len(first)).long().clamp_(max=len(first) - 1)).long().clamp_(max=len(ends) - 1)
+    later = marked(ends.index_select(0, found) <= u)
+    found.index_copy_(0, later, torch.searchsorted(ends, u[later], right=True))
+    of_numbers = low.repeat_interleave(rows.diff(), output_size=len(u))
+    return torch.minimum(torch.maximum(found, of_numbers), of_numbers.add(width - 1))
 
 
 def shifted(crow: Tensor, x: Tensor, shifts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,8 +19,8 @@ from lightning_sparse.families.prune_and_grow import PruneAndGrow
 from lightning_sparse.families.shares import least
 from lightning_sparse.families.subsets import Heuristic, Subset, Subsets, largest, subset_counts
 from lightning_sparse.layers.unit_activity import Hooks
-from lightning_sparse.rules import select
 from lightning_sparse.rules.budgets import Distribution, portion
+from lightning_sparse.rules.parts import together
 from lightning_sparse.rules.patterns import first_of_rows
 from lightning_sparse.weights.base import Weight
 
@@ -111,18 +111,17 @@ class MemoryEfficientDST(PruneAndGrow):
         n = min(n, sum(counts))
         for weight in weights:
             weight.hold_indices()
-        held = [weight.active_indices for weight in weights]
         magnitudes = [first_of_rows(weight, weight.magnitudes) for weight in weights]
-        staying = largest(weights, held, magnitudes, active - n, kept)
+        staying = together(weights).count_global_top_k(magnitudes, active - n, None, kept)
+        drops = [weight.num_active - stay for weight, stay in zip(weights, staying, strict=True)]
+        each = zip(weights, drops, magnitudes, strict=True)
+        dropped = [weight.smallest(fewer, scores) for weight, fewer, scores in each]
+        del magnitudes, each
         subsets = self.subsets(weights, counts)
         gradients = [weight.gradient_at(subset).abs() for weight, subset in zip(weights, subsets, strict=True)]
-        best = largest(weights, subsets, gradients, n, [0] * len(weights))
-        drops = []
-        for weight, stays, subset, grows in zip(weights, staying, subsets, best, strict=True):
-            dropped = weight.active_indices.cpu().index_select(0, select.positions(~stays.cpu()))
-            grown = subset.index_select(0, select.positions(grows).to(subset.device))
-            self._chosen[weight.name] = dropped, grown
-            drops.append(len(dropped))
+        grown = largest(weights, subsets, gradients, n)
+        chosen = zip(dropped, grown, strict=True)
+        self._chosen = {weight.name: moves for weight, moves in zip(weights, chosen, strict=True)}
         self.rewire(weights, drops, scale)
 
     def drop(self, weight: Weight, n: int, scale: float) -> Tensor:

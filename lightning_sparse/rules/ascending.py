@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_sparse.kernels import positions
 from lightning_sparse.kernels.positions import ranks
 
 __all__ = ["contains", "different", "merged"]
@@ -14,12 +15,7 @@ def merged(a: Tensor, b: Tensor) -> Tensor:
     >>> merged(torch.tensor([1, 4, 6]), torch.tensor([0, 5]))
     tensor([0, 1, 4, 5, 6])
     """
-    if len(b) > len(a):
-        a, b = b, a
-    of_b = ranks(a, b).add_(torch.arange(len(b)))
-    others = torch.ones(len(a) + len(b), dtype=torch.bool).index_fill_(0, of_b, False)
-    whole = a.new_empty(len(others)).masked_scatter_(others, a)
-    return whole.index_copy_(0, of_b, b)
+    return positions.merged(b, a) if len(b) > len(a) else positions.merged(a, b)
 
 
 def contains(ascending: Tensor, x: Tensor) -> Tensor:

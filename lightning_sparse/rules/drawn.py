@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_sparse.kernels.positions import mark_
 from lightning_sparse.rules import select
 from lightning_sparse.rules.ascending import contains, different, merged
 
@@ -47,12 +48,9 @@ def drawn(n: int, taken: Tensor, size: int) -> Drawn:
 
 class _Marked:
     def __init__(self, taken: Tensor, size: int) -> None:
-        self._taken = taken
-        self._marks = torch.zeros(size, dtype=torch.bool).index_fill_(0, taken, True)
-
-    @property
-    def count(self) -> int:
-        return select.count(self._marks) - len(self._taken)
+        self._taken, self.count = taken, 0
+        self._marks = torch.zeros(size, dtype=torch.bool)
+        mark_(self._marks, taken)
 
     @property
     def positions(self) -> Tensor:
@@ -62,7 +60,7 @@ class _Marked:
         self.add(_first_occurrences(positions[~self._marks[positions]])[:n])
 
     def add(self, positions: Tensor) -> None:
-        self._marks.index_fill_(0, positions, True)
+        self.count += mark_(self._marks, positions)
 
 
 class _Listed:

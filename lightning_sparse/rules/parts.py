@@ -70,15 +70,18 @@ class _Shards(Together):
         self,
         tensors: Iterable[Tensor],
         k: int,
-        among: Sequence[Tensor],
+        among: Sequence[Tensor] | None,
         at_least: Sequence[int] | None = None,
         score: select.Score = torch.Tensor.detach,
     ) -> list[int]:
-        sure = [0] * len(among) if at_least is None else [*at_least]
+        sure = [0] * len(self.parts) if at_least is None else [*at_least]
         extra = k - sum(sure)
         if extra == 0:
             return sure
-        keys = [~ordered(score(x).reshape(-1)[select.positions(a)]) for x, a in zip(tensors, among, strict=True)]
+        scores = [score(x).reshape(-1) for x in tensors]
+        if among is not None:
+            scores = [each[select.positions(marks)] for each, marks in zip(scores, among, strict=True)]
+        keys = [~ordered(each) for each in scores]
         if any(sure):
             marks = least(keys, sure, [[part.numbered] for part in self.parts], self.sums, self._counted(keys))
             keys = [key[~mark] for key, mark in zip(keys, marks, strict=True)]
@@ -92,20 +95,11 @@ class _Shards(Together):
         return [least_ + more + share for least_, more, share in zip(sure, won, shares, strict=True)]
 
     def global_top_k(
-        self,
-        scores: Sequence[Tensor],
-        k: int,
-        among: Sequence[Tensor],
-        at_least: Sequence[int],
-        orders: Sequence[ties.Order],
+        self, scores: Sequence[Tensor], k: int, at_least: Sequence[int], orders: Sequence[ties.Order]
     ) -> list[Tensor]:
-        counts = self.count_global_top_k(scores, k, among, at_least)
-        found = []
-        for part, each, n, candidates, order in zip(self.parts, scores, counts, among, orders, strict=True):
-            marks = torch.zeros_like(each, dtype=torch.bool)
-            marks.view(-1)[part.top_k_positions(each, n, candidates, order)] = True
-            found.append(marks)
-        return found
+        counts = self.count_global_top_k(scores, k, None, at_least)
+        each = zip(self.parts, scores, counts, orders, strict=True)
+        return [part.top_k_positions(own, n, order=order) for part, own, n, order in each]
 
     def ranking(self, weights: Sequence[Connections], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         extra = k - sum(at_least)

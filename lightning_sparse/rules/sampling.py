@@ -7,13 +7,12 @@ numbers of active and of sampled connections, not with the size of the weight. A
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import pad
 
-from lightning_sparse.kernels.positions import intervals, shifted, unheld
+from lightning_sparse.kernels.positions import located, shifted, unheld
 from lightning_sparse.rules.ascending import contains, different, merged
 from lightning_sparse.rules.drawn import Drawn, drawn
 from lightning_sparse.rules.matrices import Outputs, as_matrix
@@ -160,15 +159,11 @@ class Endpoints:
         """Yield what ``draw`` draws, but output by output, so that neighbours in memory come together."""
         counts = self._outputs.counts(n, generator)
         for some in _parts(counts):
-            times = counts[some]
-            m = int(times.sum())
-            first = self._first_inputs[:1]
-            if self._groups > 1:
-                first = self._first_inputs[some].repeat_interleave(times, output_size=m)
-            a = self._inputs.draw(first, first + self._per_group, m, generator)
-            positions = shifted(pad(times.cumsum(0), (1, 0)), a, self._shifts[some], torch.int64)
+            rows = pad(counts[some].cumsum(0), (1, 0))
+            a = self._inputs.draw(rows, self._first_inputs[some], self._per_group, generator)
+            positions = shifted(rows, a, self._shifts[some], torch.int64)
             if self._kernel > 1:
-                positions.mul_(self._kernel).add_(torch.randint(self._kernel, (m,), generator=generator))
+                positions.mul_(self._kernel).add_(torch.randint(self._kernel, (len(a),), generator=generator))
             yield positions
 
 
@@ -228,15 +223,27 @@ class _Intervals:
         self.lengths, self._edges = lengths, torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         self._ends = self._edges[1:].contiguous()
         buckets = 1 << (16 * len(lengths)).bit_length()  # a power of 2 multiplies exactly
-        limits = torch.arange(buckets + 1, dtype=lengths.dtype).div_(buckets)
-        begins = torch.searchsorted(self._ends, limits, right=True)
-        self._only = begins[:-1].where(begins[:-1] == begins[1:], -1).int()  # the interval that a bucket lies in
+        limits = torch.arange(buckets, dtype=lengths.dtype).div_(buckets)
+        self._first = torch.searchsorted(self._ends, limits, right=True).int()  # in which a bucket begins
 
-    def draw(self, low: Any, high: Any, n: int, generator: Generator) -> Tensor:
-        """Draw ``n`` intervals, from ``low`` on and below ``high``, in proportion to their lengths."""
-        begin, end = self._edges[low], self._edges[high]
-        u = torch.rand(n, generator=generator, dtype=self._edges.dtype).mul_(end - begin).add_(begin)
-        return intervals(u, self._ends, self._only).clamp_(low, high - 1)
+    def draw(self, rows: Tensor, low: Tensor, width: int, generator: Generator) -> Tensor:
+        """Draw intervals in proportion to their lengths, row by row.
+
+        Args:
+            rows: where the draws of each row begin, and where those of the last one end, ``(rows + 1,)``.
+            low: the first interval that each row draws from, ``(rows,)``.
+            width: how many it draws from, from there on.
+            generator: on the CPU.
+        """
+        n, begin = int(rows[-1]), self._edges[low]
+        length = self._edges[low + width] - begin
+        u = torch.rand(n, generator=generator, dtype=self._edges.dtype)
+        if bool((low == low[0]).all()):
+            u.mul_(length[0]).add_(begin[0])
+        else:
+            u.mul_(length.repeat_interleave(rows.diff(), output_size=n))
+            u.add_(begin.repeat_interleave(rows.diff(), output_size=n))
+        return located(u, self._ends, self._first, rows, low, width)
 
     def counts(self, n: int, generator: Generator) -> Tensor:
         """Return how often each interval comes in ``n`` draws."""
@@ -246,7 +253,8 @@ class _Intervals:
             counts = torch.poisson(self.lengths * (likely / self._edges[-1]), generator=generator).long()
             if int(counts.sum()) <= n:
                 break
-        rest = self.draw(0, len(counts), n - int(counts.sum()), generator)
+        rows = torch.tensor([0, n - int(counts.sum())])
+        rest = self.draw(rows, torch.tensor([0]), len(counts), generator)
         return counts.add_(torch.bincount(rest, minlength=len(counts)))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.kernels.bits import INTEGERS
-from lightning_sparse.kernels.positions import reached
+from lightning_sparse.kernels.positions import marked, reached
 from lightning_sparse.rules import ties
 from lightning_sparse.rules.budgets import apportion
 from lightning_sparse.rules.matrices import Outputs, as_matrix, write_matrix
@@ -94,26 +94,24 @@ def lowest_positions(scores: Tensor, k: int, among: Tensor | None = None, order:
 
 
 def global_top_k(
-    scores: Sequence[Tensor],
-    k: int,
-    among: Sequence[Tensor],
-    at_least: Sequence[int],
-    orders: Sequence[ties.Order] | None = None,
+    scores: Sequence[Tensor], k: int, at_least: Sequence[int], orders: Sequence[ties.Order]
 ) -> list[Tensor]:
-    """Mark exactly the ``k`` largest scores of all tensors together, but in each tensor its ``at_least`` largest.
+    """Return the flat positions of exactly the ``k`` largest scores of all tensors together, ascending, for each.
 
     The tensors are taken one after the other, and only the largest ``k`` so far are kept: never all at once. Arguments
     as in ``count_global_top_k``, and an order for the equals of each tensor, as in ``top_k``.
+
+    >>> global_top_k([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2, [0, 0], [lambda indices: indices] * 2)
+    [tensor([0]), tensor([0])]
     """
-    counts = count_global_top_k(scores, k, among, at_least)
-    each = zip(scores, counts, among, [None] * len(scores) if orders is None else orders, strict=True)
-    return [top_k(s, n, a, order) for s, n, a, order in each]
+    counts = count_global_top_k(scores, k, None, at_least)
+    return [top_k_positions(s, n, order=order) for s, n, order in zip(scores, counts, orders, strict=True)]
 
 
 def count_global_top_k(
     tensors: Iterable[Tensor],
     k: int,
-    among: Sequence[Tensor],
+    among: Sequence[Tensor] | None,
     at_least: Sequence[int] | None = None,
     score: Callable[[Tensor], Tensor] = torch.Tensor.detach,
 ) -> list[int]:
@@ -126,31 +124,33 @@ def count_global_top_k(
     Args:
         tensors: of any shapes.
         k: how many in all.
-        among: the candidates, a boolean tensor for each.
+        among: the candidates, a boolean tensor for each; None: all.
         at_least: so many of each tensor's largest are among the ``k`` in any case.
         score: what is compared, element by element, such as ``torch.abs``; computed for one tensor at a time.
     """
     tensors = list(tensors)
-    least = [0] * len(among) if at_least is None else list(at_least)
+    least = [0] * len(tensors) if at_least is None else list(at_least)
+    candidates: Sequence[Tensor | None] = [None] * len(tensors) if among is None else among
     extra = k - sum(least)
     if extra == 0:
         return least
 
     def sample(stride: int) -> Iterator[Tensor]:
-        for tensor, candidates in zip(tensors, among, strict=True):
-            yield score(tensor.reshape(-1)[::stride])[candidates.reshape(-1)[::stride]]
+        for tensor, marks in zip(tensors, candidates, strict=True):
+            some = score(tensor.reshape(-1)[::stride])
+            yield some if marks is None else some[marks.reshape(-1)[::stride]]
 
     low, high = _likely_between(sum(tensor.numel() for tensor in tensors), extra, k, sample)
-    won = _winners(tensors, extra, among, least, score, low, high)
+    won = _winners(tensors, extra, candidates, least, score, low, high)
     if sum(won) != extra:  # the sample was misleading, or there are scores that are not numbers
-        won = _winners(tensors, extra, among, least, lambda tensor: _numbers(score(tensor)))
+        won = _winners(tensors, extra, candidates, least, lambda tensor: _numbers(score(tensor)))
     return [sure + more for sure, more in zip(least, won, strict=True)]
 
 
 def _winners(
     tensors: Sequence[Tensor],
     k: int,
-    among: Sequence[Tensor],
+    among: Sequence[Tensor | None],
     least: Sequence[int],
     score: Callable[[Tensor], Tensor],
     bound: Tensor | None = None,
@@ -165,16 +165,11 @@ def _winners(
     for index, (tensor, candidates, sure) in enumerate(zip(tensors, among, least, strict=True)):
         scores = score(tensor)
         if sure:
-            candidates = candidates & ~top_k(scores, sure, candidates)
+            others = ~top_k(scores, sure, candidates)
+            candidates = others if candidates is None else others.logical_and_(candidates)
+        values, higher[index] = _between(scores, candidates, bound, high)
         if bound is not None:
             bound = bound.to(scores.device)
-            candidates = torch.lt(scores, bound).logical_not_().logical_and_(candidates)
-        if high is not None:
-            within = torch.le(scores, high.to(scores.device)).logical_and_(candidates)
-            higher[index] = count(candidates) - count(within)
-            candidates = within
-        values = scores.reshape(-1)[positions(candidates)]
-        if bound is not None:
             above = values != bound
             equal[index] = len(values) - count(above)
             values = values[above]
@@ -192,6 +187,29 @@ def _winners(
     missing = min(k - sum(won), sum(equal))
     shares = apportion(missing, equal, equal) if missing > 0 else [0] * len(least)
     return [n + share for n, share in zip(won, shares, strict=True)]
+
+
+def _between(scores: Tensor, among: Tensor | None, low: Tensor | None, high: Tensor | None) -> tuple[Tensor, int]:
+    """Return the candidates' scores from ``low`` to ``high``, and how many are above; in chunks on the CPU."""
+    flat, marks = scores.reshape(-1), None if among is None else among.reshape(-1)
+    low, high = (None if bound is None else bound.to(flat.device) for bound in (low, high))
+    if low is None and high is None:
+        return (flat if marks is None else flat[positions(marks)]), 0
+    kept, higher, at_once = [flat[:0]], 0, CHUNK if flat.is_cpu else max(1, len(flat))
+    for first in range(0, len(flat), at_once):
+        chunk = flat[first : first + at_once]
+        inside = None if marks is None else marks[first : first + at_once]
+        if low is not None:
+            reaches = torch.lt(chunk, low).logical_not_()
+            inside = reaches if inside is None else reaches.logical_and_(inside)
+        if high is not None:
+            within = torch.le(chunk, high)
+            higher += len(chunk) if inside is None else count(inside)
+            inside = within if inside is None else within.logical_and_(inside)
+            higher -= count(inside)
+        assert inside is not None
+        kept.append(chunk.index_select(0, positions(inside)))
+    return torch.cat(kept), higher
 
 
 def _members(owner: Tensor, owners: int) -> list[int]:
@@ -317,10 +335,7 @@ def positions(mask: Tensor) -> Tensor:
     >>> positions(torch.tensor([[False, True], [True, False]]))
     tensor([1, 2])
     """
-    flat = mask.reshape(-1)
-    if not flat.is_cpu:
-        return flat.nonzero().squeeze(1)
-    return torch.from_numpy(flat.numpy().nonzero()[0])  # on one thread up to nine times as fast as torch's
+    return marked(mask.reshape(-1))
 
 
 def where(tensors: Sequence[Tensor], holds: Callable[..., Tensor]) -> Tensor:

@@ -54,7 +54,7 @@ class Together:
         self,
         tensors: Iterable[Tensor],
         k: int,
-        among: Sequence[Tensor],
+        among: Sequence[Tensor] | None,
         at_least: Sequence[int] | None = None,
         score: select.Score = torch.Tensor.detach,
     ) -> list[int]:
@@ -62,15 +62,10 @@ class Together:
         return select.count_global_top_k(tensors, k, among, at_least, score)
 
     def global_top_k(
-        self,
-        scores: Sequence[Tensor],
-        k: int,
-        among: Sequence[Tensor],
-        at_least: Sequence[int],
-        orders: Sequence[ties.Order],
+        self, scores: Sequence[Tensor], k: int, at_least: Sequence[int], orders: Sequence[ties.Order]
     ) -> list[Tensor]:
-        """Mark exactly the ``k`` largest scores of all weights together; see ``select.global_top_k``."""
-        return select.global_top_k(scores, k, among, at_least, orders)
+        """Return where the ``k`` largest scores of all weights together are; see ``select.global_top_k``."""
+        return select.global_top_k(scores, k, at_least, orders)
 
     def ranking(self, weights: Sequence[Connections], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Return the ``k`` inactive connections of largest ``|dP|`` of all weights; see ``ranking.ranking``."""

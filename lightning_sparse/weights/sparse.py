@@ -116,6 +116,16 @@ class SparseWeight(Weight):
         assert self.parameter.grad is not None
         return all_finite(self.parameter.grad) and self.gradient.finite(self.sparse)
 
+    @property
+    def alike(self) -> bool:  # noqa: D102  (inherited)
+        return _may_be_alike(self.values) and super().alike
+
+    @property
+    def gradients_alike(self) -> bool:  # noqa: D102  (inherited)
+        assert self.parameter is not None
+        assert self.parameter.grad is not None
+        return _may_be_alike(self.parameter.grad) and super().gradients_alike
+
     def gradient_at(self, positions: Tensor) -> Tensor:
         """Return gradients of connections that need not exist, by ascending position, averaged over processes."""
         return self.gradient.at(self.sparse, positions)
@@ -223,6 +233,11 @@ class SparseWeight(Weight):
         """Pickle and copy without the module."""
         indices = self._indices if self.layer is None else self.active_indices.cpu()
         return {**super().__getstate__(), "layer": None, "_indices": indices, "_held": None}
+
+
+def _may_be_alike(x: Tensor) -> bool:
+    """Tell whether the first magnitudes do not differ yet."""
+    return len(x) < 2 or select.all_equal(x[:8].abs())
 
 
 def trim_after(*weights: Weight, spare: int = 0) -> None:

@@ -128,12 +128,47 @@ def test_what_reaches_a_bound_is_not_beyond_it_and_neither_is_what_is_no_number(
 
 @pytest.mark.parametrize("n", [1, 5, 100])
 def test_numbers_lie_in_the_intervals_that_a_search_finds(code, n):
-    """Also in those of no length."""
+    """Also in those of no length; rows of them lie in some intervals alone."""
     generator = torch.Generator().manual_seed(n)
     lengths = torch.rand(n, generator=generator, dtype=torch.float64).mul_(torch.arange(n) % 3)
     drawn = sampling._Intervals(lengths / max(1.0, float(lengths.sum())))
     u = torch.rand(500, generator=generator, dtype=torch.float64) * drawn._ends[-1]
-    assert torch.equal(code.intervals(u, drawn._ends, drawn._only), torch.searchsorted(drawn._ends, u, right=True))
+    rows, low, width = torch.tensor([0, 200, 200, 500]), torch.tensor([0, n // 2, n // 3]), -(-n // 2)
+    found = code.located(u, drawn._ends, drawn._first, rows, low, width)
+    searched = torch.searchsorted(drawn._ends, u, right=True)
+    expected = [
+        searched[first:last].clamp(a, a + width - 1)
+        for a, first, last in zip(low.tolist(), rows[:-1], rows[1:], strict=True)
+    ]
+    assert torch.equal(found, torch.cat(expected))
+
+
+@settings(deadline=None)
+@given(NUMBERS, NUMBERS, DTYPES)
+def test_vectors_without_common_elements_are_merged(code, a, b, dtype):
+    b = set(b) - set(a)
+    found = code.merged(ascending(a, dtype), ascending(b, dtype))
+    assert found.tolist() == sorted({*a, *b})
+    assert found.dtype == dtype
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), max_size=70), st.integers(0, 600))
+def test_marks_are_listed_and_set(code, marks, zeros):
+    """Also few among many, and beginning where no word does."""
+    vector = torch.tensor([False, *marks, *[False] * zeros])[1:]
+    expected = [i for i, mark in enumerate(marks) if mark]
+    assert code.marked(vector).tolist() == expected
+    assert code.marked(vector).dtype == torch.int64
+
+
+@settings(deadline=None)
+@given(NUMBERS, st.lists(st.integers(0, 60), max_size=40))
+def test_marking_counts_what_was_not_marked(code, before, positions):
+    marks = torch.zeros(61, dtype=torch.bool)
+    marks[torch.tensor(before, dtype=torch.long)] = True
+    assert code.mark_(marks, torch.tensor(positions, dtype=torch.long)) == len(set(positions) - set(before))
+    assert marks.nonzero().flatten().tolist() == sorted({*before, *positions})
 
 
 @settings(deadline=None)

@@ -134,7 +134,7 @@ def test_counts_are_those_of_as_many_draws(n):
 
 def test_intervals_are_found_as_by_a_search():
     lengths = sampling.probabilities(torch.rand(500, generator=seeded()).ge(0.3) * torch.rand(500, generator=seeded(1)))
-    found = sampling._Intervals(lengths).draw(0, 500, 10**5, seeded(2))
+    found = sampling._Intervals(lengths).draw(torch.tensor([0, 10**5]), torch.tensor([0]), 500, seeded(2))
     u = torch.rand(10**5, generator=seeded(2), dtype=torch.float64) * lengths.cumsum(0)[-1]
     assert torch.equal(found, torch.searchsorted(lengths.cumsum(0), u, right=True).clamp(max=499))
 
