@@ -159,7 +159,9 @@ class MaskedWeight(Weight):
     def scale_to_fan_in_(self) -> None:  # noqa: D102  (inherited)
         rows = as_matrix(self.W, self.outputs)
         fan_in = as_matrix(self.mask, self.outputs).sum(1, keepdim=True).clamp(min=1).double()
-        rows.mul_((rows.shape[1] / fan_in).sqrt())
+        step = max(1, select.CHUNK // max(rows.shape[1], 1))  # a product with double precision is a copy in it
+        for some, factors in zip(rows.split(step), (rows.shape[1] / fan_in).sqrt().split(step), strict=True):
+            some.mul_(factors)
         write_matrix(self.W, rows, self.outputs)
 
     def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:  # noqa: D102  (inherited)

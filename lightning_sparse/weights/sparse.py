@@ -170,8 +170,12 @@ class SparseWeight(Weight):
         """Do as ``Weight.scale_to_fan_in_``, unless the values have been drawn for the actual fan-in."""
         if not self._drawn:
             fan_in = self.sparse.structure.row_lengths
-            factor = (math.prod(self.shape[1:]) / fan_in.clamp(min=1).double()).sqrt()
-            self.values.mul_(factor.repeat_interleave(fan_in, output_size=self.num_active))
+            factors = (math.prod(self.shape[1:]) / fan_in.clamp(min=1).double()).sqrt()
+            step = max(1, select.CHUNK * len(fan_in) // max(self.num_active, 1))  # a product with double is a copy
+            lengths = fan_in.split(step)
+            parts = self.values.split([int(each.sum()) for each in lengths])
+            for values, some, length in zip(parts, factors.split(step), lengths, strict=True):
+                values.mul_(some.repeat_interleave(length))
 
     def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:
         """Move connections, as ``Weight.rewire``; values, gradients and optimizer state change their places."""
