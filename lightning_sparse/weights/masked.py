@@ -160,8 +160,9 @@ class MaskedWeight(Weight):
         rows = as_matrix(self.W, self.outputs)
         fan_in = as_matrix(self.mask, self.outputs).sum(1, keepdim=True).clamp(min=1).double()
         step = max(1, select.CHUNK // max(rows.shape[1], 1))  # a product with double precision is a copy in it
-        for some, factors in zip(rows.split(step), (rows.shape[1] / fan_in).sqrt().split(step), strict=True):
-            some.mul_(factors)
+        factors = torch.split((rows.shape[1] / fan_in).sqrt(), step)
+        for some, factor in zip(torch.split(rows, step), factors, strict=True):
+            some.mul_(factor)
         write_matrix(self.W, rows, self.outputs)
 
     def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:  # noqa: D102  (inherited)

@@ -172,9 +172,9 @@ class SparseWeight(Weight):
             fan_in = self.sparse.structure.row_lengths
             factors = (math.prod(self.shape[1:]) / fan_in.clamp(min=1).double()).sqrt()
             step = max(1, select.CHUNK * len(fan_in) // max(self.num_active, 1))  # a product with double is a copy
-            lengths = fan_in.split(step)
-            parts = self.values.split([int(each.sum()) for each in lengths])
-            for values, some, length in zip(parts, factors.split(step), lengths, strict=True):
+            lengths = torch.split(fan_in, step)
+            parts = torch.split(self.values, [int(each.sum()) for each in lengths])
+            for values, some, length in zip(parts, torch.split(factors, step), lengths, strict=True):
                 values.mul_(some.repeat_interleave(length))
 
     def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:
