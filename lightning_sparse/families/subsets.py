@@ -125,5 +125,5 @@ def subset_counts(weights: Sequence[Weight], n: int, subset: Subset, multiplier:
 def largest(weights: Sequence[Weight], positions: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Return those of flat positions, ascending, that have the ``k`` largest scores of all layers, for each layer."""
     orders = [ties.at(places, weight.shape) for weight, places in zip(weights, positions, strict=True)]
-    best = together(weights).global_top_k(scores, k, [0] * len(weights), orders)
+    best = together(weights).global_top_k(scores, k, orders)
     return [places.index_select(0, won.to(places.device)) for places, won in zip(positions, best, strict=True)]

@@ -267,10 +267,10 @@ def _locate(width, u, ends, first, rows, low, out):  # type: ignore[no-untyped-d
     for i in range(low.size):
         high = low[i] + width - 1
         for k in range(rows[i], rows[i + 1]):
-            found = np.int64(first[min(np.int64(u[k] * first.size), first.size - 1)])
-            while found < high and ends[found] <= u[k]:
-                found += 1
-            out[k] = min(max(found, low[i]), high)
+            found = min(max(np.int64(first[min(np.int64(u[k] * first.size), first.size - 1)]), low[i]), high)
+            if ends[found] <= u[k]:  # seldom: a bucket that several intervals share, of which there may be many
+                found += np.searchsorted(ends[found:high], u[k], side="right")
+            out[k] = found
 
 
 @compiled

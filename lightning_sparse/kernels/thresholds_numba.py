@@ -185,18 +185,18 @@ def backward_mask(G: Tensor, tau: Tensor, bits: Tensor, weighted: Tensor, plain:
 def _near(W, low, high):  # type: ignore[no-untyped-def]
     real = W.dtype.type
     one, zero, lo, hi = real(1), real(0), real(low), real(high)
-    found, k, not_above = np.empty(16 * _NEAR), 0, 0
+    found, k, not_above = np.empty(16 * _NEAR), 0, 0  # grows as it fills
     rest = W.size // _NEAR * _NEAR
     for start in range(0, rest, _NEAR):
         up_to_high, up_to_low = zero, zero
-        for j in range(_NEAR):
+        for j in range(_NEAR):  # of a length that the compiler knows
             magnitude = abs(W[start + j])
             up_to_high += one if magnitude <= hi else zero
             up_to_low += one if magnitude <= lo else zero
         not_above += int(up_to_high)
         if up_to_high == up_to_low:
             continue
-        if k + 2 * _NEAR > found.size:
+        if k + 2 * _NEAR > found.size:  # for these, and for what is left after the last
             found = np.concatenate((found, np.empty_like(found)))
         for j in range(_NEAR):
             magnitude = abs(W[start + j])

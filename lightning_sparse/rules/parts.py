@@ -94,10 +94,8 @@ class _Shards(Together):
         shares = apportion(bound.missing, equal, equal) if bound.missing else equal
         return [least_ + more + share for least_, more, share in zip(sure, won, shares, strict=True)]
 
-    def global_top_k(
-        self, scores: Sequence[Tensor], k: int, at_least: Sequence[int], orders: Sequence[ties.Order]
-    ) -> list[Tensor]:
-        counts = self.count_global_top_k(scores, k, None, at_least)
+    def global_top_k(self, scores: Sequence[Tensor], k: int, orders: Sequence[ties.Order]) -> list[Tensor]:
+        counts = self.count_global_top_k(scores, k, None)
         each = zip(self.parts, scores, counts, orders, strict=True)
         return [part.top_k_positions(own, n, order=order) for part, own, n, order in each]
 

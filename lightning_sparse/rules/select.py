@@ -93,18 +93,16 @@ def lowest_positions(scores: Tensor, k: int, among: Tensor | None = None, order:
     return _extreme(scores, k, among, order, largest=False)
 
 
-def global_top_k(
-    scores: Sequence[Tensor], k: int, at_least: Sequence[int], orders: Sequence[ties.Order]
-) -> list[Tensor]:
+def global_top_k(scores: Sequence[Tensor], k: int, orders: Sequence[ties.Order]) -> list[Tensor]:
     """Return the flat positions of exactly the ``k`` largest scores of all tensors together, ascending, for each.
 
     The tensors are taken one after the other, and only the largest ``k`` so far are kept: never all at once. Arguments
     as in ``count_global_top_k``, and an order for the equals of each tensor, as in ``top_k``.
 
-    >>> global_top_k([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2, [0, 0], [lambda indices: indices] * 2)
+    >>> global_top_k([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2, [lambda indices: indices] * 2)
     [tensor([0]), tensor([0])]
     """
-    counts = count_global_top_k(scores, k, None, at_least)
+    counts = count_global_top_k(scores, k, None)
     return [top_k_positions(s, n, order=order) for s, n, order in zip(scores, counts, orders, strict=True)]
 
 

@@ -61,11 +61,9 @@ class Together:
         """Return how many of the ``k`` largest scores lie in each weight; see ``select.count_global_top_k``."""
         return select.count_global_top_k(tensors, k, among, at_least, score)
 
-    def global_top_k(
-        self, scores: Sequence[Tensor], k: int, at_least: Sequence[int], orders: Sequence[ties.Order]
-    ) -> list[Tensor]:
+    def global_top_k(self, scores: Sequence[Tensor], k: int, orders: Sequence[ties.Order]) -> list[Tensor]:
         """Return where the ``k`` largest scores of all weights together are; see ``select.global_top_k``."""
-        return select.global_top_k(scores, k, at_least, orders)
+        return select.global_top_k(scores, k, orders)
 
     def ranking(self, weights: Sequence[Connections], k: int, at_least: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Return the ``k`` inactive connections of largest ``|dP|`` of all weights; see ``ranking.ranking``."""

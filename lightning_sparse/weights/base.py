@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.compat.optimizers import states, stepping
 from lightning_sparse.compat.shards import local
-from lightning_sparse.rules import ties
+from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.matrices import FIRST, Outputs
 from lightning_sparse.rules.parts import WHOLE, Whole
 
@@ -238,6 +238,11 @@ class Weight(ABC):
 def new_version() -> int:
     """Return a number for a mask that no other has in this process."""
     return next(_versions)
+
+
+def may_be_alike(few: Tensor) -> bool:
+    """Tell whether the magnitudes of the first few of many values do not differ yet, before all are looked at."""
+    return len(few) < 2 or select.all_equal(few.abs())
 
 
 def param_group(weight: Weight) -> dict[str, Any]:

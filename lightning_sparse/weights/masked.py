@@ -10,7 +10,7 @@ from lightning_sparse.compat.torch_private import finite_each
 from lightning_sparse.rules import select, ties
 from lightning_sparse.rules.matrices import FIRST, Outputs, as_matrix, row_sums, rows_of, write_matrix
 from lightning_sparse.rules.parts import together
-from lightning_sparse.weights.base import Weight, all_finite, new_version, optimizer_state
+from lightning_sparse.weights.base import Weight, all_finite, may_be_alike, new_version, optimizer_state
 from lightning_sparse.weights.fresh import SCALES, fresh_value, mean_of_others
 
 __all__ = ["MaskedWeight", "dense", "finite_gradients", "keep_zero_state"]
@@ -121,11 +121,11 @@ class MaskedWeight(Weight):
 
     @property
     def alike(self) -> bool:  # noqa: D102  (inherited)
-        return _may_be_alike(self.W, self.mask) and super().alike
+        return may_be_alike(self.W[:8][self.mask[:8]]) and super().alike
 
     @property
     def gradients_alike(self) -> bool:  # noqa: D102  (inherited)
-        return _may_be_alike(self.dP, self.mask) and super().gradients_alike
+        return may_be_alike(self.dP[:8][self.mask[:8]]) and super().gradients_alike
 
     def gradient_at(self, positions: Tensor) -> Tensor:  # noqa: D102  (inherited)
         return self.dP.reshape(-1)[self.part.indices(positions).to(self.dP.device)]
@@ -158,11 +158,10 @@ class MaskedWeight(Weight):
 
     def scale_to_fan_in_(self) -> None:  # noqa: D102  (inherited)
         rows = as_matrix(self.W, self.outputs)
-        fan_in = as_matrix(self.mask, self.outputs).sum(1, keepdim=True).clamp(min=1).double()
-        step = max(1, select.CHUNK // max(rows.shape[1], 1))  # a product with double precision is a copy in it
-        factors = torch.split((rows.shape[1] / fan_in).sqrt(), step)
-        for some, factor in zip(torch.split(rows, step), factors, strict=True):
-            some.mul_(factor)
+        step = max(1, select.CHUNK // max(rows.shape[1], 1))  # counts, and products with doubles, copy what they take
+        for some, mask in zip(*(torch.split(x, step) for x in (rows, as_matrix(self.mask, self.outputs))), strict=True):
+            fan_in = mask.sum(1, keepdim=True).clamp(min=1).double()
+            some.mul_((rows.shape[1] / fan_in).sqrt())
         write_matrix(self.W, rows, self.outputs)
 
     def rewire(self, dropped: Tensor, grown: Tensor, value: float | Tensor = 0.0) -> None:  # noqa: D102  (inherited)
@@ -261,12 +260,6 @@ def dense(weights: Sequence[Weight]) -> list[MaskedWeight]:
     held = [weight for weight in weights if isinstance(weight, MaskedWeight)]
     assert len(held) == len(weights)
     return held
-
-
-def _may_be_alike(x: Tensor, mask: Tensor) -> bool:
-    """Tell whether the magnitudes of the active connections in the first rows do not differ yet."""
-    few = x[:8].abs()[mask[:8]]
-    return len(few) < 2 or select.all_equal(few)
 
 
 def _inactive_from(weight: MaskedWeight, floor: float) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_sparse.layers.sparse import SparseLayer, make_sparse_
 from lightning_sparse.rules import select
 from lightning_sparse.rules.ascending import contains
 from lightning_sparse.rules.matrices import row_sums, rows_of
-from lightning_sparse.weights.base import Weight, all_finite, elementwise, new_version, optimizer_states
+from lightning_sparse.weights.base import Weight, all_finite, elementwise, may_be_alike, new_version, optimizer_states
 from lightning_sparse.weights.captured import CapturedGradient
 from lightning_sparse.weights.fresh import SCALES, fresh_value, mean_of_others
 
@@ -118,13 +118,13 @@ class SparseWeight(Weight):
 
     @property
     def alike(self) -> bool:  # noqa: D102  (inherited)
-        return _may_be_alike(self.values) and super().alike
+        return may_be_alike(self.values[:8]) and super().alike
 
     @property
     def gradients_alike(self) -> bool:  # noqa: D102  (inherited)
         assert self.parameter is not None
         assert self.parameter.grad is not None
-        return _may_be_alike(self.parameter.grad) and super().gradients_alike
+        return may_be_alike(self.parameter.grad[:8]) and super().gradients_alike
 
     def gradient_at(self, positions: Tensor) -> Tensor:
         """Return gradients of connections that need not exist, by ascending position, averaged over processes."""
@@ -237,11 +237,6 @@ class SparseWeight(Weight):
         """Pickle and copy without the module."""
         indices = self._indices if self.layer is None else self.active_indices.cpu()
         return {**super().__getstate__(), "layer": None, "_indices": indices, "_held": None}
-
-
-def _may_be_alike(x: Tensor) -> bool:
-    """Tell whether the first magnitudes do not differ yet."""
-    return len(x) < 2 or select.all_equal(x[:8].abs())
 
 
 def trim_after(*weights: Weight, spare: int = 0) -> None:

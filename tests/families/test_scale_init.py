@@ -7,8 +7,12 @@ import pytest
 import torch
 from helpers import MASKED, TOP_K, Lit, cnn, fit, seeded
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_sparse import GMP, SET, TopKAST
+from lightning_sparse.layers.sparse import make_sparse_
+from lightning_sparse.weights.masked import MaskedWeight
+from lightning_sparse.weights.sparse import SparseWeight
 
 
 def still(parameters):
@@ -101,3 +105,25 @@ def test_weights_that_are_kept_are_not_scaled_and_the_log_says_so(caplog):
     for name, mask in callback.masks.items():
         assert torch.equal(module.get_parameter(name), before[name] * mask)
     assert "keeps the weights that are there, so it does not scale them" in caplog.text
+
+
+def most_memory(run):
+    """Return the most bytes that are held at a time of what ``run`` allocates, operators' own copies included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    held = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        held += event.nbytes() if event.name() == "[memory]" else 0
+        most = max(most, held)
+    return most
+
+
+@torch.no_grad()
+def test_a_start_is_scaled_without_copies_of_the_weight_in_double_precision():
+    layer = nn.Linear(2048, 2048)
+    masked = MaskedWeight("weight", torch.rand(layer.weight.shape) < 0.5, layer.weight)
+    sparse = SparseWeight("weight", layer.weight.shape, make_sparse_(nn.Linear(2048, 2048), masked.active_indices))
+    for weight, values in ((masked, layer.weight), (sparse, sparse.values)):
+        before = values.clone()
+        assert most_memory(weight.scale_to_fan_in_) < values.nbytes
+        assert not torch.equal(values, before)
